@@ -1,0 +1,47 @@
+"""Draws, applies and describes augmentations on the accelerator.
+
+Three pure functions of ONE image, batched by ``jax.vmap``: ``draw`` makes every random choice,
+``apply`` carries them out, ``describe`` says what was done; ``augment`` is the first two in one.
+"""
+
+from cassle_jax.augment.apply import View, apply, augment, denormalize
+from cassle_jax.augment.describe import (
+    CASSLE_DESCRIPTORS,
+    DESCRIPTOR_SIZES,
+    concatenate,
+    describe,
+    descriptor_width,
+    difference,
+    identity_descriptor,
+)
+from cassle_jax.augment.draw import ViewParams, draw
+from cassle_jax.augment.resample import center_view
+from cassle_jax.augment.spec import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    STL10_MEAN,
+    STL10_STD,
+    AugmentSpec,
+)
+
+__all__ = [
+    "CASSLE_DESCRIPTORS",
+    "DESCRIPTOR_SIZES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "STL10_MEAN",
+    "STL10_STD",
+    "AugmentSpec",
+    "View",
+    "ViewParams",
+    "apply",
+    "augment",
+    "center_view",
+    "concatenate",
+    "denormalize",
+    "describe",
+    "descriptor_width",
+    "difference",
+    "draw",
+    "identity_descriptor",
+]

@@ -1,0 +1,190 @@
+"""Describes how views were augmented: the vectors omega that a projector is conditioned on."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from cassle_jax.augment.apply import View
+from cassle_jax.augment.draw import ViewParams
+from cassle_jax.augment.spec import AugmentSpec
+
+__all__ = [
+    "CASSLE_DESCRIPTORS",
+    "DESCRIPTOR_SIZES",
+    "concatenate",
+    "describe",
+    "descriptor_width",
+    "difference",
+    "identity_descriptor",
+]
+
+DESCRIPTOR_SIZES = {
+    "blur": 1,
+    "color": 4,
+    "color_diff": 3,
+    "crop": 4,
+    "flip": 1,
+    "grayscale": 1,
+    "rotation": 4,
+    "solarize": 1,
+}
+"""Every descriptor and how many numbers it has."""
+
+CASSLE_DESCRIPTORS = ("blur", "color", "color_diff", "crop", "grayscale")
+"""What the published pretraining conditions on: 13 numbers."""
+
+# What an image that was not augmented has where that is not 0.
+_NOT_APPLIED = {
+    "crop": (0.5, 0.5, 1.0, 1.0),
+    "rotation": (1.0, 0.0, 0.0, 0.0),
+    "solarize": (1.0,),
+}
+
+
+def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
+    """The augmentation information omega of one view (CASSLE, arXiv 2306.06082).
+
+    Args:
+      view: one view; only ``params`` and ``color_diff`` are read.
+      spec: gives the jitter ranges that ``color`` is relative to.
+
+    Returns:
+      All descriptors by name, float32 vectors of ``DESCRIPTOR_SIZES`` numbers:
+        blur: sigma in pixels; 0 if not applied.
+        color: (factor - 1) / width of its range for brightness, contrast, saturation, and hue /
+          width of its range, within [-0.5, 0.5] for ranges around the neutral value; 0 if not
+          applied or if the range has no width.
+        color_diff: per channel, mean before the colour jitter minus mean after it; 0 if not
+          applied.
+        crop: centre row, centre column, height, width as fractions of the image; the column is
+          1 - column where the view is flipped.
+        flip: 1 or 0.
+        grayscale: 1 or 0.
+        rotation: quarter turns, one-hot.
+        solarize: threshold; 1 if not applied.
+    """
+    params = view.params
+    row, column, height, width = _box(params)
+    column = jnp.where(params.flip, 1 - column, column)
+    return {
+        "blur": jnp.where(params.blur, params.sigma, 0)[None],
+        "color": _color(params, spec),
+        "color_diff": view.color_diff,
+        "crop": jnp.stack([row, column, height, width]),
+        "flip": params.flip.astype(jnp.float32)[None],
+        "grayscale": params.grayscale.astype(jnp.float32)[None],
+        "rotation": jax.nn.one_hot(params.turns, 4, dtype=jnp.float32),
+        "solarize": jnp.where(params.solarize, params.solarize_threshold, 1)[None],
+    }
+
+
+def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
+    """How view 1 was augmented relative to view 2 (AugSelf, arXiv 2111.09613, section 3).
+
+    Args:
+      view_1: one view; only ``params`` and ``color_diff`` are read.
+      view_2: another view of the same image.
+      spec: gives the jitter ranges that ``color`` is relative to.
+
+    Returns:
+      Differences by name, float32 vectors of ``DESCRIPTOR_SIZES`` numbers:
+        blur, color, color_diff, solarize: the descriptor of view 1 minus that of view 2.
+        crop: the boxes' centres and sizes, view 1 minus view 2, in view 1's frame: both columns are
+          mirrored where view 1 is flipped, whether view 2 is or not.
+        flip: 1 where both views are flipped or neither is, else 0.
+        rotation: (turns 1 - turns 2) mod 4, one-hot: a class for cross-entropy.
+      (None for grayscale, which AugSelf does not predict.)
+    """
+    params_1, params_2 = view_1.params, view_2.params
+    omega_1, omega_2 = describe(view_1, spec), describe(view_2, spec)
+    values = {
+        name: omega_1[name] - omega_2[name] for name in ("blur", "color", "color_diff", "solarize")
+    }
+    direction = jnp.where(params_1.flip, jnp.array([1.0, -1.0, 1.0, 1.0]), jnp.ones(4))
+    turns = (params_1.turns - params_2.turns) % 4
+    return values | {
+        "crop": direction * (_box(params_1) - _box(params_2)),
+        "flip": (params_1.flip == params_2.flip).astype(jnp.float32)[None],
+        "rotation": jax.nn.one_hot(turns, 4, dtype=jnp.float32),
+    }
+
+
+def concatenate(
+    descriptors: Mapping[str, Float32[Array, "*batch _"]], names: Iterable[str]
+) -> Float32[Array, "*batch width"]:
+    """The conditioning vector: the named descriptors side by side, in alphabetical order.
+
+    Args:
+      descriptors: from ``describe`` or ``difference``, with any leading axes.
+      names: a subset of the descriptors, in any order.
+
+    Returns:
+      [..., descriptor_width(names)].
+
+    Raises:
+      ValueError: if a name is not among the descriptors, appears twice, or there is none.
+    """
+    names = _checked(names, descriptors)
+    if not names:
+        raise ValueError("descriptors=() leaves nothing to concatenate; name at least one")
+    return jnp.concatenate([descriptors[name] for name in names], axis=-1)
+
+
+def descriptor_width(names: Iterable[str]) -> int:
+    """How many numbers the conditioning vector of these descriptors has.
+
+    Args:
+      names: a subset of ``DESCRIPTOR_SIZES``.
+
+    Returns:
+      The sum of their sizes: 13 for ``CASSLE_DESCRIPTORS``.
+
+    Raises:
+      ValueError: if a name is unknown or appears twice.
+    """
+    return sum(DESCRIPTOR_SIZES[name] for name in _checked(names, DESCRIPTOR_SIZES))
+
+
+def identity_descriptor(names: Iterable[str]) -> Float32[Array, " width"]:
+    """The conditioning vector of an image that was not augmented.
+
+    Args:
+      names: a subset of ``DESCRIPTOR_SIZES``.
+
+    Returns:
+      [descriptor_width(names)]: crop (0.5, 0.5, 1, 1), solarize 1, rotation in its first class,
+      everything else 0.
+
+    Raises:
+      ValueError: if a name is unknown, appears twice, or there is none.
+    """
+    values = {
+        name: jnp.array(_NOT_APPLIED.get(name, (0.0,) * size))
+        for name, size in DESCRIPTOR_SIZES.items()
+    }
+    return concatenate(values, names)
+
+
+def _checked(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if set(names) - set(known) or len(set(names)) < len(names):
+        raise ValueError(
+            f"descriptors={names} has an unknown or repeated name; use a subset of {sorted(known)}"
+        )
+    return names
+
+
+def _box(params: ViewParams) -> Float32[Array, "4"]:
+    """Centre row, centre column, height, width, as fractions of the unflipped image."""
+    return jnp.concatenate([params.crop[:2] + params.crop[2:] / 2, params.crop[2:]])
+
+
+def _color(params: ViewParams, spec: AugmentSpec) -> Float32[Array, "4"]:
+    shifts = jnp.stack(
+        [params.brightness - 1, params.contrast - 1, params.saturation - 1, params.hue]
+    )
+    ranges = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    inverse_widths = [1 / (high - low) if high > low else 0.0 for low, high in ranges]
+    return jnp.where(params.jitter, shifts * jnp.array(inverse_widths), 0)

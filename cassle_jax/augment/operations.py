@@ -1,0 +1,181 @@
+"""The augmentations after the crop, each a pure function of one view and its drawn values.
+
+Views here are [rows, 3 channels, columns], RGB in [0, 1]: products over rows and over columns then
+need no transposition. Where dm-pix's definition is the paper's, dm-pix does the work.
+"""
+
+import dm_pix as pix
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
+
+from cassle_jax.augment.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from cassle_jax.augment.resample import PRECISION
+
+__all__ = ["color_jitter", "gaussian_blur", "grayscale", "rotate", "solarize"]
+
+Planes = Float32[Array, "rows 3 columns"]
+Scalar = Float32[Array, ""]
+
+# The published contrast uses the rounded weight 0.2989, the published grayscale 0.299.
+_CONTRAST_WEIGHTS = (0.2989, 0.587, 0.114)
+_GRAYSCALE_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+def color_jitter(image: Planes, params: ViewParams) -> Planes:
+    """Brightness, contrast, saturation and hue, in the drawn order; unchanged if not applied.
+
+    Saturation and hue commute, so every order of the four is H A H A H, where the As are brightness
+    and contrast and each H does those of saturation and hue whose turn it is (with neutral values
+    where there are none): no branches, which under ``vmap`` would all be run.
+
+    Args:
+      image: [rows, 3, columns] in [0, 1].
+      params: ``jitter``, ``jitter_order`` and the four colour values.
+
+    Returns:
+      [rows, 3, columns] in [0, 1]; bit for bit ``image`` where ``params.jitter`` is false.
+    """
+    place = jnp.argsort(params.jitter_order)
+    contrast_first = place[CONTRAST] < place[BRIGHTNESS]
+
+    def affine_steps_before(operation: int) -> Int32[Array, ""]:
+        earlier = (place[BRIGHTNESS] < place[operation], place[CONTRAST] < place[operation])
+        return earlier[0].astype(jnp.int32) + earlier[1].astype(jnp.int32)
+
+    saturation_slot, hue_slot = affine_steps_before(SATURATION), affine_steps_before(HUE)
+
+    jittered = image
+    for slot in range(3):
+        jittered = adjust_saturation_and_hue(
+            jittered,
+            jnp.where(saturation_slot == slot, params.saturation, 1.0),
+            jnp.where(hue_slot == slot, params.hue, 0.0),
+        )
+        if slot < 2:
+            is_contrast = contrast_first == (slot == 0)
+            jittered = adjust_brightness_or_contrast(
+                jittered, jnp.where(is_contrast, params.contrast, params.brightness), is_contrast
+            )
+    return jnp.where(params.jitter, jittered, image)
+
+
+def adjust_brightness_or_contrast(
+    image: Planes, factor: Scalar, is_contrast: Bool[Array, ""]
+) -> Planes:
+    """``a x + (1 - a) m`` clipped to [0, 1]: m is the mean grey for contrast, 0 for brightness.
+
+    (dm-pix's brightness adds, and its contrast has a mean per channel.)
+
+    Args:
+      image: [rows, 3, columns] in [0, 1].
+      factor: scalar a, at least 0.
+      is_contrast: scalar.
+
+    Returns:
+      [rows, 3, columns] in [0, 1].
+    """
+    mean_grey = image.mean(axis=(0, 2)) @ jnp.array(_CONTRAST_WEIGHTS)
+    target = jnp.where(is_contrast, mean_grey, 0.0)
+    return jnp.clip(factor * image + (1 - factor) * target, 0, 1)
+
+
+def adjust_saturation_and_hue(image: Planes, factor: Scalar, turns: Scalar) -> Planes:
+    """Multiplies HSV saturation (clipped to [0, 1]) and shifts HSV hue.
+
+    Args:
+      image: [rows, 3, columns] in [0, 1].
+      factor: scalar, at least 0.
+      turns: scalar, shift of the hue.
+
+    Returns:
+      [rows, 3, columns] in [0, 1].
+    """
+    hue, saturation, value = jnp.unstack(pix.rgb_to_hsv(image, channel_axis=1), axis=1)
+    hsv = jnp.stack([hue + turns, jnp.clip(factor * saturation, 0, 1), value], axis=1)
+    return pix.hsv_to_rgb(hsv, channel_axis=1)
+
+
+def solarize(image: Planes, params: ViewParams) -> Planes:
+    """Inverts all values from ``params.solarize_threshold`` on, where ``params.solarize`` is true.
+
+    Args:
+      image: [rows, 3, columns] in [0, 1].
+      params: ``solarize`` and ``solarize_threshold``.
+
+    Returns:
+      [rows, 3, columns] in [0, 1].
+    """
+    return jnp.where(params.solarize, pix.solarize(image, params.solarize_threshold), image)
+
+
+def grayscale(image: Planes, params: ViewParams) -> Planes:
+    """Puts 0.299 R + 0.587 G + 0.114 B on all channels, where ``params.grayscale`` is true.
+
+    (dm-pix weighs red with 0.2989, and would do it in a TPU's default, halved precision.)
+
+    Args:
+      image: [rows, 3, columns] in [0, 1].
+      params: ``grayscale``.
+
+    Returns:
+      [rows, 3, columns] in [0, 1].
+    """
+    grey = (image * jnp.array(_GRAYSCALE_WEIGHTS)[:, None]).sum(axis=1, keepdims=True)
+    return jnp.where(params.grayscale, grey, image)
+
+
+def gaussian_blur(image: Planes, params: ViewParams, kernel_size: int) -> Planes:
+    """Gaussian blur with reflect padding (the edge pixel is not repeated), where ``params.blur``.
+
+    Two products with a banded matrix that has the reflected borders folded in: what matrix units do
+    well, where a convolution with a kernel per image is the slow way.
+
+    Args:
+      image: [size, 3, size] in [0, 1].
+      params: ``blur`` and ``sigma`` in pixels.
+      kernel_size: taps, odd; at most 2 size - 1.
+
+    Returns:
+      [size, 3, size] in [0, 1]; bit for bit ``image`` where ``params.blur`` is false.
+    """
+    sigma = jnp.where(params.blur, params.sigma, 1.0)
+    band = _blur_matrix(image.shape[0], sigma, kernel_size)
+    blurred = jnp.einsum("ij,jck->ick", band, image, precision=PRECISION)
+    blurred = jnp.einsum("icj,kj->ick", blurred, band, precision=PRECISION)
+    return jnp.where(params.blur, blurred, image)
+
+
+def rotate(
+    image: Float32[Array, "size size 3"], turns: Int32[Array, ""]
+) -> Float32[Array, "size size 3"]:
+    """Rotates counter-clockwise by quarter turns.
+
+    Args:
+      image: [size, size, 3].
+      turns: scalar, 0 to 3.
+
+    Returns:
+      [size, size, 3].
+    """
+    # A transposition and two flips make all four rotations; a switch would run each under vmap.
+    image = jnp.where(turns % 2 == 1, image.transpose(1, 0, 2), image)
+    image = jnp.where((turns == 1) | (turns == 2), pix.flip_up_down(image), image)
+    return jnp.where(turns >= 2, pix.flip_left_right(image), image)
+
+
+def _blur_matrix(size: int, sigma: Scalar, kernel_size: int) -> Float32[Array, "{size} {size}"]:
+    """Row i holds what output pixel i takes from each input pixel."""
+    radius = kernel_size // 2
+    to, source = jnp.arange(size)[:, None], jnp.arange(size)
+
+    def density(offset: Int32[Array, "#size size"]) -> Float32[Array, "#size size"]:
+        gaussian = jnp.exp(-0.5 * (offset / sigma) ** 2)
+        return jnp.where(jnp.abs(offset) <= radius, gaussian, 0)
+
+    # A tap at -j beyond the first pixel (0), or as far beyond the last, is read from pixel j.
+    last = size - 1
+    before = jnp.where(source > 0, density(-source - to), 0)
+    after = jnp.where(source < last, density(2 * last - source - to), 0)
+    return (density(source - to) + before + after) / density(
+        jnp.arange(-radius, radius + 1)[None]
+    ).sum()

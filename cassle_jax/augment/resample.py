@@ -1,0 +1,165 @@
+"""Crops and resizes by two matrix products, straight from the padded canvas, as Pillow would.
+
+Each row of a weight matrix holds what one output row (or column) takes from the canvas's rows (or
+columns). Weights follow Pillow's antialiasing: the filter is stretched by the scale where the image
+shrinks, cut off at the box, and normalised, so nothing outside the box reaches the view.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+
+from cassle_jax.augment.draw import Size
+from cassle_jax.augment.spec import AugmentSpec
+
+__all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
+
+Canvas = UInt8[Array | np.ndarray, "height width 3"] | Float[Array | np.ndarray, "height width 3"]
+"""RGB, uint8 or float in [0, 1]; the picture lies at the top left, the rest is padding."""
+
+# A single bfloat16 pass (the default on TPUs) would cost half a grey level; CPUs ignore this.
+PRECISION = jax.lax.Precision.HIGH
+
+
+def size_of(image: Canvas, size: Size | None) -> Size:
+    """The picture's height and width, int [2]: ``size``, or the whole canvas where that is None."""
+    return np.array(image.shape[:2], np.int32) if size is None else size
+
+
+def crop_and_resize(
+    image: Canvas,
+    crop: Float32[Array, "4"],
+    flip: Bool[Array, ""],
+    output: int,
+    size: Size | None = None,
+) -> Float32[Array, "output 3 output"]:
+    """Cuts out a box, resizes it (bilinear, antialiased) and mirrors it where ``flip`` is true.
+
+    Pillow's ``crop(box).resize((output, output), BILINEAR)``, without its rounding to uint8.
+
+    Args:
+      image: [height, width, 3] canvas, uint8 or float in [0, 1], with finite values everywhere.
+      crop: [4], top, left, height, width as fractions of the picture; rounded to whole pixels.
+      flip: scalar, whether to mirror left to right.
+      output: height and width of the result, pixels.
+      size: int [2], height and width of the picture within the canvas; None: all of it.
+
+    Returns:
+      [output rows, 3 channels, output columns] in [0, 1]: the layout in which products over rows
+      and over columns need no transposition.
+    """
+    picture = jnp.asarray(size_of(image, size)).astype(jnp.float32)
+    start = jnp.clip(jnp.round(crop[:2] * picture), 0, picture - 1)
+    length = jnp.clip(jnp.round(crop[2:] * picture), 1, picture - start)
+    position = jnp.arange(output) + 0.5
+    mirrored = jnp.where(flip, position[::-1], position)
+    rows, columns = (
+        _weights(at * (length[axis] / output), length[axis] / output, start[axis], length[axis],
+                 image.shape[axis], _triangle)
+        for axis, at in enumerate((position, mirrored))
+    )  # fmt: skip
+    height, width = image.shape[:2]
+    pixels = _to_float(image)
+    if width > height:
+        view = _apply_rows(rows, _apply_columns(columns, pixels))
+    else:
+        view = jnp.einsum("iwc,jw->icj", _apply_rows(rows, pixels), columns, precision=PRECISION)
+    return view / _white(image)
+
+
+def center_view(
+    image: Canvas, size: Size | None, spec: AugmentSpec, short_side: int | None = None
+) -> Float32[Array, "{spec.size} {spec.size} 3"]:
+    """The view of evaluation: short side resized (antialiased bicubic), centre crop, normalised.
+
+    The resize is composed with the crop in the weights, so the resized image never exists and very
+    long images cost no more than square ones. CASSLE, arXiv 2306.06082, evaluation protocols.
+
+    Args:
+      image: [height, width, 3] canvas, uint8 or float in [0, 1], with finite values everywhere.
+      size: int [2], height and width of the picture within the canvas; None: all of it.
+      spec: gives the view's size S, mean and std.
+      short_side: pixels the picture's short side is resized to; None: S.
+
+    Returns:
+      [S, S, 3], normalised.
+
+    Raises:
+      ValueError: if ``short_side`` is smaller than S.
+    """
+    short_side = spec.size if short_side is None else short_side
+    if short_side < spec.size:
+        raise ValueError(
+            f"short_side={short_side} is smaller than augment.size={spec.size}, so no centre crop "
+            f"of that size exists; use short_side >= {spec.size}"
+        )
+    picture = jnp.asarray(size_of(image, size))
+    resized = short_side * picture // jnp.min(picture)
+    # Torchvision rounds half to even here, as jnp.round does.
+    start = jnp.round((resized - spec.size) / 2)
+    scale = picture / resized
+    rows, columns = (
+        _weights((start[axis] + jnp.arange(spec.size) + 0.5) * scale[axis], scale[axis],
+                 jnp.float32(0), picture[axis].astype(jnp.float32), image.shape[axis], _cubic)
+        for axis in (0, 1)
+    )  # fmt: skip
+    # Columns first, and clipped in between as Pillow does: the cubic overshoots at edges.
+    white = _white(image)
+    view = jnp.clip(_apply_columns(columns, _to_float(image)), 0, white)
+    view = jnp.clip(_apply_rows(rows, view), 0, white) / white
+    return (view.transpose(0, 2, 1) - jnp.array(spec.mean)) / jnp.array(spec.std)
+
+
+def _apply_rows(
+    rows: Float32[Array, "output height"], image: Float32[Array, "height a b"]
+) -> Float32[Array, "output a b"]:
+    return jnp.einsum("ih,hab->iab", rows, image, precision=PRECISION)
+
+
+def _apply_columns(
+    columns: Float32[Array, "output width"], image: Float32[Array, "height width 3"]
+) -> Float32[Array, "height 3 output"]:
+    return jnp.einsum("hwc,jw->hcj", image, columns, precision=PRECISION)
+
+
+def _to_float(image: Canvas) -> Float32[Array, "height width 3"]:
+    return jnp.asarray(image).astype(jnp.float32)
+
+
+def _white(image: Canvas) -> float:
+    """The value of white: dividing the small view by it is cheaper than scaling the canvas."""
+    return 255.0 if image.dtype == np.uint8 else 1.0
+
+
+def _weights(
+    centre: Float32[Array, " output"],
+    scale: Float32[Array, ""],
+    start: Float32[Array, ""],
+    length: Float32[Array, ""],
+    pixels: int,
+    kernel: Callable[[Array], Array],
+) -> Float32[Array, "output {pixels}"]:
+    """What each output position takes from each of ``pixels`` positions along one axis.
+
+    ``centre`` is where an output position falls within the box, ``scale`` the input pixels per
+    output pixel, ``start`` and ``length`` the box; all in input pixels.
+    """
+    position = jnp.arange(pixels) + 0.5 - start
+    weights = kernel((position - centre[:, None]) / jnp.maximum(scale, 1))
+    weights = jnp.where((position > 0) & (position < length), weights, 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _triangle(distance: Float32[Array, "a b"]) -> Float32[Array, "a b"]:
+    return jnp.maximum(1 - jnp.abs(distance), 0)
+
+
+def _cubic(distance: Float32[Array, "a b"]) -> Float32[Array, "a b"]:
+    """Keys' cubic with a = -0.5, the one of Pillow's BICUBIC."""
+    x = jnp.abs(distance)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))

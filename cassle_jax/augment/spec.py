@@ -1,0 +1,179 @@
+"""AugmentSpec: which augmentations are drawn, how often and how strongly; checked when made."""
+
+import dataclasses
+from collections.abc import Sequence
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "STL10_MEAN", "STL10_STD", "AugmentSpec"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+STL10_MEAN = (0.43, 0.42, 0.39)
+STL10_STD = (0.27, 0.26, 0.27)
+
+Number = float | int
+
+# setting: (smallest low end, largest high end)
+_RANGES = {
+    "crop_area": (0.0, 1.0),
+    "crop_aspect": (0.0, float("inf")),
+    "brightness": (0.0, float("inf")),
+    "contrast": (0.0, float("inf")),
+    "saturation": (0.0, float("inf")),
+    "hue": (-0.5, 0.5),
+    "sigma": (0.0, float("inf")),
+    "solarize_threshold": (0.0, 1.0),
+}
+_POSITIVE_RANGES = ("crop_area", "crop_aspect", "sigma")
+_PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentSpec:
+    """The distribution augmentations are drawn from; the defaults are CASSLE's for ImageNet.
+
+    Hashable, so that it can be a static argument of a compiled function. Lists and integers are
+    turned into tuples and floats, so that values may come straight from a config file.
+
+    Args:
+      size: height and width S of a view, pixels.
+      crop: whether to crop at random; otherwise the whole image is resized to S x S.
+      crop_area: range of the box's area, as a fraction of the image's.
+      crop_aspect: range of the box's width / height, drawn uniformly in its logarithm.
+      flip: probability of a horizontal flip.
+      jitter: probability of colour jitter.
+      brightness: range of the factor every pixel is multiplied with.
+      contrast: range of the factor of the distance to the image's mean grey.
+      saturation: range of the factor of HSV saturation.
+      hue: range of the shift of HSV hue, in turns.
+      jitter_order: 'image' draws the order of the four colour operations for every image (as
+        torchvision does), 'batch' once for all images that share an ``order_key`` (as the published
+        CASSLE code does).
+      grayscale: probability of turning the view grey.
+      blur: probability of a Gaussian blur.
+      sigma: range of the blur's standard deviation, pixels of the view.
+      kernel_size: taps of the blur, odd; 0 derives the odd number near S / 10 (23 at 224 px, 9 at
+        96 px, never below 3).
+      solarize: probability of inverting all values from a threshold on.
+      solarize_threshold: range of that threshold, in [0, 1].
+      rotation: probability of a rotation by a number of quarter turns, uniform over 0 to 3.
+      mean: per channel, subtracted from the view in [0, 1].
+      std: per channel, the view is divided by it.
+
+    Raises:
+      ValueError: if a setting is out of its range; the message names the setting and what works.
+    """
+
+    size: int
+    crop: bool = True
+    crop_area: Sequence[Number] = (0.2, 1.0)
+    crop_aspect: Sequence[Number] = (3 / 4, 4 / 3)
+    flip: Number = 0.5
+    jitter: Number = 0.8
+    brightness: Sequence[Number] = (0.6, 1.4)
+    contrast: Sequence[Number] = (0.6, 1.4)
+    saturation: Sequence[Number] = (0.6, 1.4)
+    hue: Sequence[Number] = (-0.1, 0.1)
+    jitter_order: str = "image"
+    grayscale: Number = 0.2
+    blur: Number = 0.5
+    sigma: Sequence[Number] = (0.1, 2.0)
+    kernel_size: int = 0
+    solarize: Number = 0.0
+    solarize_threshold: Sequence[Number] = (0.0, 1.0)
+    rotation: Number = 0.0
+    mean: Sequence[Number] = IMAGENET_MEAN
+    std: Sequence[Number] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        self._check_integer("size", 1)
+        self._check_integer("kernel_size", 0)
+        for name in _RANGES:
+            self._check_range(name)
+        for name in _PROBABILITIES:
+            self._check_probability(name)
+        for name in ("mean", "std"):
+            self._set_floats(name, 3, "use three numbers, one a channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"augment.std={self.std} has a value that is not positive; use > 0")
+        if self.jitter_order not in ("image", "batch"):
+            raise ValueError(
+                f"augment.jitter_order={self.jitter_order!r} is unknown; use 'image' or 'batch'"
+            )
+        self._check_kernel()
+
+    @property
+    def blur_kernel_size(self) -> int:
+        """Taps of the blur: ``kernel_size``, or the odd number near S / 10 where that is 0."""
+        return self.kernel_size or max(3, self.size // 20 * 2 + 1)
+
+    def with_color_strength(self, strength: Number) -> "AugmentSpec":
+        """This spec with its colour augmentation scaled: 0.5 is weak, 1 unchanged, 2 strong.
+
+        Every jitter range keeps its neutral value (1 for factors, 0 for hue) and has its ends'
+        distances to it multiplied with ``strength``, factors staying at 0 or above; the probability
+        of grayscale is multiplied too. From the defaults this gives max(0, 1 - 0.4 s) to 1 + 0.4 s,
+        hue +-0.1 s and grayscale 0.2 s.
+
+        Args:
+          strength: s, at least 0.
+
+        Returns:
+          A new spec.
+
+        Raises:
+          ValueError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
+        """
+        hue = tuple(strength * end for end in self.hue)
+        if strength < 0 or max(map(abs, hue)) > 0.5 or strength * self.grayscale > 1:
+            raise ValueError(
+                f"augment.color_strength={strength} takes hue to {hue} and grayscale to "
+                f"{strength * self.grayscale}; use a strength from 0 on that keeps hue within "
+                "(-0.5, 0.5) and grayscale within [0, 1]"
+            )
+        factors = {
+            name: tuple(max(0.0, 1 + strength * (end - 1)) for end in getattr(self, name))
+            for name in ("brightness", "contrast", "saturation")
+        }
+        return dataclasses.replace(self, **factors, hue=hue, grayscale=strength * self.grayscale)
+
+    def _check_integer(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or int(value) != value or value < smallest:
+            raise ValueError(f"augment.{name}={value} is not valid; use an integer >= {smallest}")
+        object.__setattr__(self, name, int(value))
+
+    def _check_probability(self, name: str) -> None:
+        value = getattr(self, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"augment.{name}={value} is not a probability; use a value in [0, 1]")
+        object.__setattr__(self, name, float(value))
+
+    def _check_range(self, name: str) -> None:
+        smallest, largest = _RANGES[name]
+        bracket = "(" if name in _POSITIVE_RANGES else "["
+        advice = f"use (low, high) with low <= high, both in {bracket}{smallest:g}, {largest:g}]"
+        low, high = self._set_floats(name, 2, advice)
+        if not smallest <= low <= high <= largest or (name in _POSITIVE_RANGES and low <= 0):
+            raise ValueError(f"augment.{name}={(low, high)} is not a valid range; {advice}")
+
+    def _set_floats(self, name: str, length: int, advice: str) -> tuple[float, ...]:
+        value = getattr(self, name)
+        if isinstance(value, int | float | str) or len(value) != length:
+            raise ValueError(f"augment.{name}={value} does not have {length} values; {advice}")
+        floats = tuple(float(entry) for entry in value)
+        object.__setattr__(self, name, floats)
+        return floats
+
+    def _check_kernel(self) -> None:
+        taps = self.blur_kernel_size
+        if taps % 2 == 0:
+            raise ValueError(
+                f"augment.kernel_size={taps} is even; use an odd number such as {taps + 1}, "
+                "or 0 for the one near size / 10"
+            )
+        if self.blur > 0 and taps // 2 >= self.size:
+            raise ValueError(
+                f"augment.kernel_size={taps} needs {taps // 2} pixels of reflect padding, more "
+                f"than a view of augment.size={self.size} has; use a kernel of at most "
+                f"{2 * self.size - 1}, or augment.blur=0"
+            )

@@ -1,0 +1,166 @@
+"""Descriptors and differences: closed forms, antisymmetry, names."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.augment import (
+    CASSLE_DESCRIPTORS,
+    DESCRIPTOR_SIZES,
+    AugmentSpec,
+    View,
+    concatenate,
+    describe,
+    descriptor_width,
+    difference,
+    draw,
+    identity_descriptor,
+)
+
+SPEC = AugmentSpec(8, solarize=0.5, rotation=0.5)
+
+
+def _view(params):
+    """A view stated by what descriptors need alone."""
+    count = params.flip.shape[0]
+    color_diff = jax.random.uniform(jax.random.key(5), (count, 3), minval=-1)
+    color_diff = jnp.where(params.jitter[:, None], color_diff, 0)
+    return View(image=jnp.zeros((count, 1, 1, 3)), params=params, color_diff=color_diff)
+
+
+@functools.cache
+def _describe(spec=SPEC):
+    return jax.jit(jax.vmap(lambda view: describe(view, spec)))
+
+
+@functools.cache
+def _difference():
+    return jax.jit(jax.vmap(lambda one, two: difference(one, two, SPEC)))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    compiled = jax.jit(jax.vmap(lambda key: draw(key, np.array([90, 120]), SPEC)))
+    return [_view(compiled(jax.random.split(jax.random.key(seed), 200))) for seed in (0, 1)]
+
+
+def test_sizes(pair):
+    omega = _describe()(pair[0])
+    assert {name: vector.shape[1] for name, vector in omega.items()} == DESCRIPTOR_SIZES
+    assert all(vector.dtype == jnp.float32 for vector in omega.values())
+
+
+def test_a_view_without_augmentation_has_the_identity_descriptor(make_params):
+    omega = _describe()(_view(make_params(1, brightness=1.4, sigma=2, hue=0.1)))
+    names = list(DESCRIPTOR_SIZES)
+    np.testing.assert_array_equal(concatenate(omega, names)[0], identity_descriptor(names))
+
+
+def test_each_descriptor_by_hand(make_params):
+    params = make_params(
+        1,
+        crop=[0.1, 0.2, 0.4, 0.6],
+        flip=True,
+        jitter=True,
+        brightness=1.4,
+        contrast=0.6,
+        saturation=1.2,
+        hue=-0.05,
+        grayscale=True,
+        blur=True,
+        sigma=1.5,
+        solarize=True,
+        solarize_threshold=0.25,
+        turns=3,
+    )
+    omega = _describe()(_view(params))
+    expected = {
+        "blur": [1.5],
+        "color": [0.5, -0.5, 0.25, -0.25],
+        "crop": [0.3, 0.5, 0.4, 0.6],
+        "flip": [1],
+        "grayscale": [1],
+        "rotation": [0, 0, 0, 1],
+        "solarize": [0.25],
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(omega[name][0], value, atol=1e-6, err_msg=name)
+
+
+def test_color_stays_within_a_half(pair):
+    color = _describe()(pair[0])["color"]
+    assert np.abs(color).max() <= 0.5 + 1e-6
+    assert np.abs(color).max() > 0.45
+
+
+def test_a_range_without_width_is_described_by_zero(make_params):
+    spec = dataclasses.replace(SPEC, hue=(0.0, 0.0))
+    omega = _describe(spec)(_view(make_params(1, jitter=True, brightness=1.2)))
+    np.testing.assert_allclose(omega["color"][0], [0.25, 0, 0, 0], atol=1e-6)
+
+
+def test_the_mirrored_box_is_where_the_view_shows_it(make_params):
+    left_half = make_params(2, crop=[0, 0, 1, 0.5], flip=[False, True])
+    crop = _describe()(_view(left_half))["crop"]
+    np.testing.assert_allclose(crop, [[0.5, 0.25, 1, 0.5], [0.5, 0.75, 1, 0.5]], atol=1e-6)
+
+
+def test_differences_are_antisymmetric(pair):
+    forth, back = _difference()(*pair), _difference()(*pair[::-1])
+    for name in ("blur", "color", "color_diff", "solarize"):
+        np.testing.assert_allclose(forth[name], -back[name], atol=1e-6)
+    np.testing.assert_array_equal(forth["flip"], back["flip"])
+    classes = forth["rotation"].argmax(1) + back["rotation"].argmax(1)
+    np.testing.assert_array_equal(classes % 4, np.zeros(200))
+    # The frame is view 1's: columns change their sign only where both views are flipped alike.
+    same = np.asarray(forth["flip"])
+    signs = np.concatenate([-np.ones((200, 1)), 1 - 2 * same, -np.ones((200, 2))], axis=1)
+    np.testing.assert_allclose(forth["crop"], signs * back["crop"], atol=1e-6)
+
+
+def test_a_view_does_not_differ_from_itself(pair):
+    differences = _difference()(pair[0], pair[0])
+    expected = {"flip": np.ones((200, 1)), "rotation": np.tile([1.0, 0, 0, 0], (200, 1))}
+    for name, value in differences.items():
+        np.testing.assert_allclose(value, expected.get(name, np.zeros_like(value)), atol=1e-7)
+
+
+def test_rotation_difference_is_a_class(make_params):
+    turns_1, turns_2 = np.divmod(np.arange(16), 4)
+    views = [_view(make_params(16, turns=turns)) for turns in (turns_1, turns_2)]
+    classes = _difference()(*views)["rotation"].argmax(1)
+    np.testing.assert_array_equal(classes, (turns_1 - turns_2) % 4)
+
+
+def test_concatenation_is_alphabetical(pair):
+    omega = _describe()(pair[0])
+    vector = concatenate(omega, ("flip", "crop", "blur"))
+    np.testing.assert_array_equal(
+        vector, np.concatenate([omega["blur"], omega["crop"], omega["flip"]], axis=1)
+    )
+
+
+def test_widths():
+    assert descriptor_width(CASSLE_DESCRIPTORS) == 13
+    assert descriptor_width(()) == 0
+    assert descriptor_width(DESCRIPTOR_SIZES) == 19
+
+
+@pytest.mark.parametrize("names", [("crop", "zoom"), ("crop", "crop")])
+def test_unknown_and_repeated_names(names):
+    message = r"descriptors=\['crop', .*unknown or repeated name; use a subset of \['blur', "
+    for function in (descriptor_width, identity_descriptor):
+        with pytest.raises(ValueError, match=message):
+            function(names)
+
+
+def test_names_that_are_not_there(pair):
+    differences = _difference()(*pair)
+    with pytest.raises(ValueError, match=r"descriptors=\['grayscale'\] has an unknown"):
+        concatenate(differences, ("grayscale",))
+    with pytest.raises(ValueError, match="leaves nothing to concatenate"):
+        concatenate(differences, ())

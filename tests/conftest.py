@@ -1,0 +1,28 @@
+"""Gives every test eight pretend CPU devices and a compilation cache that outlives the run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# All of this is set before anything imports jax, and through the environment so that commands
+# started by a test inherit it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# With fewer cores than devices, steps dispatched ahead of each other can starve a collective of
+# the threads it waits for (seen with jax 0.12 on two cores: XLA aborts after a minute).
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+
+
+def _compilation_cache() -> Path:
+    """A directory of this user alone, since what lies in it is executed."""
+    directory = Path(tempfile.gettempdir()) / f"cassle_jax-tests-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        return Path(tempfile.mkdtemp(prefix="cassle_jax-tests-"))
+    return directory
+
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
