@@ -1,0 +1,1 @@
+"""Weights of other frameworks and formats, in and out."""

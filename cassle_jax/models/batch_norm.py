@@ -1,0 +1,104 @@
+"""Batch normalisation with PyTorch's running statistics, synchronised over devices."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel (the last axis) by its mean and variance over all other axes.
+
+    In training the statistics are the batch's, taken over every device of `axis_name`; the
+    running averages (collection `batch_stats`: `mean`, `var`) then take a step of 1 − momentum
+    towards them, the variance being the unbiased one. In evaluation the running averages are used.
+    Parameters (`scale`, `bias`) and all statistics are float32.
+
+    Attributes:
+        use_scale: learn a scale per channel.
+        use_bias: learn a shift per channel.
+        scale_init: initial values of the scale.
+        momentum: share of the old running average that is kept, in [0, 1].
+        epsilon: added to the variance.
+        axis_name: mapped axis over which the statistics are synchronised; None: this device's only.
+        dtype: dtype of the result.
+
+    References:
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.
+    """
+
+    use_scale: bool = True
+    use_bias: bool = True
+    scale_init: Initializer = nn.initializers.ones
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch channels"], train: bool
+    ) -> Float[Array, "*batch channels"]:
+        """Normalises `x`.
+
+        Args:
+            x: activations, any floating dtype.
+            train: use and record the batch's statistics instead of the running averages.
+
+        Raises:
+            ValueError: in training, if there is only one value per channel.
+        """
+        channels = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        x = x.astype(jnp.float32)
+
+        mean, var = running_mean.value, running_var.value
+        if train and not self.is_initializing():
+            mean, var = _moments(x, jax.lax.stop_gradient(mean), self.axis_name)
+            count = _count(x, self.axis_name)
+            running_mean.value = self._step(running_mean.value, mean)
+            running_var.value = self._step(running_var.value, var * (count / (count - 1)))
+
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if self.use_scale:
+            factor *= self.param("scale", self.scale_init, channels, jnp.float32)
+        y = (x - mean) * factor
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        return y.astype(self.dtype)
+
+    def _step(self, average: Float32[Array, " c"], value: Float32[Array, " c"]):
+        return self.momentum * average + (1 - self.momentum) * value
+
+
+def _moments(
+    x: Float32[Array, "*batch c"], shift: Float32[Array, " c"], axis_name: str | None
+) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
+    """Mean and biased variance of each channel in one pass over `x`.
+
+    E[x²] − E[x]² cancels badly where the mean is large; around a `shift` near the mean it does not.
+    """
+    centred = x - shift
+    axes = tuple(range(x.ndim - 1))
+    moments = jnp.stack([jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)])
+    if axis_name is not None:
+        moments = jax.lax.pmean(moments, axis_name)
+    mean, mean_of_squares = moments
+    return mean + shift, jnp.maximum(mean_of_squares - jnp.square(mean), 0)
+
+
+def _count(x: Float32[Array, "*batch c"], axis_name: str | None) -> int:
+    """Values per channel over all devices; raises a ValueError where no variance exists."""
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    count = math.prod(x.shape[:-1]) * devices
+    if count < 2:
+        raise ValueError(
+            f"BatchNorm in training needs at least 2 values per channel over all devices; "
+            f"the input's shape is {x.shape} on {devices} device(s)"
+        )
+    return count

@@ -1,0 +1,248 @@
+"""The projector that sees how its view was augmented, in every treatment and injection."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from cassle_jax.models.batch_norm import BatchNorm
+from cassle_jax.models.mlp import MLP
+
+TREATMENTS = ("none", "mlp", "raw", "hypernetwork")
+INJECTIONS = ("concat", "add", "multiply", "image", "none")
+
+
+def check_conditioning(
+    treatment: str,
+    injection: str,
+    *,
+    feature_width: int | None = None,
+    descriptor_width: int | None = None,
+) -> None:
+    """Refuses combinations of treatment and injection that cannot work.
+
+    Args:
+        treatment: what becomes of the descriptor ω: γ(ω) of an MLP, ω raw, weights, or nothing.
+        injection: where the result enters.
+        feature_width: width of the encoder's features, where it is known.
+        descriptor_width: width of ω, where it is known.
+
+    Raises:
+        ValueError: for an unknown name, an injection a hypernetwork cannot have, a descriptor
+            without entries, or raw ω added to or multiplied with features of another width.
+    """
+    if treatment not in TREATMENTS:
+        raise ValueError(f"treatment={treatment!r} is unknown; use one of {TREATMENTS}")
+    if injection not in INJECTIONS:
+        raise ValueError(f"injection={injection!r} is unknown; use one of {INJECTIONS}")
+    if treatment == "hypernetwork" and injection not in ("none", "concat"):
+        raise ValueError(
+            f"injection={injection!r} does nothing with treatment='hypernetwork', whose descriptor "
+            f"becomes the projector's weights; use injection='none'"
+        )
+    if not _is_conditioned(treatment, injection):
+        return
+    if descriptor_width == 0:
+        raise ValueError(
+            f"treatment={treatment!r} needs a descriptor, and this one has no entries; "
+            f"condition on at least one augmentation or use treatment='none'"
+        )
+    elementwise = treatment == "raw" and injection in ("add", "multiply")
+    known = feature_width is not None and descriptor_width is not None
+    if elementwise and known and feature_width != descriptor_width:
+        raise ValueError(
+            f"treatment='raw' with injection={injection!r} needs a descriptor as wide as the "
+            f"features ({feature_width}), not {descriptor_width}; use treatment='mlp'"
+        )
+
+
+def _is_conditioned(treatment: str, injection: str) -> bool:
+    return treatment == "hypernetwork" or "none" not in (treatment, injection)
+
+
+class ConditionedProjector(nn.Module):
+    """π(features | ω): the projector of CASSLE, conditioned on the view's own augmentation.
+
+    It is the plain projector if `treatment` or `injection` is 'none' and if `injection` is
+    'image', where `ImageConditioner` does the conditioning. A hypernetwork has no injection
+    ('none', or the usual 'concat', which it ignores).
+
+    Attributes:
+        hidden: width of the hidden layers; after a hypernetwork they are as wide as the features.
+        out: width of the embedding.
+        depth: number of the projector's Linear layers.
+        last_bn: end in a BatchNorm.
+        last_bn_affine: give that last BatchNorm a scale and a shift.
+        treatment: 'mlp' (an MLP γ ending in a BatchNorm maps ω first; the paper's choice), 'raw'
+            (ω itself), 'hypernetwork' (such an MLP maps ω to the projector's weights) or 'none'.
+        injection: 'concat' ([features, γ(ω)] enters; the paper's choice), 'add', 'multiply',
+            'image' or 'none'.
+        condition_depth: number of Linear layers of γ or of the hypernetwork.
+        condition_width: width of γ's hidden layers, and of its result where that is concatenated.
+        hypernetwork_bn: BatchNorm before each ReLU of the projector a hypernetwork made.
+        axis_name: mapped axis over which BatchNorm statistics are synchronised.
+        dtype: dtype the layers compute in; parameters are float32.
+
+    References:
+        CASSLE, the section on conditioning the projector and its ablations.
+    """
+
+    hidden: int
+    out: int
+    depth: int
+    last_bn: bool = False
+    last_bn_affine: bool = True
+    treatment: str = "mlp"
+    injection: str = "concat"
+    condition_depth: int = 6
+    condition_width: int = 64
+    hypernetwork_bn: bool = False
+    axis_name: str | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Float[Array, "batch features"],
+        descriptor: Float[Array, "batch descriptor"],
+        train: bool,
+    ) -> Float32[Array, "batch {self.out}"]:
+        """Embeddings of one view.
+
+        Args:
+            features: the encoder's features.
+            descriptor: how each image of the view was augmented, ω.
+            train: normalise by the batch's statistics, and record them.
+
+        Raises:
+            ValueError: what `check_conditioning` raises.
+        """
+        check_conditioning(
+            self.treatment,
+            self.injection,
+            feature_width=features.shape[-1],
+            descriptor_width=descriptor.shape[-1],
+        )
+        if self.treatment == "hypernetwork":
+            return self._hypernetwork(features, descriptor, train)
+        if _is_conditioned(self.treatment, self.injection) and self.injection != "image":
+            features = self._inject(features, descriptor, train)
+        return MLP(
+            hidden=self.hidden,
+            out=self.out,
+            depth=self.depth,
+            last_bn=self.last_bn,
+            last_bn_affine=self.last_bn_affine,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            name="projector",
+        )(features, train)
+
+    def _inject(self, features, descriptor, train):
+        if self.treatment == "mlp":
+            concat = self.injection == "concat"
+            width = self.condition_width if concat else features.shape[-1]
+            descriptor = self._condition(width, name="condition")(descriptor, train)
+        match self.injection:
+            case "concat":
+                return jnp.concatenate([features, descriptor], axis=-1)
+            case "add":
+                return features + descriptor
+            case "multiply":
+                return features * descriptor
+
+    def _hypernetwork(self, features, descriptor, train):
+        """A projector of each sample's own: per layer a weight matrix (inputs×outputs) and a bias.
+
+        The hypernetwork's result holds them in that order, layer after layer.
+        """
+        shapes = [(features.shape[-1],) * 2] * (self.depth - 1) + [(features.shape[-1], self.out)]
+        total = sum((inputs + 1) * outputs for inputs, outputs in shapes)
+        numbers = self._condition(total, name="hypernetwork")(descriptor, train)
+
+        x, start = features, 0
+        for layer, (inputs, outputs) in enumerate(shapes):
+            stop = start + inputs * outputs
+            weights = numbers[:, start:stop].reshape(-1, inputs, outputs)
+            biases = numbers[:, stop : stop + outputs]
+            start = stop + outputs
+            x = jnp.einsum("bi,bio->bo", x.astype(self.dtype), weights.astype(self.dtype)) + biases
+            if layer < self.depth - 1:
+                if self.hypernetwork_bn:
+                    x = BatchNorm(axis_name=self.axis_name, name=f"bn_{layer}")(x, train)
+                x = jax.nn.relu(x)
+        if self.last_bn:
+            affine = self.last_bn_affine
+            norm = BatchNorm(affine, affine, axis_name=self.axis_name, name=f"bn_{self.depth - 1}")
+            x = norm(x, train)
+        return x
+
+    def _condition(self, out: int, name: str) -> MLP:
+        return condition_network(
+            self.condition_width, out, self.condition_depth, self.axis_name, self.dtype, name
+        )
+
+
+class ImageConditioner(nn.Module):
+    """γ(ω) as further channels of the image, the same at every pixel.
+
+    Attributes:
+        treatment: 'mlp' (an MLP ending in a BatchNorm maps ω first) or 'raw' (ω itself).
+        condition_depth: number of γ's Linear layers.
+        condition_width: width of γ, which is the number of channels added.
+        axis_name: mapped axis over which BatchNorm statistics are synchronised.
+        dtype: dtype γ's layers compute in; parameters are float32.
+
+    References:
+        CASSLE, the injection the published code lists as 'image' and leaves unwritten.
+    """
+
+    treatment: str = "mlp"
+    condition_depth: int = 6
+    condition_width: int = 64
+    axis_name: str | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        descriptor: Float[Array, "batch descriptor"],
+        train: bool,
+    ) -> Float[Array, "batch height width conditioned_channels"]:
+        """Images with the descriptor's channels behind their own, in the images' dtype.
+
+        Raises:
+            ValueError: for a treatment other than 'mlp' and 'raw', or a descriptor without entries.
+        """
+        check_conditioning(self.treatment, "image", descriptor_width=descriptor.shape[-1])
+        if self.treatment == "none":
+            raise ValueError("treatment='none' leaves the images as they are; use 'mlp' or 'raw'")
+        if self.treatment == "mlp":
+            descriptor = condition_network(
+                self.condition_width,
+                self.condition_width,
+                self.condition_depth,
+                self.axis_name,
+                self.dtype,
+                "condition",
+            )(descriptor, train)
+        shape = (*images.shape[:-1], descriptor.shape[-1])
+        channels = jnp.broadcast_to(descriptor[:, None, None, :], shape)
+        return jnp.concatenate([images, channels.astype(images.dtype)], axis=-1)
+
+
+def condition_network(
+    width: int, out: int, depth: int, axis_name: str | None, dtype: DTypeLike, name: str
+) -> MLP:
+    """The MLP, ending in a BatchNorm with scale and shift, that maps ω."""
+    return MLP(
+        hidden=width,
+        out=out,
+        depth=depth,
+        last_bn=True,
+        axis_name=axis_name,
+        dtype=dtype,
+        name=name,
+    )

@@ -1,0 +1,65 @@
+"""The multilayer perceptron that projectors, predictors and heads are made of."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from cassle_jax.models.batch_norm import BatchNorm
+from cassle_jax.models.initializers import bias_uniform, fan_in_uniform
+
+
+class MLP(nn.Module):
+    """(Linear without bias → BatchNorm → ReLU) × (depth − 1), then Linear.
+
+    The last Linear has a bias only if no BatchNorm follows it.
+
+    Attributes:
+        hidden: width of the hidden layers.
+        out: width of the result.
+        depth: number of Linear layers, at least 1.
+        last_bn: end in a BatchNorm.
+        last_bn_affine: give that last BatchNorm a scale and a shift.
+        axis_name: mapped axis over which BatchNorm statistics are synchronised.
+        dtype: dtype the layers compute in; parameters are float32.
+    """
+
+    hidden: int
+    out: int
+    depth: int
+    last_bn: bool = False
+    last_bn_affine: bool = True
+    axis_name: str | None = None
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} leaves an MLP without layers; use 1 or more")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch inputs"], train: bool
+    ) -> Float32[Array, "batch {self.out}"]:
+        """Maps `x`; `train` normalises by the batch's statistics, and records them."""
+        last = self.depth - 1
+        for layer in range(last):
+            x = self._linear(x, self.hidden, layer, use_bias=False)
+            x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn_{layer}")(x, train)
+            x = jax.nn.relu(x)
+        x = self._linear(x, self.out, last, use_bias=not self.last_bn)
+        if self.last_bn:
+            affine = self.last_bn_affine
+            x = BatchNorm(affine, affine, axis_name=self.axis_name, name=f"bn_{last}")(x, train)
+        return x.astype(jnp.float32)
+
+    def _linear(self, x: Float[Array, "batch inputs"], width: int, layer: int, use_bias: bool):
+        return nn.Dense(
+            width,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            kernel_init=fan_in_uniform,
+            bias_init=bias_uniform(x.shape[-1]),
+            name=f"linear_{layer}",
+        )(x)

@@ -1,0 +1,161 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.interop.pytorch import projector_from_pytorch, projector_to_pytorch
+from cassle_jax.models import ConditionedProjector, ImageConditioner, check_conditioning
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "projector.npz"
+
+CASES = {
+    "mlp_concat": {},
+    "mlp_add": {"injection": "add"},
+    "mlp_multiply": {"injection": "multiply"},
+    "raw_concat": {"treatment": "raw"},
+    "none": {"treatment": "none", "injection": "none"},
+    "mlp_concat_3layer_last_bn": {
+        "hidden": 20,
+        "depth": 3,
+        "last_bn": True,
+        "last_bn_affine": False,
+    },
+    "hypernet": {"treatment": "hypernetwork", "injection": "none"},
+    "hypernet_bn": {"treatment": "hypernetwork", "injection": "none", "hypernetwork_bn": True},
+}
+
+
+def projector_for(**fields):
+    defaults = {"hidden": 24, "out": 12, "depth": 2, "condition_depth": 3, "condition_width": 16}
+    return ConditionedProjector(**defaults | fields)
+
+
+def variables_of(projector, descriptor_width=13):
+    return jax.eval_shape(
+        lambda: projector.init(
+            jax.random.key(0), jnp.ones((2, 24)), jnp.ones((2, descriptor_width)), False
+        )
+    )
+
+
+def relative_error(value, golden):
+    return np.linalg.norm(value - golden) / np.linalg.norm(golden)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as archive:
+        return dict(archive)
+
+
+def state_of(golden, case):
+    prefix = f"{case}/state/"
+    return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+
+
+def test_every_golden_case_is_tested(golden):
+    assert {name.split("/")[0] for name in golden} == CASES.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_are_the_published_implementations(golden, case):
+    projector = projector_for(**CASES[case])
+    state = state_of(golden, case)
+    variables = projector_from_pytorch(state, variables_of(projector))
+
+    @jax.jit
+    def train_then_evaluate(variables, features, descriptor):
+        trained, updates = projector.apply(
+            variables, features, descriptor, True, mutable=["batch_stats"]
+        )
+        evaluated = projector.apply(variables | updates, features, descriptor, False)
+        return trained, evaluated
+
+    with jax.default_matmul_precision("highest"):
+        trained, evaluated = train_then_evaluate(
+            variables, golden[f"{case}/features"], golden[f"{case}/descriptor"]
+        )
+    assert relative_error(trained, golden[f"{case}/train_output"]) < 1e-5
+    assert relative_error(evaluated, golden[f"{case}/eval_output_after_one_train_step"]) < 1e-5
+
+    back = projector_to_pytorch(variables)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_image_injection_leaves_the_projector_plain():
+    projector = projector_for(injection="image")
+    assert variables_of(projector) == variables_of(projector_for(injection="none"))
+
+
+def test_raw_descriptors_as_wide_as_the_features_multiply():
+    projector = projector_for(treatment="raw", injection="multiply", depth=1)
+    features, descriptor = jax.random.normal(jax.random.key(0), (2, 4, 24))
+    output, variables = projector.init_with_output(jax.random.key(1), features, descriptor, False)
+    layer = variables["params"]["projector"]["linear_0"]
+    np.testing.assert_allclose(
+        output, (features * descriptor) @ layer["kernel"] + layer["bias"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_hypernetworks_projector_may_end_in_a_norm():
+    projector = projector_for(treatment="hypernetwork", last_bn=True, last_bn_affine=False)
+    assert "bn_1" not in variables_of(projector)["params"]
+    features, descriptor = jnp.split(jax.random.normal(jax.random.key(0), (8, 37)), [24], axis=1)
+    variables = projector.init(jax.random.key(1), features, descriptor, False)
+    output, _ = projector.apply(variables, features, descriptor, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(np.mean(output, axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(np.std(output, axis=0), 1, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("treatment", "added"), [("mlp", 16), ("raw", 13)])
+def test_the_image_gets_the_descriptor_at_every_pixel(treatment, added):
+    conditioner = ImageConditioner(treatment, condition_depth=2, condition_width=16)
+    images = jax.random.uniform(jax.random.key(0), (3, 4, 4, 3), jnp.bfloat16)
+    descriptor = jax.random.normal(jax.random.key(1), (3, 13))
+    conditioned, variables = conditioner.init_with_output(
+        jax.random.key(2), images, descriptor, False
+    )
+    assert conditioned.shape == (3, 4, 4, 3 + added)
+    assert conditioned.dtype == images.dtype
+    np.testing.assert_array_equal(conditioned[..., :3], images)
+    np.testing.assert_array_equal(
+        conditioned[:, :1, :1, 3:] + 0 * conditioned[..., 3:], conditioned[..., 3:]
+    )
+    if treatment == "raw":
+        assert not variables
+        np.testing.assert_array_equal(conditioned[:, 2, 1, 3:], descriptor.astype(jnp.bfloat16))
+
+
+def test_image_conditioners_need_a_treatment():
+    with pytest.raises(ValueError, match="treatment='none'"):
+        ImageConditioner("none").init(
+            jax.random.key(0), jnp.ones((1, 2, 2, 3)), jnp.ones((1, 4)), False
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mpl", "concat"), r"treatment='mpl' is unknown; use one of .*'mlp'"),
+        (("mlp", "cat"), r"injection='cat' is unknown; use one of .*'concat'"),
+        (("hypernetwork", "add"), "injection='add' does nothing .* use injection='none'"),
+        (("hypernetwork", "image"), "injection='image' does nothing"),
+    ],
+)
+def test_impossible_combinations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_conditioning(*arguments)
+
+
+def test_widths_that_cannot_meet_are_refused():
+    check_conditioning("raw", "add")
+    check_conditioning("raw", "add", feature_width=13, descriptor_width=13)
+    check_conditioning("none", "concat", descriptor_width=0)
+    with pytest.raises(ValueError, match=r"as wide as the features \(24\), not 13"):
+        variables_of(projector_for(treatment="raw", injection="add"))
+    with pytest.raises(ValueError, match="has no entries; condition on at least one"):
+        variables_of(projector_for(), descriptor_width=0)

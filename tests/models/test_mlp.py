@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.models import MLP
+
+
+def shapes(**fields):
+    variables = jax.eval_shape(
+        lambda: MLP(hidden=5, out=3, **fields).init(jax.random.key(0), jnp.ones((2, 4)), True)
+    )
+    return jax.tree.map(lambda leaf: leaf.shape, variables)
+
+
+def test_only_a_last_linear_without_norm_has_a_bias():
+    assert shapes(depth=2)["params"] == {
+        "linear_0": {"kernel": (4, 5)},
+        "bn_0": {"scale": (5,), "bias": (5,)},
+        "linear_1": {"kernel": (5, 3), "bias": (3,)},
+    }
+    assert shapes(depth=1)["params"] == {"linear_0": {"kernel": (4, 3), "bias": (3,)}}
+
+
+def test_a_last_norm_may_go_without_scale_and_shift():
+    assert shapes(depth=1, last_bn=True)["params"]["bn_0"] == {"scale": (3,), "bias": (3,)}
+    plain = shapes(depth=1, last_bn=True, last_bn_affine=False)
+    assert plain["params"] == {"linear_0": {"kernel": (4, 3)}}
+    assert plain["batch_stats"] == {"bn_0": {"mean": (3,), "var": (3,)}}
+
+
+def test_weights_and_biases_start_uniform_within_one_over_root_fan_in():
+    params = MLP(hidden=8, out=2000, depth=1).init(jax.random.key(0), jnp.ones((1, 16)), False)
+    for values in params["params"]["linear_0"].values():
+        assert 0.24 < jnp.max(values) <= 0.25
+        assert -0.25 <= jnp.min(values) < -0.24
+        np.testing.assert_allclose(np.std(values), 0.25 / np.sqrt(3), rtol=0.05)
+
+
+@pytest.mark.parametrize("last_bn", [False, True])
+def test_bfloat16_layers_give_a_float32_result(last_bn):
+    mlp = MLP(hidden=5, out=3, depth=2, last_bn=last_bn, dtype=jnp.bfloat16)
+    result, variables = mlp.init_with_output(jax.random.key(0), jnp.ones((2, 4)), True)
+    assert result.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_an_mlp_needs_a_layer():
+    with pytest.raises(ValueError, match="depth=0"):
+        MLP(hidden=5, out=3, depth=0)

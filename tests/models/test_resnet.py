@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.interop.pytorch import encoder_from_pytorch, encoder_to_pytorch
+from cassle_jax.models import ENCODERS, ResNet, make_encoder
+from cassle_jax.models.resnet import Bottleneck
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def weights_by_rule(shapes):
+    """Weights that are a function of their names, so that none need be stored."""
+    state = {}
+    for name, shape in shapes.items():
+        draw = np.random.default_rng([0, *name.encode()]).standard_normal(shape)
+        draw = draw.astype(np.float32)
+        if name.endswith("running_var"):
+            state[name] = 1 + 0.1 * np.abs(draw)
+        elif name.endswith("running_mean"):
+            state[name] = 0.1 * draw
+        elif len(shape) == 1:
+            state[name] = (1 if name.endswith("weight") else 0) + 0.1 * draw
+        else:
+            state[name] = draw / np.float32(np.sqrt(np.prod(shape[1:])))
+    return state
+
+
+def variables_of(encoder, size=64, channels=3):
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    return jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False), images)
+
+
+def relative_error(value, golden):
+    return np.linalg.norm(value - golden) / np.linalg.norm(golden)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_features_are_torchvisions(name):
+    shapes = json.loads((GOLDEN / "backbone_shapes.json").read_text())[name]
+    state = weights_by_rule(shapes)
+    encoder = make_encoder(name)
+    variables = encoder_from_pytorch(state, variables_of(encoder))
+    images = np.random.default_rng(3).standard_normal((4, 3, 64, 64)).astype(np.float32)
+
+    @jax.jit
+    def features(variables, images):
+        trained, _ = encoder.apply(variables, images, True, mutable=["batch_stats"])
+        return encoder.apply(variables, images, False), trained
+
+    with jax.default_matmul_precision("highest"):
+        evaluated, trained = features(variables, images.transpose(0, 2, 3, 1))
+
+    with np.load(GOLDEN / "backbone_features.npz") as golden:
+        assert relative_error(evaluated, golden[f"{name}/eval_features"]) < 1e-4
+        assert relative_error(trained, golden[f"{name}/train_features"]) < 1e-4
+
+    back = encoder_to_pytorch(variables)
+    assert back.keys() == state.keys()
+    for key, array in state.items():
+        np.testing.assert_array_equal(back[key], array)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A ResNet-18 eight channels wide, for images of any channel count, and its variables."""
+    encoder = make_encoder("resnet18", width=8, small_images=True)
+    return encoder, jax.jit(lambda x: encoder.init(jax.random.key(0), x, True))(
+        jnp.ones((2, 16, 16, 5))
+    )
+
+
+def test_convolutions_start_uniform_within_one_over_root_fan_in(tiny):
+    kernel = tiny[1]["params"]["layer4_1"]["conv2"]["kernel"]
+    bound = (3 * 3 * 64) ** -0.5
+    assert kernel.shape == (3, 3, 64, 64)
+    assert 0.99 * bound < jnp.max(jnp.abs(kernel)) <= bound
+    np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.02)
+
+
+def test_residual_blocks_start_as_their_shortcut(tiny):
+    params = tiny[1]["params"]
+    for name, block in params.items():
+        if name.startswith("layer"):
+            np.testing.assert_array_equal(block["bn2"]["scale"], 0)
+            np.testing.assert_array_equal(block["bn1"]["scale"], 1)
+
+
+def test_bottlenecks_start_as_their_shortcut():
+    block = Bottleneck(2, stride=1, dtype=jnp.float32, axis_name=None)
+    params = block.init(jax.random.key(0), jnp.ones((1, 8, 8, 8)), False)["params"]
+    np.testing.assert_array_equal(params["bn3"]["scale"], 0)
+    np.testing.assert_array_equal(params["bn2"]["scale"], 1)
+
+
+def test_small_images_keep_their_resolution_through_the_first_stage(tiny):
+    encoder, variables = tiny
+    assert variables["params"]["conv1"]["kernel"].shape == (3, 3, 5, 8)
+    features, seen = jax.eval_shape(
+        lambda v, x: encoder.apply(v, x, False, mutable=["intermediates"]),
+        variables,
+        jnp.ones((2, 16, 16, 5)),
+    )
+    shapes = {name: value[0].shape for name, value in seen["intermediates"].items()}
+    assert features.shape == (2, encoder.feature_width) == (2, 64)
+    assert shapes == {
+        "stem": (2, 16, 16, 8),
+        "layer1": (2, 16, 16, 8),
+        "layer2": (2, 8, 8, 16),
+        "layer3": (2, 4, 4, 32),
+        "layer4": (2, 2, 2, 64),
+        "features": (2, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "parameters"),
+    [("resnet18", 512, 11_176_512), ("resnet34", 512, 21_284_672), ("resnet50", 2048, 23_508_032)],
+)
+def test_sizes_are_torchvisions_without_the_classifier(name, width, parameters):
+    encoder = make_encoder(name)
+    params = variables_of(encoder)["params"]
+    assert encoder.feature_width == width
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+def test_recomputed_blocks_in_bfloat16_give_float32_features_and_the_same_gradient(tiny):
+    _, variables = tiny
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 5))
+
+    def gradient(remat, dtype):
+        encoder = make_encoder("resnet18", width=8, small_images=True, remat=remat, dtype=dtype)
+
+        def loss(params):
+            features, updates = encoder.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                images,
+                True,
+                mutable=["batch_stats"],
+            )
+            assert features.dtype == jnp.float32
+            return jnp.mean(features**2), updates
+
+        return jax.grad(loss, has_aux=True)
+
+    jax.eval_shape(gradient(True, jnp.bfloat16), variables["params"])
+    plain = jax.jit(gradient(False, jnp.float32))(variables["params"])
+    remat = jax.jit(gradient(True, jnp.float32))(variables["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+
+
+def test_unknown_encoders_are_refused_with_the_known_ones():
+    assert {"resnet18", "resnet34", "resnet50"} <= ENCODERS.keys()
+    with pytest.raises(ValueError, match=r"encoder='resnet20' is unknown; use one of .*resnet34"):
+        make_encoder("resnet20")
+    with pytest.raises(ValueError, match=r"depth=20 .*\[18, 34, 50\]"):
+        ResNet(20)
