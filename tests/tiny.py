@@ -1,0 +1,56 @@
+"""A tiny encoder and a tiny configuration: whole runs that compile in seconds."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cassle_jax.config import base_config
+from cassle_jax.models import BatchNorm
+
+
+class TinyEncoder(nn.Module):
+    """Two 3×3 stride-2 convolutions with BatchNorm and ReLU, then the global mean."""
+
+    axis_name: str | None = None
+    dtype: jnp.dtype = jnp.float32
+    width: int = 24
+    small_images: bool = False
+    remat: bool = False
+
+    @property
+    def feature_width(self):
+        return self.width
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = images
+        for index, width in ((0, 16), (3, self.width)):
+            convolution = partial(nn.Conv, use_bias=False, dtype=self.dtype, name=f"net_{index}")
+            norm = partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+            x = convolution(width, (3, 3), 2, padding=1)(x)
+            x = nn.relu(norm(name=f"net_{index + 1}")(x, train))
+        return x.mean((1, 2), dtype=jnp.float32)
+
+
+def tiny_config(arguments="method=simclr"):
+    """Scenes at 16 pixels, a batch of 16, 24 steps of 4 to an epoch; `encoder.name` is tiny."""
+    config = base_config(arguments)
+    config.steps = 24
+    config.batch_size = 16
+    config.encoder.name = "tiny"
+    config.encoder.width = 24
+    config.conditioning.depth = 2
+    config.conditioning.width = 8
+    config.augself.hidden = 16
+    config.augment.size = 16
+    config.data.scenes = 64
+    config.data.canvas = 24
+    config.data.threads = 2
+    config.probe.every_epochs = 0
+    config.checkpoint.every_steps = 5
+    config.log.every_steps = 5
+    config.compilation_cache = ""
+    if "queue_size" in config.method:
+        config.method.queue_size = 64
+    return config
