@@ -1,0 +1,33 @@
+"""From stored images to batches of uint8 canvases: sources, decoding, and the Grain pipeline."""
+
+from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
+from cassle_jax.data.decode import DamagedImage, decode
+from cassle_jax.data.errors import DataError
+from cassle_jax.data.pipeline import (
+    BatchIterator,
+    evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
+from cassle_jax.data.scenes import FACTORS, SHAPES, TEXTURES, Scenes
+from cassle_jax.data.sources import DataConfig, Record, Source, open_source
+
+__all__ = [
+    "FACTORS",
+    "SHAPES",
+    "TEXTURES",
+    "BatchIterator",
+    "DamagedImage",
+    "DamagedLog",
+    "DataConfig",
+    "DataError",
+    "Record",
+    "Scenes",
+    "Source",
+    "TooManyDamaged",
+    "decode",
+    "evaluation_batches",
+    "open_source",
+    "steps_per_epoch",
+    "training_batches",
+]

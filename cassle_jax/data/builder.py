@@ -1,0 +1,267 @@
+"""Any tensorflow-datasets builder prepared as array_record, read without TensorFlow."""
+
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from jaxtyping import Int
+from tensorflow_datasets.core import read_only_builder
+
+from cassle_jax.data.errors import DataError
+from cassle_jax.data.sources import Record, check_classes, closest, read_class_list
+
+_SCAN_CHUNK = 256
+
+
+class TfdsSource:
+    """One split of a prepared builder, its images left encoded.
+
+    The image and the label are found by their feature's type: the `Image` called 'image', else the
+    first one in colour; the `ClassLabel` called 'label', else the first. Without a `ClassLabel`
+    every label is -1.
+    """
+
+    def __init__(self, tfds_builder: tfds.core.DatasetBuilder, split: str, classes: str = ""):
+        """Opens a split.
+
+        Args:
+          tfds_builder: a builder whose array_record files exist.
+          split: a split expression of tfds.
+          classes: see `sources.DataConfig`. A subset needs the labels of the whole split: they are
+            read once and kept in the user's cache folder, see `label_cache_folder`.
+
+        Raises:
+          DataError: no image feature, no such split, wrong file format, or an unknown class.
+        """
+        features = tfds_builder.info.features
+        self._image_key = _image_path(features)
+        self._label_key = _label_path(features)
+        self.name = f"{tfds_builder.info.full_name} {split}"
+        if self._image_key is None:
+            raise DataError(
+                f"data.name={tfds_builder.info.full_name!r} has no image feature, only "
+                f"{', '.join(features)}"
+            )
+        self.class_names = _class_names(features, self._label_key)
+        wanted = read_class_list(classes)
+        if wanted is not None:
+            self._check_subset(classes, wanted)
+        self._records = _open_split(tfds_builder, split)
+        self._kept: Int[np.ndarray, " kept"] | None = None
+        self._new_label: Int[np.ndarray, " classes"] | None = None
+        if wanted is not None:
+            self._keep_classes(wanted, _label_cache_file(tfds_builder, split))
+
+    def __len__(self) -> int:
+        return len(self._records) if self._kept is None else len(self._kept)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        position = index if self._kept is None else int(self._kept[index])
+        example = self._records[position]
+        image = _at(example, self._image_key)
+        return Record(image, self._label(example), f"{self.name} #{position}")
+
+    def _label(self, example: dict) -> int:
+        if self._label_key is None:
+            return -1
+        label = int(_at(example, self._label_key))
+        return label if self._new_label is None or label < 0 else int(self._new_label[label])
+
+    def _check_subset(self, classes: str, wanted: tuple[str, ...]) -> None:
+        if self._label_key is None:
+            raise DataError(
+                f"data.classes={classes!r} needs labels, and {self.name} has none; leave it ''"
+            )
+        check_classes(classes, wanted, self.class_names)
+
+    def _keep_classes(self, wanted: tuple[str, ...], cache_file: pathlib.Path) -> None:
+        labels = _cached_labels(self._scan_labels, len(self._records), cache_file)
+        new_label = np.full(len(self.class_names), -1, np.int32)
+        for new, name in enumerate(wanted):
+            new_label[self.class_names.index(name)] = new
+        # An unlabelled record has label -1, which must not read the last class's entry.
+        keep = (labels >= 0) & (new_label[labels] >= 0)
+        self._kept = np.flatnonzero(keep)
+        self._new_label = new_label
+        self.class_names = wanted
+        if not len(self._kept):
+            raise DataError(f"data.classes leaves no image of {self.name}")
+
+    def _scan_labels(self) -> Iterator[list[int]]:
+        for start in range(0, len(self._records), _SCAN_CHUNK):
+            stop = min(start + _SCAN_CHUNK, len(self._records))
+            examples = self._records.__getitems__(range(start, stop))
+            yield [int(_at(example, self._label_key)) for example in examples]
+
+
+def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> TfdsSource:
+    """Opens one split of a builder that `tfds build` has prepared as array_record.
+
+    Args:
+      name: builder, optionally with config and version, such as 'imagenet_resized/64x64:0.1.0'.
+      data_dir: tfds' data_dir; '' is its default.
+      split: a split expression of tfds.
+      classes: see `sources.DataConfig`.
+
+    Raises:
+      DataError: the builder is unknown or not prepared, or anything `TfdsSource` refuses.
+    """
+    return TfdsSource(_find_builder(name, data_dir), split, classes)
+
+
+def label_cache_folder() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/cassle_jax/labels`, `~/.cache` where the variable is not set.
+
+    Holds one .npy file a dataset, version and split of which a class subset was asked for. Safe to
+    delete: the labels are then read again.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "cassle_jax" / "labels"
+
+
+def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    if not name:
+        raise DataError("data.name='' names no tfds builder; give one, such as 'cifar10'")
+    folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+    if folder and not folder.is_dir():
+        raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
+    try:
+        # From files, not by tfds.builder: whichever version is prepared is the one that is read.
+        return read_only_builder.builder_from_files(name, data_dir=folder)
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(_why_not_found(name, folder)) from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"data.name={name!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _why_not_found(name: str, folder: pathlib.Path | None) -> str:
+    where = folder or pathlib.Path(tfds.core.constants.DATA_DIR)
+    plain = re.split("[/:]", name)[0]
+    known = tfds.list_builders(with_community_datasets=False)
+    prepared = sorted(entry.name for entry in where.iterdir()) if where.is_dir() else []
+    if plain not in known and plain not in prepared:
+        return f"data.name={name!r} is no tfds builder{closest(plain, [*known, *prepared])}"
+    option = f" --data_dir={folder}" if folder else ""
+    return (
+        f"data.name={name!r} is not prepared in {where}; run "
+        f"`tfds build {name} --file_format=array_record{option}`, or set data.path to where it is"
+    )
+
+
+def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
+    info = tfds_builder.info
+    formats = sorted(file_format.value for file_format in info.available_file_formats())
+    if "array_record" not in formats:
+        raise DataError(
+            f"data.name={info.full_name!r} is prepared as {', '.join(formats)}, without random "
+            f"access; run `tfds convert_format --dataset_version_dir={tfds_builder.data_dir} "
+            "--out_file_format=array_record`"
+        )
+    decoders = _skip_image_decoding(info.features)
+    try:
+        return tfds_builder.as_data_source(split, decoders=decoders, file_format="array_record")
+    except Exception as error:  # A bad split expression fails in tfds' parser in many ways.
+        splits = list(info.splits)
+        raise DataError(
+            f"data.name={info.full_name!r} has no split {split!r}{closest(split, splits)} "
+            f"({_first_line(error)}); there: {', '.join(splits)}"
+        ) from error
+
+
+def _image_path(features) -> tuple[str, ...] | None:
+    """Where the image is in nested dictionaries of features: 'image', else the first in colour."""
+    images = [
+        path
+        for path, feature in _leaves(features)
+        if isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
+    ]
+    in_grey = {path: _at(features, path).shape[-1] != 3 for path in images}
+    return min(images, key=lambda path: (path != ("image",), in_grey[path]), default=None)
+
+
+def _label_path(features) -> tuple[str, ...] | None:
+    labels = [
+        path for path, feature in _leaves(features) if isinstance(feature, tfds.features.ClassLabel)
+    ]
+    return min(labels, key=lambda path: path != ("label",), default=None)
+
+
+def _leaves(features, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, feature in features.items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            yield from _leaves(feature, (*path, key))
+        else:
+            yield (*path, key), feature
+
+
+def _skip_image_decoding(features) -> dict:
+    """Decoders for tfds that leave every image encoded, those we do not use too."""
+    decoders: dict = {}
+    for path, feature in _leaves(features):
+        if isinstance(feature, tfds.features.Image):
+            level = decoders
+            for key in path[:-1]:
+                level = level.setdefault(key, {})
+            level[path[-1]] = tfds.decode.SkipDecoding()
+    return decoders
+
+
+def _class_names(features, label_key: tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if label_key is None else tuple(_at(features, label_key).names)
+
+
+def _at(tree, path: tuple[str, ...]):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _cached_labels(scan, count: int, cache_file: pathlib.Path) -> Int[np.ndarray, " records"]:
+    """Labels of all records, from the cache where it has them; `scan` yields them in lists."""
+    try:
+        labels = np.load(cache_file, allow_pickle=False)
+        if labels.shape == (count,):
+            return labels
+    except (OSError, ValueError, EOFError):
+        pass
+    logging.info("Reading the labels of %d records once; kept in %s", count, cache_file)
+    labels = np.empty(count, np.int32)
+    done = 0
+    for chunk in scan():
+        labels[done : done + len(chunk)] = chunk
+        done += len(chunk)
+        logging.log_every_n_seconds(logging.INFO, "%d of %d labels read", 30, done, count)
+    _write_atomically(labels, cache_file)
+    return labels
+
+
+def _write_atomically(labels: Int[np.ndarray, " records"], path: pathlib.Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, labels)
+        pathlib.Path(file.name).replace(path)
+    except OSError as error:
+        logging.warning("Labels not kept, the next start reads them again: %s", error)
+
+
+def _label_cache_file(tfds_builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
+    """Names dataset, version and split; the digest tells apart preparations with other files."""
+    files = tfds_builder.info.splits[split].file_instructions
+    described = repr([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files])
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{tfds_builder.info.full_name}-{split}")
+    return label_cache_folder() / f"{readable}-{digest}.npy"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().strip("\"'").splitlines()
+    return lines[0] if lines else type(error).__name__

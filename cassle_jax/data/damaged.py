@@ -1,0 +1,124 @@
+"""Keeps account of the images that could not be read, and stops a run that has too many."""
+
+import os
+import pathlib
+import threading
+
+from absl import logging
+
+from cassle_jax.data.errors import DataError
+
+_LISTED = 20
+
+
+class TooManyDamaged(DataError):
+    """More images are damaged than the run tolerates; the message lists them."""
+
+
+class DamagedLog:
+    """Counts the distinct damaged records of one dataset, logs each once, and remembers them.
+
+    Thread-safe. With a `path` every name is appended to `<path>/damaged-<process>.txt` (a line
+    each: name, tab, reason) before it counts, and a later log with the same path starts from what
+    all processes wrote there. Give every dataset its own path.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        max_fraction: float,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        process_index: int = 0,
+    ):
+        """Opens the account.
+
+        Args:
+          total: number of records in the dataset.
+          max_fraction: the tolerated share of damaged records, in [0, 1]; more stops the run.
+          path: directory to remember them in, made if missing; None remembers nothing.
+          process_index: which process of the run this is; each writes a file of its own.
+
+        Raises:
+          DataError: `max_fraction` is outside [0, 1].
+          TooManyDamaged: what is remembered under `path` is already too much.
+        """
+        if not 0.0 <= max_fraction <= 1.0:
+            raise DataError(
+                f"data.max_bad_fraction={max_fraction} is not a fraction; give a value in [0, 1]"
+            )
+        self._total = total
+        self._max_fraction = max_fraction
+        self._lock = threading.Lock()
+        self._reasons: dict[str, str] = {}
+        self._file: pathlib.Path | None = None
+        if path is not None:
+            directory = pathlib.Path(path)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = directory / f"damaged-{process_index:05d}.txt"
+            for known in sorted(directory.glob("damaged-*.txt")):
+                self._reasons.update(_read(known))
+            _drop_torn_line(self._file)
+        self._stop_if_too_many()
+
+    def __len__(self) -> int:
+        """Number of distinct damaged records known."""
+        return len(self._reasons)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the damaged records known, sorted."""
+        with self._lock:
+            return tuple(sorted(self._reasons))
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes that the record `name` is damaged; a record noted before is not counted again.
+
+        Raises:
+          TooManyDamaged: with this one, more than `max_fraction` of the dataset is damaged.
+        """
+        name, reason = _printable(name), _printable(reason)
+        with self._lock:
+            if name not in self._reasons:
+                self._append(name, reason)
+                self._reasons[name] = reason
+                logging.warning("Damaged image, replaced by another: %s (%s)", name, reason)
+            self._stop_if_too_many()
+
+    def _append(self, name: str, reason: str) -> None:
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\t{reason}\n")
+
+    def _stop_if_too_many(self) -> None:
+        count = len(self._reasons)
+        if count <= self._max_fraction * self._total:
+            return
+        listed = sorted(self._reasons.items())[:_LISTED]
+        rest = f", and {count - len(listed)} more" if count > len(listed) else ""
+        raise TooManyDamaged(
+            f"{count} of {self._total} images are damaged, more than "
+            f"data.max_bad_fraction={self._max_fraction:g} allows; mend them, or raise it: "
+            + "; ".join(f"{name} ({reason})" for name, reason in listed)
+            + rest
+        )
+
+
+def _read(path: pathlib.Path) -> dict[str, str]:
+    """Names to reasons; a last line without its newline was torn by a kill and does not count."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+
+def _drop_torn_line(path: pathlib.Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
+def _printable(text: str) -> str:
+    """One line without tabs; bytes of a file name that are not UTF-8 are escaped."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())

@@ -1,0 +1,124 @@
+"""Puts decoded images onto the canvases of a batch, stepping over damaged ones."""
+
+import errno
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from cassle_jax.data.damaged import DamagedLog
+from cassle_jax.data.decode import DamagedImage, decode
+from cassle_jax.data.errors import DataError
+from cassle_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+# The machine's trouble rather than the file's: a substitute would hide it.
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Images:
+    """Decodes a source's images into batch arrays. Thread-safe."""
+
+    def __init__(
+        self,
+        source: Source,
+        canvas: int,
+        damaged: DamagedLog,
+        *,
+        substitute: bool,
+        cache_bytes: int = 0,
+    ):
+        """Sets up; nothing is read.
+
+        Args:
+          source: the dataset.
+          canvas: side of the square canvas, pixels.
+          damaged: told of every damaged record.
+          substitute: a damaged record is replaced by the next good one; if False, its row is left
+            blank, and batches have a 'mask'.
+          cache_bytes: images are kept where the whole dataset fits into this many bytes; only
+            together with `substitute`.
+        """
+        if canvas < 1:
+            raise DataError(f"data.canvas={canvas} is no size in pixels; use 1 or more")
+        self.canvas_bytes = canvas * canvas * 3
+        self._source = source
+        self._canvas = canvas
+        self._damaged = damaged
+        self._substitute = substitute
+        keep = substitute and 0 < len(source) * self.canvas_bytes <= cache_bytes
+        self._kept = self.blank(len(source)) if keep else None
+        self._is_kept = np.zeros(len(source) if keep else 0, bool)
+
+    def blank(self, rows: int) -> Batch:
+        """A batch without images: black canvases, sizes 1×1, labels and indices -1."""
+        batch = {
+            "image": np.zeros((rows, self._canvas, self._canvas, 3), np.uint8),
+            "size": np.ones((rows, 2), np.int32),
+            "label": np.full(rows, -1, np.int32),
+            "index": np.full(rows, -1, np.int32),
+        }
+        return batch if self._substitute else {**batch, "mask": np.zeros(rows, bool)}
+
+    def fill(self, batch: Batch, first_row: int, indices: Int[np.ndarray, " rows"]) -> None:
+        """Decodes the records `indices` into the rows from `first_row` of a blank batch.
+
+        Raises:
+          TooManyDamaged: see `DamagedLog`.
+          DataError: no record of the whole dataset can be decoded.
+        """
+        if self._kept is None:
+            for row, index in enumerate(indices.tolist(), first_row):
+                if index >= 0:
+                    self._decode_into(batch, row, index)
+            return
+        for index in indices.tolist():
+            # Two threads may decode the same image at once: they write the same values.
+            if not self._is_kept[index]:
+                self._decode_into(self._kept, index, index)
+                self._is_kept[index] = True
+        rows = slice(first_row, first_row + len(indices))
+        for name, kept in self._kept.items():
+            np.take(kept, indices, axis=0, out=batch[name][rows], mode="clip")
+
+    def _decode_into(self, batch: Batch, row: int, index: int) -> None:
+        found = self._good_record(index) if self._substitute else self._try_record(index)
+        if found is None:
+            return
+        height, width = found.image.shape[:2]
+        batch["image"][row, :height, :width] = found.image
+        batch["size"][row] = height, width
+        batch["label"][row] = found.label
+        batch["index"][row] = found.index
+        if not self._substitute:
+            batch["mask"][row] = True
+
+    def _good_record(self, index: int) -> "_Decoded":
+        """The record at `index`, or the next good one in the dataset's order, past its end too."""
+        for step in range(len(self._source)):
+            found = self._try_record((index + step) % len(self._source))
+            if found is not None:
+                return found
+        raise DataError(f"no image of {self._source.name!r} can be decoded")
+
+    def _try_record(self, index: int) -> "_Decoded | None":
+        """The record at `index`; None, and an entry in the account, where it is damaged."""
+        name = f"{self._source.name} #{index}"
+        try:
+            record = self._source[index]
+            name = record.name
+            return _Decoded(decode(record.image, self._canvas), record.label, index)
+        except DamagedImage as error:
+            self._damaged.add(name, str(error))
+        except OSError as error:
+            if error.errno in _MACHINE_ERRORS:
+                raise
+            self._damaged.add(error.filename or name, error.strerror or str(error))
+        return None
+
+
+class _Decoded(NamedTuple):
+    image: UInt8[np.ndarray, "height width 3"]
+    label: int
+    index: int

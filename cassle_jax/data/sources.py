@@ -1,0 +1,162 @@
+"""What a source of labelled images is, and the one place that opens the source a config names."""
+
+import difflib
+import importlib.resources
+import pathlib
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from cassle_jax.data.errors import DataError
+
+
+class Record(NamedTuple):
+    """One image as it is stored.
+
+    Attributes:
+      image: the bytes of an image file, or uint8 pixels of shape [height, width, 3].
+      label: index into the source's `class_names`; -1 where the image has none.
+      name: what a user would look for to find this image, for example its path.
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    name: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled images in a fixed order with random access.
+
+    Thread-safe and picklable. `name` says which dataset and split this is; `class_names` has the
+    name of each label, and is empty where images have no labels.
+    """
+
+    class_names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The image at `index` in [0, len)."""
+        ...
+
+
+@runtime_checkable
+class DataConfig(Protocol):
+    """What `open_source` reads of a config's `data` section.
+
+    Attributes:
+      source: 'scenes' (drawn, embedded), 'folder' or 'tfds'.
+      name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
+      path: root of the image folder, or tfds' data_dir ('' is tfds' default).
+      classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100, anything else is
+        the path of a text file with one class name a line. Labels follow the list's order.
+      scenes: number of scenes in the split 'train'.
+      canvas: side of a scene, and the largest side of a decoded image, in pixels.
+    """
+
+    source: str
+    name: str
+    path: str
+    classes: str
+    scenes: int
+    canvas: int
+
+
+def open_source(data_config: DataConfig, split: str) -> Source:
+    """Opens one split of the dataset a config names.
+
+    Args:
+      data_config: see `DataConfig`.
+      split: 'train', 'test', … of a folder or of the scenes; for tfds anything it understands,
+        such as 'train[:90%]' or 'train+unlabelled'.
+
+    Returns:
+      The source; no image has been read.
+
+    Raises:
+      DataError: a setting cannot work; the message names it and what would.
+    """
+    openers = {"scenes": _open_scenes, "folder": _open_folder, "tfds": _open_tfds}
+    opener = openers.get(data_config.source)
+    if opener is None:
+        raise DataError(
+            f"data.source={data_config.source!r} is unknown{closest(data_config.source, openers)}"
+            f"; known: {', '.join(openers)}"
+        )
+    return opener(data_config, split)
+
+
+def read_class_list(classes: str) -> tuple[str, ...] | None:
+    """The class names `data.classes` stands for in label order; None where it stands for all.
+
+    Raises:
+      DataError: the file is missing or empty, or names a class twice.
+    """
+    if not classes:
+        return None
+    if classes == "imagenet100":
+        text = importlib.resources.files(__package__).joinpath("imagenet100_wnids.txt").read_text()
+    else:
+        try:
+            text = pathlib.Path(classes).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "
+                "'imagenet100', or a text file with one class name a line"
+            ) from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise DataError(f"data.classes={classes!r} names no class; write one a line")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"data.classes={classes!r} names {repeated[0]!r} more than once")
+    return names
+
+
+def check_classes(classes: str, wanted: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Checks that a class list only names classes the dataset has.
+
+    Raises:
+      DataError: names how many are unknown, the first of them, and the closest known class.
+    """
+    known_set = set(known)
+    unknown = [name for name in wanted if name not in known_set]
+    if unknown:
+        raise DataError(
+            f"data.classes={classes!r}: {len(unknown)} of its {len(wanted)} classes are not in the "
+            f"dataset, the first is {unknown[0]!r}{closest(unknown[0], known)}; "
+            f"the dataset has {len(known)}, such as {', '.join(known[:3])}"
+        )
+
+
+def closest(name: str, known) -> str:
+    """' (did you mean …?)' with the known name closest to `name`, or '' where none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _open_scenes(data_config: DataConfig, split: str) -> Source:
+    from cassle_jax.data import scenes
+
+    if data_config.classes:
+        raise DataError(
+            f"data.classes={data_config.classes!r} means nothing to data.source='scenes'; use ''"
+        )
+    return scenes.open_scenes(data_config.scenes, data_config.canvas, split)
+
+
+def _open_folder(data_config: DataConfig, split: str) -> Source:
+    from cassle_jax.data import folder
+
+    return folder.open_folder(data_config.path, split, data_config.classes)
+
+
+def _open_tfds(data_config: DataConfig, split: str) -> Source:
+    # tensorflow-datasets takes half a second to import: only its users wait for it.
+    from cassle_jax.data import builder
+
+    return builder.open_builder(data_config.name, data_config.path, split, data_config.classes)

@@ -1,0 +1,270 @@
+"""Reading tfds builders: tiny ones are generated as array_record, without TensorFlow."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from cassle_jax.data import (
+    DamagedLog,
+    DataError,
+    decode,
+    evaluation_batches,
+    open_source,
+    training_batches,
+)
+from cassle_jax.data import builder as builder_module
+
+KINDS = ("ant", "bee", "cat", "dog")
+TRAIN, UNLABELLED, TEST = 30, 6, 8
+
+
+def example(split: str, number: int, image_bytes):
+    label = -1 if split == "unlabelled" else number % len(KINDS)
+    seed = {"train": 0, "unlabelled": 100, "test": 200}[split] + number
+    return image_bytes(seed, 9 + seed % 5, 8 + seed % 7), label
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, image_bytes):
+    """A tfds data_dir with two builders; keys of features are not the usual ones."""
+
+    # A module without a file: tfds then looks for no download checksums beside the code.
+    class TinyAnimals(tfds.core.GeneratorBasedBuilder):
+        __module__ = "generated"
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(),
+                "outline": tfds.features.Image(shape=(None, None, 1)),
+                "photo": {"pixels": tfds.features.Image(shape=(None, None, 3))},
+                "kind": tfds.features.ClassLabel(names=KINDS),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            counts = {"train": TRAIN, "unlabelled": UNLABELLED, "test": TEST}
+            return {name: self._generate_examples(name, n) for name, n in counts.items()}
+
+        def _generate_examples(self, split, count):
+            for number in range(count):
+                data, label = example(split, number, image_bytes)
+                yield (
+                    number,
+                    {
+                        "id": f"{split} {number}",
+                        "outline": io.BytesIO(b"never decoded"),
+                        "photo": {"pixels": io.BytesIO(data)},
+                        "kind": label,
+                    },
+                )
+
+    class TinyNumbers(tfds.core.GeneratorBasedBuilder):
+        __module__ = "generated"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"value": tfds.features.Scalar(np.int64)})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"value": 1}
+
+    root = tmp_path_factory.mktemp("tfds")
+    for builder in (TinyAnimals, TinyNumbers):
+        builder(data_dir=root, file_format="array_record").download_and_prepare()
+    return root
+
+
+@pytest.fixture
+def tiny(data_dir, settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(**changed):
+        return settings(
+            **{"source": "tfds", "name": "tiny_animals", "path": str(data_dir), **changed}
+        )
+
+    return make
+
+
+def stored(split, count, image_bytes) -> dict[bytes, int]:
+    """Encoded image to label, of one split."""
+    return dict(example(split, number, image_bytes) for number in range(count))
+
+
+def test_records_are_what_was_written(tiny, image_bytes):
+    source = open_source(tiny(), "train")
+    assert source.class_names == KINDS
+    assert len(source) == TRAIN
+    records = [source[i] for i in range(TRAIN)]
+    assert {r.image: r.label for r in records} == stored("train", TRAIN, image_bytes)
+    assert len({r.name for r in records}) == TRAIN
+    assert all("tiny_animals" in r.name for r in records)
+
+
+def test_splits_are_tfds_expressions(tiny, image_bytes):
+    whole = [open_source(tiny(), "train")[i].image for i in range(TRAIN)]
+    part = open_source(tiny(), "train[20%:]")
+    assert [part[i].image for i in range(len(part))] == whole[6:]
+    both = open_source(tiny(), "train+unlabelled")
+    assert [both[i].image for i in range(TRAIN)] == whole
+    rest = {both[i].image: both[i].label for i in range(TRAIN, len(both))}
+    assert rest == stored("unlabelled", UNLABELLED, image_bytes)
+    assert set(rest.values()) == {-1}
+
+
+def test_threads_and_pickling(tiny):
+    source = open_source(tiny(), "train")
+    alone = [source[i] for i in range(TRAIN)]
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(copy.__getitem__, list(range(TRAIN)) * 5)) == alone * 5
+
+
+def test_class_subset_has_the_lists_labels(tiny, image_bytes, tmp_path):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("dog\nant\n")
+    source = open_source(tiny(classes=str(listed)), "train+unlabelled")
+    assert source.class_names == ("dog", "ant")
+    expected = {
+        image: {3: 0, 0: 1}[label]
+        for image, label in stored("train", TRAIN, image_bytes).items()
+        if label in (0, 3)
+    }
+    records = [source[i] for i in range(len(source))]
+    assert {r.image: r.label for r in records} == expected
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("bee\n")
+    config = tiny(classes=str(listed))
+    first = open_source(config, "train")
+    (cached,) = builder_module.label_cache_folder().iterdir()
+    assert "tiny_animals-1.2.0-train" in cached.name
+
+    def scan(_):
+        raise AssertionError("scanned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builder_module.TfdsSource, "_scan_labels", scan)
+        second = open_source(config, "train")
+        assert [second[i] for i in range(len(second))] == [first[i] for i in range(len(first))]
+        with pytest.raises(AssertionError, match="scanned again"):
+            open_source(config, "train[:50%]")
+
+    cached.write_bytes(b"torn by a kill")
+    assert len(open_source(config, "train")) == len(first)
+
+
+def test_an_unwritable_cache_only_costs_time(tiny, tmp_path, monkeypatch):
+    (tmp_path / "blocked").write_text("a file where the cache folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
+    listed = tmp_path / "classes.txt"
+    listed.write_text("bee\n")
+    assert len(open_source(tiny(classes=str(listed)), "test")) == 2
+
+
+def test_batches_of_a_builder(tiny):
+    source = open_source(tiny(), "train")
+    damaged = DamagedLog(len(source), 0.0)
+    batch = next(training_batches(source, batch=8, canvas=16, seed=1, damaged=damaged, threads=2))
+    for row, index in enumerate(batch["index"]):
+        height, width = batch["size"][row]
+        record = source[int(index)]
+        np.testing.assert_array_equal(
+            batch["image"][row, :height, :width], decode(record.image, 16)
+        )
+        assert batch["label"][row] == record.label
+
+
+def test_no_tensorflow_at_run_time(tiny, tmp_path):
+    """In a process of its own, where the builder's code does not exist: files alone must do."""
+    listed = tmp_path / "classes.txt"
+    listed.write_text("dog\nant\n")
+    script = f"""
+import sys
+from types import SimpleNamespace
+from cassle_jax.data import DamagedLog, evaluation_batches, open_source
+config = SimpleNamespace(source="tfds", name="tiny_animals", path={tiny().path!r},
+                         classes={str(listed)!r}, canvas=16, scenes=0)
+source = open_source(config, "train")
+batches = evaluation_batches(source, batch=4, canvas=16, damaged=DamagedLog(len(source), 0.0))
+print(sum(int(batch["mask"].sum()) for batch in batches))
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "15"
+
+
+@pytest.fixture
+def as_tfrecord(data_dir, tmp_path):
+    """The same builder, as if it had been prepared in tfds' default format."""
+    copy = tmp_path / "tfrecord"
+    shutil.copytree(data_dir / "tiny_animals", copy / "tiny_animals")
+    info = copy / "tiny_animals" / "1.2.0" / "dataset_info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "fileFormat": "tfrecord"}))
+    return copy
+
+
+WRONG = {
+    "misspelt": ({"name": "cifr10"}, "train", ["'cifr10'", "did you mean 'cifar10'"]),
+    "misspelt, only on disk": ({"name": "tiny_animal"}, "train", ["did you mean 'tiny_animals'"]),
+    "not prepared": (
+        {"name": "cifar10"},
+        "train",
+        ["tfds build cifar10 --file_format=array_record --data_dir="],
+    ),
+    "config not prepared": (
+        {"name": "imagenet_resized/64x64"},
+        "train",
+        ["tfds build imagenet_resized/64x64 --file_format=array_record"],
+    ),
+    "wrong version": ({"name": "tiny_animals:9.9.9"}, "train", ["9.9.9", "not prepared"]),
+    "wrong split": ({}, "tran", ["'tran'", "did you mean 'train'", "test", "unlabelled"]),
+    "bad slice": ({}, "train[:ten]", ["'train[:ten]'", "there:"]),
+    "no image": ({"name": "tiny_numbers"}, "train", ["no image feature", "value"]),
+    "no folder": ({"path": "/no/such/folder"}, "train", ["data.path='/no/such/folder'"]),
+    "unknown classes": ({"classes": "imagenet100"}, "train", ["100 of its 100", "ant, bee"]),
+}
+
+
+@pytest.mark.parametrize(("changed", "split", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_settings_say_what_would_work(tiny, changed, split, said):
+    with pytest.raises(DataError) as caught:
+        open_source(tiny(**changed), split)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in said:
+        assert words in message
+
+
+def test_tfrecord_is_told_apart(tiny, as_tfrecord):
+    with pytest.raises(DataError, match=r"prepared as tfrecord.*--out_file_format=array_record"):
+        open_source(tiny(path=str(as_tfrecord)), "train")
+
+
+def test_masks_follow_the_end_of_a_split(tiny):
+    source = open_source(tiny(), "test")
+    batches = list(
+        evaluation_batches(source, batch=5, canvas=16, damaged=DamagedLog(len(source), 0.0))
+    )
+    assert [batch["mask"].tolist() for batch in batches] == [[True] * 5, [True] * 3 + [False] * 2]

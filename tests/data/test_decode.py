@@ -1,0 +1,284 @@
+"""Decoding against Pillow, over every kind of file that datasets turn out to hold."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from cassle_jax.data import DamagedImage, decode
+from cassle_jax.data.decode import MAX_PIXELS
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """A smooth colourful image, which JPEG keeps nearly as it is."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(4 * x * y + 1)]
+    return np.stack([127.5 + 120 * wave for wave in waves], -1).astype(np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, form: str, **options) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def pillow_rgb(data: bytes) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, mean: float, most: int) -> None:
+    assert got.dtype == np.uint8
+    assert got.shape == expected.shape
+    error = np.abs(got.astype(int) - expected.astype(int))
+    assert error.mean() <= mean
+    assert error.max() <= most
+
+
+JPEGS = {
+    "baseline": {"quality": 92},
+    "progressive": {"quality": 85, "progressive": True},
+    "stored as RGB": {"quality": 92, "keep_rgb": True},
+    "no subsampling": {"quality": 95, "subsampling": 0},
+    "restart markers": {"quality": 90, "restart_marker_blocks": 3},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_jpeg_is_pillows(options):
+    data = encoded(photo(91, 120), "JPEG", **options)
+    assert_close(decode(data, 120), pillow_rgb(data), mean=0.5, most=4)
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_other_formats_are_pillows(form):
+    data = encoded(photo(40, 33), form)
+    np.testing.assert_array_equal(decode(data, 64), pillow_rgb(data))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_grey_becomes_three_equal_channels(form):
+    grey = photo(30, 40)[..., 0]
+    data = encoded(grey, form)
+    image = decode(data, 64)
+    assert_close(image, pillow_rgb(data), mean=0.5, most=4)
+    np.testing.assert_array_equal(image[..., 0], image[..., 2])
+
+
+def test_cmyk_jpeg():
+    """Pillow writes Adobe's inverted CMYK; pure inks must come back as their colours."""
+    inks = {"cyan": (255, 0, 0, 0), "yellow": (0, 0, 255, 0), "black": (0, 0, 0, 255)}
+    colours = {"cyan": (0, 255, 255), "yellow": (255, 255, 0), "black": (0, 0, 0)}
+    for name, ink in inks.items():
+        data = encoded(Image.new("CMYK", (24, 16), ink), "JPEG", quality=95)
+        assert b"Adobe" in data
+        expected = np.broadcast_to(np.array(colours[name], np.uint8), (16, 24, 3))
+        assert_close(decode(data, 32), expected, mean=2, most=6)
+
+
+def test_cmyk_without_adobe_marker_is_read_as_browsers_and_pillow_do():
+    data = encoded(Image.new("CMYK", (24, 16), (255, 0, 0, 0)), "JPEG", quality=95)
+    start = data.index(b"\xff\xee")
+    length = struct.unpack(">H", data[start + 2 : start + 4])[0]
+    plain = data[:start] + data[start + 2 + length :]
+    np.testing.assert_array_equal(decode(plain, 32), pillow_rgb(plain))
+
+
+def png_chunks(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG written by hand: the witness for depths that Pillow does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_sixteen_bit_grey_png_is_scaled():
+    values = np.array([[0, 128, 257, 25700], [32768, 40000, 65280, 65535]], ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    image = decode(png_chunks(4, 2, 16, 0, rows), 8)
+    np.testing.assert_array_equal(image[..., 1], np.round(values / 257).astype(np.uint8))
+
+
+def test_sixteen_bit_rgb_png_is_scaled():
+    values = np.random.default_rng(0).integers(0, 65536, (5, 6, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    assert_close(decode(png_chunks(6, 5, 16, 2, rows), 8), (values // 257).astype(np.uint8), 1, 1)
+
+
+def test_sixteen_bit_grey_tiff_is_scaled():
+    values = np.linspace(0, 65535, 48).reshape(6, 8).astype(np.uint16)
+    image = decode(encoded(values, "TIFF"), 8)
+    np.testing.assert_array_equal(image[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+def test_float_tiff_is_damaged():
+    with pytest.raises(DamagedImage, match="floating point"):
+        decode(encoded(np.zeros((4, 4), np.float32), "TIFF"), 8)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparency_is_laid_on_white(form):
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[0] = (200, 0, 0, 255)
+    rgba[1] = (0, 0, 100, 51)
+    image = decode(encoded(rgba, form, **({"lossless": True} if form == "WEBP" else {})), 8)
+    assert image[0, 0].tolist() == [200, 0, 0]
+    np.testing.assert_allclose(image[1, 0], [204, 204, 0.8 * 255 + 0.2 * 100], atol=1)
+
+
+def test_palettes_with_and_without_transparency():
+    paletted = Image.fromarray(photo(20, 20)).quantize(16)
+    data = encoded(paletted, "PNG")
+    np.testing.assert_array_equal(decode(data, 32), pillow_rgb(data))
+    paletted.info["transparency"] = paletted.getpixel((0, 0))
+    see_through = decode(encoded(paletted, "PNG"), 32)
+    assert see_through[0, 0].tolist() == [255, 255, 255]
+
+
+def test_one_bit_image():
+    bits = Image.fromarray(np.eye(8, dtype=bool))
+    np.testing.assert_array_equal(decode(encoded(bits, "PNG"), 8)[..., 0], np.eye(8) * 255)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(photo(24, 40))
+    if form == "CMYK":
+        image, form = image.convert("CMYK"), "JPEG"
+    data = encoded(image, form, exif=exif, quality=95)
+    got = decode(data, 64)
+    assert got.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+    assert_close(got, pillow_rgb(data), mean=0.5, most=4)
+
+
+def test_broken_exif_does_not_break_the_image():
+    data = encoded(photo(24, 40), "JPEG")
+    broken = data[:2] + b"\xff\xe1\x00\x10Exif\0\0garbage!" + data[2:]
+    assert decode(broken, 64).shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    ("height", "width", "canvas", "expected"),
+    [
+        (1, 1, 64, (1, 1)),
+        (30, 20, 64, (30, 20)),
+        (64, 64, 64, (64, 64)),
+        (65, 10, 64, (64, 10)),
+        (400, 200, 64, (64, 32)),
+        (333, 500, 96, (64, 96)),
+        (7, 10_000, 64, (1, 64)),
+        (10_000, 300, 512, (512, 15)),
+        (50, 40, 1, (1, 1)),
+    ],
+)
+def test_size_on_the_canvas(form, height, width, canvas, expected):
+    image = decode(encoded(photo(height, width), form), canvas)
+    assert image.shape == (*expected, 3)
+    assert image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("canvas", [300, 256, 160, 64])
+def test_reduction_is_antialiased(form, canvas):
+    """Reduced in two steps or in one, the image is Pillow's reduction of the full one."""
+    data = encoded(photo(375, 500), form)
+    full = Image.fromarray(pillow_rgb(data))
+    expected = full.resize((canvas, round(375 * canvas / 500)), Image.Resampling.BILINEAR)
+    assert_close(decode(data, canvas), np.asarray(expected), mean=1, most=8)
+
+
+def test_fine_stripes_reduce_to_grey():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for form in ("PNG", "JPEG"):
+        image = decode(encoded(stripes, form), 64).astype(int)[4:-4, 4:-4]
+        assert np.abs(image - 127).max() <= 12
+
+
+def test_animation_gives_its_first_frame():
+    red, blue = (Image.new("RGB", (6, 4), colour) for colour in ("red", "blue"))
+    data = encoded(red, "GIF", save_all=True, append_images=[blue])
+    assert decode(data, 8)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_trailing_bytes_do_no_harm():
+    data = encoded(photo(20, 30), "JPEG")
+    np.testing.assert_array_equal(decode(data + b"trailing" * 100, 64), decode(data, 64))
+
+
+def test_warnings_that_pillow_tolerates_are_tolerated():
+    """Stray bytes before a marker, as cameras write them."""
+    data = encoded(photo(20, 30), "JPEG")
+    quantisation = data.index(b"\xff\xdb")
+    stray = data[:quantisation] + b"\xff\xfe\x00\x04ok" + data[quantisation:-2] + b"\0\0\xff\xd9"
+    assert_close(decode(stray, 64), pillow_rgb(stray), mean=0.5, most=4)
+
+
+def damaged_files() -> dict[str, bytes]:
+    jpeg, png = encoded(photo(60, 80), "JPEG"), encoded(photo(60, 80), "PNG")
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 0xFF
+    return {
+        "empty": b"",
+        "text": b"<html>404 not found</html>",
+        "zeros": bytes(1000),
+        "half a jpeg": jpeg[: len(jpeg) // 2],
+        "jpeg header": jpeg[:30],
+        "jpeg start": jpeg[:3],
+        "half a png": png[: len(png) // 2],
+        "corrupt png": bytes(flipped),
+        "half a gif": encoded(photo(60, 80), "GIF")[:900],
+        "half a webp": encoded(photo(60, 80), "WEBP")[:300],
+        "huge": png_chunks(20_000, 20_000, 8, 2, b""),
+    }
+
+
+@pytest.mark.parametrize("data", damaged_files().values(), ids=damaged_files())
+def test_damaged(data):
+    with pytest.raises(DamagedImage) as caught:
+        decode(data, 64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_by_its_header():
+    for data in (png_chunks(9_600, 9_600, 8, 2, b""), png_chunks(1, 2**31 - 1, 8, 2, b"")):
+        with pytest.raises(DamagedImage, match=f"{MAX_PIXELS}|Bomb"):
+            decode(data, 64)
+    jpeg = bytearray(encoded(photo(60, 80), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(DamagedImage, match=str(MAX_PIXELS)):
+        decode(bytes(jpeg), 64)
+
+
+def test_arrays_pass_through_and_are_reduced():
+    image = photo(40, 20)
+    np.testing.assert_array_equal(decode(image, 64), image)
+    np.testing.assert_array_equal(decode(image[..., :1], 64)[..., 2], image[..., 0])
+    np.testing.assert_array_equal(decode(image[..., 0], 64)[..., 2], image[..., 0])
+    assert decode(image, 10).shape == (10, 5, 3)
+    for wrong in (
+        image.astype(np.float32),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
+        with pytest.raises(DamagedImage, match="uint8"):
+            decode(wrong, 64)
