@@ -1,0 +1,1 @@
+"""Measures what frozen features know: pure functions of arrays, one file for each protocol."""

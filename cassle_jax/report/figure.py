@@ -1,0 +1,129 @@
+"""Draws a comparison of runs as one picture: loss curves, a table as bars, a few examples."""
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cassle_jax.report.curves import Curves
+from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
+from cassle_jax.report.table import Table, cell_text
+
+_EXAMPLES = 6
+
+
+def write_figure(
+    path: str | PathLike[str],
+    *,
+    title: str,
+    loss: Curves,
+    table: Table,
+    images: Sequence[UInt8[Array | np.ndarray, "_ _ 3"]],
+    view_1: Float[Array | np.ndarray, "images height width 3"],
+    view_2: Float[Array | np.ndarray, "images height width 3"],
+) -> None:
+    """Writes one PNG: the loss of every run, the table as bars, and the first six images' views.
+
+    Args:
+      path: Where the PNG goes; folders are made, a file there is replaced.
+      title: A line above the picture.
+      loss: For each run, its (step, loss) pairs.
+      table: A group of bars a row, a bar a column after the first. A column has the colour of
+        the run of the same name. Cells that are not numbers get no bar.
+      images: RGB images in 0..255, each of any size.
+      view_1: Their first views in [0, 1].
+      view_2: Their second views.
+
+    Raises:
+      ValueError: If a table's row is not as long as its columns, or there is not one view of
+        each kind for every image.
+    """
+    table.check()
+    if not len(images) == len(view_1) == len(view_2):
+        raise ValueError(f"{len(images)} images, {len(view_1)} and {len(view_2)} views")
+    colours = run_colours([*loss, *table.columns[1:]])
+    shown = min(len(images), _EXAMPLES)
+    figure = Figure(figsize=(11, 5.4 if shown else 4.2), facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold", color=INK)
+    charts, strip = figure.subfigures(2, 1, height_ratios=(4.4, 1)) if shown else (figure, None)
+    left, right = charts.subplots(1, 2, width_ratios=(1, 1.5))
+    _draw_loss(left, loss, colours)
+    _draw_bars(right, table, colours)
+    if strip is not None:
+        _draw_examples(strip, images[:shown], view_1[:shown], view_2[:shown])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_loss(axes: Axes, loss: Curves, colours: dict[str, str]) -> None:
+    for run, points in loss.items():
+        steps = [step for step, _ in points]
+        values = [value for _, value in points]
+        axes.plot(steps, values, color=colours[run], label=run, marker="o" * (len(points) == 1))
+    axes.set_xlabel("step")
+    axes.set_title("loss", loc="left", size=11)
+    if loss:
+        axes.legend(frameon=False)
+    _plain(axes)
+
+
+def _draw_bars(axes: Axes, table: Table, colours: dict[str, str]) -> None:
+    columns = table.columns[1:]
+    width = 0.8 / max(len(columns), 1)
+    for index, column in enumerate(columns):
+        for group, row in enumerate(table.rows):
+            cell = row[1 + index]
+            if isinstance(cell, str) or not math.isfinite(cell):
+                continue
+            x = group + (index - (len(columns) - 1) / 2) * width
+            axes.bar(x, cell, 0.92 * width, color=colours[column])
+            offset = (0, 2 if cell >= 0 else -2)
+            axes.annotate(
+                cell_text(float(cell)),
+                (x, cell),
+                offset,
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if cell >= 0 else "top",
+                size=7,
+                rotation=90 if len(table.rows) * len(columns) > 16 else 0,
+            )
+        axes.bar(0, 0, color=colours[column], label=column)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xticks(range(len(table.rows)), [str(row[0]) for row in table.rows])
+    axes.set_title(f"by {table.columns[0]}" if table.columns else "", loc="left", size=11)
+    axes.margins(y=0.12)
+    if columns:
+        axes.legend(frameon=False, ncols=len(columns), loc="lower right", bbox_to_anchor=(1, 1))
+    _plain(axes)
+
+
+def _draw_examples(strip, images: Sequence, view_1: np.ndarray, view_2: np.ndarray) -> None:
+    """Shows each image and its two views in a row, with a gap before the next image."""
+    axes = strip.subplots(1, 4 * len(images), width_ratios=(1, 1, 1, 0.12) * len(images))
+    for gap in axes[3::4]:
+        gap.set_axis_off()
+    for index, image in enumerate(images):
+        triple = (
+            ("image", np.asarray(image) / 255.0, FAINT),
+            ("view 1", np.asarray(view_1[index], np.float32), VIEW_1),
+            ("view 2", np.asarray(view_2[index], np.float32), VIEW_2),
+        )
+        for cell, (name, pixels, colour) in zip(axes[4 * index :], triple, strict=False):
+            cell.imshow(np.clip(pixels, 0, 1), interpolation="antialiased")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            cell.set_title(name, size=7, color=INK if name == "image" else colour, pad=2)
+            for spine in cell.spines.values():
+                spine.set(color=colour, linewidth=1.4)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eceef2")
+    axes.set_axisbelow(True)

@@ -1,0 +1,170 @@
+"""Writes a run's results as one HTML page that needs no other file."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from numbers import Real
+from os import PathLike
+from pathlib import Path
+
+from cassle_jax.report.curves import Curves, curves_svg
+from cassle_jax.report.palette import RUNS
+from cassle_jax.report.table import Table, cell_text
+
+
+def write_page(
+    path: str | PathLike[str],
+    *,
+    title: str,
+    summary: str,
+    curves: Mapping[str, Curves],
+    table: Table | None = None,
+    figures: Mapping[str, str | Path] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> None:
+    """Writes one self-contained HTML page: table, curves, pictures and settings.
+
+    The page loads nothing, runs no script, and suits phones, paper and dark screens. All text is
+    escaped. A run has the same colour in every chart.
+
+    Args:
+      path: Where the page goes; folders are made, a file there is replaced.
+      title: The heading.
+      summary: A paragraph under it; an empty line begins another.
+      curves: For each measure, for each run, its (step, value) pairs.
+      table: The results; numbers are printed to three decimals and held in full in a tooltip.
+      figures: For each caption, a PNG to embed.
+      settings: For each setting, its value.
+
+    Raises:
+      FileNotFoundError: If a figure does not exist.
+      ValueError: If a table's row is not as long as its columns.
+    """
+    runs = list(dict.fromkeys(run for chart in curves.values() for run in chart))
+    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in summary.split("\n\n") if text.strip())
+    sections = [f"<header><h1>{escape(title)}</h1>{paragraphs}</header>"]
+    if table is not None:
+        sections.append(f"<section><h2>Results</h2>{_table_html(table)}</section>")
+    if curves:
+        charts = "".join(_chart_html(name, chart, runs) for name, chart in curves.items())
+        sections.append(f'<section><h2>Curves</h2><div class="charts">{charts}</div></section>')
+    if figures:
+        pictures = "".join(_picture_html(caption, png) for caption, png in figures.items())
+        sections.append(f"<section><h2>Pictures</h2>{pictures}</section>")
+    if settings:
+        rows = Table(("setting", "value"), [(name, str(settings[name])) for name in settings])
+        sections.append(f"<section><h2>Settings</h2>{_table_html(rows)}</section>")
+    page = _PAGE.replace("{title}", escape(title)).replace("{style}", _style())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page.replace("{body}", "\n".join(sections)), encoding="utf-8")
+
+
+def _table_html(table: Table) -> str:
+    table.check()
+    head = "".join(
+        f'<th scope="col"{_ALIGNED if _is_numeric(table, index) else ""}>{escape(column)}</th>'
+        for index, column in enumerate(table.columns)
+    )
+    body = "".join(
+        f'<tr><th scope="row">{escape(cell_text(row[0]))}</th>'
+        f"{''.join(map(_cell_html, row[1:]))}</tr>"
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _is_numeric(table: Table, column: int) -> bool:
+    return column > 0 and any(not isinstance(row[column], str) for row in table.rows)
+
+
+def _cell_html(cell: str | Real) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    return f'<td{_ALIGNED} title="{cell}">{escape(cell_text(cell))}</td>'
+
+
+def _chart_html(name: str, chart: Curves, runs: Sequence[str]) -> str:
+    """A chart with its legend; a run missing from it keeps its colour in the others."""
+    legend = "".join(
+        f'<li class="run-{runs.index(run) % len(RUNS)}">{escape(run)} '
+        f"<b>{cell_text(float(points[-1][1]))}</b> at step {points[-1][0]:,}</li>"
+        for run, points in chart.items()
+        if points
+    )
+    lines = {run: chart.get(run, ()) for run in runs}
+    return (
+        f"<figure><figcaption>{escape(name)}</figcaption>{curves_svg(name, lines)}"
+        f"<ul>{legend}</ul></figure>"
+    )
+
+
+def _picture_html(caption: str, png: str | Path) -> str:
+    data = base64.b64encode(Path(png).read_bytes()).decode()
+    return (
+        f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'
+        f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def _style() -> str:
+    light = "".join(f"--run-{i}:{colours[0]};" for i, colours in enumerate(RUNS))
+    dark = "".join(f"--run-{i}:{colours[1]};" for i, colours in enumerate(RUNS))
+    lines = "".join(
+        f".run-{i}{{stroke:var(--run-{i})}}li.run-{i}::before{{background:var(--run-{i})}}"
+        for i in range(len(RUNS))
+    )
+    return _STYLE.replace("{light}", light).replace("{dark}", dark) + lines
+
+
+_ALIGNED = ' class="number"'
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1d1f24;--soft:#5b616c;--rule:#dcdfe5;{light}}
+@media screen and (prefers-color-scheme:dark){
+:root{--paper:#15171b;--ink:#e8eaee;--soft:#a3a9b5;--rule:#363b45;{dark}}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.5rem 1rem 3rem;max-width:64rem;background:var(--paper);
+color:var(--ink);font:1rem/1.5 system-ui,sans-serif}
+h1{font-size:1.6rem;line-height:1.2;margin:0 0 .5rem}
+h2{font-size:1.1rem;margin:2.2rem 0 .6rem;padding-bottom:.3rem;border-bottom:1px solid var(--rule)}
+p{max-width:44rem;margin:.5rem 0}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem 1.2rem .3rem 0;text-align:left;border-bottom:1px solid var(--rule);
+vertical-align:top;overflow-wrap:anywhere}
+th{font-weight:600}th[scope=row]{font-weight:400;overflow-wrap:normal}
+.number{text-align:right}
+th[scope=col]{color:var(--soft);font-size:.85rem}
+.charts{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
+figure{margin:0;break-inside:avoid}
+figcaption{font-weight:600;margin-bottom:.3rem}
+figure ul{list-style:none;margin:.2rem 0 0;padding:0;font-size:.9em;color:var(--soft)}
+figure b{color:var(--ink);font-variant-numeric:tabular-nums}
+li::before{content:"";display:inline-block;width:1.1em;height:.22em;margin:0 .5em .25em 0;
+print-color-adjust:exact;-webkit-print-color-adjust:exact}
+svg,img{display:block;width:100%;height:auto}
+svg text{fill:var(--soft);font-size:12px;text-anchor:middle}
+svg text.left{text-anchor:end}
+.grid{stroke:var(--rule);stroke-width:1;fill:none}
+.line,.dot{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.dot{stroke-width:7}
+.picture{margin-bottom:1.5rem}
+.picture img{background:#fff;border:1px solid var(--rule);border-radius:4px;
+width:auto;max-width:100%}
+@media print{body{padding:0;max-width:none;font-size:10pt}h2{break-after:avoid}
+.picture img{max-height:24cm;border:0}}
+"""

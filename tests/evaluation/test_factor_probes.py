@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.preprocessing import StandardScaler
+
+from cassle_jax.evaluation.factor_probes import probe_factors
+
+KINDS = {"shape": "class", "size": "value", "hue": "angle"}
+
+
+def scenes(rows: int, seed: int, width: int = 32):
+    """Features that are linear in shape, size and hue, among noise."""
+    generator = np.random.default_rng(seed)
+    factors = {
+        "shape": generator.integers(4, size=rows),
+        "size": generator.uniform(3, 9, size=rows),
+        "hue": generator.uniform(0, 2 * np.pi, size=rows),
+    }
+    mixing = np.random.default_rng(0).normal(size=(7, width))
+    known = np.column_stack(
+        [
+            np.eye(4)[factors["shape"]],
+            factors["size"],
+            np.sin(factors["hue"]),
+            np.cos(factors["hue"]),
+        ]
+    )
+    return (known @ mixing).astype(np.float32), factors
+
+
+def noise_of(features: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(7).normal(size=features.shape).astype(np.float32)
+
+
+def test_a_factor_in_the_features_scores_one_and_an_absent_one_zero():
+    (train, train_factors), (test, test_factors) = scenes(800, seed=1), scenes(400, seed=2)
+    read = probe_factors(train, train_factors, test, test_factors, KINDS)
+    assert list(read) == list(KINDS)
+    assert all(score > 0.99 for score in read.values()), read
+    absent = probe_factors(noise_of(train), train_factors, noise_of(test), test_factors, KINDS)
+    assert all(-0.15 < score < 0.15 for score in absent.values()), absent
+
+
+def test_a_value_is_scored_by_r2():
+    (train, train_factors), (test, test_factors) = scenes(300, seed=1), scenes(200, seed=2)
+    train, test = train + 6 * noise_of(train), test + 6 * noise_of(test)
+    score = probe_factors(train, train_factors, test, test_factors, {"size": "value"})["size"]
+    scaler = StandardScaler().fit(train)
+    fits = [
+        Ridge(alpha=penalty * 300).fit(scaler.transform(train), train_factors["size"])
+        for penalty in np.logspace(-5, 2, 8)
+    ]
+    witnesses = [
+        r2_score(test_factors["size"], fit.predict(scaler.transform(test))) for fit in fits
+    ]
+    assert min(abs(score - witness) for witness in witnesses) < 1e-4
+    assert 0.1 < score < 0.9
+
+
+def test_a_class_is_scored_above_the_most_frequent_one():
+    generator = np.random.default_rng(0)
+    labels = {"shape": np.array(["disc", "disc", "disc", "square"] * 50)}
+    features = generator.normal(size=(200, 3)).astype(np.float32)
+    # A probe that can only answer "disc" is right three times in four and has learnt nothing.
+    flat = probe_factors(features * 0, labels, features * 0, labels, {"shape": "class"})
+    assert flat["shape"] == pytest.approx(0)
+
+
+def test_an_angle_knows_no_seam():
+    (train, train_factors), (test, test_factors) = scenes(500, seed=1), scenes(300, seed=2)
+    turned = {"hue": test_factors["hue"] + 2 * np.pi}
+    kinds = {"hue": "angle"}
+    assert probe_factors(train, train_factors, test, turned, kinds)["hue"] == pytest.approx(
+        probe_factors(train, train_factors, test, test_factors, kinds)["hue"], abs=1e-5
+    )
+
+
+def test_the_answer_does_not_depend_on_chance():
+    (train, train_factors), (test, test_factors) = scenes(300, seed=1), scenes(200, seed=2)
+    train = train + 3 * noise_of(train)
+    first, second = (
+        probe_factors(train, train_factors, test, test_factors, KINDS) for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda factors: {}, r"train_factors has no 'size'"),
+        (
+            lambda factors: {"size": factors["size"][:5]},
+            r"train_factors\['size'\] has shape \(5,\)",
+        ),
+        (lambda factors: {"size": factors["size"] * 0 + 2}, r"\['size'\] is 2.0 in every row"),
+        (lambda factors: {"size": factors["size"] * np.inf}, "values that are not finite"),
+    ],
+)
+def test_bad_factors_are_named(change, message):
+    train, factors = scenes(100, seed=1)
+    with pytest.raises(ValueError, match=message):
+        probe_factors(train, change(factors), train, factors, {"size": "value"})
+
+
+def test_bad_features_are_named():
+    train, factors = scenes(100, seed=1)
+    with pytest.raises(ValueError, match="test_features holds values that are not finite"):
+        probe_factors(train, factors, train * np.float32(np.nan), factors, KINDS)
