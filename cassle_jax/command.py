@@ -1,0 +1,92 @@
+"""What all commands share: flags, one clear line for a user's mistake, exit codes."""
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from cassle_jax.config import ConfigError, base_config, setting_names
+from cassle_jax.data import DataError
+
+EXIT_WRONG_SETTING = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
+
+
+class Stop(Exception):
+    """Ends a command with a message on standard error and an exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs `main`, and turns mistakes of the user into one line each."""
+    set_up_logging()
+    try:
+        app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
+    except Stop as stop:
+        _leave(stop)
+
+
+def set_up_logging() -> None:
+    """The project's own messages on standard error; of the libraries only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("cassle_jax")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.addHandler(handler)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except Stop as stop:
+        _leave(stop)
+    except (ConfigError, DataError) as error:
+        _leave(Stop(str(error), EXIT_WRONG_SETTING))
+
+
+def _parse_flags(arguments: Sequence[str]) -> list[str]:
+    try:
+        _check_overrides(arguments)
+        rest = flags.FLAGS(arguments)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config.seed  # a file that is not there fails at its first use only
+    except OSError as error:
+        raise Stop(f"config cannot be read: {_last_line(error)}", EXIT_WRONG_SETTING) from error
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Stop(_last_line(error), EXIT_WRONG_SETTING) from error
+    return rest
+
+
+def _check_overrides(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
+    matches = [re.match(r"--?config(?:=[^:]*:?(.*)|\.([\w.]+))", each) for each in arguments]
+    chosen = "".join(match[1] for match in matches if match and match[1])
+    known = setting_names(base_config(chosen))
+    for name in (match[2] for match in matches if match and match[2]):
+        if name not in known:
+            leaf = name.rpartition(".")[2]
+            close = [each for each in known if each.rpartition(".")[2] == leaf]
+            close += difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+            hint = f"; did you mean config.{close[0]}?" if close else ""
+            raise ConfigError(f"config.{name} is not a setting of this configuration{hint}")
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong; a failing configuration file arrives as text with its whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else repr(error)
+
+
+def _leave(stop: Stop) -> None:
+    print(f"error: {stop}", file=sys.stderr, flush=True)
+    sys.exit(stop.code)

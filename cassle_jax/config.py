@@ -1,0 +1,171 @@
+"""Every setting of a run with its default, and what a configuration file is built from.
+
+A file in `configs/` is a function of an argument string, as in
+`--config=configs/cifar10.py:method=simclr,conditioning=none,augself=main`. It starts from
+`base_config`, which knows the arguments, and sets what is particular to its dataset. Any value can
+then be overridden: `--config.optimizer.weight_decay=1e-4`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from cassle_jax.augment import CASSLE_DESCRIPTORS, AugmentSpec
+from cassle_jax.methods import METHODS
+from cassle_jax.methods.augself import PREDICTED
+from cassle_jax.methods.build import Conditioning
+from cassle_jax.training.optimizer import OptimizerSpec
+
+ARGUMENTS = ("method", "conditioning", "augself", "follow")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that names it and what would work."""
+
+
+def base_config(arguments: str = "") -> ConfigDict:
+    """The default configuration of a method with its conditioning.
+
+    Args:
+      arguments: comma-separated `name=value`:
+        `method`: a name in `METHODS` (default `moco_v2`).
+        `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `none` for the
+        plain method, or descriptor names joined by `+`.
+        `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
+        `name:weight` joined by `+`.
+        `follow`: `paper` (default), or `published` for what the published CASSLE code does where it
+        differs: MoCo's queue takes queries, SimCLR's negatives come from the own device, a batch
+        shares its order of jitter operations, the learning rate moves once an epoch.
+
+    Raises:
+      ConfigError: an unknown argument or value.
+    """
+    chosen = _parse(arguments)
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 200
+    config.steps = 0  # more than 0: the length of the run, instead of `epochs`
+    config.batch_size = 256  # of all devices together
+    config.dtype = "auto"  # of convolutions and products: bfloat16 on accelerators, or float32
+    config.deterministic = False  # GPU: only kernels that repeat to the bit
+    config.compilation_cache = "auto"  # a folder; "auto": in the user's cache; "": none
+
+    config.encoder = ConfigDict(
+        {"name": "resnet18", "width": 64, "small_images": False, "remat": False}
+    )
+    config.method = ConfigDict(
+        {"name": chosen["method"], **dataclasses.asdict(METHODS[chosen["method"]]())}
+    )
+    config.conditioning = _from_dataclass(
+        Conditioning(descriptors=_descriptors(chosen["conditioning"]))
+    )
+    config.augself = ConfigDict({"hidden": 512, **dict.fromkeys(PREDICTED, 0.0)})
+    config.augself.update(_augself_weights(chosen["augself"]))
+    config.augment = _from_dataclass(AugmentSpec(size=32))
+    config.augment.color_strength = 1.0  # scales the jitter and the share of grayscale views
+    config.optimizer = _from_dataclass(OptimizerSpec())
+    if chosen["follow"] == "published":
+        _follow_published_code(config)
+
+    config.data = ConfigDict(
+        {
+            "source": "scenes",  # scenes (drawn, needs no files), folder or tfds
+            "name": "",  # tfds: the builder, such as cifar10
+            "path": "",  # folder: holds <split>/<class>/<file>; tfds: its data_dir, "" for tfds's
+            "train_split": "train",
+            "classes": "",  # "": all; imagenet100; or a text file of class names, one a line
+            "canvas": 32,  # pixels; larger images are reduced to fit
+            "scenes": 50_000,  # how many scenes are drawn
+            "threads": 0,  # that read and decode; 0: one for each core
+            "cache_gib": 4.0,  # decoded images are kept in memory if they all fit in this much
+            "max_bad_fraction": 0.01,  # of images that cannot be decoded, before the run stops
+        }
+    )
+    config.probe = ConfigDict(
+        {
+            "every_epochs": 10,  # k-NN accuracy and RankMe; 0: never
+            "train_split": "",  # "": data.train_split
+            "test_split": "test",
+            "train_images": 10_000,  # at most
+            "test_images": 2_000,  # at most
+        }
+    )
+    config.checkpoint = ConfigDict(
+        {
+            "every_steps": 1000,
+            "keep": 3,  # the newest
+            "keep_every_steps": 0,  # and every one at a multiple of this; 0: none
+        }
+    )
+    config.log = ConfigDict({"every_steps": 50})
+    return config
+
+
+def knows(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises ConfigError, with the closest name there is, unless `value` is one of `known`."""
+    known = sorted(known)
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}{hint}")
+
+
+def setting_names(config: ConfigDict, prefix: str = "") -> set[str]:
+    """The full names of all settings, such as `optimizer.weight_decay`."""
+    names = set()
+    for name, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        names |= setting_names(value, f"{prefix}{name}.") if nested else {prefix + name}
+    return names
+
+
+def _from_dataclass(instance) -> ConfigDict:
+    return ConfigDict(dataclasses.asdict(instance))
+
+
+def _parse(arguments: str) -> dict[str, str]:
+    chosen = dict(zip(ARGUMENTS, ("moco_v2", "cassle", "none", "paper"), strict=True))
+    for item in filter(None, arguments.split(",")):
+        name, separator, value = item.partition("=")
+        if not separator or name not in ARGUMENTS:
+            raise ConfigError(
+                f"config argument {item!r} is unknown; use {', '.join(f'{a}=…' for a in ARGUMENTS)}"
+            )
+        chosen[name] = value
+    knows("method", chosen["method"], METHODS)
+    knows("follow", chosen["follow"], ("paper", "published"))
+    return chosen
+
+
+def _follow_published_code(config: ConfigDict) -> None:
+    config.augment.jitter_order = "batch"
+    config.optimizer.schedule_by = "epoch"
+    if "enqueue" in config.method:
+        config.method.enqueue = "queries"
+    if "negatives" in config.method:
+        config.method.negatives = "local"
+
+
+def _descriptors(value: str) -> tuple[str, ...]:
+    named = {"cassle": CASSLE_DESCRIPTORS, "none": ()}
+    return named[value] if value in named else tuple(sorted(value.split("+")))
+
+
+def _augself_weights(value: str) -> dict[str, float]:
+    if value == "none":
+        return {}
+    if value == "main":
+        return {"crop": 0.5, "color": 0.5}
+    weights = {}
+    for item in value.split("+"):
+        name, _, weight = item.partition(":")
+        knows("augself", name, PREDICTED)
+        try:
+            weights[name] = float(weight or 0.5)
+        except ValueError:
+            raise ConfigError(
+                f"augself weight {item!r} is not a number; write {name}:0.5"
+            ) from None
+    return weights

@@ -1,0 +1,48 @@
+"""Pretrains an encoder: python -m cassle_jax.pretrain --config=configs/… --workdir=… ."""
+
+import os
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from cassle_jax import command
+from cassle_jax.training.loop import Diverged, Preempted, pretrain
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same one continues it.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def pretrain_command(config: ConfigDict, workdir: str) -> None:
+    """Pretrains as the command does.
+
+    Raises:
+      Stop: with the exit code for a run that diverged or was preempted.
+      ConfigError, DataError: a setting that cannot work.
+    """
+    set_up_devices(config)
+    try:
+        pretrain(config, workdir)
+    except Diverged as error:
+        raise command.Stop(str(error), command.EXIT_DIVERGED) from error
+    except Preempted as error:
+        raise command.Stop(str(error), command.EXIT_PREEMPTED) from error
+
+
+def set_up_devices(config: ConfigDict) -> None:
+    """Process-wide settings of a run; must come before the first use of a device."""
+    if config.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    if config.compilation_cache:
+        cache = config.compilation_cache
+        if cache == "auto":
+            home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            cache = epath.Path(home).expanduser() / "cassle_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+if __name__ == "__main__":
+    command.run(lambda: pretrain_command(CONFIG.value, WORKDIR.value))

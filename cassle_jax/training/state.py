@@ -1,0 +1,114 @@
+"""Everything a run carries from one step to the next, and how it begins."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import PRNGKeyArray
+
+from cassle_jax.methods import Method, Networks, ViewBatch
+from cassle_jax.methods.base import PyTree
+
+# The networks that a momentum copy is kept of, where a method has one.
+TARGET_NETWORKS = ("encoder", "projector", "image_conditioner")
+
+
+@struct.dataclass
+class TrainState:
+    """A run between two steps; equal on all devices, and all that a checkpoint needs.
+
+    Its leaves are arrays while it trains and shapes or shardings while Orbax handles it, so their
+    types are not checked.
+
+    Attributes:
+      step: number of steps done, int32.
+      key: the run's typed key; step, view and image are folded into it, so it never changes.
+      params: of the trained networks, by network, float32.
+      batch_stats: running BatchNorm statistics of the trained networks, float32.
+      target_params: of the momentum networks; empty without them.
+      target_batch_stats: of the momentum networks, which train on their own statistics.
+      memory: what the method carries, such as a queue.
+      opt_state: the optimiser's.
+      diverged_at: the first step whose loss was not finite, int32; -1 while there is none.
+    """
+
+    step: PyTree
+    key: PyTree
+    params: PyTree
+    batch_stats: PyTree
+    target_params: PyTree
+    target_batch_stats: PyTree
+    memory: PyTree
+    opt_state: PyTree
+    diverged_at: PyTree
+
+
+def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) -> PyTree:
+    """Initial parameters and BatchNorm statistics of all networks.
+
+    Args:
+      networks: of the run.
+      view: of the run's shapes; its values do not matter.
+      key: randomness.
+    """
+
+    def run_all(networks):
+        features = networks.embed(view, train=True).features
+        for name in networks.factories:
+            if name.startswith("augself_"):
+                getattr(networks, name)(jnp.concatenate([features, features], axis=1), True)
+
+    return networks.init(key, method=run_all)
+
+
+def seed_keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+    """The keys of a run's steps, of its initial parameters and of its initial memory."""
+    return tuple(jax.random.split(jax.random.key(seed), 3))
+
+
+def create_state(
+    networks: Networks,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    view: ViewBatch,
+    seed: int,
+) -> TrainState:
+    """The state before the first step: a function of the seed and the shapes alone.
+
+    Momentum networks start as copies of the trained ones.
+    """
+    run_key, network_key, memory_key = seed_keys(seed)
+    variables = initial_variables(networks, view, network_key)
+    return state_from_variables(
+        variables, method.initial_memory(memory_key), method, optimizer, run_key
+    )
+
+
+def state_from_variables(
+    variables: PyTree,
+    memory: PyTree,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+) -> TrainState:
+    """The state at step 0 around given parameters, statistics and memory."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+
+    def target(tree):
+        if not method.target_views:
+            return {}
+        return {
+            name: jax.tree.map(jnp.copy, tree[name]) for name in TARGET_NETWORKS if name in tree
+        }
+
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        params=params,
+        batch_stats=batch_stats,
+        target_params=target(params),
+        target_batch_stats=target(batch_stats),
+        memory=memory,
+        opt_state=optimizer.init(params),
+        diverged_at=jnp.full((), -1, jnp.int32),
+    )

@@ -1,0 +1,30 @@
+"""ImageNet-100, ResNet-50 at 224 pixels: the paper's main run.
+
+python -m cassle_jax.pretrain --config=configs/imagenet100.py --workdir=runs/imagenet100
+
+Arguments: method, conditioning, augself, follow; see `base_config`.
+`--config=configs/imagenet100.py:follow=published` is the published command: MoCo-v2, batch 256,
+500 epochs, base learning rate 0.03, weight decay 1e-4, ω through an MLP of depth 6 and width 64,
+concatenated. The images are the 100 classes of imagenet2012 from tensorflow-datasets, or of a
+folder <path>/<split>/<class>/<file>: --config.data.source=folder --config.data.path=…
+--config.probe.test_split=val.
+"""
+
+from cassle_jax.config import base_config
+
+
+def get_config(arguments=""):
+    config = base_config(arguments)
+    config.epochs = 500
+    config.batch_size = 256
+    config.encoder.name = "resnet50"
+    config.augment.size = 224
+    config.optimizer.base_learning_rate = 0.03
+    config.optimizer.weight_decay = 1e-4
+    config.data.source = "tfds"
+    config.data.name = "imagenet2012"
+    config.data.classes = "imagenet100"
+    config.data.canvas = 512
+    config.data.cache_gib = 0.0
+    config.probe.test_split = "validation"
+    return config

@@ -1,0 +1,26 @@
+"""Tiny-ImageNet, ResNet-18 at 64 pixels.
+
+python -m cassle_jax.pretrain --config=configs/tiny_imagenet.py \\
+    --config.data.path=/data/tiny_imagenet --workdir=runs/tiny_imagenet
+
+Arguments: method, conditioning, augself, follow; see `base_config`. The recipe is the STL-10 one of
+the published CASSLE code at 64 pixels; the paper does not pretrain on Tiny-ImageNet. The images are
+a folder <path>/<split>/<class>/<file> with the splits train and val.
+"""
+
+from cassle_jax.config import base_config
+
+
+def get_config(arguments=""):
+    config = base_config(arguments)
+    config.epochs = 200
+    config.batch_size = 256
+    config.encoder.name = "resnet18"
+    config.encoder.small_images = True
+    config.augment.size = 64
+    config.optimizer.base_learning_rate = 0.03
+    config.optimizer.weight_decay = 5e-4
+    config.data.source = "folder"
+    config.data.canvas = 64
+    config.probe.test_split = "val"
+    return config

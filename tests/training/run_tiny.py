@@ -1,0 +1,29 @@
+"""Pretrains the tiny configuration: python -m tests.training.run_tiny WORKDIR [name=value …]."""
+
+import ast
+import logging
+import sys
+
+from cassle_jax import command
+from cassle_jax.models import ENCODERS
+from cassle_jax.pretrain import pretrain_command
+from tests.tiny import TinyEncoder, tiny_config
+
+
+def main(workdir, *settings):
+    ENCODERS["tiny"] = TinyEncoder
+    config = tiny_config("method=moco_v2")
+    for setting in settings:
+        name, value = setting.split("=")
+        config.update_from_flattened_dict({name: ast.literal_eval(value)})
+    pretrain_command(config, workdir)
+
+
+if __name__ == "__main__":
+    command.set_up_logging()
+    logging.getLogger("cassle_jax").setLevel(logging.WARNING)
+    try:
+        main(*sys.argv[1:])
+    except command.Stop as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)

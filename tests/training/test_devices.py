@@ -1,0 +1,54 @@
+"""Any number of devices computes what one device computes on the same global batch."""
+
+import jax
+import numpy as np
+import pytest
+
+from cassle_jax.data import DamagedLog, open_source, training_batches
+from cassle_jax.training.parallel import device_mesh, replicate, shard_batch
+from cassle_jax.training.run import build_run
+from cassle_jax.training.step import make_train_step
+from tests.tiny import tiny_config
+
+STEPS = 4
+
+
+def train(arguments, devices):
+    config = tiny_config(arguments)
+    source = open_source(config.data, "train")
+    mesh = device_mesh(jax.devices()[:devices])
+    run = build_run(config, mesh, len(source))
+    batches = training_batches(
+        source,
+        batch=run.batch_size,
+        canvas=config.data.canvas,
+        seed=0,
+        damaged=DamagedLog(len(source), 0.0),
+    )
+    step = make_train_step(run, mesh)
+    state = replicate(jax.jit(run.initial_state)(), mesh)
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state, shard_batch(next(batches), mesh))
+        losses.append(float(metrics["loss"]))
+    carried = (state.params, state.batch_stats, state.target_params, state.memory, state.opt_state)
+    return losses, jax.device_get(carried)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["method=simclr,augself=main", "method=moco_v2", "method=moco_v2,follow=published"],
+)
+def test_eight_devices_are_one(arguments):
+    losses, state = train(arguments, 1)
+    losses_of_eight, state_of_eight = train(arguments, 8)
+    np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-5)
+    jax.tree.map(
+        lambda eight, one: np.testing.assert_allclose(eight, one, atol=1e-5), state_of_eight, state
+    )
+    assert losses[0] != losses[-1]
+
+
+def test_local_negatives_depend_on_the_devices():
+    config = "method=simclr,follow=published"
+    assert abs(train(config, 1)[0][0] - train(config, 8)[0][0]) > 0.1
