@@ -32,7 +32,9 @@ class DamagedImage(ValueError):
     """The bytes are no image that can be shown: truncated, empty, something else, or too large."""
 
 
-def decode(data: bytes | np.ndarray, canvas: int) -> UInt8[np.ndarray, "height width 3"]:
+def decode(
+    data: bytes | np.ndarray, canvas: int, scratch: UInt8[np.ndarray, " bytes"] | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decodes an image, upright and in RGB, and reduces it to fit a square of `canvas` pixels.
 
     Aspect ratio is kept, an image that fits already is never enlarged, and each side keeps at
@@ -45,6 +47,8 @@ def decode(data: bytes | np.ndarray, canvas: int) -> UInt8[np.ndarray, "height w
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
         or [height, width, 1 or 3].
       canvas: largest side of the result in pixels, ≥ 1.
+      scratch: memory to decode into where it suffices; the result may lie in it. Threads that
+        decode image after image spare the kernel the mapping and clearing of fresh memory.
 
     Returns:
       uint8 RGB in [0, 255] of shape [height, width, 3], max(height, width) ≤ canvas.
@@ -56,7 +60,7 @@ def decode(data: bytes | np.ndarray, canvas: int) -> UInt8[np.ndarray, "height w
         return _reduce(_three_channels(data), canvas)
     if not data:
         raise DamagedImage("the file is empty")
-    image = _decode_jpeg(data, canvas) if data[:3] == _JPEG_START else None
+    image = _decode_jpeg(data, canvas, scratch) if data[:3] == _JPEG_START else None
     return _decode_with_pillow(data, canvas) if image is None else image
 
 
@@ -68,7 +72,9 @@ def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
     return max(1, round(height * canvas / longest)), max(1, round(width * canvas / longest))
 
 
-def _decode_jpeg(data: bytes, canvas: int) -> UInt8[np.ndarray, "height width 3"] | None:
+def _decode_jpeg(
+    data: bytes, canvas: int, scratch: UInt8[np.ndarray, " bytes"] | None
+) -> UInt8[np.ndarray, "height width 3"] | None:
     """Decodes an ordinary JPEG; None hands the file to Pillow, which tolerates more."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -78,8 +84,12 @@ def _decode_jpeg(data: bytes, canvas: int) -> UInt8[np.ndarray, "height width 3"
         return None
     _refuse_bomb(height, width)
     target_height, target_width = fitted_size(height, width, canvas)
+    if scratch is not None and height * width * 3 > scratch.size:
+        scratch = None
     try:
-        image = simplejpeg.decode_jpeg(data, min_height=target_height, min_width=target_width)
+        image = simplejpeg.decode_jpeg(
+            data, min_height=target_height, min_width=target_width, buffer=scratch
+        )
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)

@@ -1,6 +1,7 @@
 """Puts decoded images onto the canvases of a batch, stepping over damaged ones."""
 
 import errno
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Int, UInt8
 from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.pool import BufferPool
 from cassle_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -47,14 +49,24 @@ class Images:
         self._canvas = canvas
         self._damaged = damaged
         self._substitute = substitute
+        self._pools: dict[int, BufferPool] = {}
+        self._scratch = threading.local()
         keep = substitute and 0 < len(source) * self.canvas_bytes <= cache_bytes
-        self._kept = self.blank(len(source)) if keep else None
+        self._kept = None
+        if keep:
+            canvases = np.zeros((len(source), canvas, canvas, 3), np.uint8)
+            self._kept = self._batch(len(source), canvases)
         self._is_kept = np.zeros(len(source) if keep else 0, bool)
 
     def blank(self, rows: int) -> Batch:
-        """A batch without images: black canvases, sizes 1×1, labels and indices -1."""
+        """A batch to fill: canvases not cleared yet, sizes 1×1, labels and indices -1."""
+        if rows not in self._pools:
+            self._pools[rows] = BufferPool((rows, self._canvas, self._canvas, 3))
+        return self._batch(rows, self._pools[rows].lend())
+
+    def _batch(self, rows: int, canvases: UInt8[np.ndarray, "rows canvas canvas 3"]) -> Batch:
         batch = {
-            "image": np.zeros((rows, self._canvas, self._canvas, 3), np.uint8),
+            "image": canvases,
             "size": np.ones((rows, 2), np.int32),
             "label": np.full(rows, -1, np.int32),
             "index": np.full(rows, -1, np.int32),
@@ -70,8 +82,7 @@ class Images:
         """
         if self._kept is None:
             for row, index in enumerate(indices.tolist(), first_row):
-                if index >= 0:
-                    self._decode_into(batch, row, index)
+                self._decode_into(batch, row, index)
             return
         for index in indices.tolist():
             # Two threads may decode the same image at once: they write the same values.
@@ -83,11 +94,18 @@ class Images:
             np.take(kept, indices, axis=0, out=batch[name][rows], mode="clip")
 
     def _decode_into(self, batch: Batch, row: int, index: int) -> None:
-        found = self._good_record(index) if self._substitute else self._try_record(index)
+        """Fills one row; with a black canvas for a damaged record and for index -1."""
+        found = None
+        if index >= 0:
+            found = self._good_record(index) if self._substitute else self._try_record(index)
+        canvas = batch["image"][row]
         if found is None:
+            canvas[:] = 0
             return
         height, width = found.image.shape[:2]
-        batch["image"][row, :height, :width] = found.image
+        canvas[:height, :width] = found.image
+        canvas[:height, width:] = 0
+        canvas[height:] = 0
         batch["size"][row] = height, width
         batch["label"][row] = found.label
         batch["index"][row] = found.index
@@ -108,7 +126,8 @@ class Images:
         try:
             record = self._source[index]
             name = record.name
-            return _Decoded(decode(record.image, self._canvas), record.label, index)
+            image = decode(record.image, self._canvas, self._thread_scratch())
+            return _Decoded(image, record.label, index)
         except DamagedImage as error:
             self._damaged.add(name, str(error))
         except OSError as error:
@@ -116,6 +135,12 @@ class Images:
                 raise
             self._damaged.add(error.filename or name, error.strerror or str(error))
         return None
+
+    def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
+        """Memory of this thread that holds a decoded image until it is on its canvas."""
+        if not hasattr(self._scratch, "memory"):
+            self._scratch.memory = np.empty(4 * self.canvas_bytes, np.uint8)
+        return self._scratch.memory
 
 
 class _Decoded(NamedTuple):

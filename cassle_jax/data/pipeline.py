@@ -54,7 +54,7 @@ def training_batches(
       damaged: the account of this dataset's damaged records.
       process_index: which process this is, in [0, process_count).
       process_count: number of processes.
-      threads: that read and decode; 0 is one a CPU this process may use, at most 32.
+      threads: that read and decode; 0 is half the CPUs this process may use, from 2 to 32.
       start_step: the step of the first batch.
       cache_bytes: where the dataset's canvases fit into this many bytes, every image is decoded
         once and kept; 0 never keeps any.
@@ -320,10 +320,11 @@ def _rows_of_process(batch: int, process_index: int, process_count: int) -> slic
 
 
 def _thread_count(threads: int) -> int:
+    """The number asked for, or half the CPUs: a core gains little from a second thread."""
     if threads < 0:
-        raise DataError(f"data.threads={threads} is negative; 0 uses every CPU")
+        raise DataError(f"data.threads={threads} is negative; 0 chooses by the CPUs")
     if threads:
         return threads
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MAX_AUTOMATIC_THREADS)
-    return min(os.cpu_count() or 1, _MAX_AUTOMATIC_THREADS)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(max(2, cpus // 2), _MAX_AUTOMATIC_THREADS)

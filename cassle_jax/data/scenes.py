@@ -29,7 +29,7 @@ _TEST_SHARE = 5
 _DRAWS = 48
 _BLOBS = 3
 _POSITION_RANGE = (0.28, 0.72)
-_SIZE_RANGE = (0.13, 0.26)
+_SIZE_RANGE = (0.16, 0.26)
 _TEXTURE_CYCLES = 1.25  # in one object radius: the most that a radius of 4 pixels can show
 
 Plane = Float32[np.ndarray, "height width"]
@@ -37,7 +37,7 @@ Colour = Float32[np.ndarray, "3"]
 
 
 class Scenes:
-    """Scenes with one object each, on a patterned background with coloured blobs that mean nothing.
+    """Scenes with one object each, on a patterned, muted background with blobs that mean nothing.
 
     Scene i of a split is a function of (seed, split, i): more scenes only append. The factors are
     independent and uniform; everything else about a scene (background hues, ramp and waves, blobs,
@@ -47,7 +47,7 @@ class Scenes:
       hue: of the object's colour, radians; texture and light change its value, never its hue.
       shape: index into `SHAPES`.
       x, y: the object's centre in fractions of the image from the left and top, in [0.28, 0.72].
-      size: the object's radius in fractions of the image, in [0.13, 0.26].
+      size: the object's radius in fractions of the image, in [0.16, 0.26].
       orientation: radians, counter-clockwise from the upright drawing. No shape looks the same
         turned by less than a whole turn, so the period is 2π for all of them.
       texture: index into `TEXTURES`.
@@ -213,7 +213,7 @@ def _draw(
 
 def _background(draws: Iterator[float], size: int) -> Float32[np.ndarray, "size size 3"]:
     """Two colours mixed by a wave and, along another direction, by a ramp."""
-    first, second = _any_colour(draws), _any_colour(draws)
+    first, second = _muted_colour(draws), _muted_colour(draws)
     x, y = _pixel_centres(size)
     angle, cycles, phase = 2 * np.pi * next(draws), 1 + 5 * next(draws), 2 * np.pi * next(draws)
     frequency = 2 * np.pi * cycles
@@ -227,7 +227,7 @@ def _paint_blob(image: Float32[np.ndarray, "size size 3"], draws: Iterator[float
     centre_x, centre_y, radius = next(draws), next(draws), 0.04 + 0.08 * next(draws)
     window, x, y = _window(len(image), centre_x, centre_y, radius)
     distance = _radius(x - np.float32(centre_x), y - np.float32(centre_y)) - np.float32(radius)
-    _blend(image, window, distance, _any_colour(draws))
+    _blend(image, window, distance, _muted_colour(draws))
 
 
 def _paint_object(
@@ -290,8 +290,9 @@ def _along(x: Plane, y: Plane, angle: float, scale: float) -> Plane:
     return np.float32(scale * np.cos(angle)) * x + np.float32(scale * np.sin(angle)) * y
 
 
-def _any_colour(draws: Iterator[float]) -> Colour:
-    return _colour(2 * np.pi * next(draws), 0.25 + 0.75 * next(draws), 0.25 + 0.75 * next(draws))
+def _muted_colour(draws: Iterator[float]) -> Colour:
+    """Of backgrounds and blobs: paler and darker than any object, or they would be all one sees."""
+    return _colour(2 * np.pi * next(draws), 0.5 * next(draws), 0.25 + 0.5 * next(draws))
 
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
