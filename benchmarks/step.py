@@ -1,0 +1,112 @@
+"""Times the training step on synthetic images: views/s, augmentation's share, peak memory.
+
+python -m benchmarks.step --config=configs/imagenet100.py
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from cassle_jax import command
+from cassle_jax.training.parallel import (
+    AXIS,
+    REPLICATED,
+    SHARDED,
+    device_mesh,
+    parallel,
+    replicate,
+    shard_batch,
+)
+from cassle_jax.training.run import build_run
+from cassle_jax.training.step import make_train_step
+from cassle_jax.training.views import augmented_pair, training_views
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to time.", lock_config=True)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each, of which the median is given.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps in a timing.")
+flags.mark_flags_as_required(["config"])
+
+
+def synthetic_batch(batch_size: int, canvas: int) -> dict[str, np.ndarray]:
+    """Random canvases with pictures of the shapes ImageNet has, as large as the canvas allows."""
+    random = np.random.default_rng(0)
+    long_side = min(canvas, 500)
+    short_side = random.integers(long_side * 2 // 3, long_side + 1, batch_size)
+    sizes = np.stack([short_side, np.full(batch_size, long_side)], 1).astype(np.int32)
+    images = random.integers(0, 256, (batch_size, canvas, canvas, 3), np.uint8)
+    return {"image": images, "size": sizes}
+
+
+def seconds_each(function, repeats: int, steps: int) -> list[float]:
+    """Seconds a call, measured `repeats` times over `steps` calls; `function` returns arrays."""
+    jax.block_until_ready(function())
+    timings = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = function()
+        jax.block_until_ready(result)
+        timings.append((time.perf_counter() - start) / steps)
+    return timings
+
+
+def measure(config, repeats: int, steps: int) -> dict[str, float]:
+    """Medians in seconds and what follows from them."""
+    mesh = device_mesh()
+    run = build_run(config, mesh, config.batch_size * 1000)
+    batch = shard_batch(synthetic_batch(config.batch_size, config.data.canvas), mesh)
+
+    def draw(key, batch):
+        pair = augmented_pair(key, batch["image"], batch["size"], run.augment, AXIS)
+        return training_views(pair, run.augment, run.conditioning.descriptors, run.augself.names)
+
+    make_views = parallel(draw, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
+    key = replicate(jax.random.key(0), mesh)
+    augmentation = seconds_each(lambda: make_views(key, batch), repeats, steps)
+
+    train_step = make_train_step(run, mesh)
+    state = replicate(jax.jit(run.initial_state)(), mesh)
+
+    def advance():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return metrics
+
+    start = time.perf_counter()
+    jax.block_until_ready(advance())
+    first_step = time.perf_counter() - start
+    training = seconds_each(advance, repeats, steps)
+    memory = jax.local_devices()[0].memory_stats() or {}
+
+    step_seconds = statistics.median(training)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "batch_size": config.batch_size,
+        "step_seconds": step_seconds,
+        "step_seconds_min": min(training),
+        "step_seconds_max": max(training),
+        "images_per_second": config.batch_size / step_seconds,
+        "views_per_second": 2 * config.batch_size / step_seconds,
+        "augmentation_seconds": statistics.median(augmentation),
+        "augmentation_share": statistics.median(augmentation) / step_seconds,
+        "first_step_seconds": first_step,
+        "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
+    }
+
+
+def main() -> None:
+    """Runs the command."""
+    result = measure(CONFIG.value, REPEATS.value, STEPS.value)
+    for name, value in result.items():
+        print(f"{name:36} {value:.5g}" if isinstance(value, float) else f"{name:36} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    command.run(main)
