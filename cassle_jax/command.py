@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from cassle_jax.config import ConfigError, base_config, setting_names
+from cassle_jax.config import ConfigError, base_config, flat_settings
 from cassle_jax.data import DataError
 
 EXIT_WRONG_SETTING = 2
@@ -60,6 +60,8 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.seed  # a file that is not there fails at its first use only
+        if rest[1:]:
+            raise ConfigError(f"{rest[1]!r} is not an option; options begin with --")
     except OSError as error:
         raise Stop(f"config cannot be read: {_last_line(error)}", EXIT_WRONG_SETTING) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -69,9 +71,11 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
+    # A value may follow its flag as a word of its own.
+    arguments = re.sub(r"(?m)^(--?config)\n", r"\1=", "\n".join(arguments)).splitlines()
     matches = [re.match(r"--?config(?:=[^:]*:?(.*)|\.([\w.]+))", each) for each in arguments]
     chosen = "".join(match[1] for match in matches if match and match[1])
-    known = setting_names(base_config(chosen))
+    known = flat_settings(base_config(chosen))
     for name in (match[2] for match in matches if match and match[2]):
         if name not in known:
             leaf = name.rpartition(".")[2]

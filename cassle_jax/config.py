@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import CASSLE_DESCRIPTORS, AugmentSpec
+from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTOR_SIZES, AugmentSpec
 from cassle_jax.methods import METHODS
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning
@@ -78,7 +78,7 @@ def base_config(arguments: str = "") -> ConfigDict:
             "classes": "",  # "": all; imagenet100; or a text file of class names, one a line
             "canvas": 32,  # pixels; larger images are reduced to fit
             "scenes": 50_000,  # how many scenes are drawn
-            "threads": 0,  # that read and decode; 0: one for each core
+            "threads": 0,  # that read and decode; 0: half the CPUs, at least 2
             "cache_gib": 4.0,  # decoded images are kept in memory if they all fit in this much
             "max_bad_fraction": 0.01,  # of images that cannot be decoded, before the run stops
         }
@@ -100,6 +100,7 @@ def base_config(arguments: str = "") -> ConfigDict:
         }
     )
     config.log = ConfigDict({"every_steps": 50})
+    config.lock()
     return config
 
 
@@ -112,13 +113,13 @@ def knows(name: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}{hint}")
 
 
-def setting_names(config: ConfigDict, prefix: str = "") -> set[str]:
-    """The full names of all settings, such as `optimizer.weight_decay`."""
-    names = set()
+def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """All settings by their full names, such as `optimizer.weight_decay`."""
+    flat = {}
     for name, value in config.items():
         nested = isinstance(value, ConfigDict)
-        names |= setting_names(value, f"{prefix}{name}.") if nested else {prefix + name}
-    return names
+        flat |= flat_settings(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
 
 
 def _from_dataclass(instance) -> ConfigDict:
@@ -150,7 +151,11 @@ def _follow_published_code(config: ConfigDict) -> None:
 
 def _descriptors(value: str) -> tuple[str, ...]:
     named = {"cassle": CASSLE_DESCRIPTORS, "none": ()}
-    return named[value] if value in named else tuple(sorted(value.split("+")))
+    if value in named:
+        return named[value]
+    for name in value.split("+"):
+        knows("conditioning", name, (*named, *DESCRIPTOR_SIZES))
+    return tuple(sorted(value.split("+")))
 
 
 def _augself_weights(value: str) -> dict[str, float]:

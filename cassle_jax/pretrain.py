@@ -9,14 +9,11 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same one continues it.")
-flags.mark_flags_as_required(["config", "workdir"])
+from cassle_jax.training.state import TrainState
 
 
-def pretrain_command(config: ConfigDict, workdir: str) -> None:
-    """Pretrains as the command does.
+def pretrain_command(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Pretrains as the command does, and returns the state after the last step.
 
     Raises:
       Stop: with the exit code for a run that diverged or was preempted.
@@ -24,7 +21,7 @@ def pretrain_command(config: ConfigDict, workdir: str) -> None:
     """
     set_up_devices(config)
     try:
-        pretrain(config, workdir)
+        return pretrain(config, workdir)
     except Diverged as error:
         raise command.Stop(str(error), command.EXIT_DIVERGED) from error
     except Preempted as error:
@@ -45,4 +42,9 @@ def set_up_devices(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    command.run(lambda: pretrain_command(CONFIG.value, WORKDIR.value))
+    config_flag = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
+    workdir_flag = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; the same one continues it."
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(lambda: pretrain_command(config_flag.value, workdir_flag.value))

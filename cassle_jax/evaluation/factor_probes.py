@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 FactorKind = Literal["class", "value", "angle"]
 
@@ -62,8 +63,7 @@ def probe_factors(
     on_fit = {probe: probe(train[fit]) for probe in set(probes.values())}
     on_all = {probe: probe(train) for probe in set(probes.values())}
 
-    scores = {}
-    for name, kind in kinds.items():
+    def probe_factor(name, kind):
         target = _target(train_factors, name, kind, len(train), "train")
         test_target = _target(test_factors, name, kind, len(test), "test")
         probe = probes[kind]
@@ -72,8 +72,11 @@ def probe_factors(
         # Penalties go from strong to weak, so that of equals the most regular one is taken.
         chosen = probe.penalties[int(np.argmax(validated))]
         (answer,) = on_all[probe].predict(target, [chosen], test)
-        scores[name] = _score(kind, answer, test_target)
-    return scores
+        return _score(kind, answer, test_target)
+
+    # On busy cores the threads of these small fits wait for each other far longer than they work.
+    with threadpool_limits(1, user_api="openmp"):
+        return {name: probe_factor(name, kind) for name, kind in kinds.items()}
 
 
 def _standardised(train_features, test_features) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods.base import HeadShape, Networks
 
 
@@ -47,13 +48,13 @@ class AugSelf:
     hidden: int = 512
 
     def __post_init__(self):
+        check_at_least(1, augself__hidden=self.hidden)
         for name, weight in self.weights.items():
             if name not in PREDICTED:
                 raise ValueError(
                     f"augself.{name} cannot be predicted; use any of {', '.join(PREDICTED)}"
                 )
-            if not weight > 0:
-                raise ValueError(f"augself.{name}={weight} must be positive; 0.5 is usual")
+            check_positive(**{f"augself__{name}": weight})
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from cassle_jax.checks import check_at_least
+
 PyTree = Any
 Schedule = Callable[[Array], Array]
 
@@ -179,6 +181,11 @@ class Method:
         """
         del peak
         return {"default": schedule}
+
+    def check_projector(self, hidden: int, out: int, depth: int) -> None:
+        """Raises ValueError for sizes no projector can have; hidden 0 is the features' width."""
+        check_at_least(0, method__projector_hidden=hidden)
+        check_at_least(1, method__projector_out=out, method__projector_depth=depth)
 
     def check(self, global_batch: int, local_batch: int) -> None:
         """Raises ValueError, naming the setting, where the method cannot work with these sizes."""

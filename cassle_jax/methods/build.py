@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTOR_SIZES, descriptor_width
+from cassle_jax.checks import check_at_least
 from cassle_jax.methods.augself import AugSelf
 from cassle_jax.methods.base import HeadShape, Method, Networks
 from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
@@ -34,6 +35,7 @@ class Conditioning:
     hypernetwork_bn: bool = False
 
     def __post_init__(self):
+        check_at_least(1, conditioning__depth=self.depth, conditioning__width=self.width)
         unknown = [name for name in self.descriptors if name not in DESCRIPTOR_SIZES]
         if unknown:
             raise ValueError(
@@ -98,7 +100,7 @@ def build_networks(
     predictor = method.predictor(feature_width)
     if predictor is not None:
         factories["predictor"] = head(predictor)
-    if injection == "image":
+    if injection == "image" and treatment != "none":
         factories["image_conditioner"] = partial(
             ImageConditioner,
             treatment=treatment,

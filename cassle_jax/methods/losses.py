@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 def normalize(embeddings: Float[Array, "B D"]) -> Float[Array, "B D"]:
     """Scales each embedding to unit length; a zero vector stays zero."""
-    return embeddings / jnp.maximum(jnp.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+    squared_length = jnp.sum(jnp.square(embeddings), axis=-1, keepdims=True)
+    return embeddings * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-24))
 
 
 def gather(local: Float[Array, "B D"], axis_name: str | None) -> Float[Array, "N D"]:
@@ -113,9 +114,3 @@ def pair_similarities(
         "positive_similarity": positives / count,
         "negative_similarity": (sum_first @ sum_second - positives) / max(count * (count - 1), 1),
     }
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless the temperature is positive."""
-    if not temperature > 0:
-        raise ValueError(f"method.temperature={temperature} must be positive; 0.2 is usual")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
+from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method
 
@@ -38,11 +39,11 @@ class MoCoV2(Method):
     projector_depth: int = 2
 
     def __post_init__(self):
-        losses.check_temperature(self.temperature)
+        check_positive(method__temperature=self.temperature)
+        check_at_least(1, method__queue_size=self.queue_size)
+        self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"method.momentum={self.momentum} is not in [0, 1]; 0.999 is usual")
-        if self.queue_size < 1:
-            raise ValueError(f"method.queue_size={self.queue_size} holds nothing; use 65536")
         if self.enqueue not in ("keys", "queries"):
             raise ValueError(f"method.enqueue={self.enqueue!r} is unknown; use 'keys' or 'queries'")
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from typing_extensions import override
 
+from cassle_jax.checks import check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method
 
@@ -28,7 +29,8 @@ class SimCLR(Method):
     projector_depth: int = 2
 
     def __post_init__(self):
-        losses.check_temperature(self.temperature)
+        check_positive(method__temperature=self.temperature)
+        self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
         if self.negatives not in ("global", "local"):
             raise ValueError(
                 f"method.negatives={self.negatives!r} is unknown; use 'global' or 'local'"

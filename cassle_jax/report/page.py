@@ -19,7 +19,7 @@ def write_page(
     summary: str,
     curves: Mapping[str, Curves],
     table: Table | None = None,
-    figures: Mapping[str, str | Path] | None = None,
+    figures: Mapping[str, str | PathLike[str]] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> None:
     """Writes one self-contained HTML page: table, curves, pictures and settings.

@@ -42,6 +42,7 @@ class DeviceFeed:
         item = self._ready.get()
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
+            self._ready.put(item)  # the next call raises it again
             raise item
         return item
 

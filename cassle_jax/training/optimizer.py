@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods import Method
 from cassle_jax.methods.base import PyTree, Schedule
 
@@ -64,13 +65,12 @@ class OptimizerSpec:
             raise ValueError(
                 f"optimizer.schedule_by={self.schedule_by!r} is unknown; use 'step' or 'epoch'"
             )
-        if not self.base_learning_rate > 0:
-            raise ValueError(
-                f"optimizer.base_learning_rate={self.base_learning_rate} must be positive"
-            )
-        for field in ("weight_decay", "warmup_epochs"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be 0 or more")
+        check_positive(optimizer__base_learning_rate=self.base_learning_rate)
+        check_at_least(
+            0,
+            optimizer__weight_decay=self.weight_decay,
+            optimizer__warmup_epochs=self.warmup_epochs,
+        )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1); 0.9 is usual")
 

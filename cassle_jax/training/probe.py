@@ -1,6 +1,9 @@
 """Looks at the features while a run goes on: k-NN accuracy and RankMe, every few epochs."""
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from cassle_jax.data import DamagedLog, Source, evaluation_batches, open_source
@@ -9,6 +12,42 @@ from cassle_jax.evaluation.knn import knn_accuracy
 from cassle_jax.evaluation.spectrum import rank_me
 from cassle_jax.training.run import Run
 from cassle_jax.training.state import TrainState
+
+
+class FeatureReader:
+    """Reads the features a run's encoder gives a dataset.
+
+    Args:
+      config: its `data` settings.
+      run: for networks and augmentation settings.
+      mesh: the devices.
+    """
+
+    def __init__(self, config: ConfigDict, run: Run, mesh: Mesh):
+        self._data = config.data
+        self._batch = run.batch_size
+        self._extract = feature_extractor(
+            run.networks, run.augment, run.conditioning.descriptors, mesh
+        )
+
+    def __call__(
+        self, state: TrainState, source: Source, limit: int = 0
+    ) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
+        """Features and labels of at most `limit` images (0: of all), in the source's order."""
+        batches = evaluation_batches(
+            source,
+            batch=self._batch,
+            canvas=self._data.canvas,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=self._data.threads,
+            limit=limit,
+            damaged=DamagedLog(len(source), self._data.max_bad_fraction),
+        )
+        try:
+            return self._extract(state.params, state.batch_stats, batches)
+        finally:
+            batches.close()
 
 
 class OnlineProbe:
@@ -23,38 +62,16 @@ class OnlineProbe:
     """
 
     def __init__(self, config: ConfigDict, run: Run, mesh: Mesh):
-        settings = config.probe
-        self._limits = (settings.train_images, settings.test_images)
-        self._sources = tuple(
-            open_source(config.data, split)
-            for split in (settings.train_split or config.data.train_split, settings.test_split)
-        )
-        self._batch = run.batch_size
-        self._canvas = config.data.canvas
-        self._threads = config.data.threads
-        self._max_bad_fraction = config.data.max_bad_fraction
-        self._extract = feature_extractor(
-            run.networks, run.augment, run.conditioning.descriptors, mesh
-        )
+        train_split = config.probe.train_split or config.data.train_split
+        self._train = open_source(config.data, train_split), config.probe.train_images
+        self._test = open_source(config.data, config.probe.test_split), config.probe.test_images
+        self._read = FeatureReader(config, run, mesh)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """k-NN accuracy in [0, 1] and RankMe, from 1 to the width of the features."""
-        (train, train_labels), (test, test_labels) = (
-            self._features(state, source, limit)
-            for source, limit in zip(self._sources, self._limits, strict=True)
-        )
-        return {
-            "knn_accuracy": knn_accuracy(train, train_labels, test, test_labels),
-            "rank_me": rank_me(test),
-        }
-
-    def _features(self, state: TrainState, source: Source, limit: int):
-        batches = evaluation_batches(
-            source,
-            batch=self._batch,
-            canvas=self._canvas,
-            threads=self._threads,
-            limit=limit,
-            damaged=DamagedLog(len(source), self._max_bad_fraction),
-        )
-        return self._extract(state.params, state.batch_stats, batches)
+        """k-NN accuracy in [0, 1] where there are labels, and RankMe, from 1 to the width."""
+        test, test_labels = self._read(state, *self._test)
+        measured = {"rank_me": rank_me(test)}
+        train, train_labels = self._read(state, *self._train)
+        if (train_labels >= 0).all() and (test_labels >= 0).all():
+            measured["knn_accuracy"] = knn_accuracy(train, train_labels, test, test_labels)
+        return measured

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
+from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
@@ -157,15 +158,27 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 
 
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
-    for name in ("batch_size", "epochs"):
-        if config[name] < 1:
-            raise ConfigError(f"{name}={config[name]} must be at least 1")
-    if config.steps < 0:
-        raise ConfigError(f"steps={config.steps} must be positive, or 0 to go by epochs")
+    check_at_least(1, batch_size=config.batch_size, epochs=config.epochs)
+    check_at_least(1, encoder__width=config.encoder.width, checkpoint__keep=config.checkpoint.keep)
+    check_at_least(
+        0,
+        seed=config.seed,
+        steps=config.steps,
+        probe__every_epochs=config.probe.every_epochs,
+        checkpoint__every_steps=config.checkpoint.every_steps,
+        checkpoint__keep_every_steps=config.checkpoint.keep_every_steps,
+        log__every_steps=config.log.every_steps,
+        data__cache_gib=config.data.cache_gib,
+    )
     if config.batch_size % devices:
         raise ConfigError(
             f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"
             f" devices; {max(config.batch_size // devices, 1) * devices} would work"
+        )
+    if dataset_size < devices:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be met: the {dataset_size} training images are "
+            f"fewer than the {devices} devices; use more images or fewer devices"
         )
     if config.batch_size > dataset_size:
         raise ConfigError(

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import denormalize, describe
@@ -16,15 +17,21 @@ from cassle_jax.training.views import augmented_pair
 
 IMAGES = 8
 
+Described = tuple[Float[np.ndarray, "N S S 3"], dict[str, np.ndarray]]
 
-def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.PathLike) -> None:
-    """Writes a PNG of the first images, their two views and the descriptors drawn.
+
+def first_views(
+    run: Run, source: Source, data: ConfigDict
+) -> tuple[list[UInt8[np.ndarray, "_ _ 3"]], Described, Described]:
+    """The first images of a run and their views at its first step, as pictures with descriptors.
 
     Args:
-      run: its seed and augmentations decide what is shown; these are the views of step 1.
+      run: its seed and augmentations decide what is shown.
       source: of the training images.
       data: the `data` settings of the configuration.
-      path: of the PNG.
+
+    Returns:
+      The images, and for either view the pictures in [0, 1] with all descriptors drawn.
     """
     batches = training_batches(
         source,
@@ -35,6 +42,11 @@ def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.
         damaged=DamagedLog(len(source), data.max_bad_fraction),
     )
     batch = {name: values[:IMAGES] for name, values in next(batches).items()}
+    batches.close()
+    images = [
+        image[:height, :width]
+        for image, (height, width) in zip(batch["image"], batch["size"], strict=True)
+    ]
 
     @jax.jit
     def draw(key, images, sizes):
@@ -48,16 +60,19 @@ def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.
         ]
 
     run_key, _, _ = seed_keys(run.seed)
-    (first, first_descriptors), (second, second_descriptors) = jax.device_get(
-        draw(run_key, batch["image"], batch["size"])
+    views = jax.device_get(draw(run_key, batch["image"], batch["size"]))
+    never_drawn = [name for name in ("solarize", "rotation") if not getattr(run.augment, name)]
+    for _, descriptors in views:
+        for name in never_drawn:
+            del descriptors[name]
+    return images, *views
+
+
+def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.PathLike) -> None:
+    """Writes `first_views` as a PNG at `path`."""
+    images, (first, first_descriptors), (second, second_descriptors) = first_views(
+        run, source, data
     )
-    for name, drawn in (("solarize", run.augment.solarize), ("rotation", run.augment.rotation)):
-        if not drawn:
-            del first_descriptors[name], second_descriptors[name]
-    images = [
-        np.asarray(image[:height, :width])
-        for image, (height, width) in zip(batch["image"], batch["size"], strict=True)
-    ]
     contact_sheet(
         images,
         first,

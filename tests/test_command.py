@@ -1,0 +1,190 @@
+"""A user's mistake ends a command with exit code 2 and one line that says what to mend."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from cassle_jax import command
+from cassle_jax.config import ConfigError
+from cassle_jax.data import DataError
+from cassle_jax.pretrain import pretrain_command
+from cassle_jax.training.loop import Diverged, Preempted
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parents[1]
+FILE = str(ROOT / "configs" / "cifar10.py")
+SIMCLR_FILE = f"{FILE}:method=simclr"
+SIMCLR = f"--config={SIMCLR_FILE}"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(*arguments)`: what a command given them would have made of its flags.
+
+    absl's own set-up of the process, which happens once, is left out.
+    """
+
+    def absl_run(main, flags_parser):
+        main(flags_parser(sys.argv))
+
+    def make(*arguments, main=lambda config: None):
+        known = flags.FlagValues()
+        config = config_flags.DEFINE_config_file("config", None, "", known, lock_config=True)
+        monkeypatch.setattr(flags, "FLAGS", known)
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        results = []
+        command.run(lambda: results.append(main(config.value) or config.value))
+        return results[0]
+
+    monkeypatch.setattr(command.app, "run", absl_run)
+    monkeypatch.setattr(command, "set_up_logging", lambda: None)
+    return make
+
+
+@pytest.fixture
+def refusal(run, capsys):
+    """`refusal(*arguments)`: the one line on standard error that a command ends with."""
+
+    def make(*arguments, **settings):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments, **settings)
+        assert stopped.value.code == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        return captured.err.removeprefix("error: ").rstrip("\n")
+
+    return make
+
+
+def test_settings_reach_the_configuration(run):
+    config = run(SIMCLR, "--config.method.negatives=local", "--config.optimizer.momentum=0.5")
+    assert (config.method.name, config.method.negatives) == ("simclr", "local")
+    assert config.optimizer.momentum == 0.5
+
+
+def test_flags_and_values_may_be_words_of_their_own(run):
+    config = run("--config", SIMCLR_FILE, "--config.batch_size", "8")
+    assert (config.method.name, config.batch_size) == ("simclr", 8)
+
+
+def test_a_methods_settings_are_known_where_its_file_is_a_word_of_its_own(run):
+    config = run("--config", SIMCLR_FILE, "--config.method.negatives", "local")
+    assert config.method.negatives == "local"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("batch_sise=8", r"^config\.batch_sise is not a setting .* mean config\.batch_size\?$"),
+        ("weight_decay=0", r"config\.weight_decay .* mean config\.optimizer\.weight_decay\?$"),
+        ("optimizer.weigth_decay=0", r"mean config\.optimizer\.weight_decay\?$"),
+        ("method.queue_size=64", r"^config\.method\.queue_size is not a setting"),
+        ("method=moco_v2", r"^config\.method is not a setting"),
+        ("nothing_like_it=1", r"^config\.nothing_like_it is not a setting of this configuration$"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_closest(refusal, setting, message):
+    assert re.search(message, refusal(SIMCLR, f"--config.{setting}"))
+
+
+@pytest.mark.parametrize(
+    "setting", ["batch_size=many", "batch_size=3.5", "optimizer.momentum=high", "deterministic=2"]
+)
+def test_a_value_of_the_wrong_type_names_setting_and_value(refusal, setting):
+    name, value = setting.split("=")
+    message = refusal(SIMCLR, f"--config.{setting}")
+    assert f"config.{name}" in message and value in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [f"--config={FILE}:methd=simclr"],
+            r"^config argument 'methd=simclr' is unknown; use method=…",
+        ),
+        ([f"--config={FILE}:method=simcrl"], r"^method='simcrl' .* did you mean 'simclr'\?$"),
+        (["--config=configs/none.py"], r"^config cannot be read: .*configs/none\.py"),
+        ([f"--config={ROOT}"], r"^config cannot be read: .*directory"),
+        ([SIMCLR, "--configuration=x"], r"^Unknown command line flag 'configuration'"),
+    ],
+)
+def test_what_cannot_be_a_configuration_is_said_in_one_line(refusal, arguments, message):
+    assert re.search(message, refusal(*arguments))
+
+
+def test_a_setting_without_its_dashes_is_not_silently_left_out(refusal):
+    assert "config.batch_size=8" in refusal(SIMCLR, "config.batch_size=8")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.batch_sise = 8", "batch_sise"),
+        ("config.optimiser.momentum = 0", "optimiser"),
+        ("config.batch_size = 'many'", "batch_size"),
+    ],
+)
+def test_a_mistake_in_a_configuration_file_is_found(refusal, tmp_path, body, message):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from cassle_jax.config import base_config\n\n\n"
+        f"def get_config(arguments=''):\n    config = base_config(arguments)\n    {body}\n"
+        "    return config\n"
+    )
+    assert message in refusal(f"--config={file}")
+
+
+@pytest.mark.parametrize("error", [ConfigError, DataError])
+def test_what_the_run_finds_wrong_ends_it_the_same_way(refusal, error):
+    def main(config):
+        raise error("data.path='' is not a folder; give one")
+
+    assert refusal(SIMCLR, main=main) == "data.path='' is not a folder; give one"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run):
+    def main(config):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(SIMCLR, main=main)
+
+
+@pytest.mark.parametrize(("error", "code"), [(Diverged, 3), (Preempted, 75)])
+def test_a_run_that_stops_early_says_why_by_its_exit_code(run, monkeypatch, capsys, error, code):
+    def stop(config, workdir):
+        raise error("after step 7")
+
+    monkeypatch.setattr("cassle_jax.pretrain.pretrain", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(SIMCLR, main=lambda config: pretrain_command(tiny_config(), "nowhere"))
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == "error: after step 7\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([SIMCLR, "--config.batch_sise=8"], "config.batch_sise is not a setting"),
+        (["--config=configs/none.py"], "configs/none.py"),
+    ],
+)
+def test_the_pretraining_command_ends_with_one_line(arguments, message, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "cassle_jax.pretrain", f"--workdir={tmp_path}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1 and message in ended.stderr
+    assert "Traceback" not in ended.stderr and not ended.stdout

@@ -1,0 +1,132 @@
+"""The arguments of a configuration choose a method, its conditioning, AugSelf and the variant."""
+
+import pytest
+
+from cassle_jax.config import ConfigError, base_config, flat_settings, knows
+from cassle_jax.methods import METHODS
+
+AUGSELF_OFF = dict.fromkeys(("crop", "color", "blur", "solarize", "flip", "rotation"), 0.0)
+
+
+def changed(arguments, base="method=moco_v2"):
+    """What `arguments` change of the configuration that `base` gives."""
+    before, after = flat_settings(base_config(base)), flat_settings(base_config(arguments))
+    assert before.keys() == after.keys()
+    return {name: value for name, value in after.items() if before[name] != value}
+
+
+def weights(arguments):
+    settings = base_config(arguments).augself.to_dict()
+    assert settings.pop("hidden") == 512
+    return settings
+
+
+def test_the_defaults_are_mocos_with_cassle():
+    config = base_config()
+    spelt_out = base_config("method=moco_v2,conditioning=cassle,augself=none,follow=paper")
+    assert config == spelt_out
+    assert config.method.to_dict() == {
+        "name": "moco_v2",
+        "temperature": 0.2,
+        "momentum": 0.999,
+        "queue_size": 65_536,
+        "enqueue": "keys",
+        "projector_hidden": 0,
+        "projector_out": 128,
+        "projector_depth": 2,
+    }
+    conditioning = config.conditioning
+    assert conditioning.descriptors == ("blur", "color", "color_diff", "crop", "grayscale")
+    assert (conditioning.treatment, conditioning.injection) == ("mlp", "concat")
+    assert (conditioning.depth, conditioning.width) == (6, 64)
+    assert weights("") == AUGSELF_OFF
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_brings_its_own_settings(method):
+    settings = base_config(f"method={method}").method.to_dict()
+    assert settings.pop("name") == method
+    assert METHODS[method](**settings) == METHODS[method]()
+
+
+@pytest.mark.parametrize(
+    ("value", "descriptors"),
+    [
+        ("none", ()),
+        ("crop", ("crop",)),
+        ("solarize+crop+blur", ("blur", "crop", "solarize")),
+    ],
+)
+def test_conditioning_names_descriptors(value, descriptors):
+    assert changed(f"conditioning={value}") == {"conditioning.descriptors": descriptors}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("none", {}),
+        ("main", {"crop": 0.5, "color": 0.5}),
+        ("flip", {"flip": 0.5}),
+        ("flip:0.25+rotation", {"flip": 0.25, "rotation": 0.5}),
+        ("crop:1e-1", {"crop": 0.1}),
+    ],
+)
+def test_augself_names_weights(value, expected):
+    assert weights(f"augself={value}") == AUGSELF_OFF | expected
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("moco_v2", {"method.enqueue": "queries"}),
+        ("simclr", {"method.negatives": "local"}),
+    ],
+)
+def test_following_the_published_code_changes_what_it_does_otherwise_and_nothing_else(
+    method, setting
+):
+    assert changed(f"method={method},follow=published", f"method={method}") == {
+        "augment.jitter_order": "batch",
+        "optimizer.schedule_by": "epoch",
+        **setting,
+    }
+
+
+def test_arguments_go_together_in_any_order():
+    config = base_config("augself=main,conditioning=none,method=simclr")
+    assert config.method.name == "simclr"
+    assert config.conditioning.descriptors == ()
+    assert config.augself.crop == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("simclr", r"'simclr' is unknown; use method=…, conditioning=…, augself=…, follow=…"),
+        ("methd=simclr", r"'methd=simclr' is unknown; use method=…"),
+        ("method=simcrl", r"method='simcrl' .* moco_v2, simclr; did you mean 'simclr'\?"),
+        ("method=xyz", r"method='xyz' is unknown; use one of moco_v2, simclr$"),
+        ("follow=publishd", r"follow='publishd' .* paper, published; did you mean 'published'"),
+        ("augself=crops", r"augself='crops' .* crop, flip, .*did you mean 'crop'"),
+        ("augself=crop:half", r"augself weight 'crop:half' is not a number; write crop:0\.5"),
+        ("conditioning=crops", r"conditioning.*'crops'.*blur, .*color, .*did you mean 'crop'\?"),
+        ("conditioning=", r"conditioning.*''.*blur, .*color, "),
+    ],
+)
+def test_what_is_unknown_is_a_config_error_with_what_is_known(arguments, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        base_config(arguments)
+    assert "\n" not in str(refused.value)
+
+
+def test_knows_lets_known_values_pass():
+    knows("method", "simclr", METHODS)
+    with pytest.raises(ConfigError, match=r"^a\.b='z' is unknown; use one of x, y$"):
+        knows("a.b", "z", {"y", "x"})
+
+
+def test_settings_have_full_names():
+    settings = flat_settings(base_config("method=simclr"))
+    assert settings["optimizer.weight_decay"] == 1e-4
+    assert settings["method.negatives"] == "global"
+    assert not {"optimizer", "method.enqueue", "weight_decay"} & settings.keys()

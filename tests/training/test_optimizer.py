@@ -1,0 +1,191 @@
+"""The optimisers against PyTorch's rules in NumPy, the schedules against their formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.methods import SimCLR
+from cassle_jax.methods.base import constant
+from cassle_jax.training.optimizer import (
+    Clock,
+    OptimizerSpec,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    peak_learning_rate,
+)
+
+STEPS = 5
+BATCH = 512
+CLOCK = Clock(steps_per_epoch=4, total_steps=40)
+DRAW = np.random.default_rng(0)
+PARAMS = {
+    "encoder": {"kernel": DRAW.normal(size=(3, 2)), "scale": DRAW.normal(size=2)},
+    "predictor": {"kernel": DRAW.normal(size=(2, 2)), "bias": DRAW.normal(size=2)},
+}
+GRADIENTS = [jax.tree.map(lambda x: DRAW.normal(size=x.shape), PARAMS) for _ in range(STEPS)]
+
+
+def sgd(params, gradients, rates, momentum, decay):
+    """`torch.optim.SGD` in the words of its documentation, for one array."""
+    params, buffer = params.copy(), None
+    for gradient, rate in zip(gradients, rates, strict=True):
+        gradient = gradient + decay * params
+        buffer = gradient if buffer is None else momentum * buffer + gradient
+        params -= rate * buffer
+    return params
+
+
+def adamw(params, gradients, rates, decay, betas=(0.9, 0.999), epsilon=1e-8):
+    """`torch.optim.AdamW` in the words of its documentation, for one array."""
+    params, first, second = params.copy(), 0.0, 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        params *= 1 - rate * decay
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        unbiased_first = first / (1 - betas[0] ** step)
+        unbiased_second = second / (1 - betas[1] ** step)
+        params -= rate * unbiased_first / (np.sqrt(unbiased_second) + epsilon)
+    return params
+
+
+def float32(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def optimised(spec, method=SimCLR()):  # noqa: B008 (frozen)
+    optimizer = make_optimizer(spec, method, learning_rate(spec, CLOCK, BATCH), BATCH)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    params = float32(PARAMS)
+    state = optimizer.init(params)
+    for gradient in GRADIENTS:
+        params, state = step(params, state, float32(gradient))
+    return params
+
+
+def cosine(step, peak=0.06, epochs=10):
+    return peak * 0.5 * (1 + np.cos(np.pi * step / 4 / epochs))
+
+
+def assert_each(found, expected):
+    for network, arrays in found.items():
+        for name, value in arrays.items():
+            gradients = [gradient[network][name] for gradient in GRADIENTS]
+            np.testing.assert_allclose(
+                value, expected(network, PARAMS[network][name], gradients), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.1), (0.0, 0.1), (0.9, 0.0)])
+def test_sgd_is_pytorchs_and_decays_every_parameter(momentum, decay):
+    found = optimised(OptimizerSpec(momentum=momentum, weight_decay=decay))
+    rates = [cosine(step) for step in range(STEPS)]
+    assert_each(found, lambda _, value, gradients: sgd(value, gradients, rates, momentum, decay))
+
+
+def test_adamw_is_pytorchs():
+    found = optimised(OptimizerSpec(name="adamw", weight_decay=0.1))
+    rates = [cosine(step) for step in range(STEPS)]
+    assert_each(found, lambda _, value, gradients: adamw(value, gradients, rates, 0.1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(SimCLR):
+    """The predictor at a tenth of the peak, norms frozen, the rest on the run's schedule."""
+
+    def parameter_group(self, path, array):
+        if array.ndim == 1 and path[0] == "encoder":
+            return "norms"
+        return path[0]
+
+    def group_schedules(self, schedule, peak):
+        return {"encoder": schedule, "predictor": constant(peak / 10), "norms": None}
+
+
+def test_groups_have_rates_of_their_own():
+    found = optimised(OptimizerSpec(weight_decay=0.1), Grouped())
+    np.testing.assert_array_equal(
+        found["encoder"].pop("scale"), float32(PARAMS)["encoder"]["scale"]
+    )
+    rates = {"encoder": [cosine(step) for step in range(STEPS)], "predictor": [0.006] * STEPS}
+    assert_each(
+        found, lambda network, value, gradients: sgd(value, gradients, rates[network], 0.9, 0.1)
+    )
+
+
+def test_the_method_sees_path_and_array_of_every_parameter():
+    assert parameter_groups(Grouped(), float32(PARAMS)) == {
+        "encoder": {"kernel": "encoder", "scale": "norms"},
+        "predictor": {"kernel": "predictor", "bias": "predictor"},
+    }
+    assert set(jax.tree.leaves(parameter_groups(SimCLR(), float32(PARAMS)))) == {"default"}
+
+
+@pytest.mark.parametrize(("batch", "peak"), [(256, 0.03), (64, 0.0075), (1024, 0.12)])
+def test_the_peak_scales_with_the_global_batch(batch, peak):
+    spec = OptimizerSpec(base_learning_rate=0.03)
+    np.testing.assert_allclose(peak_learning_rate(spec, batch), peak)
+    schedule = learning_rate(spec, CLOCK, batch)
+    np.testing.assert_allclose(schedule(jnp.int32(0)), peak, rtol=1e-6)
+
+
+def rates_of(**settings):
+    schedule = learning_rate(OptimizerSpec(**settings), CLOCK, BATCH)
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(CLOCK.total_steps + 1)))
+
+
+def test_half_a_cosine_over_the_steps():
+    rates = rates_of()
+    np.testing.assert_allclose(rates, cosine(np.arange(41)), atol=1e-8)
+    np.testing.assert_allclose(rates[[0, 20, 40]], [0.06, 0.03, 0], atol=1e-8)
+
+
+def test_stepping_by_the_epoch_is_a_staircase_under_the_same_cosine():
+    rates = rates_of(schedule_by="epoch").reshape(-1)[:40].reshape(10, 4)
+    np.testing.assert_allclose(rates, np.tile(cosine(4 * np.arange(10)), (4, 1)).T, atol=1e-8)
+    assert len(np.unique(rates)) == 10
+
+
+def test_warm_up_is_linear_from_zero_and_the_cosine_fills_the_rest():
+    rates = rates_of(warmup_epochs=2.5)
+    np.testing.assert_allclose(rates[:11], 0.06 * np.arange(11) / 10, atol=1e-8)
+    rest = np.arange(31) / 30
+    np.testing.assert_allclose(rates[10:], 0.03 * (1 + np.cos(np.pi * rest)), atol=1e-8)
+
+
+def test_warm_up_by_the_epoch_starts_at_zero_for_a_whole_epoch():
+    rates = rates_of(warmup_epochs=2.0, schedule_by="epoch")
+    np.testing.assert_allclose(rates[:12], np.repeat([0, 0.03, 0.06], 4), atol=1e-8)
+
+
+def test_the_clock_counts_whole_epochs_and_parts():
+    clock = Clock(steps_per_epoch=4, total_steps=10)
+    assert clock.epochs == 2.5
+    for step, epochs in ((0, 0), (3, 0.75), (4, 1), (9, 2.25)):
+        assert clock.epoch(jnp.int32(step), whole=False) == epochs
+        assert clock.epoch(jnp.int32(step), whole=True) == int(epochs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "lars"}, r"optimizer\.name='lars'.*'sgd' or 'adamw'"),
+        ({"schedule_by": "week"}, r"optimizer\.schedule_by='week'.*'step' or 'epoch'"),
+        ({"base_learning_rate": 0.0}, r"optimizer\.base_learning_rate=0\.0 must be above 0"),
+        ({"base_learning_rate": float("nan")}, r"optimizer\.base_learning_rate=nan"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1 must be at least 0"),
+        ({"warmup_epochs": -1.0}, r"optimizer\.warmup_epochs=-1\.0 must be at least 0"),
+        ({"momentum": 1.0}, r"optimizer\.momentum=1\.0 is not in \[0, 1\); 0\.9"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSpec(**settings)

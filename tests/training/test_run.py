@@ -1,0 +1,180 @@
+"""A configuration becomes a run, or one line that names the setting, its value and what works."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.config import ConfigError
+from cassle_jax.methods import METHODS
+from cassle_jax.training.parallel import device_mesh
+from cassle_jax.training.run import augment_spec, build_run, compute_dtype
+from tests.methods.one_device import compiled
+from tests.tiny import tiny_config
+
+IMAGES = 64
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONDITIONINGS = {
+    "none": (),
+    "cassle": ("blur", "color", "color_diff", "crop", "grayscale"),
+    "rotation+crop": ("crop", "rotation"),
+}
+
+
+def build(settings=None, arguments="method=simclr", images=IMAGES):
+    config = tiny_config(arguments)
+    config.update_from_flattened_dict(settings or {})
+    return build_run(config, device_mesh(), images)
+
+
+REFUSED = [
+    ({"batch_size": 0}, r"^batch_size=0 must be at least 1$"),
+    ({"epochs": 0}, r"^epochs=0 must be at least 1$"),
+    ({"steps": -1}, r"^steps=-1 must be at least 0$"),
+    ({"batch_size": 30}, r"^batch_size=30 .* over 8 devices; 24 would work$"),
+    ({"batch_size": 4}, r"^batch_size=4 .* over 8 devices; 8 would work$"),
+    ({"batch_size": 72}, r"^batch_size=72 .* the 64 training images; use at most 64$"),
+    ({"data.canvas": 8}, r"^data\.canvas=8 .* augment\.size=16; use data\.canvas=16 or more$"),
+    ({"dtype": "float"}, r"^dtype='float' .* auto, bfloat16, float32; did you mean 'float32'\?$"),
+    ({"encoder.name": "resnet5"}, r"^encoder\.name='resnet5' .* did you mean 'resnet50'\?$"),
+    ({"method.name": "simclear"}, r"^method\.name='simclear' .* did you mean 'simclr'\?$"),
+    ({"method.name": "moco_v2"}, r"^method\.name='moco_v2' .*'negatives'.*=…:method=moco_v2$"),
+    ({"method.negatives": "some"}, r"^method\.negatives='some' .*'global' or 'local'$"),
+    ({"method.temperature": 0.0}, r"^method\.temperature=0\.0 must be above 0$"),
+    (
+        {"method.negatives": "local", "batch_size": 8},
+        r"^batch_size=8 .*method\.negatives='local'.* at least 2 images a device$",
+    ),
+    ({"augself.crop": -1.0}, r"^augself\.crop=-1\.0 must be above 0$"),
+    (
+        {"conditioning.descriptors": ("colour",)},
+        r"^conditioning\.descriptors has 'colour'; use any of blur, color,",
+    ),
+    (
+        {"conditioning.descriptors": ("crop", "crop")},
+        r"descriptors=\['crop', 'crop'\] .*repeated",
+    ),
+    ({"conditioning.treatment": "mpl"}, r"treatment='mpl' is unknown; .*'mlp', 'raw'"),
+    ({"conditioning.injection": "sum"}, r"injection='sum' is unknown; .*'concat', 'add'"),
+    (
+        {"conditioning.treatment": "hypernetwork", "conditioning.injection": "add"},
+        r"injection='add' .*treatment='hypernetwork'.* use .*injection='none'",
+    ),
+    (
+        {"conditioning.treatment": "raw", "conditioning.injection": "add"},
+        r"treatment='raw' .*\(24\), not 13; use .*treatment='mlp'",
+    ),
+    ({"augment.flip": 1.5}, r"^augment\.flip=1\.5 .* value in \[0, 1\]$"),
+    ({"augment.color_strength": -1.0}, r"^augment\.color_strength=-1\.0 .* from 0 on"),
+    ({"optimizer.name": "lars"}, r"^optimizer\.name='lars' .*'sgd' or 'adamw'$"),
+    (
+        {"optimizer.warmup_epochs": 6.0},
+        r"^optimizer\.warmup_epochs=6\.0 .* the run's 6 epochs; use a smaller value$",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), REFUSED, ids=[" ".join(settings) for settings, _ in REFUSED]
+)
+def test_a_setting_that_cannot_work_is_named_with_what_would(settings, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        build(settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_method_cannot_work_with_is_a_config_error():
+    message = r"^method\.queue_size=60 .* batch_size=16; 48 would work$"
+    with pytest.raises(ConfigError, match=message):
+        build({"method.queue_size": 60}, "method=moco_v2")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("seed", -1),
+        ("encoder.width", 0),
+        ("method.projector_depth", 0),
+        ("method.projector_out", 0),
+        ("method.projector_hidden", -1),
+        ("conditioning.depth", 0),
+        ("conditioning.width", 0),
+        ("augself.hidden", 0),
+    ],
+)
+def test_a_size_that_leaves_nothing_is_refused_before_anything_is_compiled(setting, value):
+    with pytest.raises(ConfigError, match=rf"{setting}={value}"):
+        build({setting: value}, "method=simclr,augself=main")
+
+
+def test_a_dataset_with_fewer_images_than_devices_is_not_answered_with_a_batch_of_none():
+    with pytest.raises(ConfigError, match=r"batch_size=16 .* the 5 training images") as refused:
+        build(images=5)
+    assert "at most 0" not in str(refused.value)
+
+
+def shipped(path, arguments):
+    config = runpy.run_path(str(path))["get_config"](arguments)
+    return config, build_run(config, device_mesh(), 100_000)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_builds(path, method, conditioning):
+    config, run = shipped(path, f"method={method},conditioning={conditioning}")
+    assert isinstance(run.method, METHODS[method])
+    assert run.conditioning.descriptors == CONDITIONINGS[conditioning]
+    assert run.clock.steps_per_epoch == 100_000 // config.batch_size
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_has_a_state_with_all_its_networks(path, method):
+    _, run = shipped(path, f"method={method},conditioning=rotation+crop,augself=main")
+    state = jax.eval_shape(run.initial_state)
+    assert state.params.keys() == {"encoder", "projector", "augself_crop", "augself_color"}
+    assert state.params["projector"]["condition"]["linear_0"]["kernel"].shape[0] == 4 + 4
+    targets = {"encoder", "projector"} if method == "moco_v2" else set()
+    assert state.target_params.keys() == targets
+
+
+def test_a_runs_length_is_its_steps_or_else_its_epochs():
+    by_steps = build({"steps": 10, "epochs": 99}).clock
+    assert (by_steps.total_steps, by_steps.steps_per_epoch) == (10, 4)
+    by_epochs = build({"steps": 0, "epochs": 3}, images=70).clock
+    assert (by_epochs.total_steps, by_epochs.steps_per_epoch) == (12, 4)
+
+
+def test_only_weights_that_are_not_zero_make_heads():
+    assert build().augself.names == ()
+    assert build({"augself.flip": 0.5, "augself.blur": 0.1}).augself.names == ("blur", "flip")
+
+
+def test_bfloat16_is_for_accelerators_unless_asked_for():
+    config = tiny_config()
+    assert compute_dtype(config, "cpu") == jnp.float32
+    assert compute_dtype(config, "gpu") == compute_dtype(config, "tpu") == jnp.bfloat16
+    config.dtype = "bfloat16"
+    assert compute_dtype(config, "cpu") == jnp.bfloat16
+    config.dtype = "float32"
+    assert compute_dtype(config, "gpu") == jnp.float32
+
+
+def test_colour_strength_scales_what_the_other_settings_say():
+    config = tiny_config()
+    assert augment_spec(config).hue == (-0.1, 0.1)
+    config.augment.color_strength = 0.5
+    spec = augment_spec(config)
+    assert (spec.hue, spec.brightness, spec.grayscale) == ((-0.05, 0.05), (0.8, 1.2), 0.1)
+
+
+def test_another_seed_is_another_beginning():
+    def last_bias(seed):
+        params = compiled(lambda: build({"seed": seed}).initial_state().params["projector"])()
+        return np.asarray(params["projector"]["linear_1"]["bias"])
+
+    assert not (last_bias(0) == last_bias(1)).any()

@@ -1,0 +1,133 @@
+"""Two views of every image, the same on any number of devices, with ω in alphabetical order."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cassle_jax.augment import AugmentSpec
+from cassle_jax.training.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.training.views import augmented_pair, training_views
+
+BATCH, CANVAS = 8, 16
+SPEC = AugmentSpec(size=8, jitter_order="batch", jitter=1.0, solarize=0.5, rotation=0.5)
+# Neither in alphabetical order, so that a test sees who sorts.
+DESCRIPTORS = ("crop", "blur", "solarize", "color", "flip")
+PREDICTED = ("rotation", "crop", "flip")
+
+
+def make_views(key, images, sizes, axis_name, spec=SPEC):
+    pair = augmented_pair(key, images, sizes, spec, axis_name)
+    return pair, training_views(pair, spec, DESCRIPTORS, PREDICTED)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (BATCH, CANVAS, CANVAS, 3), np.uint8)
+    images[5] = images[4]
+    sizes = draw.integers(10, CANVAS + 1, (BATCH, 2), np.int32)
+    sizes[5] = sizes[4]
+    return jnp.asarray(images), jnp.asarray(sizes)
+
+
+@pytest.fixture(scope="module")
+def on_devices(batch):
+    """`on_devices(count)(key, images, sizes)`: pair and training views of the whole batch."""
+
+    def make(count):
+        views = parallel(
+            partial(make_views, axis_name=AXIS),
+            device_mesh(jax.devices()[:count]),
+            inputs=(REPLICATED, SHARDED, SHARDED),
+            outputs=SHARDED,
+        )
+        # Few optimisations: the tests compile for seconds and run for milliseconds.
+        quickly = {"xla_backend_optimization_level": 0}
+        return views.lower(jax.random.key(0), *batch).compile(compiler_options=quickly)
+
+    compiled = {count: make(count) for count in (1, 4)}
+    return compiled.__getitem__
+
+
+@pytest.fixture(scope="module")
+def drawn(on_devices, batch):
+    return on_devices(1)(jax.random.key(3), *batch)
+
+
+def arrays(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_four_devices_make_what_one_makes(on_devices, batch, drawn):
+    on_four = on_devices(4)(jax.random.key(3), *batch)
+    for found, expected in zip(arrays(on_four), arrays(drawn), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_views_of_an_image_differ(drawn):
+    (first, second), views = drawn
+    assert views.views[0].images.shape == (BATCH, 8, 8, 3)
+    for a, b in zip(views.views[0].images, views.views[1].images, strict=True):
+        assert np.abs(a - b).max() > 0.1
+    assert not np.isclose(first.params.crop, second.params.crop).all(axis=1).any()
+
+
+def test_equal_images_at_different_places_get_draws_of_their_own(drawn):
+    for view in drawn[0]:
+        assert len(np.unique(view.params.brightness)) == BATCH
+        assert np.abs(view.image[4] - view.image[5]).max() > 0.1
+
+
+def test_draws_depend_on_key_and_place_not_on_the_pixels(on_devices, batch, drawn):
+    images, sizes = batch
+    (first, _), _ = on_devices(1)(jax.random.key(3), images[::-1], sizes)
+    for found, expected in zip(arrays(first.params), arrays(drawn[0][0].params), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    (other, _), _ = on_devices(1)(jax.random.key(4), images, sizes)
+    assert not np.isclose(other.params.brightness, drawn[0][0].params.brightness).any()
+
+
+def test_a_batch_and_view_shares_its_order_of_jitter_on_all_devices(on_devices, batch):
+    pairs = [on_devices(4)(jax.random.key(seed), *batch)[0] for seed in range(4)]
+    orders = [[np.unique(view.params.jitter_order, axis=0) for view in pair] for pair in pairs]
+    assert all(len(order) == 1 for pair in orders for order in pair)
+    assert len({order.tobytes() for pair in orders for order in pair}) > 1
+    assert any(first.tobytes() != second.tobytes() for first, second in orders)
+
+
+def test_omega_is_alphabetical_whatever_order_was_asked_for(drawn):
+    pair, views = drawn
+    for view, made in zip(pair, views.views, strict=True):
+        np.testing.assert_array_equal(made.images, view.image)
+        params = jax.device_get(view.params)
+        assert made.descriptor.shape == (BATCH, 1 + 4 + 4 + 1 + 1)
+        blur, color, crop, flip, solarize = np.split(made.descriptor, [1, 5, 9, 10], axis=1)
+        np.testing.assert_allclose(blur[:, 0], np.where(params.blur, params.sigma, 0))
+        np.testing.assert_allclose(color[:, 0], (params.brightness - 1) / 0.8, atol=1e-6)
+        np.testing.assert_allclose(crop[:, 2:], params.crop[:, 2:])
+        np.testing.assert_array_equal(flip[:, 0], params.flip)
+        threshold = np.where(params.solarize, params.solarize_threshold, 1)
+        np.testing.assert_allclose(solarize[:, 0], threshold)
+
+
+def test_targets_are_the_predicted_differences_of_both_orders(drawn):
+    (first, second), views = drawn
+    for targets, (one, other) in zip(
+        views.differences, ((first, second), (second, first)), strict=True
+    ):
+        assert targets.keys() == set(PREDICTED)
+        np.testing.assert_allclose(
+            targets["crop"][:, 2:], (one.params.crop - other.params.crop)[:, 2:], atol=1e-6
+        )
+        np.testing.assert_array_equal(targets["flip"][:, 0], one.params.flip == other.params.flip)
+        turns = np.asarray(one.params.turns - other.params.turns) % 4
+        np.testing.assert_array_equal(targets["rotation"], np.eye(4)[turns])
+
+
+def test_without_descriptors_omega_is_empty(drawn):
+    views = training_views(drawn[0], SPEC, (), ())
+    assert [view.descriptor.shape for view in views.views] == [(BATCH, 0)] * 2
+    assert views.differences == ({}, {})
