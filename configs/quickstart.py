@@ -16,6 +16,7 @@ def get_config(arguments=""):
     config.encoder.name = "resnet18"
     config.encoder.width = 8
     config.conditioning.depth = 2
+    config.conditioning.width = 8  # an eighth of the features, as 64 is of ResNet-18's 512
     config.augment.size = 48
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 0.016
