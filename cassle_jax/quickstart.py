@@ -26,7 +26,7 @@ from cassle_jax.training.sheet import first_views
 from cassle_jax.training.state import TrainState
 from configs.quickstart import get_config
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __main__
 
 RUNS = {"plain": "none", "CASSLE": "cassle"}
 EXPLANATION = (
