@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cassle_jax import command
-from cassle_jax.training.parallel import (
+from cassle_jax.parallel import (
     AXIS,
     REPLICATED,
     SHARDED,

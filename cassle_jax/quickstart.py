@@ -14,12 +14,12 @@ from cassle_jax.data import open_source
 from cassle_jax.data.scenes import FACTORS
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.methods import METHODS
+from cassle_jax.parallel import device_mesh, replicate
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.page import write_page
 from cassle_jax.report.table import Table, cell_text
 from cassle_jax.training.metrics import read_metrics
-from cassle_jax.training.parallel import device_mesh, replicate
 from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
 from cassle_jax.training.sheet import first_views
@@ -60,7 +60,10 @@ def quickstart(method: str, workdir: epath.PathLike) -> Table:
         [(factor, *(each[factor] for each in scores.values())) for factor in FACTORS],
     )
     write_results(
-        f"What {method} keeps of the scenes, plain and with CASSLE", workdir, configs, table
+        f"What {METHODS[method].__name__} keeps of the scenes, plain and with CASSLE",
+        workdir,
+        configs,
+        table,
     )
     return table
 

@@ -3,6 +3,7 @@
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.opening import DataConfig, open_source
 from cassle_jax.data.pipeline import (
     BatchIterator,
     evaluation_batches,
@@ -10,7 +11,7 @@ from cassle_jax.data.pipeline import (
     training_batches,
 )
 from cassle_jax.data.scenes import FACTORS, SHAPES, TEXTURES, Scenes
-from cassle_jax.data.sources import DataConfig, Record, Source, open_source
+from cassle_jax.data.sources import Record, Source
 
 __all__ = [
     "FACTORS",

@@ -33,7 +33,7 @@ class TfdsSource:
         Args:
           tfds_builder: a builder whose array_record files exist.
           split: a split expression of tfds.
-          classes: see `sources.DataConfig`. A subset needs the labels of the whole split: they are
+          classes: see `opening.DataConfig`. A subset needs the labels of the whole split: they are
             read once and kept in the user's cache folder, see `label_cache_folder`.
 
         Raises:
@@ -109,7 +109,7 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
       name: builder, optionally with config and version, such as 'imagenet_resized/64x64:0.1.0'.
       data_dir: tfds' data_dir; '' is its default.
       split: a split expression of tfds.
-      classes: see `sources.DataConfig`.
+      classes: see `opening.DataConfig`.
 
     Raises:
       DataError: the builder is unknown or not prepared, or anything `TfdsSource` refuses.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from cassle_jax.augment import AugmentSpec, center_view, identity_descriptor
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
-from cassle_jax.training.parallel import REPLICATED, SHARDED, parallel, shard_batch
+from cassle_jax.parallel import REPLICATED, SHARDED, parallel, shard_batch
 
 Extract = Callable[
     [PyTree, PyTree, Iterable[dict[str, np.ndarray]]],

@@ -98,7 +98,7 @@ def _chart_html(name: str, chart: Curves, runs: Sequence[str]) -> str:
     )
 
 
-def _picture_html(caption: str, png: str | Path) -> str:
+def _picture_html(caption: str, png: str | PathLike[str]) -> str:
     data = base64.b64encode(Path(png).read_bytes()).decode()
     return (
         f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from cassle_jax.training.parallel import shard_batch
+from cassle_jax.parallel import shard_batch
 
 
 class DeviceFeed:

@@ -14,8 +14,8 @@ from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, make_encoder
+from cassle_jax.parallel import AXIS
 from cassle_jax.training.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
-from cassle_jax.training.parallel import AXIS
 from cassle_jax.training.state import TrainState, create_state
 
 

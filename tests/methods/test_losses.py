@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.methods import SimCLR, losses
-from cassle_jax.training.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 
 BATCH, WIDTH, QUEUE = 8, 3, 5
 TEMPERATURE = 0.3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.methods import Encoded, MoCoV2
-from cassle_jax.training.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from tests.methods.one_device import BATCH, compiled, random_views, training, unit
 
 OUT = 6

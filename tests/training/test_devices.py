@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.training.parallel import device_mesh, replicate, shard_batch
+from cassle_jax.parallel import device_mesh, replicate, shard_batch
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 from tests.tiny import tiny_config

@@ -10,7 +10,7 @@ import pytest
 
 from cassle_jax.config import ConfigError
 from cassle_jax.methods import METHODS
-from cassle_jax.training.parallel import device_mesh
+from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import augment_spec, build_run, compute_dtype
 from tests.methods.one_device import compiled
 from tests.tiny import tiny_config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.training.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from cassle_jax.training.views import augmented_pair, training_views
 
 BATCH, CANVAS = 8, 16
