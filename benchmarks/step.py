@@ -18,8 +18,8 @@ from cassle_jax.parallel import (
     REPLICATED,
     SHARDED,
     device_mesh,
+    on_every_device,
     parallel,
-    replicate,
     shard_batch,
 )
 from cassle_jax.training.run import build_run
@@ -66,11 +66,11 @@ def measure(config, repeats: int, steps: int) -> dict[str, float]:
         return training_views(pair, run.augment, run.conditioning.descriptors, run.augself.names)
 
     make_views = parallel(draw, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
-    key = replicate(jax.random.key(0), mesh)
+    key = on_every_device(lambda: jax.random.key(0), mesh)
     augmentation = seconds_each(lambda: make_views(key, batch), repeats, steps)
 
     train_step = make_train_step(run, mesh)
-    state = replicate(jax.jit(run.initial_state)(), mesh)
+    state = on_every_device(run.initial_state, mesh)
 
     def advance():
         nonlocal state

@@ -56,9 +56,9 @@ def parallel(
     return jax.jit(mapped, donate_argnums=tuple(donate))
 
 
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The same values on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+def on_every_device(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """What `make` computes, the same on every device of every process."""
+    return jax.jit(make, out_shardings=NamedSharding(mesh, REPLICATED))()
 
 
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:

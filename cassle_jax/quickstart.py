@@ -3,7 +3,6 @@
 import logging
 import time
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -14,7 +13,7 @@ from cassle_jax.data import open_source
 from cassle_jax.data.scenes import FACTORS
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.methods import METHODS
-from cassle_jax.parallel import device_mesh, replicate
+from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.page import write_page
@@ -74,7 +73,7 @@ def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, flo
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     run = build_run(config, mesh, len(train))
     if state is None:
-        state = replicate(jax.jit(run.initial_state)(), mesh)
+        state = on_every_device(run.initial_state, mesh)
     read = FeatureReader(config, run, mesh)
     (train_features, _), (test_features, _) = read(state, train), read(state, test)
     return probe_factors(train_features, train.factors, test_features, test.factors, FACTORS)

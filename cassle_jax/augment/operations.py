@@ -74,7 +74,7 @@ def adjust_brightness_or_contrast(
     Returns:
       [rows, 3, columns] in [0, 1].
     """
-    mean_grey = image.mean(axis=(0, 2)) @ jnp.array(_CONTRAST_WEIGHTS)
+    mean_grey = jnp.sum(image.mean(axis=(0, 2)) * jnp.array(_CONTRAST_WEIGHTS))
     target = jnp.where(is_contrast, mean_grey, 0.0)
     return jnp.clip(factor * image + (1 - factor) * target, 0, 1)
 

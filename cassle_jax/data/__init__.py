@@ -3,7 +3,7 @@
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.opening import DataConfig, open_source
+from cassle_jax.data.opening import open_source
 from cassle_jax.data.pipeline import (
     BatchIterator,
     evaluation_batches,
@@ -20,7 +20,6 @@ __all__ = [
     "BatchIterator",
     "DamagedImage",
     "DamagedLog",
-    "DataConfig",
     "DataError",
     "Record",
     "Scenes",

@@ -1,20 +1,24 @@
 """Any tensorflow-datasets builder prepared as array_record, read without TensorFlow."""
 
 import hashlib
+import logging
 import os
 import pathlib
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 
+from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, check_classes, closest, read_class_list
+
+LOG = logging.getLogger(__name__)
 
 _SCAN_CHUNK = 256
 
@@ -33,7 +37,7 @@ class TfdsSource:
         Args:
           tfds_builder: a builder whose array_record files exist.
           split: a split expression of tfds.
-          classes: see `opening.DataConfig`. A subset needs the labels of the whole split: they are
+          classes: see `open_source`. A subset needs the labels of the whole split: they are
             read once and kept in the user's cache folder, see `label_cache_folder`.
 
         Raises:
@@ -65,7 +69,10 @@ class TfdsSource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         position = index if self._kept is None else int(self._kept[index])
-        example = self._records[position]
+        try:
+            example = self._records[position]
+        except (RuntimeError, ValueError) as error:  # what array_record and protobuf raise
+            raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
         image = _at(example, self._image_key)
         return Record(image, self._label(example), f"{self.name} #{position}")
 
@@ -109,7 +116,7 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
       name: builder, optionally with config and version, such as 'imagenet_resized/64x64:0.1.0'.
       data_dir: tfds' data_dir; '' is its default.
       split: a split expression of tfds.
-      classes: see `opening.DataConfig`.
+      classes: see `open_source`.
 
     Raises:
       DataError: the builder is unknown or not prepared, or anything `TfdsSource` refuses.
@@ -232,13 +239,15 @@ def _cached_labels(scan, count: int, cache_file: pathlib.Path) -> Int[np.ndarray
             return labels
     except (OSError, ValueError, EOFError):
         pass
-    logging.info("Reading the labels of %d records once; kept in %s", count, cache_file)
+    LOG.info("Reading the labels of %d records once; kept in %s", count, cache_file)
     labels = np.empty(count, np.int32)
-    done = 0
+    done, said = 0, time.monotonic()
     for chunk in scan():
         labels[done : done + len(chunk)] = chunk
         done += len(chunk)
-        logging.log_every_n_seconds(logging.INFO, "%d of %d labels read", 30, done, count)
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            LOG.info("%d of %d labels read", done, count)
     _write_atomically(labels, cache_file)
     return labels
 
@@ -250,7 +259,7 @@ def _write_atomically(labels: Int[np.ndarray, " records"], path: pathlib.Path) -
             np.save(file, labels)
         pathlib.Path(file.name).replace(path)
     except OSError as error:
-        logging.warning("Labels not kept, the next start reads them again: %s", error)
+        LOG.warning("Labels not kept, the next start reads them again: %s", error)
 
 
 def _label_cache_file(tfds_builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:

@@ -1,12 +1,13 @@
 """Keeps account of the images that could not be read, and stops a run that has too many."""
 
+import logging
 import os
 import pathlib
 import threading
 
-from absl import logging
-
 from cassle_jax.data.errors import DataError
+
+LOG = logging.getLogger(__name__)
 
 _LISTED = 20
 
@@ -82,7 +83,7 @@ class DamagedLog:
             if name not in self._reasons:
                 self._append(name, reason)
                 self._reasons[name] = reason
-                logging.warning("Damaged image, replaced by another: %s (%s)", name, reason)
+                LOG.warning("damaged image: %s (%s)", name, reason)
             self._stop_if_too_many()
 
     def _append(self, name: str, reason: str) -> None:

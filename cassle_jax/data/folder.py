@@ -50,7 +50,7 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
     Args:
       path: root of the image folder.
       split: name of the folder inside it.
-      classes: see `opening.DataConfig`.
+      classes: see `open_source`.
 
     Raises:
       DataError: the folder, the split or a class is missing, or a class is empty.

@@ -15,8 +15,17 @@ from cassle_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
 
-# The machine's trouble rather than the file's: a substitute would hide it.
-_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# The file's own trouble; a substitute for the machine's or the network's would hide it and change
+# the order of the images.
+_FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 class Images:
@@ -131,8 +140,8 @@ class Images:
         except DamagedImage as error:
             self._damaged.add(name, str(error))
         except OSError as error:
-            if error.errno in _MACHINE_ERRORS:
-                raise
+            if error.errno not in _FILE_ERRORS:
+                raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
             self._damaged.add(error.filename or name, error.strerror or str(error))
         return None
 

@@ -1,39 +1,24 @@
 """Opens the source a config names."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from cassle_jax.data import folder, scenes
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Source, closest
 
 
-@runtime_checkable
-class DataConfig(Protocol):
-    """What `open_source` reads of a config's `data` section.
-
-    Attributes:
-      source: 'scenes' (drawn, embedded), 'folder' or 'tfds'.
-      name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
-      path: root of the image folder, or tfds' data_dir ('' is tfds' default).
-      classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100, anything else is
-        the path of a text file with one class name a line. Labels follow the list's order.
-      scenes: number of scenes in the split 'train'.
-      canvas: side of a scene, and the largest side of a decoded image, in pixels.
-    """
-
-    source: str
-    name: str
-    path: str
-    classes: str
-    scenes: int
-    canvas: int
-
-
-def open_source(data_config: DataConfig, split: str) -> Source:
+def open_source(data_config: Any, split: str) -> Source:
     """Opens one split of the dataset a config names.
 
     Args:
-      data_config: see `DataConfig`.
+      data_config: the `data` settings of a configuration; read are
+        source: 'scenes' (drawn, embedded), 'folder' or 'tfds'.
+        name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
+        path: root of the image folder, or tfds' data_dir ('' is tfds' default).
+        classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100, anything else is
+        the path of a text file with one class name a line. Labels follow the list's order.
+        scenes: number of scenes in the split 'train'.
+        canvas: side of a scene, and the largest side of a decoded image, in pixels.
       split: 'train', 'test', … of a folder or of the scenes; for tfds anything it understands,
         such as 'train[:90%]' or 'train+unlabelled'.
 
@@ -53,7 +38,7 @@ def open_source(data_config: DataConfig, split: str) -> Source:
     return opener(data_config, split)
 
 
-def _open_scenes(data_config: DataConfig, split: str) -> Source:
+def _open_scenes(data_config: Any, split: str) -> Source:
     if data_config.classes:
         raise DataError(
             f"data.classes={data_config.classes!r} means nothing to data.source='scenes'; use ''"
@@ -61,11 +46,11 @@ def _open_scenes(data_config: DataConfig, split: str) -> Source:
     return scenes.open_scenes(data_config.scenes, data_config.canvas, split)
 
 
-def _open_folder(data_config: DataConfig, split: str) -> Source:
+def _open_folder(data_config: Any, split: str) -> Source:
     return folder.open_folder(data_config.path, split, data_config.classes)
 
 
-def _open_tfds(data_config: DataConfig, split: str) -> Source:
+def _open_tfds(data_config: Any, split: str) -> Source:
     # tensorflow-datasets takes half a second to import: only its users wait for it.
     from cassle_jax.data import builder
 

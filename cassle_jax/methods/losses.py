@@ -27,6 +27,11 @@ def batch_offset(local_size: int, axis_name: str | None) -> int | Array:
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * local_size
 
 
+def _similarities(first: Float[Array, "B D"], second: Float[Array, "N D"]) -> Float[Array, "B N"]:
+    # Accelerators would otherwise round the factors to bfloat16 or TF32.
+    return jnp.matmul(first, second.T, precision=jax.lax.Precision.HIGHEST)
+
+
 def nt_xent(
     first: Float[Array, "B D"],
     second: Float[Array, "B D"],
@@ -56,8 +61,8 @@ def nt_xent(
     itself = jax.nn.one_hot(position, all_first.shape[0], dtype=bool)
 
     def one_direction(anchor, same_view, other_view):
-        positives = anchor @ other_view.T / temperature
-        negatives = jnp.where(itself, -jnp.inf, anchor @ same_view.T / temperature)
+        positives = _similarities(anchor, other_view) / temperature
+        negatives = jnp.where(itself, -jnp.inf, _similarities(anchor, same_view) / temperature)
         logits = jnp.concatenate([positives, negatives], axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(logits, position).mean()
 
@@ -86,7 +91,7 @@ def queue_info_nce(
     """
     queries, keys = normalize(queries), normalize(keys)
     positives = jnp.sum(queries * keys, axis=-1, keepdims=True)
-    logits = jnp.concatenate([positives, queries @ queue.T], axis=1) / temperature
+    logits = jnp.concatenate([positives, _similarities(queries, queue)], axis=1) / temperature
     return optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.zeros(len(logits), jnp.int32)
     ).mean()
@@ -112,5 +117,6 @@ def pair_similarities(
     positives = sums[-1]
     return {
         "positive_similarity": positives / count,
-        "negative_similarity": (sum_first @ sum_second - positives) / max(count * (count - 1), 1),
+        "negative_similarity": (jnp.sum(sum_first * sum_second) - positives)
+        / max(count * (count - 1), 1),
     }

@@ -1,12 +1,16 @@
 """Asynchronous Orbax checkpoints: everything a run needs to continue as if never interrupted."""
 
+import logging
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from cassle_jax.config import ConfigError
 from cassle_jax.training.state import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -26,8 +30,9 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).resolve() / "checkpoints",
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -47,21 +52,40 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint's state and data state; `None` if there is no checkpoint.
+        """The state and data state of the newest checkpoint that can be read.
+
+        `None` if there is no checkpoint; ConfigError if there are and none can be read.
 
         Args:
           like: a state of the same run, for shapes and placement.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["data"]
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+                    ),
+                )
+            except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
+                reason = str(error).strip().splitlines()[0]
+                LOG.warning("checkpoint %d cannot be read, trying the one before: %s", step, reason)
+                continue
+            self._drop_after(step)
+            return restored["state"], restored["data"]
+        if steps:
+            raise ConfigError(
+                f"workdir={self._folder.parent} has checkpoints, and none of them can be read; "
+                "move them away to begin anew"
+            )
+        return None
+
+    def _drop_after(self, step: int) -> None:
+        """Deletes the checkpoints that could not be read, so that their steps are saved again."""
+        for damaged in self._manager.all_steps():
+            if damaged > step:
+                self._manager.delete(damaged)
 
     def close(self) -> None:
         """Waits for what is being saved."""

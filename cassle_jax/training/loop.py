@@ -1,5 +1,6 @@
 """The pretraining loop: feeds the step, and sees to checkpoints, metrics, probes and signals."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -13,9 +14,9 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cassle_jax.config import ConfigError
+from cassle_jax.config import ConfigError, flat_settings
 from cassle_jax.data import DamagedLog, Source, open_source, training_batches
-from cassle_jax.parallel import device_mesh, replicate
+from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.feed import DeviceFeed
 from cassle_jax.training.metrics import MetricsWriter
@@ -59,12 +60,9 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     source = open_source(config.data, config.data.train_split)
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
-    loop = _Loop(config, epath.Path(workdir), mesh, source, run, probe)
-    with _StopSignals() as stop:
-        try:
-            return loop.train(stop)
-        finally:
-            loop.close()
+    with contextlib.ExitStack() as opened, _StopSignals() as stop:
+        loop = _Loop(config, epath.Path(workdir), mesh, source, run, probe, opened)
+        return loop.train(stop)
 
 
 class _Loop:
@@ -78,9 +76,11 @@ class _Loop:
         source: Source,
         run: Run,
         probe: OnlineProbe | None,
+        opened: contextlib.ExitStack,
     ):
         self.config, self.run, self.probe = config, run, probe
         self.total = run.clock.total_steps
+        check_unchanged(config, workdir)
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,6 +90,7 @@ class _Loop:
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
         )
+        opened.callback(self.checkpoints.close)
         batches = training_batches(
             source,
             batch=run.batch_size,
@@ -106,7 +107,7 @@ class _Loop:
                 process_index=jax.process_index(),
             ),
         )
-        self.state = replicate(jax.jit(run.initial_state)(), mesh)
+        self.state = on_every_device(run.initial_state, mesh)
         self.step = 0
         restored = self.checkpoints.restore(self.state)
         if restored is not None:
@@ -115,15 +116,18 @@ class _Loop:
             batches.set_state(self.data_state)
             LOG.info("continuing at step %d of %d", self.step, self.total)
         self.feed = DeviceFeed(batches, mesh)
+        opened.callback(self.feed.close)
         self.train_step = make_train_step(run, mesh)
-        self.window = _Window(self.feed, run.batch_size)
+        self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None
         if jax.process_index() == 0:
             write_config(config, workdir)
             if self.step == 0:
                 write_contact_sheet(run, source, config.data, workdir / "views.png")
             self.writer = MetricsWriter(workdir, self.step)
+            opened.callback(self.writer.close)
             self.progress = ProgressReport(self.total, self.step)
+            opened.callback(self.progress.close)
 
     def train(self, stop: threading.Event) -> TrainState:
         """Runs to the last step, or saves and raises `Preempted` once `stop` is set."""
@@ -137,22 +141,23 @@ class _Loop:
             in_flight.append(metrics["loss"])
             if len(in_flight) > STEPS_AHEAD:
                 in_flight.popleft().block_until_ready()
-            self._after_step()
+            self._after_step(stop)
             if stop.is_set() and self.step < self.total:
                 self._save()
                 raise Preempted(f"stopped after step {self.step}, which is saved")
         return self.state
 
-    def _after_step(self) -> None:
+    def _after_step(self, stop: threading.Event) -> None:
         config, last = self.config, self.step == self.total
         measured = {}
         if self._is_due(config.log.every_steps) or last:
             self._check_finite()
             measured |= self.window.summary()
-        if self.probe and (last or self._is_due(self._probe_every)):
+        # Who asks a run to stop gives it seconds: then saving comes first.
+        if self.probe and (last or (self._is_due(self._probe_every) and not stop.is_set())):
             self._check_finite()
-            measured |= self.probe(self.state)
-            self.window.start()
+            with self.window.paused():
+                measured |= self.probe(self.state)
         if measured and self.writer:
             self.writer.write(self.step, measured)
             self.progress.report(
@@ -174,8 +179,8 @@ class _Loop:
         diverged_at = int(self.state.diverged_at)
         if diverged_at >= 0:
             raise Diverged(
-                f"the loss of step {diverged_at + 1} is not finite; the last good checkpoint is "
-                "kept. A smaller optimizer.base_learning_rate (now "
+                f"the loss or the update of step {diverged_at + 1} is not finite; the last good "
+                "checkpoint is kept. A smaller optimizer.base_learning_rate (now "
                 f"{self.config.optimizer.base_learning_rate}) or dtype=float32 usually helps"
             )
 
@@ -183,34 +188,44 @@ class _Loop:
         self._check_finite()
         self.checkpoints.save(self.step, self.state, self.data_state)
 
-    def close(self) -> None:
-        """Waits for what is being saved and lets go of threads and files."""
-        self.feed.close()
-        self.checkpoints.close()
-        if self.writer:
-            self.writer.close()
-            self.progress.close()
-
 
 class _Window:
     """Metrics of the steps since the last report; they stay on the device until `summary`."""
 
-    def __init__(self, feed: DeviceFeed, batch_size: int):
+    def __init__(self, feed: DeviceFeed, batch_size: int, steps: int):
         self._feed, self._batch_size = feed, batch_size
-        self.seconds = 0.0  # a step, when last measured
+        self._metrics: deque[dict] = deque(maxlen=max(steps, 1))
+        self._seconds = 0.0
 
     def start(self) -> None:
-        self._metrics: list[dict] = []
+        """Begins a window."""
+        self._metrics.clear()
+        self._steps = 0
         self._since, self._waited = time.perf_counter(), self._feed.waited
 
     def add(self, metrics: dict) -> None:
+        """Takes in the metrics of a step."""
         self._metrics.append(metrics)
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves the time spent within out of the window."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a step: of this window so far, or of the one before."""
+        if self._steps:
+            self._seconds = (time.perf_counter() - self._since) / self._steps
+        return self._seconds
 
     def summary(self) -> dict[str, float]:
         """Means over the window, images a second, share of time waiting for data; starts anew."""
-        values = jax.device_get(self._metrics)
-        elapsed = time.perf_counter() - self._since
-        self.seconds = elapsed / len(values)
+        values = jax.device_get(list(self._metrics))
+        elapsed = self.seconds * self._steps
         summary = {name: float(np.mean([each[name] for each in values])) for name in values[0]}
         summary["learning_rate"] = float(values[-1]["learning_rate"])
         summary["images_per_second"] = self._batch_size / self.seconds
@@ -236,6 +251,40 @@ class _StopSignals:
     def _on_signal(self, number, _) -> None:
         self._event.set()
         signal.signal(number, self._previous[number])
+
+
+# Settings that may differ when a run is continued: what it computes does not depend on them.
+FREE_TO_CHANGE = (
+    "log.",
+    "probe.",
+    "checkpoint.",
+    "compilation_cache",
+    "data.path",
+    "data.threads",
+    "data.cache_gib",
+    "data.max_bad_fraction",
+)
+
+
+def check_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises ConfigError where the workdir holds a run with other settings, naming them."""
+    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").exists():
+        return
+    before, now = flat_settings(read_config(workdir)), flat_settings(_as_json(config))
+    differences = [
+        f"{name}={now.get(name)!r} was {before.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if differences:
+        raise ConfigError(
+            f"workdir={workdir} holds a run with other settings ({'; '.join(differences)}); "
+            "use another workdir, or the settings it was begun with"
+        )
+
+
+def _as_json(config: ConfigDict) -> ConfigDict:
+    return ConfigDict(json.loads(json.dumps(config.to_dict())))
 
 
 def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:

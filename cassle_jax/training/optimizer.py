@@ -46,7 +46,7 @@ class OptimizerSpec:
       base_learning_rate: for a global batch of 256; the run's is base · batch / 256.
       momentum: of SGD.
       weight_decay: on every parameter.
-      warmup_epochs: of linear growth from 0, before the half-cosine.
+      warmup_epochs: of linear growth from 0, step by step, before the half-cosine.
       schedule_by: `step` moves the learning rate every step, `epoch` once an epoch as the published
         CASSLE code does.
     """
@@ -87,10 +87,11 @@ def learning_rate(spec: OptimizerSpec, clock: Clock, batch_size: int) -> Schedul
     rest = max(clock.epochs - warmup, 1e-9)
 
     def schedule(step):
+        passed = clock.epoch(step, whole=False)
         epoch = clock.epoch(step, whole=spec.schedule_by == "epoch")
         progress = jnp.clip((epoch - warmup) / rest, 0.0, 1.0)
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return peak * jnp.where(epoch < warmup, epoch / max(warmup, 1e-9), cosine)
+        return peak * jnp.where(passed < warmup, passed / max(warmup, 1e-9), cosine)
 
     return schedule
 

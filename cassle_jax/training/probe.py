@@ -31,9 +31,12 @@ class FeatureReader:
         )
 
     def __call__(
-        self, state: TrainState, source: Source, limit: int = 0
+        self, state: TrainState, source: Source, limit: int = 0, damaged: DamagedLog | None = None
     ) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
-        """Features and labels of at most `limit` images (0: of all), in the source's order."""
+        """Features and labels of at most `limit` images (0: of all), in the source's order.
+
+        Damaged images are left out; `damaged` is told of them.
+        """
         batches = evaluation_batches(
             source,
             batch=self._batch,
@@ -42,7 +45,7 @@ class FeatureReader:
             process_count=jax.process_count(),
             threads=self._data.threads,
             limit=limit,
-            damaged=DamagedLog(len(source), self._data.max_bad_fraction),
+            damaged=damaged or DamagedLog(len(source), self._data.max_bad_fraction),
         )
         try:
             return self._extract(state.params, state.batch_stats, batches)
@@ -63,8 +66,13 @@ class OnlineProbe:
 
     def __init__(self, config: ConfigDict, run: Run, mesh: Mesh):
         train_split = config.probe.train_split or config.data.train_split
-        self._train = open_source(config.data, train_split), config.probe.train_images
-        self._test = open_source(config.data, config.probe.test_split), config.probe.test_images
+
+        def opened(split, limit):
+            source = open_source(config.data, split)
+            return source, limit, DamagedLog(len(source), config.data.max_bad_fraction)
+
+        self._train = opened(train_split, config.probe.train_images)
+        self._test = opened(config.probe.test_split, config.probe.test_images)
         self._read = FeatureReader(config, run, mesh)
 
     def __call__(self, state: TrainState) -> dict[str, float]:

@@ -134,24 +134,32 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         axis_name=AXIS,
     )
 
+    spec = augment_spec(config)
+    for name in ("solarize", "rotation"):
+        told = name in (*conditioning.descriptors, *augself.names)
+        if told and not getattr(spec, name):
+            raise ConfigError(
+                f"augment.{name}=0 never draws what conditioning.descriptors or augself name; "
+                f"use augment.{name}=0.5, or leave {name} out"
+            )
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
-    spec = OptimizerSpec(**config.optimizer.to_dict())
-    if spec.warmup_epochs >= clock.epochs:
+    recipe = OptimizerSpec(**config.optimizer.to_dict())
+    if recipe.warmup_epochs >= clock.epochs:
         raise ConfigError(
-            f"optimizer.warmup_epochs={spec.warmup_epochs} does not end within the run's "
+            f"optimizer.warmup_epochs={recipe.warmup_epochs} does not end within the run's "
             f"{clock.epochs:.3g} epochs; use a smaller value"
         )
-    schedule = learning_rate(spec, clock, config.batch_size)
+    schedule = learning_rate(recipe, clock, config.batch_size)
     return Run(
         batch_size=config.batch_size,
         seed=config.seed,
-        augment=augment_spec(config),
+        augment=spec,
         method=method,
         conditioning=conditioning,
         augself=augself,
         networks=networks,
-        optimizer=make_optimizer(spec, method, schedule, config.batch_size),
+        optimizer=make_optimizer(recipe, method, schedule, config.batch_size),
         schedule=schedule,
         clock=clock,
     )
@@ -170,6 +178,8 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
         log__every_steps=config.log.every_steps,
         data__cache_gib=config.data.cache_gib,
     )
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed={config.seed} is too large; use one below 2**63")
     if config.batch_size % devices:
         raise ConfigError(
             f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"

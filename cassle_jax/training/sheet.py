@@ -35,13 +35,13 @@ def first_views(
     """
     batches = training_batches(
         source,
-        batch=run.batch_size,
+        batch=min(IMAGES, len(source)),  # the order does not depend on it
         canvas=data.canvas,
         seed=run.seed,
         threads=data.threads,
         damaged=DamagedLog(len(source), data.max_bad_fraction),
     )
-    batch = {name: values[:IMAGES] for name, values in next(batches).items()}
+    batch = next(batches)
     batches.close()
     images = [
         image[:height, :width]

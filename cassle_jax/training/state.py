@@ -29,7 +29,7 @@ class TrainState:
       target_batch_stats: of the momentum networks, which train on their own statistics.
       memory: what the method carries, such as a queue.
       opt_state: the optimiser's.
-      diverged_at: the first step whose loss was not finite, int32; -1 while there is none.
+      diverged_at: the first step whose loss or update was not finite; -1 while there is none.
     """
 
     step: PyTree

@@ -108,7 +108,8 @@ def make_update(
         if method.target_views and not method.target_first:
             target_params = follow(target_params, params, state.step)
 
-        diverged = jnp.where(jnp.isfinite(parts["loss"]), -1, state.step)
+        norms = jnp.stack([parts["loss"], optax.tree.norm(gradient), optax.tree.norm(updates)])
+        diverged = jnp.where(jnp.isfinite(norms).all(), -1, state.step)
         second = online[1] if 1 in online else target[1]
         metrics = {
             **parts,

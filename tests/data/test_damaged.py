@@ -1,10 +1,9 @@
 """The account of damaged images: what counts, what is remembered, when it stops a run."""
 
-import logging as standard_logging
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from absl import logging
 
 from cassle_jax.data import DamagedLog, DataError, TooManyDamaged
 
@@ -14,14 +13,14 @@ def warnings():
     """Messages that reach absl's log."""
     messages = []
 
-    class Kept(standard_logging.Handler):
+    class Kept(logging.Handler):
         def emit(self, record):
             messages.append(record.getMessage())
 
     handler = Kept()
-    logging.get_absl_logger().addHandler(handler)
+    logging.getLogger("cassle_jax").addHandler(handler)
     yield messages
-    logging.get_absl_logger().removeHandler(handler)
+    logging.getLogger("cassle_jax").removeHandler(handler)
 
 
 def test_each_is_counted_and_named_once(warnings):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from cassle_jax.config import ConfigError
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_metrics
 from tests.tiny import tiny_config
@@ -89,15 +93,14 @@ def test_a_finished_run_is_left_alone(uninterrupted):
     assert_identical(values(pretrain(config, workdir)), expected)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_learning_rate_that_explodes_stops_the_run_and_saves_nothing(tmp_path):
     config = tiny_config("method=simclr")
     config.optimizer.base_learning_rate = 1e30
     config.checkpoint.every_steps = 1
     config.log.every_steps = 0
-    with pytest.raises(Diverged, match=r"loss of step \d+ is not finite"):
+    with pytest.raises(Diverged, match=r"update of step \d+ is not finite"):
         pretrain(config, tmp_path)
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert kept and kept[0] >= 1
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def start(workdir, steps=STEPS):
@@ -147,3 +150,49 @@ def test_killed_at_any_moment_it_ends_bit_identical(tmp_path):
     assert found.keys() == expected.keys() and found
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_run_with_other_settings_is_not_continued(uninterrupted):
+    config, workdir, _ = uninterrupted
+    changed = config.copy_and_resolve_references()
+    changed.optimizer.weight_decay = 0.5
+    with pytest.raises(ConfigError, match=r"optimizer\.weight_decay=0\.5 was 0\.0001"):
+        pretrain(changed, workdir)
+    harmless = config.copy_and_resolve_references()
+    harmless.log.every_steps = 3
+    pretrain(harmless, workdir)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_path, caplog):
+    config, workdir, expected = uninterrupted
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "checkpoints" / "24" / "state" / "d").iterdir():
+        file.write_bytes(b"")
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        state = pretrain(config, tmp_path)
+    assert "checkpoint 24 cannot be read" in caplog.text
+    assert_identical(values(state), expected)
+
+
+def test_an_update_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """A finite loss with an infinite gradient would leave a checkpoint nobody can continue."""
+    config = tiny_config("method=simclr")
+    config.checkpoint.every_steps = 1
+    from cassle_jax.training import run as run_module
+
+    make = run_module.make_optimizer
+
+    def exploding(*arguments):
+        optimizer = make(*arguments)
+
+        def update(gradients, state, params=None):
+            updates, state = optimizer.update(gradients, state, params)
+            count = state[-1].inner_states["default"].inner_state.count
+            return jax.tree.map(lambda x: jnp.where(count == 4, jnp.inf, x), updates), state
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    monkeypatch.setattr(run_module, "make_optimizer", exploding)
+    with pytest.raises(Diverged, match="step 4 is not finite"):
+        pretrain(config, tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [1, 2, 3]

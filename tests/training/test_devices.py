@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.parallel import device_mesh, replicate, shard_batch
+from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 from tests.tiny import tiny_config
@@ -26,7 +26,7 @@ def train(arguments, devices):
         damaged=DamagedLog(len(source), 0.0),
     )
     step = make_train_step(run, mesh)
-    state = replicate(jax.jit(run.initial_state)(), mesh)
+    state = on_every_device(run.initial_state, mesh)
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, shard_batch(next(batches), mesh))

@@ -161,9 +161,10 @@ def test_warm_up_is_linear_from_zero_and_the_cosine_fills_the_rest():
     np.testing.assert_allclose(rates[10:], 0.03 * (1 + np.cos(np.pi * rest)), atol=1e-8)
 
 
-def test_warm_up_by_the_epoch_starts_at_zero_for_a_whole_epoch():
+def test_warm_up_moves_every_step_even_if_the_cosine_moves_by_the_epoch():
     rates = rates_of(warmup_epochs=2.0, schedule_by="epoch")
-    np.testing.assert_allclose(rates[:12], np.repeat([0, 0.03, 0.06], 4), atol=1e-8)
+    np.testing.assert_allclose(rates[:8], 0.06 * np.arange(8) / 8, atol=1e-8)
+    np.testing.assert_allclose(rates[8:12], 0.06, atol=1e-8)
 
 
 def test_the_clock_counts_whole_epochs_and_parts():

@@ -20,7 +20,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 CONDITIONINGS = {
     "none": (),
     "cassle": ("blur", "color", "color_diff", "crop", "grayscale"),
-    "rotation+crop": ("crop", "rotation"),
+    "flip+crop": ("crop", "flip"),
 }
 
 
@@ -134,10 +134,10 @@ def test_every_shipped_configuration_builds(path, method, conditioning):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_has_a_state_with_all_its_networks(path, method):
-    _, run = shipped(path, f"method={method},conditioning=rotation+crop,augself=main")
+    _, run = shipped(path, f"method={method},conditioning=flip+crop,augself=main")
     state = jax.eval_shape(run.initial_state)
     assert state.params.keys() == {"encoder", "projector", "augself_crop", "augself_color"}
-    assert state.params["projector"]["condition"]["linear_0"]["kernel"].shape[0] == 4 + 4
+    assert state.params["projector"]["condition"]["linear_0"]["kernel"].shape[0] == 4 + 1
     targets = {"encoder", "projector"} if method == "moco_v2" else set()
     assert state.target_params.keys() == targets
 
@@ -178,3 +178,10 @@ def test_another_seed_is_another_beginning():
         return np.asarray(params["projector"]["linear_1"]["bias"])
 
     assert not (last_bias(0) == last_bias(1)).any()
+
+
+@pytest.mark.parametrize("name", ["solarize", "rotation"])
+def test_what_is_never_drawn_cannot_be_told_or_predicted(name):
+    with pytest.raises(ConfigError, match=rf"augment\.{name}=0 never draws"):
+        build({"conditioning.descriptors": ("crop", name)})
+    build({"conditioning.descriptors": ("crop", name), f"augment.{name}": 0.5})
