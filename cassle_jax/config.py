@@ -88,8 +88,8 @@ def base_config(arguments: str = "") -> ConfigDict:
             "every_epochs": 10,  # k-NN accuracy and RankMe; 0: never
             "train_split": "",  # "": data.train_split
             "test_split": "test",
-            "train_images": 10_000,  # at most
-            "test_images": 2_000,  # at most
+            "train_images": 10_000,  # at most; 0: all
+            "test_images": 2_000,  # at most; 0: all
         }
     )
     config.checkpoint = ConfigDict(

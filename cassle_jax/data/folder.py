@@ -88,9 +88,14 @@ def _list_folders(root: pathlib.Path) -> tuple[str, ...]:
 
 
 def _list_files(directory: pathlib.Path) -> list[bytes]:
-    with os.scandir(os.fsencode(directory)) as entries:
-        visible = [e for e in entries if not e.name.startswith(b".")]
-        files = sorted(e.name for e in visible if e.is_file())
+    try:
+        with os.scandir(os.fsencode(directory)) as entries:
+            visible = [e for e in entries if not e.name.startswith(b".")]
+        files = sorted(e.name for e in visible if _is_file(e))
+    except OSError as error:
+        raise DataError(
+            f"data.path: class folder {str(directory)!r} cannot be listed: {error.strerror}"
+        ) from error
     if not files:
         inside = f", only folders such as {os.fsdecode(visible[0].name)!r}" if visible else ""
         raise DataError(
@@ -98,3 +103,11 @@ def _list_files(directory: pathlib.Path) -> list[bytes]:
             "put images directly into it or remove it"
         )
     return files
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether it is a file or a link to one; a link that leads in a circle leads nowhere."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

@@ -87,6 +87,10 @@ class Checkpoints:
             if damaged > step:
                 self._manager.delete(damaged)
 
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint; `None` if there is none."""
+        return self._manager.latest_step()
+
     def close(self) -> None:
         """Waits for what is being saved."""
         self._manager.close()

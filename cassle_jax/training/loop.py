@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cassle_jax.config import ConfigError, flat_settings
-from cassle_jax.data import DamagedLog, Source, open_source, training_batches
+from cassle_jax.data import DamagedLog, DataError, Source, open_source, training_batches
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.feed import DeviceFeed
@@ -60,7 +60,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     source = open_source(config.data, config.data.train_split)
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
-    with contextlib.ExitStack() as opened, _StopSignals() as stop:
+    with _StopSignals() as stop, contextlib.ExitStack() as opened:
         loop = _Loop(config, epath.Path(workdir), mesh, source, run, probe, opened)
         return loop.train(stop)
 
@@ -80,11 +80,14 @@ class _Loop:
     ):
         self.config, self.run, self.probe = config, run, probe
         self.total = run.clock.total_steps
+        self.leads = jax.process_index() == 0
         check_unchanged(config, workdir)
         try:
             workdir.mkdir(parents=True, exist_ok=True)
+            if self.leads:
+                write_config(config, workdir)
         except OSError as error:
-            raise ConfigError(f"workdir={workdir} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"workdir={workdir} cannot be written: {error.strerror}") from error
         self.checkpoints = Checkpoints(
             workdir,
             keep=config.checkpoint.keep,
@@ -114,16 +117,27 @@ class _Loop:
             self.state, self.data_state = restored
             self.step = int(self.state.step)
             batches.set_state(self.data_state)
-            LOG.info("continuing at step %d of %d", self.step, self.total)
+            done = self.step >= self.total
+            LOG.info(
+                "%s at step %d of %d", "finished" if done else "continuing", self.step, self.total
+            )
+        LOG.info(
+            "%d images, %d steps to an epoch, batches of %d on %d %s device(s)",
+            len(source),
+            run.clock.steps_per_epoch,
+            run.batch_size,
+            mesh.size,
+            mesh.devices.flat[0].device_kind,
+        )
         self.feed = DeviceFeed(batches, mesh)
         opened.callback(self.feed.close)
         self.train_step = make_train_step(run, mesh)
         self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None
-        if jax.process_index() == 0:
-            write_config(config, workdir)
+        if self.leads:
             if self.step == 0:
                 write_contact_sheet(run, source, config.data, workdir / "views.png")
+                LOG.info("what the network sees is in %s; compiling", workdir / "views.png")
             self.writer = MetricsWriter(workdir, self.step)
             opened.callback(self.writer.close)
             self.progress = ProgressReport(self.total, self.step)
@@ -131,9 +145,20 @@ class _Loop:
 
     def train(self, stop: threading.Event) -> TrainState:
         """Runs to the last step, or saves and raises `Preempted` once `stop` is set."""
+        begun_at = self.step
+        try:
+            return self._steps(stop)
+        except DataError:
+            if self.step > begun_at:
+                self._save()
+            raise
+
+    def _steps(self, stop: threading.Event) -> TrainState:
         in_flight: deque = deque()
         self.window.start()
         while self.step < self.total:
+            if stop.is_set():
+                raise Preempted(f"stopped before step {self.step + 1}; nothing new to save")
             batch, self.data_state = next(self.feed)
             self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
@@ -179,8 +204,9 @@ class _Loop:
         diverged_at = int(self.state.diverged_at)
         if diverged_at >= 0:
             raise Diverged(
-                f"the loss or the update of step {diverged_at + 1} is not finite; the last good "
-                "checkpoint is kept. A smaller optimizer.base_learning_rate (now "
+                f"the loss or the update of step {diverged_at + 1} is not finite; the newest good "
+                f"checkpoint is {self.checkpoints.newest() or 'none'}. A smaller "
+                "optimizer.base_learning_rate (now "
                 f"{self.config.optimizer.base_learning_rate}) or dtype=float32 usually helps"
             )
 
@@ -268,7 +294,8 @@ FREE_TO_CHANGE = (
 
 def check_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
     """Raises ConfigError where the workdir holds a run with other settings, naming them."""
-    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").exists():
+    saved = workdir / "checkpoints"
+    if not (workdir / "config.json").exists() or not saved.exists() or not any(saved.iterdir()):
         return
     before, now = flat_settings(read_config(workdir)), flat_settings(_as_json(config))
     differences = [

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from cassle_jax.data import DamagedLog, Source, evaluation_batches, open_source
+from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches, open_source
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.knn import knn_accuracy
 from cassle_jax.evaluation.spectrum import rank_me
@@ -67,12 +67,19 @@ class OnlineProbe:
     def __init__(self, config: ConfigDict, run: Run, mesh: Mesh):
         train_split = config.probe.train_split or config.data.train_split
 
-        def opened(split, limit):
-            source = open_source(config.data, split)
+        def opened(setting, split, limit):
+            try:
+                source = open_source(config.data, split)
+            except DataError as error:
+                raise DataError(
+                    f"{setting}={split!r} cannot be opened: {error}; "
+                    "probe.every_epochs=0 needs none"
+                ) from error
             return source, limit, DamagedLog(len(source), config.data.max_bad_fraction)
 
-        self._train = opened(train_split, config.probe.train_images)
-        self._test = opened(config.probe.test_split, config.probe.test_images)
+        self._train = opened("probe.train_split", train_split, config.probe.train_images)
+        self._test = opened("probe.test_split", config.probe.test_split, config.probe.test_images)
+        _check_same_classes(self._train[0], self._test[0], config.probe.test_split)
         self._read = FeatureReader(config, run, mesh)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -83,3 +90,13 @@ class OnlineProbe:
         if (train_labels >= 0).all() and (test_labels >= 0).all():
             measured["knn_accuracy"] = knn_accuracy(train, train_labels, test, test_labels)
         return measured
+
+
+def _check_same_classes(train: Source, test: Source, test_split: str) -> None:
+    """Labels are places in a split's own list of classes, and mean the same in equal lists only."""
+    different = sorted(set(train.class_names) ^ set(test.class_names))
+    if train.class_names and test.class_names and different:
+        raise DataError(
+            f"probe.test_split={test_split!r} has not the classes of the training split: "
+            f"{different[0]!r} is in one of them only; make them equal, or use probe.every_epochs=0"
+        )

@@ -166,7 +166,8 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 
 
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
-    check_at_least(1, batch_size=config.batch_size, epochs=config.epochs)
+    check_at_least(2, batch_size=config.batch_size)  # BatchNorm has no variance of one image
+    check_at_least(1, epochs=config.epochs)
     check_at_least(1, encoder__width=config.encoder.width, checkpoint__keep=config.checkpoint.keep)
     check_at_least(
         0,
@@ -177,7 +178,15 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
         checkpoint__keep_every_steps=config.checkpoint.keep_every_steps,
         log__every_steps=config.log.every_steps,
         data__cache_gib=config.data.cache_gib,
+        data__threads=config.data.threads,
+        data__max_bad_fraction=config.data.max_bad_fraction,
+        probe__train_images=config.probe.train_images,
+        probe__test_images=config.probe.test_images,
     )
+    if config.data.max_bad_fraction > 1:
+        raise ConfigError(
+            f"data.max_bad_fraction={config.data.max_bad_fraction} is not a fraction; use at most 1"
+        )
     if config.seed >= 2**63:
         raise ConfigError(f"seed={config.seed} is too large; use one below 2**63")
     if config.batch_size % devices:

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from cassle_jax.config import ConfigError
+from cassle_jax.data import DataError
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_metrics
 from tests.tiny import tiny_config
@@ -196,3 +197,41 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     with pytest.raises(Diverged, match="step 4 is not finite"):
         pretrain(config, tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [1, 2, 3]
+
+
+def test_too_many_damaged_images_lose_no_step(tmp_path, monkeypatch):
+    from cassle_jax.data import TooManyDamaged
+    from cassle_jax.training.feed import DeviceFeed
+
+    config = tiny_config("method=simclr")
+    config.checkpoint.every_steps = 100
+    read = DeviceFeed.__next__
+    count = iter(range(100))
+
+    def fail_at_eighth(feed):
+        if next(count) == 7:
+            raise TooManyDamaged("2 of 64 images are damaged")
+        return read(feed)
+
+    monkeypatch.setattr(DeviceFeed, "__next__", fail_at_eighth)
+    with pytest.raises(TooManyDamaged):
+        pretrain(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
+
+
+def test_splits_of_different_classes_are_not_compared(tmp_path):
+    from PIL import Image
+
+    for split, classes in (("train", "ab"), ("test", "ac")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(16):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{index}.png")
+    config = tiny_config("method=simclr")
+    config.data.source, config.data.path = "folder", str(tmp_path)
+    config.probe.every_epochs = 1
+    with pytest.raises(DataError, match=r"probe\.test_split='test' .*'b' is in one"):
+        pretrain(config, tmp_path / "run")
+    config.probe.test_split = "val"
+    with pytest.raises(DataError, match=r"probe\.test_split='val' cannot be opened"):
+        pretrain(config, tmp_path / "run")

@@ -31,7 +31,7 @@ def build(settings=None, arguments="method=simclr", images=IMAGES):
 
 
 REFUSED = [
-    ({"batch_size": 0}, r"^batch_size=0 must be at least 1$"),
+    ({"batch_size": 0}, r"^batch_size=0 must be at least 2$"),
     ({"epochs": 0}, r"^epochs=0 must be at least 1$"),
     ({"steps": -1}, r"^steps=-1 must be at least 0$"),
     ({"batch_size": 30}, r"^batch_size=30 .* over 8 devices; 24 would work$"),
