@@ -236,7 +236,7 @@ def test_an_unreadable_file_counts_as_damaged(image_folder, settings):
     ]
 
 
-def test_an_error_in_a_thread_reaches_the_consumer_as_it_was():
+def test_trouble_of_the_machine_is_no_damaged_image_and_reaches_the_consumer_from_its_thread():
     class Failing(Numbered):
         broken = True
 
@@ -248,7 +248,7 @@ def test_an_error_in_a_thread_reaches_the_consumer_as_it_was():
     source = Failing(50)
     iterator = training(source)
     seen = []
-    with pytest.raises(OSError, match="Too many open files"):
+    with pytest.raises(DataError, match="numbered #13 cannot be read: Too many open files"):
         for _ in range(8):
             seen.append(next(iterator))
     assert iterator.get_state()["step"] == len(seen)
