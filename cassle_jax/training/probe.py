@@ -35,8 +35,10 @@ class FeatureReader:
     ) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
         """Features and labels of at most `limit` images (0: of all), in the source's order.
 
-        Damaged images are left out; `damaged` is told of them.
+        Damaged images are left out; `damaged` (by default an account of this call) is told of them.
         """
+        if damaged is None:
+            damaged = DamagedLog(len(source), self._data.max_bad_fraction)
         batches = evaluation_batches(
             source,
             batch=self._batch,
@@ -45,7 +47,7 @@ class FeatureReader:
             process_count=jax.process_count(),
             threads=self._data.threads,
             limit=limit,
-            damaged=damaged or DamagedLog(len(source), self._data.max_bad_fraction),
+            damaged=damaged,
         )
         try:
             return self._extract(state.params, state.batch_stats, batches)

@@ -242,3 +242,21 @@ def test_splits_of_different_classes_are_not_compared(tmp_path):
     config.probe.test_split = "val"
     with pytest.raises(DataError, match=r"probe\.test_split='val' cannot be opened"):
         pretrain(config, tmp_path / "run")
+
+
+def test_a_damaged_image_is_named_once_however_often_the_features_are_probed(tmp_path, caplog):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(32):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / split / "a" / f"{index}.png")
+    (tmp_path / "test" / "a" / "torn.png").write_bytes(b"not an image")
+    config = tiny_config("method=simclr")
+    config.steps = 6
+    config.data.source, config.data.path = "folder", str(tmp_path)
+    config.data.max_bad_fraction = 0.1
+    config.probe.every_epochs = 1
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        pretrain(config, tmp_path / "run")
+    assert sum("torn.png" in message for message in caplog.messages) == 1
