@@ -1,7 +1,6 @@
 """The pretraining loop: feeds the step, and sees to checkpoints, metrics, probes and signals."""
 
 import contextlib
-import json
 import logging
 import signal
 import threading
@@ -14,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cassle_jax.config import ConfigError, flat_settings
+from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Source, open_source, training_batches
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.training.checkpoints import Checkpoints
@@ -23,6 +22,7 @@ from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.run import Run, build_run
+from cassle_jax.training.saved_config import check_unchanged, write_config
 from cassle_jax.training.sheet import write_contact_sheet
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
@@ -34,7 +34,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite."""
+    """The loss or the update of a step was not finite."""
 
 
 class Preempted(RuntimeError):
@@ -53,7 +53,7 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     Raises:
       ConfigError, DataError: a setting that cannot work, before anything costly starts.
-      Diverged: the loss was not finite; names the step.
+      Diverged: the loss or the update was not finite; names the step.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     mesh = device_mesh()
@@ -277,48 +277,3 @@ class _StopSignals:
     def _on_signal(self, number, _) -> None:
         self._event.set()
         signal.signal(number, self._previous[number])
-
-
-# Settings that may differ when a run is continued: what it computes does not depend on them.
-FREE_TO_CHANGE = (
-    "log.",
-    "probe.",
-    "checkpoint.",
-    "compilation_cache",
-    "data.path",
-    "data.threads",
-    "data.cache_gib",
-    "data.max_bad_fraction",
-)
-
-
-def check_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
-    """Raises ConfigError where the workdir holds a run with other settings, naming them."""
-    saved = workdir / "checkpoints"
-    if not (workdir / "config.json").exists() or not saved.exists() or not any(saved.iterdir()):
-        return
-    before, now = flat_settings(read_config(workdir)), flat_settings(_as_json(config))
-    differences = [
-        f"{name}={now.get(name)!r} was {before.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if differences:
-        raise ConfigError(
-            f"workdir={workdir} holds a run with other settings ({'; '.join(differences)}); "
-            "use another workdir, or the settings it was begun with"
-        )
-
-
-def _as_json(config: ConfigDict) -> ConfigDict:
-    return ConfigDict(json.loads(json.dumps(config.to_dict())))
-
-
-def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes the configuration of a run to `<workdir>/config.json`."""
-    epath.Path(workdir, "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-
-
-def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """The configuration a run was started with."""
-    return ConfigDict(json.loads(epath.Path(workdir, "config.json").read_text()))
