@@ -37,7 +37,7 @@ _TOLERANCE = 1e-6
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
 _TOGETHER = 9
-_WORKING_BYTES = 2 << 30
+_WORKING_BYTES = 64 << 20
 # Of classes × rows, for each penalty: logits and their change, twice, probabilities and their flow.
 _WORKING_ARRAYS = 6
 _HOST_ROWS = 4096
@@ -206,7 +206,7 @@ def fit_logistic(
       start: Weights [classes, features] and biases [classes] to begin the largest penalty from;
         zero if not given.
       together: How many penalties make a lot; if not given, up to 9, fewer where they would need
-        more than 2 GiB.
+        more than 64 MiB: then a lot of one keeps the device busy, and starts nearer its optimum.
       max_steps: Newton steps for a lot.
 
     Returns:
@@ -236,7 +236,7 @@ def fit_logistic(
         jnp.asarray(labels, jnp.int32),
         jnp.asarray(spectrum, jnp.float32),
         jnp.asarray(lots, jnp.float32),
-        jnp.asarray(_rotated_start(start, axes, classes), jnp.float32),
+        jnp.asarray(_rotated_start(start, axes, classes).T, jnp.float32),
         max_steps,
     )
     return _path(penalties, axes, jax.tree.map(lambda array: np.asarray(array)[order], solved))
@@ -359,8 +359,9 @@ def _most_probable(weights, biases, features):
     return jnp.argmax(logits, axis=1)
 
 
-# Below, on the device: K classes, P penalties of a lot, N rows, D axes. Classes come first and rows
-# last, so that what is summed over the few classes runs along the many rows.
+# Below, on the device: K classes, P penalties of a lot, N rows, D axes. Rows come first and classes
+# last, so that every product with the features is one of two matrices, and a row's classes, which
+# the softmax sums over, stand together in memory.
 
 
 class _Solved(NamedTuple):
@@ -377,19 +378,19 @@ def _solve_lots(
     labels: Int[Array, " N"],
     spectrum: Float32[Array, " D"],
     lots: Float32[Array, "lots P"],
-    start: Float32[Array, "K D"],
+    start: Float32[Array, "D K"],
     max_steps: int | Int[Array, ""],
 ) -> _Solved:
     """Solves lot after lot, each from the last solution of the one before."""
-    is_label = jnp.arange(len(start))[:, None, None] == labels
+    is_label = labels[:, None, None] == jnp.arange(start.shape[-1])
 
     def solve(start, penalties):
         thetas = jnp.repeat(start[:, None], len(penalties), axis=1)
         thetas, logits, converged = _newton(
             features, is_label, spectrum, penalties, thetas, max_steps
         )
-        losses = _softmax(logits, is_label).losses
-        return thetas[:, -1], _Solved(jnp.swapaxes(thetas, 0, 1), losses, converged)
+        losses = _softmax(logits, is_label).losses[..., 0]
+        return thetas[:, -1], _Solved(jnp.moveaxis(thetas, 0, -1), losses.T, converged)
 
     _, solved = jax.lax.scan(solve, start, lots)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), solved)
@@ -397,17 +398,18 @@ def _solve_lots(
 
 def _newton(
     features: Float32[Array, "N D"],
-    is_label: Bool[Array, "K 1 N"],
+    is_label: Bool[Array, "N 1 K"],
     spectrum: Float32[Array, " D"],
     penalties: Float32[Array, " P"],
-    thetas: Float32[Array, "K P D"],
+    thetas: Float32[Array, "D P K"],
     max_steps: int | Int[Array, ""],
-) -> tuple[Float32[Array, "K P D"], Float32[Array, "K P N"], Bool[Array, " P"]]:
+) -> tuple[Float32[Array, "D P K"], Float32[Array, "N P K"], Bool[Array, " P"]]:
     """Newton's method from `thetas`: the solutions, their relative logits, and who got there."""
     ridge = 2 * penalties[:, None]
+    others = jnp.shape(is_label)[-1] - 1
 
     def logits_of(thetas):
-        return _relative(_einsum("kpd,nd->kpn", thetas, features), is_label)
+        return _relative(_einsum("nd,dpk->npk", features, thetas), is_label)
 
     def unfinished(state):
         step, _, _, converged = state
@@ -416,22 +418,24 @@ def _newton(
     def improve(state):
         step, thetas, logits, converged = state
         losses, probabilities, residuals = _softmax(logits, is_label)
-        gradient = _einsum("kpn,nd->kpd", residuals, features) + ridge * thetas
+        gradient = _einsum("nd,npk->dpk", features, residuals) + ridge * thetas
 
         def hessian(vector):
             change = logits_of(vector)
-            flow = probabilities * (change - jnp.sum(probabilities * change, axis=0))
-            return _einsum("kpn,nd->kpd", flow, features) + ridge * vector, change
+            flow = probabilities * (
+                change - jnp.sum(probabilities * change, axis=-1, keepdims=True)
+            )
+            return _einsum("nd,npk->dpk", features, flow) + ridge * vector, change
 
         # The mean row's curvature, on average over the directions its loss notices.
-        spread = jnp.sum(probabilities * jnp.where(is_label, -residuals, 1 - probabilities), axis=0)
-        curvature = jnp.mean(spread, axis=-1, keepdims=True) / (len(is_label) - 1)
-        inverse = 1 / (curvature * spectrum + ridge)
+        spread = probabilities * jnp.where(is_label, -residuals, 1 - probabilities)
+        curvature = jnp.mean(jnp.sum(spread, axis=-1, keepdims=True), axis=0) / others
+        inverse = 1 / (curvature * spectrum[:, None, None] + ridge)
         direction, change, decrease = _conjugate_gradients(
             hessian, gradient, inverse, logits, ~converged
         )
         length = _line_search(thetas, logits, direction, change, ridge, is_label)
-        objectives = losses.sum(-1) + penalties * _dot(thetas, thetas)
+        objectives = jnp.sum(losses, axis=(0, 2)) + penalties * _dot(thetas, thetas)
         return (
             step + 1,
             thetas + length[:, None] * direction,
@@ -444,8 +448,8 @@ def _newton(
 
 
 def _conjugate_gradients(
-    hessian, gradient: Float32[Array, "K P D"], inverse, logits, active: Bool[Array, " P"]
-) -> tuple[Float32[Array, "K P D"], Float32[Array, "K P N"], Float32[Array, " P"]]:
+    hessian, gradient: Float32[Array, "D P K"], inverse, logits, active: Bool[Array, " P"]
+) -> tuple[Float32[Array, "D P K"], Float32[Array, "N P K"], Float32[Array, " P"]]:
     """Newton's direction, how it changes the logits, and by how much it should lower the objective.
 
     A penalty is finished when another step would add little to that decrease: the k-th step adds
@@ -487,12 +491,12 @@ def _conjugate_gradients(
 
 
 def _line_search(
-    thetas: Float32[Array, "K P D"],
-    logits: Float32[Array, "K P N"],
-    direction: Float32[Array, "K P D"],
-    change: Float32[Array, "K P N"],
+    thetas: Float32[Array, "D P K"],
+    logits: Float32[Array, "N P K"],
+    direction: Float32[Array, "D P K"],
+    change: Float32[Array, "N P K"],
     ridge: Float32[Array, "P 1"],
-    is_label: Bool[Array, "K 1 N"],
+    is_label: Bool[Array, "N 1 K"],
 ) -> Float32[Array, " P"]:
     """The length of each step at which the slope along it has all but vanished.
 
@@ -504,10 +508,10 @@ def _line_search(
 
     def slope_and_curvature(length):
         _, probabilities, residuals = _softmax(logits + length[:, None] * change, is_label)
-        mean = jnp.sum(probabilities * change, axis=0)
-        variance = jnp.sum(probabilities * change**2, axis=0) - mean**2
+        mean = jnp.sum(probabilities * change, axis=-1, keepdims=True)
+        variance = jnp.sum(probabilities * change**2, axis=-1, keepdims=True) - mean**2
         slope = _dot(residuals, change) + ridge * (inward + length * squared)
-        return slope, variance.sum(-1) + ridge * squared
+        return slope, jnp.sum(variance, axis=(0, 2)) + ridge * squared
 
     def unfinished(state):
         step, *_, found = state
@@ -530,23 +534,23 @@ def _line_search(
 
 
 def _relative(
-    logits: Float32[Array, "K P N"], is_label: Bool[Array, "K 1 N"]
-) -> Float32[Array, "K P N"]:
+    logits: Float32[Array, "N P K"], is_label: Bool[Array, "N 1 K"]
+) -> Float32[Array, "N P K"]:
     """Logits less that of the row's label, which becomes zero."""
-    return logits - jnp.sum(jnp.where(is_label, logits, 0), axis=0)
+    return logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
 
 
 class _Softmax(NamedTuple):
-    losses: Float32[Array, "P N"]
-    probabilities: Float32[Array, "K P N"]
-    residuals: Float32[Array, "K P N"]
+    losses: Float32[Array, "N P 1"]
+    probabilities: Float32[Array, "N P K"]
+    residuals: Float32[Array, "N P K"]
 
 
-def _softmax(logits: Float32[Array, "K P N"], is_label: Bool[Array, "K 1 N"]) -> _Softmax:
+def _softmax(logits: Float32[Array, "N P K"], is_label: Bool[Array, "N 1 K"]) -> _Softmax:
     """Of relative logits; residuals are probabilities, less one for the label, uncancelled."""
-    top = jnp.max(logits, axis=0)
+    top = jnp.max(logits, axis=-1, keepdims=True)
     others = jnp.where(is_label, 0, jnp.exp(logits - top))
-    rest = jnp.sum(others, axis=0)
+    rest = jnp.sum(others, axis=-1, keepdims=True)
     own = jnp.exp(-top)
     total = own + rest
     # Where the label is the most probable, own is 1 and the loss may be far below its rounding.
@@ -558,5 +562,5 @@ def _softmax(logits: Float32[Array, "K P N"], is_label: Bool[Array, "K 1 N"]) ->
     )
 
 
-def _dot(a: Float32[Array, "K P X"], b: Float32[Array, "K P X"]) -> Float32[Array, " P"]:
+def _dot(a: Float32[Array, "X P K"], b: Float32[Array, "X P K"]) -> Float32[Array, " P"]:
     return jnp.sum(a * b, axis=(0, 2))
