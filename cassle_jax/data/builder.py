@@ -1,5 +1,6 @@
 """Any tensorflow-datasets builder prepared as array_record, read without TensorFlow."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -7,7 +8,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,11 +17,15 @@ from tensorflow_datasets.core import read_only_builder
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, check_classes, closest, read_class_list
+from cassle_jax.data.sources import DAMAGED, Record, check_classes, closest, read_class_list
 
 LOG = logging.getLogger(__name__)
 
-_SCAN_CHUNK = 256
+FeaturePath = tuple[str, ...]
+"""The names that lead to a feature in nested dictionaries of features."""
+
+_SCAN_CHUNK = 32  # records; 256 at a time are read more slowly
+_CORRUPT = (RuntimeError, ValueError)  # what array_record and protobuf raise
 
 
 class TfdsSource:
@@ -57,10 +62,11 @@ class TfdsSource:
         if wanted is not None:
             self._check_subset(classes, wanted)
         self._records = _open_split(tfds_builder, split)
+        self._split = split
         self._kept: Int[np.ndarray, " kept"] | None = None
         self._new_label: Int[np.ndarray, " classes"] | None = None
         if wanted is not None:
-            self._keep_classes(wanted, _label_cache_file(tfds_builder, split))
+            self._keep_classes(wanted)
 
     def __len__(self) -> int:
         return len(self._records) if self._kept is None else len(self._kept)
@@ -71,10 +77,27 @@ class TfdsSource:
         position = index if self._kept is None else int(self._kept[index])
         try:
             example = self._records[position]
-        except (RuntimeError, ValueError) as error:  # what array_record and protobuf raise
+        except _CORRUPT as error:
             raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
         image = _at(example, self._image_key)
         return Record(image, self._label(example), f"{self.name} #{position}")
+
+    @functools.cached_property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """Of every image, see `labels_of`."""
+        if self._label_key is None:
+            return np.full(len(self), -1, np.int32)
+        labels = self.numbers([self._label_key])[:, 0]
+        return labels if self._new_label is None else self._new_label[labels]
+
+    def numbers(self, paths: Sequence[FeaturePath]) -> Int[np.ndarray, "images numbers"]:
+        """Whole numbers stored with every image, such as labels and landmarks, without the images.
+
+        They are read once and kept in the user's cache folder, see `label_cache_folder`. Those of a
+        record that cannot be read are `DAMAGED`.
+        """
+        numbers = self._numbers_of_records(paths)
+        return numbers if self._kept is None else numbers[self._kept]
 
     def _label(self, example: dict) -> int:
         if self._label_key is None:
@@ -89,12 +112,13 @@ class TfdsSource:
             )
         check_classes(classes, wanted, self.class_names)
 
-    def _keep_classes(self, wanted: tuple[str, ...], cache_file: pathlib.Path) -> None:
-        labels = _cached_labels(self._scan_labels, len(self._records), cache_file)
+    def _keep_classes(self, wanted: tuple[str, ...]) -> None:
+        labels = self._numbers_of_records([self._label_key])[:, 0]
         new_label = np.full(len(self.class_names), -1, np.int32)
         for new, name in enumerate(wanted):
             new_label[self.class_names.index(name)] = new
-        # An unlabelled record has label -1, which must not read the last class's entry.
+        # An unlabelled record has label -1, which must not read the last class's entry, and a
+        # corrupt one DAMAGED.
         keep = (labels >= 0) & (new_label[labels] >= 0)
         self._kept = np.flatnonzero(keep)
         self._new_label = new_label
@@ -102,11 +126,35 @@ class TfdsSource:
         if not len(self._kept):
             raise DataError(f"data.classes leaves no image of {self.name}")
 
-    def _scan_labels(self) -> Iterator[list[int]]:
+    def _numbers_of_records(
+        self, paths: Sequence[FeaturePath]
+    ) -> Int[np.ndarray, "records numbers"]:
+        shape = (len(self._records), len(paths))
+        cache_file = _cache_file(self._records.dataset_info, self._split, paths)
+        return _cached_numbers(functools.partial(self._scan, paths), shape, cache_file)
+
+    def _scan(self, paths: Sequence[FeaturePath]) -> Iterator[list[list[int]]]:
+        # What is not asked for is not parsed: of CelebA's fifty features, five times as quick.
+        features = _only(self._records.dataset_info.features, paths)
+
+        def read(places: Sequence[int]) -> list[list[int]]:
+            stored = self._records.data_source.__getitems__(places)
+            examples = [features.deserialize_example_np(each) for each in stored]
+            return [[int(_at(example, path)) for path in paths] for example in examples]
+
+        def read_or_mark(place: int) -> list[int]:
+            try:
+                return read([place])[0]
+            except _CORRUPT:
+                return [DAMAGED] * len(paths)
+
         for start in range(0, len(self._records), _SCAN_CHUNK):
-            stop = min(start + _SCAN_CHUNK, len(self._records))
-            examples = self._records.__getitems__(range(start, stop))
-            yield [int(_at(example, self._label_key)) for example in examples]
+            places = range(start, min(start + _SCAN_CHUNK, len(self._records)))
+            try:
+                rows = read(places)
+            except _CORRUPT:
+                rows = [read_or_mark(place) for place in places]
+            yield rows
 
 
 def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> TfdsSource:
@@ -127,8 +175,8 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
 def label_cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/cassle_jax/labels`, `~/.cache` where the variable is not set.
 
-    Holds one .npy file a dataset, version and split of which a class subset was asked for. Safe to
-    delete: the labels are then read again.
+    Holds one .npy file a dataset, version and split of which labels, or landmarks, were asked for.
+    Safe to delete: they are then read again.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "cassle_jax" / "labels"
@@ -183,7 +231,7 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
         ) from error
 
 
-def _image_path(features) -> tuple[str, ...] | None:
+def _image_path(features) -> FeaturePath | None:
     """Where the image is in nested dictionaries of features: 'image', else the first in colour."""
     images = [
         path
@@ -194,14 +242,14 @@ def _image_path(features) -> tuple[str, ...] | None:
     return min(images, key=lambda path: (path != ("image",), in_grey[path]), default=None)
 
 
-def _label_path(features) -> tuple[str, ...] | None:
+def _label_path(features) -> FeaturePath | None:
     labels = [
         path for path, feature in _leaves(features) if isinstance(feature, tfds.features.ClassLabel)
     ]
     return min(labels, key=lambda path: path != ("label",), default=None)
 
 
-def _leaves(features, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def _leaves(features, path: FeaturePath = ()) -> Iterator[tuple[FeaturePath, object]]:
     for key, feature in features.items():
         if isinstance(feature, tfds.features.FeaturesDict):
             yield from _leaves(feature, (*path, key))
@@ -221,53 +269,72 @@ def _skip_image_decoding(features) -> dict:
     return decoders
 
 
-def _class_names(features, label_key: tuple[str, ...] | None) -> tuple[str, ...]:
+def _only(features, paths: Sequence[FeaturePath]) -> tfds.features.FeaturesDict:
+    """The features at `paths`, nested as they are, and no other."""
+    kept: dict = {}
+    for path in paths:
+        level = kept
+        for key in path[:-1]:
+            level = level.setdefault(key, {})
+        level[path[-1]] = _at(features, path)
+    return tfds.features.FeaturesDict(kept)
+
+
+def _class_names(features, label_key: FeaturePath | None) -> tuple[str, ...]:
     return () if label_key is None else tuple(_at(features, label_key).names)
 
 
-def _at(tree, path: tuple[str, ...]):
+def _at(tree, path: FeaturePath):
     for key in path:
         tree = tree[key]
     return tree
 
 
-def _cached_labels(scan, count: int, cache_file: pathlib.Path) -> Int[np.ndarray, " records"]:
-    """Labels of all records, from the cache where it has them; `scan` yields them in lists."""
+def _cached_numbers(
+    scan: Callable[[], Iterator[list[list[int]]]], shape: tuple[int, int], cache_file: pathlib.Path
+) -> Int[np.ndarray, "records numbers"]:
+    """Numbers of all records, from the cache where it has them; `scan` yields them in lists."""
     try:
-        labels = np.load(cache_file, allow_pickle=False)
-        if labels.shape == (count,):
-            return labels
+        numbers = np.load(cache_file, allow_pickle=False)
+        if numbers.shape == shape:
+            return numbers
     except (OSError, ValueError, EOFError):
         pass
-    LOG.info("Reading the labels of %d records once; kept in %s", count, cache_file)
-    labels = np.empty(count, np.int32)
+    LOG.info("Reading the labels of %d records once; kept in %s", shape[0], cache_file)
+    numbers = np.empty(shape, np.int32)
     done, said = 0, time.monotonic()
     for chunk in scan():
-        labels[done : done + len(chunk)] = chunk
+        numbers[done : done + len(chunk)] = chunk
         done += len(chunk)
         if time.monotonic() - said > 30:
             said = time.monotonic()
-            LOG.info("%d of %d labels read", done, count)
-    _write_atomically(labels, cache_file)
-    return labels
+            LOG.info("%d of %d labels read", done, len(numbers))
+    # Corrupt records may be mended, and their file then is called the same.
+    if not (numbers == DAMAGED).all(axis=1).any():
+        _write_atomically(numbers, cache_file)
+    return numbers
 
 
-def _write_atomically(labels: Int[np.ndarray, " records"], path: pathlib.Path) -> None:
+def _write_atomically(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, labels)
+            np.save(file, numbers)
         pathlib.Path(file.name).replace(path)
     except OSError as error:
         LOG.warning("Labels not kept, the next start reads them again: %s", error)
 
 
-def _label_cache_file(tfds_builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
-    """Names dataset, version and split; the digest tells apart preparations with other files."""
-    files = tfds_builder.info.splits[split].file_instructions
-    described = repr([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files])
+def _cache_file(
+    info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath]
+) -> pathlib.Path:
+    """Names dataset, version and split; the digest tells apart other files and other features."""
+    files = info.splits[split].file_instructions
+    described = repr(
+        ([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files], list(paths))
+    )
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{tfds_builder.info.full_name}-{split}")
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{info.full_name}-{split}")
     return label_cache_folder() / f"{readable}-{digest}.npy"
 
 

@@ -15,7 +15,7 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.folder import open_folder
 from cassle_jax.data.landmarks import CelebaSource, LandmarkFolder
 from cassle_jax.data.sources import Source, closest
-from cassle_jax.data.splits import cut
+from cassle_jax.data.splits import Joined, cut, cut_shots
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class Entry:
       builder_classes: which of the builder's classes count, see `read_class_list`.
       folder_classes: which of a folder's classes count.
       folder_test: a folder's name of the test part, where it is not 'test'.
+      ten_crops: whether linear evaluation fits to ten crops of an image.
+      shots: so many images of each class of the training and validation parts together are all
+        there is to learn from, see `cut_shots`; 0 for all.
     """
 
     builder: str
@@ -55,6 +58,8 @@ class Entry:
     builder_classes: str = ""
     folder_classes: str = ""
     folder_test: str = "test"
+    ten_crops: bool = False
+    shots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class EvaluationData:
       classes: how many; 0 for regression, whose sources are `TargetSource`s.
       metric: of the test part.
       task: what the dataset is for.
+      ten_crops: whether linear evaluation fits to ten crops of an image.
     """
 
     name: str
@@ -78,6 +84,7 @@ class EvaluationData:
     classes: int
     metric: Metric
     task: Task
+    ten_crops: bool = False
 
 
 # All of Caltech's classes but the background, which the published evaluation leaves out.
@@ -86,6 +93,7 @@ _FOLDER = ""
 _MEAN: Metric = "mean_per_class"
 
 _few_shot = partial(Entry, task="few-shot")
+_flowers = partial(Entry, "oxford_flowers102", 102, val="validation", metric=_MEAN)
 _points = partial(Entry, val="validation", metric="r2", task="regression")
 
 DATASETS: dict[str, Entry] = {
@@ -98,13 +106,13 @@ DATASETS: dict[str, Entry] = {
     "celeba": _points("celeb_a", 10, (162_770, 19_867, 19_962)),
     "cifar10": Entry("cifar10", 10, (45_000, 5_000, 10_000)),
     "cifar100": Entry("cifar100", 100, (45_000, 5_000, 10_000)),
-    "cub200": Entry("caltech_birds2011", 200, (5_394, 600, 5_794)),
+    "cub200": Entry("caltech_birds2011", 200, (5_394, 600, 5_794), ten_crops=True),
     "cub200_few_shot": _few_shot("caltech_birds2011", 200, (0, 0, 11_788), test="train+test"),
     "dtd": Entry("dtd", 47, (1_880, 1_880, 1_880), val="validation"),
     "fc100": _few_shot(_FOLDER, 20, (0, 0, 12_000)),
-    "flowers102": Entry(
-        "oxford_flowers102", 102, (1_020, 1_020, 6_149), val="validation", metric=_MEAN
-    ),
+    "flowers102": _flowers((1_020, 1_020, 6_149)),
+    "flowers102_5shot": _flowers((408, 102, 6_149), ten_crops=True, shots=5),
+    "flowers102_10shot": _flowers((816, 204, 6_149), ten_crops=True, shots=10),
     "flowers17": Entry(_FOLDER, 17, (680, 340, 340), val="validation"),
     "food101": Entry("food101", 101, (68_175, 7_575, 25_250), test="validation"),
     "imagenet100": Entry(
@@ -140,12 +148,13 @@ def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> Evaluation
         `<data_dir>/<name>`.
 
     Returns:
-      The dataset. Images have not been read, of a folder with landmarks only their headers.
+      The dataset. Images have not been read, of a folder with landmarks only their headers, and
+      of a builder at most the labels.
 
     Raises:
       DataError: the name is unknown; a folder, a split, a class or an image's target is missing;
         the splits differ in their classes; there is only one class, or another number of them than
-        the dataset has.
+        the dataset has; a class has too few images for the shots.
     """
     if name.startswith(OWN_FOLDER):
         entry, path = _OWN, _own_path(name, path)
@@ -201,12 +210,16 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
         val = open_split(val_split) if val_split else None
     if entry.task != "regression":
         _check_classes(entry, [part for part in (test, train, val) if part is not None])
-    if train is not None and val is None:
+    if entry.shots:
+        train, val = cut_shots(Joined(train, val), entry.shots)
+    elif train is not None and val is None:
         # A folder of one's own is cut alike wherever it lies.
         key = "folder" if entry is _OWN else name
         train, val = cut(train, entry.sizes[1] / sum(entry.sizes[:2]), f"{key}/train")
     classes = len(test.class_names)
-    return EvaluationData(name, train, val, test, classes, entry.metric, entry.task)
+    return EvaluationData(
+        name, train, val, test, classes, entry.metric, entry.task, entry.ten_crops
+    )
 
 
 def _opener(entry: Entry, path: str, data_dir: str) -> Callable[[str], Source]:

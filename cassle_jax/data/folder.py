@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import numpy as np
+from jaxtyping import Int
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, check_classes, closest, read_class_list
@@ -42,6 +43,12 @@ class FolderSource:
         file = os.fsdecode(self._names[start : int(self._name_ends[index])])
         path = f"{self.name}/{self.class_names[label]}/{file}"
         return Record(pathlib.Path(path).read_bytes(), label, path)
+
+    @property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """Of every image, see `labels_of`."""
+        counts = np.diff(self._class_ends, prepend=0)
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:

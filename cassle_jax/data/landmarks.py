@@ -7,20 +7,18 @@ resized to; a point outside the square lies outside [0, 1].
 
 import csv
 import functools
-import logging
 import pathlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from PIL import ExifTags, Image
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, Source, closest
 
-LOG = logging.getLogger(__name__)
-
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+CELEBA_SIZE = (218, 178)  # height and width, pixels
 
 _FIRST_SIDEWAYS_ORIENTATION = 5
 
@@ -82,7 +80,7 @@ class CelebaSource:
     class_names = ()
 
     def __init__(self, data_dir: str, split: str):
-        """Opens a split; the points are read when they are first asked for.
+        """Opens a split; its points are read when they are first asked for, and kept on disk.
 
         Raises:
           DataError: see `open_builder`.
@@ -92,8 +90,6 @@ class CelebaSource:
 
         self._images = builder.open_builder("celeb_a", data_dir, split)
         self.name = self._images.name
-        self._data_dir = data_dir
-        self._split = split
 
     def __len__(self) -> int:
         return len(self._images)
@@ -104,30 +100,12 @@ class CelebaSource:
     @functools.cached_property
     def targets(self) -> Float32[np.ndarray, "images 10"]:
         """Left eye, right eye, nose, left and right corner of the mouth, as the annotators see."""
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import read_only_builder
-
-        folder = pathlib.Path(self._data_dir).expanduser() if self._data_dir else None
-        celeba = read_only_builder.builder_from_files("celeb_a", data_dir=folder)
-        features = celeba.info.features
-        # Of the record's fifty features only the points are parsed: five times as quick.
-        points = tfds.features.FeaturesDict({"landmarks": features["landmarks"]})
-        LOG.info("Reading the landmarks of %d records of %s", len(self), self.name)
-        records = celeba.as_data_source(
-            self._split,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-            file_format="array_record",
-        )
-        pixels = np.empty((len(self), 2 * len(CELEBA_POINTS)), np.float32)
-        for index in range(len(self)):
-            read = points.deserialize_example_np(records[index])["landmarks"]
-            pixels[index] = [read[f"{point}_{axis}"] for point in CELEBA_POINTS for axis in "xy"]
-        height, width, _ = features["image"].shape
-        return _in_square(pixels, height, width)
+        paths = [("landmarks", f"{point}_{axis}") for point in CELEBA_POINTS for axis in "xy"]
+        return _in_square(self._images.numbers(paths), *CELEBA_SIZE)
 
 
 def _in_square(
-    pixels: Float[np.ndarray, "*images numbers"], height: int, width: int
+    pixels: Shaped[np.ndarray, "*images numbers"], height: int, width: int
 ) -> Float32[np.ndarray, "*images numbers"]:
     """Points in pixels as fractions of the image's central square."""
     side = min(height, width)

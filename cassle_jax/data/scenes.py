@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record
@@ -87,6 +87,11 @@ class Scenes:
 
     def __reduce__(self):
         return Scenes, self._arguments
+
+    @property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """The shape of every scene."""
+        return self.factors["shape"].astype(np.int32)
 
     @property
     def factors(self) -> dict[str, np.ndarray]:

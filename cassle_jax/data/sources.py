@@ -2,12 +2,22 @@
 
 import difflib
 import importlib.resources
+import itertools
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
+from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+
+DAMAGED = -2
+"""The label of an image that cannot be read."""
+
+_LABEL_THREADS = 8
+_STRETCH = 256
 
 
 class Record(NamedTuple):
@@ -29,7 +39,8 @@ class Source(Protocol):
     """Labelled images in a fixed order with random access.
 
     Thread-safe and picklable. `name` says which dataset and split this is; `class_names` has the
-    name of each label, and is empty where images have no labels.
+    name of each label, and is empty where images have no labels. A source that knows its labels
+    without reading images has them, in its order, as `labels`; ask `labels_of`, which takes any.
     """
 
     class_names: tuple[str, ...]
@@ -42,6 +53,29 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record:
         """The image at `index` in [0, len)."""
         ...
+
+
+def labels_of(source: Source) -> Int[np.ndarray, " images"]:
+    """The label of every image: the source's `labels` where it has them, else its records'.
+
+    Records are read but not decoded; the label of one that cannot be read is `DAMAGED`.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is not None:
+        return labels
+
+    def label(index: int) -> int:
+        try:
+            return source[index].label
+        except (DamagedImage, FileNotFoundError, PermissionError):
+            return DAMAGED
+
+    def stretch(first: int) -> list[int]:
+        return [label(index) for index in range(first, min(first + _STRETCH, len(source)))]
+
+    with ThreadPoolExecutor(_LABEL_THREADS) as threads:
+        stretches = threads.map(stretch, range(0, len(source), _STRETCH))
+        return np.fromiter(itertools.chain.from_iterable(stretches), np.int32, len(source))
 
 
 def read_class_list(classes: str) -> tuple[str, ...] | None:

@@ -1,13 +1,23 @@
-"""Cuts a validation part off a source by hash: everywhere and always the same images."""
+"""Sources made of other sources: parts, chosen by hash, two joined, and the crops of one.
+
+A choice by hash is the same everywhere and always.
+"""
 
 import hashlib
+import threading
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Int, UInt8
+from PIL import Image
 
+from cassle_jax.data.decode import decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source
+from cassle_jax.data.sources import Record, Source, labels_of
+
+_ANY_SIDE = 1 << 30  # pixels: images are decoded as large as they are
+_CENTRE = 4
+_PLACES = 5
 
 
 class Part:
@@ -35,6 +45,15 @@ class Part:
         return self._source[int(self._indices[index])]
 
     @property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """Of every image, see `labels_of`.
+
+        Raises:
+          AttributeError: the source does not have them without reading images.
+        """
+        return self._source.labels[self._indices]
+
+    @property
     def targets(self) -> Float32[np.ndarray, "images numbers"]:
         """What to predict of each image, see `cassle_jax.data.landmarks`.
 
@@ -42,6 +61,104 @@ class Part:
           AttributeError: the source has classes instead.
         """
         return self._source.targets[self._indices]
+
+
+class Joined:
+    """The images of two sources of the same classes, one source after the other."""
+
+    def __init__(self, first: Source, second: Source):
+        """Reads nothing."""
+        self.name = f"{first.name} and {second.name}"
+        self.class_names = first.class_names
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        before = len(self._first)
+        return self._first[index] if index < before else self._second[index - before]
+
+    @property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """Of every image, see `labels_of`."""
+        return np.concatenate([labels_of(self._first), labels_of(self._second)])
+
+
+class Crops:
+    """Squares cut out of every image, each a record of its own with the image's label.
+
+    An image's short side is resized to `short_side` pixels, bicubic. Its ten crops are those of
+    torchvision's TenCrop, in its order: top left, top right, bottom left, bottom right and centre,
+    then the same of the mirrored image. The crops of an image follow each other.
+    """
+
+    def __init__(self, source: Source, size: int, short_side: int, ten: bool):
+        """Reads nothing.
+
+        Args:
+          source: the images.
+          size: side of a crop, pixels.
+          short_side: of the resized images, pixels, ≥ `size`.
+          ten: whether to take all ten, or the centre alone.
+
+        Raises:
+          DataError: `short_side` is smaller than `size`.
+        """
+        if short_side < size:
+            raise DataError(
+                f"short_side={short_side} is smaller than the crops' size={size}; "
+                f"use {size} or more"
+            )
+        which = "ten crops" if ten else "centre"
+        self.name = f"{source.name} ({which} of {size} pixels, short side {short_side})"
+        self.class_names = source.class_names
+        self._arguments = (source, size, short_side, ten)
+        self._source, self._size, self._short_side = source, size, short_side
+        self._crops = tuple(range(2 * _PLACES)) if ten else (_CENTRE,)
+        self._last = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._source) * len(self._crops)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        image, place = divmod(index, len(self._crops))
+        picture, label, name = self._decoded(image)
+        crop = self._crops[place]
+        return Record(self._cut_out(picture, crop), label, f"{name}, crop {crop}")
+
+    def __reduce__(self):
+        return Crops, self._arguments
+
+    def _decoded(self, image: int) -> tuple[Image.Image, int, str]:
+        """An image, its label and name; each thread keeps its last one for the crops to come."""
+        if getattr(self._last, "image", None) != image:
+            record = self._source[image]
+            picture = Image.fromarray(decode(record.image, _ANY_SIDE))
+            self._last.image, self._last.found = image, (picture, record.label, record.name)
+        return self._last.found
+
+    def _cut_out(self, picture: Image.Image, crop: int) -> UInt8[np.ndarray, "size size 3"]:
+        """One crop, resized straight from its box, so that the resized image need not exist."""
+        size, sides = self._size, np.array(picture.size)
+        resized = self._short_side * sides // sides.min()
+        free = resized - size
+        # Torchvision rounds half to even here, as numpy does.
+        middle = np.round(free / 2)
+        right, bottom = free
+        mirrored, place = divmod(crop, _PLACES)
+        left, top = [(0, 0), (right, 0), (0, bottom), (right, bottom), middle][place]
+        if mirrored:
+            left = right - left
+        scale = sides / resized
+        start, stop = np.array([left, top]) * scale, np.array([left + size, top + size]) * scale
+        box = (*start, *np.minimum(stop, sides))
+        cut_out = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
+        return cut_out[:, ::-1] if mirrored else cut_out
 
 
 def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:
@@ -91,3 +208,49 @@ def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
     ]
     first = [min(range(*block), key=digests.__getitem__) for block in pairwise(edges.tolist())]
     return np.array(first, np.int64)
+
+
+def cut_shots(source: Source, shots: int) -> tuple[Part, Part]:
+    """Keeps a few images of every class, and cuts these in two.
+
+    Of each class, the `shots` images whose BLAKE2b digests (8 bytes, of their index in decimal
+    ASCII) come first; so fewer shots are some of more. The first fifth of them, rounded down but at
+    least one image, is cut off.
+
+    Args:
+      source: the whole.
+      shots: images of a class, ≥ 2.
+
+    Returns:
+      What stays, and what was cut off.
+
+    Raises:
+      DataError: a class has too few images.
+    """
+    by_class = hashed_by_class(labels_of(source))
+    for label, name in enumerate(source.class_names):
+        found = len(by_class.get(label, ()))
+        if found < shots:
+            raise DataError(
+                f"{source.name} has {found} images of {name!r}; {shots} of every class are needed"
+            )
+    held = max(1, shots // 5)
+    chosen = np.stack([by_class[label][:shots] for label in range(len(source.class_names))])
+    return (
+        Part(source, np.sort(chosen[:, held:], axis=None), f"{shots}-shot training"),
+        Part(source, np.sort(chosen[:, :held], axis=None), f"{shots}-shot validation"),
+    )
+
+
+def hashed_by_class(labels: Int[np.ndarray, " images"]) -> dict[int, Int[np.ndarray, " _"]]:
+    """Each label's images, by the BLAKE2b digests (8 bytes) of their index in decimal ASCII.
+
+    Negative labels are left out.
+    """
+    digests = b"".join(
+        hashlib.blake2b(str(index).encode(), digest_size=8).digest() for index in range(len(labels))
+    )
+    order = np.lexsort((np.frombuffer(digests, ">u8"), labels))
+    order = order[labels[order] >= 0]
+    present, first = np.unique(labels[order], return_index=True)
+    return dict(zip(present.tolist(), np.split(order, first[1:]), strict=True))

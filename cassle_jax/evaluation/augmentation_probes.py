@@ -2,22 +2,28 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cassle_jax.augment import AugmentSpec, describe
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.findings import Chart, Finding, Score
-from cassle_jax.evaluation.views import Batch, plain_view, view_as_in_training
+from cassle_jax.evaluation.views import (
+    Batch,
+    of_all_images,
+    plain_view,
+    protocol_key,
+    view_as_in_training,
+)
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
-from cassle_jax.parallel import REPLICATED, SHARDED, parallel, shard_batch
+from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
 # For each descriptor, the names of its components; a class has one, whatever its width.
 _COMPONENTS = {
@@ -29,7 +35,6 @@ _COMPONENTS = {
 }
 _CLASSES = ("flip", "grayscale", "rotation")
 
-_FIELDS = ("image", "size", "index", "mask")
 _HELD_OUT_OF = 4
 _FEWEST_IMAGES = 13
 
@@ -123,27 +128,16 @@ def augmentation_prober(
       ValueError for fewer than 13 images, features that are not finite, or augmentations that never
       differ.
     """
-    on_devices = parallel(
+    encode = parallel(
         _encoding(networks, spec, neutral),
         mesh,
         inputs=(REPLICATED, REPLICATED, SHARDED),
         outputs=SHARDED,
     )
 
-    def encode(variables, key, batches):
-        parts = []
-        for batch in batches:
-            wanted = {name: batch[name] for name in _FIELDS}
-            results = on_devices(variables, key, shard_batch(wanted, mesh))
-            found, mask = multihost_utils.process_allgather(results, tiled=True)
-            parts.append(jax.tree.map(lambda array, mask=mask: array[mask], found))
-        if not parts:
-            raise ValueError("there are no batches to probe; give one at least")
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
     def probe(variables: PyTree, batches: Iterable[Batch], seed: int = 0) -> AugmentationReadings:
-        plain, augmented, descriptors = encode(variables, jax.random.key(seed), batches)
-        return read_augmentations(plain, augmented, descriptors)
+        key = protocol_key("augmentation probes", seed)
+        return read_augmentations(*of_all_images(partial(encode, variables, key), batches, mesh))
 
     return probe
 
@@ -194,7 +188,7 @@ def read_augmentations(
 def _encoding(networks: Networks, spec: AugmentSpec, neutral: Array) -> Callable[..., PyTree]:
     """The function of variables, key and batch that every device runs.
 
-    It returns plain features, augmented features and descriptors, and the mask of the batch.
+    It returns plain features, augmented features and descriptors.
     """
 
     def encode(variables, key, batch):
@@ -204,7 +198,7 @@ def _encoding(networks: Networks, spec: AugmentSpec, neutral: Array) -> Callable
         features = networks.apply(variables, view, train=False, method="encode")
         plain, features = jnp.split(features.astype(jnp.float32), 2)
         descriptors = jax.vmap(lambda each: describe(each, spec))(augmented)
-        return (plain, features, descriptors), batch["mask"]
+        return plain, features, descriptors
 
     return encode
 

@@ -7,11 +7,9 @@ an image's position in the global batch alone: any number of devices trains the 
 """
 
 import dataclasses
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -29,14 +27,14 @@ from cassle_jax.augment import AugmentSpec, center_view
 from cassle_jax.checks import check_at_least
 from cassle_jax.data import (
     BatchIterator,
-    DamagedImage,
     DamagedLog,
     Source,
     evaluation_batches,
     training_batches,
 )
 from cassle_jax.data.feed import DeviceFeed
-from cassle_jax.evaluation.store import MAX_BAD_FRACTION, canvas_for
+from cassle_jax.data.sources import DAMAGED
+from cassle_jax.evaluation.store import MAX_BAD_FRACTION, canvas_for, uncropped_side
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree, Schedule
@@ -48,13 +46,10 @@ LOG = logging.getLogger(__name__)
 MOMENTUM = 0.9
 CROP_AREA = (0.08, 1.0)  # of supervised training, torchvision's
 TOP_5_CLASSES = 10  # from which on a top-5 accuracy says something
-DAMAGED = -2  # the label of an image that cannot be read
 
 _CACHE_BYTES = 4 << 30
 _STEPS_AHEAD = 2
 _REPORTS = 10
-_LABEL_THREADS = 8
-_STRETCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,23 +87,6 @@ class Accuracies:
     top_1: float
     class_average: float
     top_5: float | None
-
-
-def labels_of(source: Source) -> Int[np.ndarray, " N"]:
-    """The label of every image, which is read but not decoded; `DAMAGED` where it cannot be."""
-
-    def label(index: int) -> int:
-        try:
-            return source[index].label
-        except (DamagedImage, FileNotFoundError, PermissionError):
-            return DAMAGED
-
-    def stretch(first: int) -> list[int]:
-        return [label(index) for index in range(first, min(first + _STRETCH, len(source)))]
-
-    with ThreadPoolExecutor(_LABEL_THREADS) as threads:
-        stretches = threads.map(stretch, range(0, len(source), _STRETCH))
-        return np.fromiter(itertools.chain.from_iterable(stretches), np.int32, len(source))
 
 
 def check_classes(
@@ -425,7 +403,7 @@ def _measurement(
     is among the five most probable, and the images.
     """
     neutral = subject.conditioning.neutral
-    short_side = round(subject.spec.size * 256 / 224)
+    short_side = uncropped_side(subject.spec.size)
     center = partial(center_view, spec=subject.spec, short_side=short_side)
 
     def measure(variables, batch):

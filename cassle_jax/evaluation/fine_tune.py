@@ -1,6 +1,5 @@
 """Fine-tunes the encoder with a linear head on a part of the labels, and measures both."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 
@@ -12,12 +11,12 @@ from jaxtyping import Int
 
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.data import Source
-from cassle_jax.data.splits import Part
+from cassle_jax.data.sources import labels_of
+from cassle_jax.data.splits import Part, hashed_by_class
 from cassle_jax.evaluation.classifier import (
     Training,
     check_classes,
     fitting_batch,
-    labels_of,
     measured_accuracies,
     train_classifier,
 )
@@ -170,15 +169,9 @@ def labelled_subset(labels: Int[np.ndarray, " N"], fraction: float) -> Int[np.nd
     Returns:
       Places in the dataset, ascending.
     """
-    digests = b"".join(
-        hashlib.blake2b(str(place).encode(), digest_size=8).digest() for place in range(len(labels))
-    )
-    order = np.lexsort((np.frombuffer(digests, ">u8"), labels))
-    order = order[labels[order] >= 0]
-    _, first_of_class = np.unique(labels[order], return_index=True)
     chosen = [
         places[: max(1, round(fraction * len(places)))]
-        for places in np.split(order, first_of_class[1:])
+        for places in hashed_by_class(labels).values()
     ]
     return np.sort(np.concatenate(chosen))
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -17,10 +19,12 @@ from cassle_jax.evaluation.matching import (
     agreement,
     agreement_sums,
     batch_rows,
-    image_count,
+    check_two,
+    counts,
+    has_projector,
     project,
-    summed_over_batches,
     takes_descriptor,
+    told_of_another,
 )
 from cassle_jax.evaluation.views import (
     Batch,
@@ -28,12 +32,14 @@ from cassle_jax.evaluation.views import (
     draw_for_each,
     every_augmentation,
     nothing,
+    on_devices,
+    protocol_key,
     view_under,
 )
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.methods.losses import normalize
+from cassle_jax.methods.losses import gather, normalize
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 
 ALONE = ("crop", "flip", "jitter", "grayscale", "blur")
@@ -56,8 +62,8 @@ class Invariance:
     """How alike plain and augmented images are to the stages of a network.
 
     Attributes:
-      agreements: by augmentation and strength, then by stage. `WRONG_PROJECTOR` is there only
-        where another image's ω differs from the image's own.
+      agreements: by augmentation and strength, then by stage. The projector is there only where
+        the run has one, and `WRONG_PROJECTOR` where another image's ω differs from the own.
       images: number of images.
       candidates: among how many images InfoNCE looks for the plain one, the mean over the images.
     """
@@ -104,7 +110,7 @@ class Invariance:
                 augmentation: tuple((stage, value(found)) for stage, found in stages.items())
                 for augmentation, stages in self.alone().items()
             }
-            title = f"Invariance to each augmentation: {label}"
+            title = f"Invariance to each augmentation: {self._among(label)}"
             yield Chart("invariance", dataset, title, "stage", label, series)
 
     def _lines(self, dataset):
@@ -117,8 +123,11 @@ class Invariance:
                     stage: tuple((strength, value(found)) for strength, found in points)
                     for stage, points in curves.items()
                 }
-                title = f"Strength of {augmentation}: {label}"
+                title = f"Strength of {augmentation}: {self._among(label)}"
                 yield Chart("invariance", dataset, title, "strength (1: as trained)", label, series)
+
+    def _among(self, label):
+        return f"InfoNCE among {self.candidates:.0f} images" if label == "InfoNCE" else label
 
 
 def invariance_meter(
@@ -137,15 +146,18 @@ def invariance_meter(
     (`Chosen` says what a strength does). The plain image and one without a crop show the image's
     largest centred square, resized as a crop is, so that they differ by the augmentation alone.
 
-    Stages are what the encoder sows, its features and the projector; a feature map is compared as
-    one vector of all positions and channels, so that a change of place counts as a change. The
-    projector is told each view's own ω; as `WRONG_PROJECTOR`, the augmented one's is that of the
-    image before it in the batch. The augmented image looks for its plain one, in InfoNCE, among
-    those of all images in the batch: compare numbers of equal batches only. Nothing of a batch with
-    a single image counts. BatchNorm uses its running statistics.
+    Stages are what the encoder sows, its features and, where there are weights of one, the
+    projector; a feature map is compared as one vector of all positions and channels, so that a
+    change of place counts as a change. The projector is told each view's own ω; as
+    `WRONG_PROJECTOR`, the augmented one's is what the same augmentation has for another image
+    (`another_of_each`). Different images are all pairs of them. The augmented image looks for its
+    plain one, in InfoNCE and accuracy, among those of all images in its batch, which is the one
+    thing a batch changes: compare these numbers of equal batches only, of images in random order.
+    BatchNorm uses its running statistics.
 
-    Each device holds the plain feature maps of a whole batch while the augmentations take turns:
-    7 MB an image of 224 pixels for a ResNet-50 in float32.
+    Each device holds the plain feature maps of a whole batch while the augmentations take turns,
+    7 MB an image of 224 pixels for a ResNet-50 in float32, and for every augmentation and strength
+    two sums of feature maps, 0.5 GB in all.
 
     Args:
       networks: of the run.
@@ -156,9 +168,10 @@ def invariance_meter(
       temperature: of InfoNCE.
 
     Returns:
-      A function of variables (`params` and `batch_stats`), batches (as from `evaluation_batches`)
-      and, by default 0, the seed of the augmentations. It raises ValueError where no batch has two
-      images or an embedding is not finite.
+      A function of variables (`params` and `batch_stats`), of a function that gives the batches (as
+      from `evaluation_batches`), which is called twice where the projector takes ω, and, by default
+      0, of the seed of the augmentations. It raises ValueError for fewer than two images, where no
+      batch has two, or where an embedding is not finite.
 
     Raises:
       ValueError: A temperature or a strength that is not positive.
@@ -166,24 +179,41 @@ def invariance_meter(
     check_positive(temperature=temperature)
     for strength in strengths:
         check_positive(strength=strength)
+    spec = every_augmentation(spec)
     compared = _compared(strengths)
-    measure = _measurement(
-        networks, conditioning, every_augmentation(spec), compared, temperature, mesh
-    )
+    measure = _measurement(networks, conditioning, spec, compared, temperature, mesh)
+    describe = _description(conditioning, spec, compared, mesh)
+    # The sums stay on the devices from batch to batch.
+    add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
 
-    def meter(variables: PyTree, batches: Iterable[Batch], seed: int = 0) -> Invariance:
-        key = jax.random.key(seed)
-        every, sizes = summed_over_batches(measure, variables, key, batches, mesh)
-        images, candidates = image_count(sizes)
+    def meter(
+        variables: PyTree, batches: Callable[[], Iterable[Batch]], seed: int = 0
+    ) -> Invariance:
+        key, circle_key = jax.random.split(protocol_key("invariance", seed))
+        told_wrong = has_projector(variables) and takes_descriptor(conditioning)
+        sums = None
+        for batch in (
+            told_of_another(partial(describe, key), batches, circle_key, mesh)
+            if told_wrong
+            else batches()
+        ):
+            found = measure(variables, key, on_devices(batch, mesh))
+            sums = found if sums is None else add(sums, found)
+        if sums is None:
+            raise ValueError("there are no batches to analyse; give one at least")
+        every, told_otherwise, count = jax.device_get(sums)
+        check_two(int(count.images))
+        if count.ranked == 0:
+            raise ValueError("no batch has two images to compare; use a larger batch")
         agreements = {
             each: {
-                stage: agreement(sums[stage], images, stage)
+                stage: agreement(found[stage], count, stage)
                 for stage in STAGES
-                if stage in sums and (stage != WRONG_PROJECTOR or told_otherwise)
+                if stage in found and (stage != WRONG_PROJECTOR or otherwise)
             }
-            for each, (sums, told_otherwise) in zip(compared, every, strict=True)
+            for each, found, otherwise in zip(compared, every, told_otherwise, strict=True)
         }
-        return Invariance(agreements, images, candidates)
+        return Invariance(agreements, int(count.images), float(count.candidates / count.ranked))
 
     return meter
 
@@ -193,6 +223,27 @@ def _compared(strengths: Sequence[float]) -> list[tuple[str, float]]:
     alone = [(name, 1.0) for name in ALONE]
     curves = [(name, float(strength)) for name in INTERPOLATED for strength in strengths]
     return list(dict.fromkeys(alone + curves))
+
+
+def _description(
+    conditioning: Conditioning,
+    spec: AugmentSpec,
+    compared: Sequence[tuple[str, float]],
+    mesh: Mesh,
+) -> Callable[..., Float[Array, "B C D"]]:
+    """A function of key and batch: ω of its images under each of the C `compared`."""
+
+    def under(key, batch, chosen):
+        drawn = draw_for_each(key, batch, spec)
+        views = [view_under(each, drawn, batch, spec) for each in (nothing(), chosen)]
+        return conditioning.describe(views, (spec, spec))[1]
+
+    under = parallel(under, mesh, inputs=(REPLICATED, SHARDED, REPLICATED), outputs=SHARDED)
+
+    def describe(key, batch):
+        return jnp.stack([under(key, batch, alone(*each)) for each in compared], axis=1)
+
+    return describe
 
 
 def _measurement(
@@ -205,8 +256,8 @@ def _measurement(
 ) -> Callable[..., PyTree]:
     """A function of variables, key and batch that compares its images under every augmentation.
 
-    It returns sums over the batch's images: for each of `compared`, by stage those of
-    `agreement_sums`, and how many images have another ω than their partner; and `BatchRows.sizes`.
+    It returns, for each of `compared`, by stage the `AgreementSums` over the batch's images; for
+    each, how many images' `wrong` ω is not their own; and the `Counts`.
     """
 
     def plain(variables, key, batch):
@@ -215,31 +266,36 @@ def _measurement(
         view = view_under(nothing(), drawn, batch, spec)
         omega, _ = conditioning.describe((view, view), (spec, spec))
         stages = _stages(networks, variables, ViewBatch(view.image, omega))
-        keys = {name: rows.gathered(normalize(stage)) for name, stage in stages.items()}
-        return (drawn, view, stages["features"]), keys, jax.lax.psum(rows.sizes(), AXIS)
+        keys = {name: gather(normalize(stage), AXIS) for name, stage in stages.items()}
+        return (drawn, view, stages["features"]), keys, jax.lax.psum(counts(rows), AXIS)
 
-    def under(variables, batch, local, keys, chosen):
+    def under(variables, batch, local, keys, number, chosen):
         rows = batch_rows(batch["mask"], AXIS)
         drawn, plain_view, plain_features = local
         view = view_under(chosen, drawn, batch, spec)
         plain_omega, omega = conditioning.describe((plain_view, view), (spec, spec))
-        stages = _stages(networks, variables, ViewBatch(view.image, omega))
+        queries = _stages(networks, variables, ViewBatch(view.image, omega))
+        features, keys = queries["features"], dict(keys)
+        told_otherwise = jnp.float32(0)
 
         def projected(view, omega, features):
             return project(networks, variables, ViewBatch(view.image, omega), features)
 
-        plain_projected = projected(plain_view, plain_omega, plain_features)
-        keys = keys | {PROJECTOR: rows.gathered(normalize(plain_projected))}
-        queries = stages | {PROJECTOR: projected(view, omega, stages["features"])}
-        other_omega = rows.of_another(omega)
-        if takes_descriptor(conditioning):
+        if has_projector(variables):
+            plain_projected = projected(plain_view, plain_omega, plain_features)
+            keys[PROJECTOR] = gather(normalize(plain_projected), AXIS)
+            queries[PROJECTOR] = projected(view, omega, features)
+        if "wrong" in batch:
+            wrong = batch["wrong"][:, number]
             keys[WRONG_PROJECTOR] = keys[PROJECTOR]
-            queries[WRONG_PROJECTOR] = projected(view, other_omega, stages["features"])
+            queries[WRONG_PROJECTOR] = projected(view, wrong, features)
+            # Another program made `wrong`, so that equal ones may differ by rounding.
+            differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
+            told_otherwise = differs.sum(dtype=jnp.float32)
         sums = {
             name: agreement_sums(rows, queries[name], keys[name], temperature) for name in queries
         }
-        told_otherwise = jnp.any(other_omega != omega, axis=1) & rows.counted
-        return jax.lax.psum((sums, told_otherwise.sum(dtype=jnp.float32)), AXIS)
+        return jax.lax.psum((sums, told_otherwise), AXIS)
 
     plain = parallel(
         plain,
@@ -250,15 +306,19 @@ def _measurement(
     under = parallel(
         under,
         mesh,
-        inputs=(REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED),
+        inputs=(REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED),
         outputs=REPLICATED,
     )
 
     def measure(variables, key, batch):
-        local, keys, sizes = plain(variables, key, batch)
+        local, keys, count = plain(variables, key, batch)
         # What is chosen is an argument, so that all are one compiled program.
-        every = [under(variables, batch, local, keys, alone(*each)) for each in compared]
-        return every, sizes
+        every = [
+            under(variables, batch, local, keys, np.int32(number), alone(*each))
+            for number, each in enumerate(compared)
+        ]
+        sums, told_otherwise = zip(*every, strict=True)
+        return sums, told_otherwise, count
 
     return measure
 

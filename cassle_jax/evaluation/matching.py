@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,18 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import check_positive
 from cassle_jax.evaluation.findings import Chart, Finding, Score
-from cassle_jax.evaluation.views import Batch, view_as_in_training
+from cassle_jax.evaluation.views import Batch, of_all_images, protocol_key, view_as_in_training
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.methods.losses import batch_offset, gather, normalize
+from cassle_jax.methods.losses import batch_offset, normalize
 from cassle_jax.models.conditioning import is_conditioned
-from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel, shard_batch
+from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
-RIGHT, WRONG, NONE = "right ω", "wrong ω", "no ω"
+FEATURES, RIGHT, WRONG, NONE = "features", "right ω", "wrong ω", "no ω"
 TEMPERATURE = 0.2
 
-_FIELDS = ("image", "size", "index", "mask")
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Agreement:
 
     Attributes:
       same: mean cosine similarity of an image's two embeddings.
-      different: that of an image's first embedding and the second of the image before it in the
-        batch (of the last, for the first).
+      different: that of an image's first embedding and another one's second, over all pairs of
+        different images.
       info_nce: −log of the softmax of similarities / temperature at the image's own embedding,
-        among those of the batch; log of the number of images is what chance gets.
-      accuracy: share of the images whose own embedding is the most similar of the batch.
+        among those of the candidates; log of their number is what chance gets.
+      accuracy: share of the images whose own embedding is the most similar of the candidates.
     """
 
     same: float
@@ -57,15 +58,14 @@ class Matching:
     """How well two views of an image find each other.
 
     Attributes:
-      agreements: by what the projector is told: `RIGHT`, `WRONG` and `NONE`; of a projector that
-        takes no ω the last alone.
-      images: number of images.
-      candidates: among how many images a view is looked for, the mean over the images.
+      agreements: of the encoder's `FEATURES`, and of the projections by what the projector is told:
+        `RIGHT`, `WRONG` and `NONE`; of a projector that takes no ω the last alone, and none where
+        there is no projector.
+      images: number of images; a view is looked for among all of them.
     """
 
     agreements: Mapping[str, Agreement]
     images: int
-    candidates: float
 
     def findings(self, dataset: str) -> list[Finding]:
         """InfoNCE and accuracy as scores and as bars."""
@@ -74,18 +74,18 @@ class Matching:
             ("InfoNCE", False, lambda agreement: agreement.info_nce),
             ("accuracy", True, lambda agreement: agreement.accuracy),
         ):
-            points = tuple((told, value(each)) for told, each in self.agreements.items())
+            points = tuple((name, value(each)) for name, each in self.agreements.items())
             scores += [
-                Score("matching", dataset, f"{metric}, {told}", found,
-                      higher_is_better=None if told == WRONG else better)
-                for told, found in points
+                Score("matching", dataset, f"{metric}, {name}", found,
+                      higher_is_better=None if name == WRONG else better)
+                for name, found in points
             ]  # fmt: skip
             charts.append(
                 Chart(
                     "matching",
                     dataset,
-                    f"{metric} of matching two views among {self.candidates:.0f} images",
-                    "what the projector is told",
+                    f"{metric} of matching two views among {self.images} images",
+                    "features, or the projector told",
                     metric,
                     {metric: points},
                 )
@@ -104,22 +104,25 @@ def view_matcher(
     """A function that measures how views match; it is compiled once, at its first call.
 
     Two views of every image, augmented as in training, are embedded by encoder and projector. Each
-    is told its own ω, then that of the same view of another image, then that of an image as it is;
-    either view looks for the other among those of all images in the batch. Compare numbers of
-    equal batches only: more images are harder to tell apart. Nothing of a batch with a single
-    image counts.
+    is told its own ω, then that of the same view of another image (`another_of_each`), then that of
+    an image as it is; either view looks for the other among those of all images, so that neither
+    the batch's size nor the images' order nor the number of devices counts. Compare numbers of
+    equally many images only: more are harder to tell apart. Features are told, if anything, ω.
+
+    The host keeps the embeddings of all images.
 
     Args:
-      networks: of the run.
+      networks: of the run; without a projector, features alone are matched.
       conditioning: of the projector.
       specs: how the run augments each view; the first two are compared.
       mesh: the devices.
       temperature: of InfoNCE.
 
     Returns:
-      A function of variables (`params` and `batch_stats`), batches (as from `evaluation_batches`)
-      and, by default 0, the seed of the augmentations. It raises ValueError where no batch has two
-      images or an embedding is not finite.
+      A function of variables (`params` and `batch_stats`), of a function that gives the batches (as
+      from `evaluation_batches`), which is called twice where the projector takes ω, and, by default
+      0, of the seed of the augmentations. It raises ValueError for fewer than two images or an
+      embedding that is not finite.
 
     Raises:
       ValueError: A temperature that is not positive.
@@ -127,40 +130,49 @@ def view_matcher(
     check_positive(temperature=temperature)
     specs = tuple(specs[:2])
 
-    def measure(variables, key, batch):
-        rows = batch_rows(batch["mask"], AXIS)
-        keys = jax.random.split(key, 2)
+    def views(keys, batch):
         pair = [view_as_in_training(*each) for each in zip(keys, [batch] * 2, specs, strict=True)]
-        images = jnp.concatenate([view.image for view in pair])
-        right = conditioning.describe(pair, specs)
+        return jnp.concatenate([view.image for view in pair]), conditioning.describe(pair, specs)
+
+    def describe(keys, batch):
+        return jnp.stack(views(keys, batch)[1], axis=1)
+
+    def embed(variables, keys, batch):
+        images, right = views(keys, batch)
         told = {NONE: right}
-        if takes_descriptor(conditioning):
+        if "wrong" in batch:
+            wrong = batch["wrong"][:, 0], batch["wrong"][:, 1]
             neutral = jnp.broadcast_to(conditioning.neutral, right[0].shape)
-            wrong = [rows.of_another(descriptor) for descriptor in right]
             told = {RIGHT: right, WRONG: wrong, NONE: (neutral, neutral)}
-        views = {name: ViewBatch(images, jnp.concatenate(each)) for name, each in told.items()}
-        features = networks.apply(variables, next(iter(views.values())), train=False,
+        told = {name: ViewBatch(images, jnp.concatenate(each)) for name, each in told.items()}
+        features = networks.apply(variables, next(iter(told.values())), train=False,
                                   method="encode")  # fmt: skip
+        embeddings = {FEATURES: features}
+        if has_projector(variables):
+            for name, view in told.items():
+                embeddings[name] = project(networks, variables, view, features)
+        return {name: jnp.stack(jnp.split(each, 2), axis=1) for name, each in embeddings.items()}
 
-        def sums(view):
-            first, second = jnp.split(project(networks, variables, view, features), 2)
-            there = agreement_sums(rows, first, rows.gathered(normalize(second)), temperature)
-            back = agreement_sums(rows, second, rows.gathered(normalize(first)), temperature)
-            return (there + back) / 2
+    describe = parallel(describe, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
+    embed = parallel(embed, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=SHARDED)
 
-        return jax.lax.psum(
-            ({name: sums(view) for name, view in views.items()}, rows.sizes()), AXIS
+    def match(variables: PyTree, batches: Callable[[], Iterable[Batch]], seed: int = 0) -> Matching:
+        circle_key, *keys = jax.random.split(protocol_key("matching", seed), 3)
+        keys = jnp.stack(keys)
+        told_wrong = has_projector(variables) and takes_descriptor(conditioning)
+        found = of_all_images(
+            partial(embed, variables, keys),
+            told_of_another(partial(describe, keys), batches, circle_key, mesh)
+            if told_wrong
+            else batches(),
+            mesh,
         )
-
-    measure = parallel(measure, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=REPLICATED)
-
-    def match(variables: PyTree, batches: Iterable[Batch], seed: int = 0) -> Matching:
-        key = jax.random.key(seed)
-        sums, sizes = summed_over_batches(measure, variables, key, batches, mesh)
-        images, candidates = image_count(sizes)
-        order = [name for name in (RIGHT, WRONG, NONE) if name in sums]
-        agreements = {name: agreement(sums[name], images, name) for name in order}
-        return Matching(agreements, images, candidates)
+        images = len(found[FEATURES])
+        check_two(images)
+        order = [name for name in (FEATURES, RIGHT, WRONG, NONE) if name in found]
+        return Matching(
+            {name: _both_ways(found[name], temperature, name) for name in order}, images
+        )
 
     return match
 
@@ -169,6 +181,11 @@ def takes_descriptor(conditioning: Conditioning) -> bool:
     """Whether the projector's result depends on ω."""
     used = is_conditioned(conditioning.treatment, conditioning.injection)
     return used and bool(conditioning.descriptors) and conditioning.into != "predictor"
+
+
+def has_projector(variables: PyTree) -> bool:
+    """Whether there are weights of a projector."""
+    return "projector" in variables["params"]
 
 
 def project(
@@ -191,40 +208,78 @@ def project(
     return networks.apply(variables, method=projection)
 
 
+def another_of_each(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """For each image the row of another one, and for no two images the same.
+
+    The images stand in a circle in an order drawn by key, and each gets the next one. Whom an image
+    gets depends on the key and on which images there are, not on their order.
+
+    Args:
+      key: random key.
+      index: of the images in their dataset, each once.
+
+    Raises:
+      ValueError: If there are fewer than two images.
+    """
+    check_two(len(index))
+    of_image = jax.vmap(lambda each: jax.random.bits(jax.random.fold_in(key, each)))
+    circle = np.lexsort((index, np.asarray(of_image(index))))
+    another = np.empty_like(circle)
+    another[circle] = np.roll(circle, -1)
+    return another
+
+
+def told_of_another(
+    describe: Callable[[Batch], Float[Array, "B ..."]],
+    batches: Callable[[], Iterable[Batch]],
+    key: PRNGKeyArray,
+    mesh: Mesh,
+) -> Iterable[Batch]:
+    """The batches, with another image's ω as `wrong`; zeros in rows without an image.
+
+    Args:
+      describe: ω of a sharded batch's images, sharded.
+      batches: gives the batches; called twice.
+      key: of `another_of_each`.
+      mesh: the devices.
+
+    Raises:
+      ValueError: If there are fewer than two images.
+    """
+    index, omega = of_all_images(lambda batch: (batch["index"], describe(batch)), batches(), mesh)
+    wrong = dict(zip(index.tolist(), omega[another_of_each(key, index)], strict=True))
+    nothing = np.zeros_like(omega[0])
+    for batch in batches():
+        rows = [wrong.get(image, nothing) for image in batch["index"].tolist()]
+        yield {**batch, "wrong": np.stack(rows)}
+
+
+def check_two(images: int) -> None:
+    """Refuses fewer than two images.
+
+    Raises:
+      ValueError: saying how many there are.
+    """
+    if images < 2:
+        raise ValueError(f"{images} images are too few to compare; 2 is the least")
+
+
 @struct.dataclass
 class BatchRows:
-    """Where this device's rows stand in the global batch, and whom they are compared with.
+    """Where this device's rows stand among the candidates, those of the global batch.
 
     Attributes:
-      real: of the global batch's rows, those that hold an image.
+      real: of the candidates, those that hold an image.
       position: of this device's rows.
-      partner: position of another image, for each of this device's rows: the image before it in
-        the batch, the last one's for the first.
-      axis_name: the devices that share the batch.
     """
 
     real: Bool[Array, " N"]
     position: Int[Array, " B"]
-    partner: Int[Array, " B"]
-    axis_name: str | None = struct.field(pytree_node=False)
 
     @property
     def counted(self) -> Bool[Array, " B"]:
-        """This device's rows that hold an image, in a batch with at least two."""
-        return self.real[self.position] & (self.real.sum() > 1)
-
-    def gathered(self, local: Float[Array, "B D"]) -> Float[Array, "N D"]:
-        """The rows of all devices."""
-        return gather(local, self.axis_name)
-
-    def of_another(self, local: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        """For every row, what its partner has."""
-        return self.gathered(local)[self.partner]
-
-    def sizes(self) -> Float[Array, "2"]:
-        """This device's share of the number of images, and of the sum of their candidates."""
-        images = self.counted.sum(dtype=jnp.float32)
-        return jnp.stack([images, images * self.real.sum()])
+        """This device's rows that hold an image."""
+        return self.real[self.position]
 
 
 def batch_rows(mask: Bool[Array, " B"], axis_name: str | None) -> BatchRows:
@@ -234,95 +289,131 @@ def batch_rows(mask: Bool[Array, " B"], axis_name: str | None) -> BatchRows:
       mask: this device's rows that hold an image.
       axis_name: the devices that share the batch; `None` for a single one.
     """
-    real = mask if axis_name is None else jax.lax.all_gather(mask, axis_name, tiled=True)
-    images_first = jnp.argsort(~real, stable=True)
-    rank = jnp.argsort(images_first)
-    count = jnp.maximum(real.sum(), 1)
-    partner = jnp.where(real, images_first[(rank - 1) % count], jnp.arange(len(real)))
     position = batch_offset(len(mask), axis_name) + jnp.arange(len(mask))
-    return BatchRows(real, position, partner[position], axis_name)
+    real = mask if axis_name is None else jax.lax.all_gather(mask, axis_name, tiled=True)
+    return BatchRows(real, position)
+
+
+@struct.dataclass
+class AgreementSums:
+    """Sums over images of what `Agreement` is made of.
+
+    Attributes:
+      same: of the cosine similarities of their two embeddings.
+      queries: of their first embeddings, scaled to unit length.
+      keys: of their second embeddings, likewise.
+      info_nce: of those with other candidates than themselves.
+      matched: number of those whose own embedding is the most similar candidate.
+    """
+
+    same: Float[Array | np.ndarray, ""]
+    queries: Float[Array | np.ndarray, " D"]
+    keys: Float[Array | np.ndarray, " D"]
+    info_nce: Float[Array | np.ndarray, ""]
+    matched: Float[Array | np.ndarray, ""]
+
+
+@struct.dataclass
+class Counts:
+    """Of images that are compared.
+
+    Attributes:
+      images: number of images.
+      ranked: of those with other candidates than themselves.
+      candidates: sum of their numbers of candidates.
+    """
+
+    images: Float[Array | np.ndarray, ""]
+    ranked: Float[Array | np.ndarray, ""]
+    candidates: Float[Array | np.ndarray, ""]
 
 
 def agreement_sums(
     rows: BatchRows,
     queries: Float[Array, "B D"],
     keys: Float[Array, "N D"],
-    temperature: float,
-) -> Float[Array, "4"]:
-    """The sums over this device's images of what `Agreement` is the mean of.
+    temperature: float | Float[Array, ""],
+) -> AgreementSums:
+    """The sums over this device's images.
 
     Args:
-      rows: of the batch.
+      rows: of this device.
       queries: this device's embeddings, of any length.
-      keys: the whole batch's embeddings of the other view, of unit length.
+      keys: the other embeddings of all candidates, of unit length.
       temperature: of InfoNCE.
     """
-    # Accelerators would otherwise round the factors to bfloat16 or TF32.
-    similarities = jnp.matmul(normalize(queries), keys.T, precision=jax.lax.Precision.HIGHEST)
-    logits = jnp.where(rows.real, similarities / temperature, -jnp.inf)
-    row = jnp.arange(len(queries))
-    each = (
-        similarities[row, rows.position],
-        similarities[row, rows.partner],
-        optax.softmax_cross_entropy_with_integer_labels(logits, rows.position),
-        jnp.argmax(logits, axis=1) == rows.position,
+
+    def compare(row):
+        query, own = row
+        # Accelerators would otherwise round the factors to bfloat16 or TF32.
+        similarities = jnp.matmul(keys, query, precision=jax.lax.Precision.HIGHEST)
+        logits = jnp.where(rows.real, similarities / temperature, -jnp.inf)
+        info_nce = optax.softmax_cross_entropy_with_integer_labels(logits, own)
+        return similarities[own], info_nce, jnp.argmax(logits) == own
+
+    queries = normalize(queries)
+    same, info_nce, matched = jax.lax.map(
+        compare, (queries, rows.position), batch_size=_ROWS_AT_ONCE
     )
-    return jnp.stack([jnp.sum(jnp.where(rows.counted, values, 0.0)) for values in each])
+
+    def total(values):
+        counted = rows.counted.reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.sum(jnp.where(counted, values, 0.0), axis=0)
+
+    ranked = rows.real.sum() > 1
+    return AgreementSums(
+        same=total(same),
+        queries=total(queries),
+        keys=total(keys[rows.position]),
+        info_nce=ranked * total(info_nce),
+        matched=ranked * total(matched),
+    )
 
 
-def summed_over_batches(
-    measure: Callable[..., PyTree],
-    variables: PyTree,
-    key: PRNGKeyArray,
-    batches: Iterable[Batch],
-    mesh: Mesh,
-) -> PyTree:
-    """What `measure` makes of each batch, added up in float64 on the host.
-
-    Args:
-      measure: a compiled function of variables, key and batch, whose result is replicated.
-      variables: `params` and `batch_stats`.
-      key: of the augmentations.
-      batches: this process's rows.
-      mesh: the devices.
-
-    Raises:
-      ValueError: If there are no batches.
-    """
-    sums = None
-    for batch in batches:
-        wanted = {name: batch[name] for name in _FIELDS}
-        found = jax.device_get(measure(variables, key, shard_batch(wanted, mesh)))
-        found = jax.tree.map(lambda array: np.asarray(array, np.float64), found)
-        sums = found if sums is None else jax.tree.map(np.add, sums, found)
-    if sums is None:
-        raise ValueError("there are no batches to compare images of; give one at least")
-    return sums
+def counts(rows: BatchRows) -> Counts:
+    """This device's share."""
+    images = rows.counted.sum(dtype=jnp.float32)
+    candidates = rows.real.sum(dtype=jnp.float32)
+    ranked = jnp.where(candidates > 1, images, 0)
+    return Counts(images, ranked, ranked * candidates)
 
 
-def image_count(sizes: Float[np.ndarray, "2"]) -> tuple[int, float]:
-    """The number of images, and of candidates on average, from the sum of `BatchRows.sizes`.
-
-    Raises:
-      ValueError: If no batch had two images.
-    """
-    images, candidates = sizes
-    if images == 0:
-        raise ValueError("no batch has two images to compare; use more images or a larger batch")
-    return int(images), float(candidates / images)
-
-
-def agreement(sums: Float[np.ndarray, "4"], images: int, name: str) -> Agreement:
+def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
     """The means over the images.
 
     Args:
-      sums: of `agreement_sums`, over all devices and batches.
-      images: number of images.
+      sums: over all devices and batches.
+      counts: likewise.
       name: of what was compared, for the message.
 
     Raises:
       ValueError: If one is not finite.
     """
-    if not np.isfinite(sums).all():
+    sums, counts = jax.tree.map(partial(np.asarray, dtype=np.float64), (sums, counts))
+    # All pairs' similarities but those of an image with itself.
+    different = np.vdot(sums.queries, sums.keys) - sums.same
+    found = Agreement(
+        same=float(sums.same / counts.images),
+        different=float(different / (counts.images * (counts.images - 1))),
+        info_nce=float(sums.info_nce / counts.ranked),
+        accuracy=float(sums.matched / counts.ranked),
+    )
+    if not np.isfinite(dataclasses.astuple(found)).all():
         raise ValueError(f"the embeddings compared as {name!r} hold values that are not finite")
-    return Agreement(*(float(each / images) for each in sums))
+    return found
+
+
+def _both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: str) -> Agreement:
+    """The mean of what either view's looking for the other gives."""
+    there = _among_all(embeddings[:, 0], embeddings[:, 1], temperature)
+    back = _among_all(embeddings[:, 1], embeddings[:, 0], temperature)
+    ways = [dataclasses.astuple(agreement(*each, name)) for each in (there, back)]
+    return Agreement(*(float(each) for each in np.mean(ways, axis=0)))
+
+
+@jax.jit
+def _among_all(
+    queries: Float[Array, "N D"], keys: Float[Array, "N D"], temperature: float | Float[Array, ""]
+) -> tuple[AgreementSums, Counts]:
+    rows = batch_rows(jnp.ones(len(keys), bool), None)
+    return agreement_sums(rows, queries, normalize(keys), temperature), counts(rows)

@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Float32
 
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.data import Source
+from cassle_jax.data.sources import labels_of
 from cassle_jax.evaluation.classifier import (
     Training,
     check_classes,
     fitting_batch,
-    labels_of,
     measured_accuracies,
     train_classifier,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
@@ -44,6 +45,14 @@ class Features:
 def canvas_for(size: int) -> int:
     """The side that images are decoded into for views of `size` pixels: room for long images."""
     return max(64, -(-size * 16 // 7 // 16) * 16)
+
+
+def uncropped_side(size: int) -> int:
+    """What an image's short side is resized to where views of `size` pixels are cut out of it.
+
+    256 for 224, in the same proportion for other sizes.
+    """
+    return round(size * 256 / 224)
 
 
 class FeatureStore:
@@ -89,7 +98,8 @@ class FeatureStore:
         """
         path = self._folder and self._folder / f"{self._key(source)}.npz"
         features = path and _read(path)
-        if not features:
+        # Some processes may find a file that others do not, and all must extract or none.
+        if not multihost_utils.process_allgather(np.array(bool(features))).all():
             LOG.info("features of %s on %s", self._subject.name, source.name)
             params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
             extracted = self._extract(params, batch_stats, self.batches(source))

@@ -1,8 +1,9 @@
 """Every protocol under its name: which datasets it takes, and how it is run on one."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from cassle_jax.data import FACTORS, Scenes, Source, decode
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.landmarks import TargetSource
+from cassle_jax.data.splits import Crops, Part
 from cassle_jax.evaluation.augmentation_probes import augmentation_prober
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.features import view_extractor
@@ -24,8 +26,10 @@ from cassle_jax.evaluation.neighbours import nearest
 from cassle_jax.evaluation.regression import regression
 from cassle_jax.evaluation.sgd_probe import sgd_probe
 from cassle_jax.evaluation.spectrum import alignment_and_uniformity, lidar, spectrum
-from cassle_jax.evaluation.store import Features, FeatureStore
+from cassle_jax.evaluation.store import Features, FeatureStore, uncropped_side
 from cassle_jax.evaluation.subject import Subject
+
+LOG = logging.getLogger(__name__)
 
 GALLERY_QUERIES, GALLERY_NEIGHBOURS = 8, 6
 THUMBNAIL = 96  # pixels
@@ -92,18 +96,35 @@ class Bench:
         """Features of the test part."""
         return self.store(self.data.test)
 
+    def cropped(self) -> list[Features]:
+        """Of the parts as linear evaluation takes them.
+
+        Where the dataset asks for ten crops, those of every image that is fitted to are rows of
+        their own; a test image then is the centre of an image resized alike.
+        """
+        data, size = self.data, self.subject.spec.size
+        if not data.ten_crops:
+            return [self.train, self.val, self.test]
+        crops = partial(Crops, size=size, short_side=uncropped_side(size))
+        fitted = [self.store(crops(part, ten=True)) for part in (data.train, data.val)]
+        return [*fitted, self.store(crops(data.test, ten=False))]
+
     @property
     def fitted(self) -> list[Features]:
         """Of the parts that a classifier may learn from."""
         return [self.train, self.val]
 
     def analysed(self):
-        """Batches of the test images that the analyses look at."""
-        return self.store.batches(self.data.test, self.settings.analysed)
+        """Batches of the test images that the analyses look at, in an order drawn once for all.
+
+        So a batch holds images of all classes where the dataset is in order of its classes.
+        """
+        order = np.random.default_rng(0).permutation(len(self.data.test))
+        return self.store.batches(Part(self.data.test, order, "shuffled"), self.settings.analysed)
 
 
 def _linear(bench: Bench) -> list[Finding]:
-    parts = [(part.features, part.labels) for part in (bench.train, bench.val, bench.test)]
+    parts = [(part.features, part.labels) for part in bench.cropped()]
     metric = bench.data.metric
     result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)
     return result.findings(bench.data.name, metric)
@@ -200,15 +221,19 @@ def _thumbnail(source: Source, place: int) -> Pixels:
 
 def _invariance(bench: Bench) -> list[Finding]:
     subject = bench.subject
+    if not subject.has_projector:
+        LOG.info("invariance of %s: no projector, so of its encoder alone", subject.name)
     meter = invariance_meter(subject.networks, subject.conditioning, subject.spec, bench.mesh)
-    found = meter(bench.store.variables, bench.analysed(), bench.settings.seed)
+    found = meter(bench.store.variables, bench.analysed, bench.settings.seed)
     return found.findings(bench.data.name)
 
 
 def _matching(bench: Bench) -> list[Finding]:
     subject = bench.subject
+    if not subject.has_projector:
+        LOG.info("matching of %s: no projector, so by its features alone", subject.name)
     matcher = view_matcher(subject.networks, subject.conditioning, subject.views, bench.mesh)
-    found = matcher(bench.store.variables, bench.analysed(), bench.settings.seed)
+    found = matcher(bench.store.variables, bench.analysed, bench.settings.seed)
     return found.findings(bench.data.name)
 
 
@@ -287,24 +312,22 @@ class Task:
       run: on a bench.
       takes: the kinds of dataset it is for: their tasks, or `scenes` for the embedded ones.
       usual: the kinds that it is run on unless other tasks are asked for.
-      needs_projector: whether an encoder alone is not enough.
     """
 
     run: Callable[[Bench], list[Finding]]
     takes: frozenset[str]
     usual: frozenset[str]
-    needs_projector: bool = False
 
-    def suits(self, subject: Subject, data: EvaluationData, *, asked_for: bool) -> bool:
-        """Whether it is run with these."""
+    def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
+        """Whether it is run on a dataset."""
         kinds = {data.task} | ({"scenes"} if isinstance(data.test, Scenes) else set())
         takes = self.takes if asked_for else self.usual
-        return bool(kinds & takes) and (subject.has_projector or not self.needs_projector)
+        return bool(kinds & takes)
 
 
-def _task(run, takes: str, usual: str | None = None, **settings) -> Task:
+def _task(run, takes: str, usual: str | None = None) -> Task:
     kinds = frozenset(takes.split())
-    return Task(run, kinds, kinds if usual is None else frozenset(usual.split()), **settings)
+    return Task(run, kinds, kinds if usual is None else frozenset(usual.split()))
 
 
 _ANY = "classification regression few-shot"
@@ -317,8 +340,8 @@ TASKS: Mapping[str, Task] = {
     "factors": _task(_factors, "scenes"),
     "spectrum": _task(_spectrum, _ANY),
     "neighbours": _task(_neighbours, _ANY),
-    "invariance": _task(_invariance, _ANY, needs_projector=True),
-    "matching": _task(_matching, _ANY, needs_projector=True),
+    "invariance": _task(_invariance, _ANY),
+    "matching": _task(_matching, _ANY),
     "augmentation_probes": _task(_augmentation_probes, _ANY),
     "sgd_probe": _task(_sgd_probe, "classification", usual=""),
     "fine_tune": _task(_fine_tune, "classification", usual=""),

@@ -6,21 +6,63 @@ drawn for every image, also where `spec.jitter_order` shares it within a batch.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cassle_jax.augment import AugmentSpec, View, ViewParams, apply, draw
+from cassle_jax.methods.base import PyTree
+from cassle_jax.parallel import shard_batch
 
 AUGMENTATIONS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize", "rotation")
 
 Batch = Mapping[str, Array | np.ndarray]
 """As from `evaluation_batches`: image uint8 [B, H, W, 3], size [B, 2], index [B] and mask [B]."""
+
+
+def protocol_key(protocol: str, seed: int) -> PRNGKeyArray:
+    """The random key of a protocol: for every protocol and seed another one."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(protocol.encode())))
+
+
+def on_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows as global arrays; labels, which may be anything, stay behind."""
+    return shard_batch({name: batch[name] for name in batch if name != "label"}, mesh)
+
+
+def of_all_images(
+    function: Callable[[Batch], PyTree], batches: Iterable[Batch], mesh: Mesh
+) -> PyTree:
+    """What `function` makes of the images of all batches, on the host of every process.
+
+    Args:
+      function: of a sharded batch; what it returns has the batch's rows and is sharded likewise.
+      batches: this process's rows.
+      mesh: the devices.
+
+    Returns:
+      As `function` does, all batches in a row, less the rows without an image.
+
+    Raises:
+      ValueError: If there are no batches.
+    """
+    parts = []
+    for batch in batches:
+        batch = on_devices(batch, mesh)
+        results = function(batch), batch["mask"]
+        found, mask = multihost_utils.process_allgather(results, tiled=True)
+        parts.append(jax.tree.map(lambda rows, mask=mask: rows[mask], found))
+    if not parts:
+        raise ValueError("there are no batches to analyse; give one at least")
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 @struct.dataclass

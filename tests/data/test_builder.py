@@ -21,6 +21,7 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import builder as builder_module
+from cassle_jax.data.sources import DAMAGED, labels_of
 
 KINDS = ("ant", "bee", "cat", "dog")
 TRAIN, UNLABELLED, TEST = 30, 6, 8
@@ -158,11 +159,11 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
     (cached,) = builder_module.label_cache_folder().iterdir()
     assert "tiny_animals-1.2.0-train" in cached.name
 
-    def scan(_):
+    def scan(*_):
         raise AssertionError("scanned again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(builder_module.TfdsSource, "_scan_labels", scan)
+        patched.setattr(builder_module.TfdsSource, "_scan", scan)
         second = open_source(config, "train")
         assert [second[i] for i in range(len(second))] == [first[i] for i in range(len(first))]
         with pytest.raises(AssertionError, match="scanned again"):
@@ -170,6 +171,33 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
 
     cached.write_bytes(b"torn by a kill")
     assert len(open_source(config, "train")) == len(first)
+
+
+def test_labels_are_those_of_the_records(tiny, tmp_path):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("dog\nant\n")
+    for classes in ("", str(listed)):
+        source = open_source(tiny(classes=classes), "train+unlabelled")
+        expected = [source[index].label for index in range(len(source))]
+        assert labels_of(source).tolist() == expected
+        assert labels_of(pickle.loads(pickle.dumps(source))).tolist() == expected
+
+
+def test_labels_are_read_around_corrupt_records_and_not_kept(tiny, monkeypatch):
+    source = open_source(tiny(), "train")
+    expected = [source[index].label for index in range(TRAIN)]
+    stored = source._records.data_source
+    read = type(stored).__getitems__
+
+    def torn(self, places):
+        if 3 in places:
+            raise RuntimeError("data loss")
+        return read(self, places)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(stored), "__getitems__", torn)
+        assert labels_of(source).tolist() == [*expected[:3], DAMAGED, *expected[4:]]
+    assert labels_of(open_source(tiny(), "train")).tolist() == expected
 
 
 def test_an_unwritable_cache_only_costs_time(tiny, tmp_path, monkeypatch):

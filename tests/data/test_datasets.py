@@ -4,9 +4,11 @@ import csv
 import hashlib
 import io
 import logging
+import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -16,10 +18,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.testing import mocking
 
-from cassle_jax.data import DataError
+from cassle_jax.data import DataError, Record
+from cassle_jax.data.builder import TfdsSource
 from cassle_jax.data.datasets import DATASETS, open_dataset
 from cassle_jax.data.landmarks import LandmarkFolder
-from cassle_jax.data.splits import cut, held_out
+from cassle_jax.data.sources import labels_of
+from cassle_jax.data.splits import Crops, Joined, Part, cut, cut_shots, held_out
 
 SPEC = {
     "300w",
@@ -65,7 +69,7 @@ CATALOGUE = {
 NOT_ALL_CLASSES = {"caltech101": {"train": 3_030, "test": 5_647}}
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "datasets.md"
-IN_BUILDERS = sorted(name for name, entry in DATASETS.items() if entry.builder)
+IN_BUILDERS = sorted(name for name, entry in DATASETS.items() if entry.builder and not entry.shots)
 MADE_UP = {"train": 20, "validation": 6, "test": 8, "unlabelled": 2}
 EYES_TO_MOUTH = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 
@@ -134,7 +138,9 @@ def images(source) -> list[bytes]:
 def test_the_table_has_every_dataset_of_the_evaluation():
     assert set(DATASETS) > SPEC
     means = {name for name, entry in DATASETS.items() if entry.metric == "mean_per_class"}
-    assert means == {"pets", "caltech101", "flowers102", "aircraft"}
+    few_flowers = {"flowers102_5shot", "flowers102_10shot"}
+    assert means == {"pets", "caltech101", "flowers102", "aircraft"} | few_flowers
+    assert {name for name, entry in DATASETS.items() if entry.ten_crops} == {"cub200"} | few_flowers
     regressions = {name for name, entry in DATASETS.items() if entry.task == "regression"}
     assert regressions == {"300w", "celeba", "lsp"}
     assert regressions == {name for name, entry in DATASETS.items() if entry.metric == "r2"}
@@ -232,6 +238,10 @@ def test_every_builder_is_read_by_its_real_schema(name, prepared, monkeypatch, t
         names = source.class_names
         return {r.image: names[r.label] if data.classes else None for r in records}
 
+    for part in (data.train, data.val, data.test):
+        if data.classes and part is not None:
+            assert labels_of(part).tolist() == [part[index].label for index in range(len(part))]
+    assert data.ten_crops == (name == "cub200")
     assert read(data.test) == written(entry.test)
     if data.task == "few-shot":
         assert data.train is None
@@ -262,6 +272,14 @@ def test_celeba_has_five_points_in_the_central_square(prepared):
     for image, targets in zip(images(data.test), data.test.targets, strict=True):
         np.testing.assert_allclose(targets, expected[image], rtol=1e-6)
     assert {data.train[index].label for index in range(len(data.train))} == {-1}
+
+
+def test_landmarks_are_read_once(prepared, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data_dir = str(prepared("celeb_a"))
+    first = open_dataset("celeba", data_dir=data_dir).train.targets
+    monkeypatch.setattr(TfdsSource, "_scan", lambda *_: pytest.fail("read again"))
+    assert open_dataset("celeba", data_dir=data_dir).train.targets.tolist() == first.tolist()
 
 
 def test_no_tensorflow_at_run_time(prepared):
@@ -318,6 +336,157 @@ def test_a_cut_covers_the_source(image_folder):
     with pytest.raises(IndexError, match="outside"):
         kept[len(kept)]
     assert not hasattr(kept, "targets")
+
+
+# -- a few shots -----------------------------------------------------------------------------------
+
+
+def test_a_few_shots_are_as_many_of_each_class(tmp_path):
+    """Of all 102 flowers, by the rule as `docs/datasets.md` has it."""
+    classes = [f"flower {number:03d}" for number in range(102)]
+    for split, each in (("train", 5), ("val", 6), ("test", 1)):
+        with_test(tmp_path, classes, split, each)
+    whole = open_dataset("flowers102", path=str(tmp_path))
+    pool = [(part, index) for part in (whole.train, whole.val) for index in range(len(part))]
+    chosen = {}
+    for shots in (5, 10):
+        data = open_dataset(f"flowers102_{shots}shot", path=str(tmp_path))
+        assert [len(data.train), len(data.val)] == list(DATASETS[data.name].sizes[:2])
+        assert (len(data.test), data.classes, data.ten_crops) == (102, 102, True)
+        assert set(np.bincount(labels_of(data.val))) == {shots // 5}
+        expected = {}
+        for label, name in enumerate(classes):
+            places = [
+                place for place, (part, index) in enumerate(pool) if labels_of(part)[index] == label
+            ]
+            places.sort(key=lambda place: hashlib.blake2b(b"%d" % place, digest_size=8).digest())
+            expected[name] = {record_of(pool[place]).name for place in places[:shots]}
+            held = {record_of(pool[place]).name for place in places[: shots // 5]}
+            assert held <= {each.name for each in records(data.val)}
+        chosen[shots] = {each.name for part in (data.train, data.val) for each in records(part)}
+        assert chosen[shots] == set().union(*expected.values())
+    assert chosen[5] < chosen[10]
+
+
+def record_of(place):
+    part, index = place
+    return part[index]
+
+
+def records(source) -> list[Record]:
+    return [source[index] for index in range(len(source))]
+
+
+def test_too_few_images_for_the_shots(prepared, monkeypatch, tmp_path):
+    """By the real schema: the made-up flowers are fewer than their classes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        open_dataset("flowers102_5shot", data_dir=str(prepared("oxford_flowers102")))
+    assert_one_line(caught, ["'flowers102_5shot'", "images of 'pink primrose'; 5 of every class"])
+
+
+def test_shots_leave_out_images_without_a_label():
+    labels = np.repeat([0, 1, -1], 6).tolist()
+    train, val = cut_shots(Pictures(labels), 4)
+    assert [sorted(labels_of(part).tolist()) for part in (train, val)] == [
+        [0] * 3 + [1] * 3,
+        [0, 1],
+    ]
+
+
+# -- sources of other sources ----------------------------------------------------------------------
+
+
+class Pictures:
+    """Noise of one size, which does not know its labels before it is read."""
+
+    name = "pictures"
+    class_names = ("a", "b")
+
+    def __init__(self, labels, height=40, width=55):
+        self.own, self.shape = labels, (height, width)
+
+    def __len__(self):
+        return len(self.own)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return Record(png(index, *self.shape), self.own[index], f"picture {index}")
+
+
+def test_joined_sources_follow_each_other():
+    first, second = Pictures([0, 1]), Pictures([1, 1, 0], 9)
+    both = Joined(first, second)
+    assert records(both) == records(first) + records(second)
+    assert labels_of(both).tolist() == [0, 1, 1, 1, 0]
+    assert labels_of(Part(both, np.array([1, 4]), "some")).tolist() == [1, 0]
+    for outside in (-1, 5):
+        with pytest.raises(IndexError):
+            both[outside]
+
+
+def by_hand(pixels: np.ndarray, size: int) -> list[np.ndarray]:
+    """The ten crops of an image that has been resized."""
+
+    def five(pixels):
+        height, width = pixels.shape[:2]
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        centre = pixels[top : top + size, left : left + size]
+        return [
+            pixels[:size, :size], pixels[:size, -size:],
+            pixels[-size:, :size], pixels[-size:, -size:], centre,
+        ]  # fmt: skip
+
+    # Mirrored first, as torchvision does: an odd margin is then on the other side.
+    return five(pixels) + five(pixels[:, ::-1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 45), (47, 32), (32, 200)])
+def test_ten_crops_of_an_image_that_needs_no_resizing(height, width):
+    source = Pictures([1, 0, 1], height, width)
+    crops = Crops(source, 28, 32, ten=True)
+    assert len(crops) == 30
+    for image in range(3):
+        pixels = np.asarray(Image.open(io.BytesIO(source[image].image)))
+        for place, expected in enumerate(by_hand(pixels, 28)):
+            record = crops[10 * image + place]
+            np.testing.assert_array_equal(record.image, expected)
+            assert (record.label, record.name) == (
+                source.own[image],
+                f"picture {image}, crop {place}",
+            )
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (90, 64), (61, 47), (3, 70)])
+def test_crops_are_those_of_pillows_resized_image(height, width):
+    source = Pictures([0], height, width)
+    resized = tuple(32 * side // min(height, width) for side in (width, height))
+    picture = Image.open(io.BytesIO(source[0].image)).resize(resized, Image.Resampling.BICUBIC)
+    expected = by_hand(np.asarray(picture), 27)
+    found = [record.image for record in records(Crops(source, 27, 32, ten=True))]
+    # A box is given to Pillow in single precision: a rare pixel is rounded the other way.
+    difference = np.abs(np.stack(found).astype(int) - np.stack(expected))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+    (centre,) = records(Crops(source, 27, 32, ten=False))
+    np.testing.assert_array_equal(centre.image, found[4])
+
+
+def test_crops_as_a_source():
+    source = Pictures([0, 1])
+    ten, one = (Crops(source, 24, 28, ten=ten) for ten in (True, False))
+    assert len({source.name, ten.name, one.name, Crops(source, 24, 27, True).name}) == 4
+    copy = pickle.loads(pickle.dumps(ten))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(copy.__getitem__, [*range(20), *range(20)]))
+    for record, expected in zip(found, 2 * records(ten), strict=True):
+        np.testing.assert_array_equal(record.image, expected.image)
+    for outside in (-1, 20):
+        with pytest.raises(IndexError, match="outside"):
+            ten[outside]
+    with pytest.raises(DataError, match="short_side=20 is smaller than the crops' size=24"):
+        Crops(source, 24, 20, ten=True)
 
 
 # -- image folders ---------------------------------------------------------------------------------

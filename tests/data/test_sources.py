@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cassle_jax.data import DataError, Scenes, Source, open_source
-from cassle_jax.data.sources import read_class_list
+from cassle_jax.data.sources import labels_of, read_class_list
 
 
 def test_folder_is_ordered_by_class_and_file_name(image_folder, settings, monkeypatch):
@@ -36,6 +36,9 @@ def test_folder_is_ordered_by_class_and_file_name(image_folder, settings, monkey
     assert [r.label for r in records] == [0, 0, 1, 1, 2, 2, 2]
     for record in records:
         assert record.image == Path(record.name).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda _: pytest.fail("read for its label"))
+        assert labels_of(source).tolist() == [0, 0, 1, 1, 2, 2, 2]
 
     scandir = os.scandir
 

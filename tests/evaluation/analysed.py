@@ -95,6 +95,12 @@ def cosine(first, second):
     return np.sum(first * second, axis=1) / lengths
 
 
+def similarity_of_different(first, second):
+    """The mean cosine of all pairs of different rows, in float64."""
+    shifts = range(1, len(first))
+    return np.mean([cosine(first, np.roll(second, shift, 0)).mean() for shift in shifts])
+
+
 def info_nce(queries, keys, temperature=0.2):
     """By the definition, in float64."""
     every = np.stack([cosine(queries, np.roll(keys, -shift, 0)) for shift in range(len(keys))])

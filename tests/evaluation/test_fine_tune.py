@@ -4,8 +4,9 @@ import optax
 import pytest
 
 from cassle_jax.data import Scenes
+from cassle_jax.data.sources import DAMAGED
 from cassle_jax.evaluation import fine_tune as protocol
-from cassle_jax.evaluation.classifier import DAMAGED, Training, train_classifier
+from cassle_jax.evaluation.classifier import Training, train_classifier
 from cassle_jax.evaluation.findings import from_json, to_json
 from cassle_jax.evaluation.fine_tune import fine_tune, labelled_subset
 from cassle_jax.evaluation.sgd_probe import sgd_probe

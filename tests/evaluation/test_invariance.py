@@ -41,6 +41,7 @@ from tests.evaluation.analysed import (
     devices,
     info_nce,
     pictures,
+    similarity_of_different,
 )
 
 IMAGES = pictures(6)
@@ -59,7 +60,7 @@ def meter(conditioning, count, strengths):
 
 def measured(conditioning=COLOR_DIFF, count=1, strengths=(), *, size=8, images=IMAGES, holes=0):
     measure, variables = meter(conditioning, count, strengths)
-    return measure(variables, batches_of(images, size, holes))
+    return measure(variables, lambda: batches_of(images, size, holes))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_mean_colour_does_not_see_a_flip_and_pixels_do(told):
         (PROJECTOR, colours, colours),
     ):
         found = stages[name]
-        different = cosine(after, np.roll(before, 1, 0)).mean()
+        different = similarity_of_different(after, before)
         assert found.same == pytest.approx(cosine(before, after).mean(), abs=1e-5)
         assert found.different == pytest.approx(different, abs=1e-5)
         assert found.difference == pytest.approx(found.same - different, abs=1e-5)
@@ -166,27 +167,42 @@ def test_all_augmentations_and_strengths_are_one_compiled_program():
     networks, variables = colour_networks()
     measure = invariance_meter(networks, PLAIN, EXACT_BLUR, devices(1), strengths=STRENGTHS)
     Colour.traced.clear()
-    measure(variables, batches_of(pictures(12), 8))
+    measure(variables, lambda: batches_of(pictures(12), 8))
     # Once for the plain views, once for the augmented ones.
     assert len(Colour.traced) == 2
 
 
-def test_devices_padding_and_damage_change_nothing(told):
-    found = measured(count=4, size=12, holes=3)
+@pytest.mark.parametrize(("count", "size", "holes"), [(2, 8, 0), (1, 16, 0), (4, 12, 3)])
+def test_devices_padding_and_damage_change_nothing(told, count, size, holes):
+    found = measured(count=count, size=size, holes=holes)
     assert (found.images, found.candidates) == (told.images, told.candidates) == (6, 6)
     assert_agree(found.alone(), told.alone())
 
 
-def test_what_an_image_is_compared_with_is_all_the_batch_changes(told):
-    # Five damaged images put three into the first batch and three into the second.
-    in_two = measured(strengths=STRENGTHS, holes=5)
-    assert (in_two.images, in_two.candidates) == (6, 3)
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_the_batch_changes_only_whom_an_image_is_told_apart_from(told, size):
+    # Of five and one, the lone image is not told apart from any.
+    candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
+    found = measured(strengths=STRENGTHS, size=size)
+    assert (found.images, found.candidates) == (6, pytest.approx(candidates))
     for name, stages in told.agreements.items():
         for stage, expected in stages.items():
-            found = in_two.agreements[name][stage]
-            assert found.info_nce < expected.info_nce
-            if stage != WRONG_PROJECTOR:
-                assert found.same == pytest.approx(expected.same, rel=1e-5)
+            other = found.agreements[name][stage]
+            assert other.info_nce < expected.info_nce
+            assert (other.same, other.different) == pytest.approx(
+                (expected.same, expected.different), rel=1e-5
+            ), (name, stage)
+
+
+def test_an_encoder_without_a_projector_is_compared_at_its_stages(told):
+    measure, variables = meter(COLOR_DIFF, 1, ())
+    bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 8)).alone()
+    encoder = {
+        name: {stage: stages[stage] for stage in ("stem", "features")}
+        for name, stages in told.alone().items()
+    }
+    assert_agree(bare, encoder)
+    assert "projector" in variables["params"]
 
 
 @pytest.mark.parametrize("strength", [0.5, 2.0])
@@ -255,7 +271,7 @@ def test_findings_are_bars_curves_and_scores(told):
     )
     charts = {each.title: each for each in findings if not isinstance(each, Score)}
     assert len(charts) == 4 + 2 * 4
-    bars = charts["Invariance to each augmentation: InfoNCE"]
+    bars = charts["Invariance to each augmentation: InfoNCE among 6 images"]
     assert bars.is_bars and list(bars.series) == list(ALONE)
     assert [stage for stage, _ in bars.series["crop"]] == ["stem", "features", PROJECTOR]
     curves = charts["Strength of jitter: difference of the similarities"]
@@ -272,8 +288,10 @@ def test_without_other_strengths_there_are_no_curves(told):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="no batch has two images"):
+    with pytest.raises(ValueError, match="1 images are too few to compare; 2 is the least"):
         measured(images=IMAGES[:1])
+    with pytest.raises(ValueError, match="no batch has two images"):
+        measured(size=1)
     networks, _ = colour_networks()
     with pytest.raises(ValueError, match=r"strength=-1\.0 must be above 0"):
         invariance_meter(networks, PLAIN, SPEC, devices(1), strengths=(-1.0,))

@@ -2,19 +2,21 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cassle_jax.evaluation.findings import Score, from_json, to_json
 from cassle_jax.evaluation.matching import (
+    FEATURES,
     NONE,
     RIGHT,
     WRONG,
-    batch_rows,
+    another_of_each,
     takes_descriptor,
+    told_of_another,
     view_matcher,
 )
+from cassle_jax.evaluation.views import protocol_key
 from cassle_jax.methods.build import Conditioning
 from tests.evaluation.analysed import (
     COLOR_DIFF,
@@ -22,10 +24,10 @@ from tests.evaluation.analysed import (
     PLAIN,
     batches_of,
     colour_networks,
-    cosine,
     devices,
     info_nce,
     pictures,
+    similarity_of_different,
 )
 
 IMAGES = pictures(14)
@@ -40,7 +42,7 @@ def matcher(conditioning, count=1):
 
 def match(conditioning=COLOR_DIFF, *, size=16, count=1, images=IMAGES, **others):
     measure, variables = matcher(conditioning, count)
-    return measure(variables, batches_of(images, size, **others))
+    return measure(variables, lambda: batches_of(images, size, **others))
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +54,18 @@ def test_a_projector_that_undoes_the_jitter_matches_with_the_right_descriptor_al
     colours = IMAGES.mean((1, 2))
     right, wrong, none = (told.agreements[name] for name in (RIGHT, WRONG, NONE))
     assert right.same == pytest.approx(1, abs=1e-5)
-    assert right.different == pytest.approx(
-        cosine(colours, np.roll(colours, 1, 0)).mean(), rel=1e-4
-    )
+    assert right.different == pytest.approx(similarity_of_different(colours, colours), rel=1e-4)
     assert right.info_nce == pytest.approx(info_nce(colours, colours), rel=1e-4)
     assert right.accuracy == 1
     assert right.info_nce < none.info_nce < wrong.info_nce
     assert right.accuracy > max(none.accuracy, wrong.accuracy)
-    assert told.images == told.candidates == len(IMAGES)
+    assert told.images == len(IMAGES)
 
 
 def test_a_projector_without_a_descriptor_is_told_nothing(told):
     plain = match(PLAIN)
-    assert list(plain.agreements) == [NONE]
+    assert list(plain.agreements) == [FEATURES, NONE]
+    assert plain.agreements[FEATURES] == told.agreements[FEATURES]
     # Added to the features, a neutral color_diff of 0 is no descriptor at all.
     assert dataclasses.astuple(plain.agreements[NONE]) == pytest.approx(
         dataclasses.astuple(told.agreements[NONE]), rel=1e-5
@@ -87,32 +88,83 @@ def test_only_a_conditioned_projector_takes_a_descriptor(settings, takes):
     assert takes_descriptor(Conditioning(**settings)) == takes
 
 
-def test_devices_and_padding_change_nothing(told):
-    found = match(size=24, count=4, holes=3)
-    assert found.candidates == told.candidates
-    for name, expected in told.agreements.items():
+@pytest.mark.parametrize(("size", "count", "holes"), [(8, 1, 0), (8, 2, 0), (13, 1, 0), (24, 4, 3)])
+def test_devices_batches_padding_and_damage_change_nothing(told, size, count, holes):
+    assert_equal(match(size=size, count=count, holes=holes), told)
+
+
+def test_the_order_of_the_images_changes_nothing(told):
+    measure, variables = matcher(COLOR_DIFF)
+    (batch,) = batches_of(IMAGES, 16)
+    order = np.random.default_rng(0).permutation(16)
+    shuffled = {name: rows[order] for name, rows in batch.items()}
+    assert_equal(measure(variables, lambda: [shuffled]), told)
+
+
+def test_another_seed_draws_other_views(told):
+    measure, variables = matcher(COLOR_DIFF)
+    other = measure(variables, lambda: batches_of(IMAGES, 16), 1)
+    assert other.agreements[FEATURES].same != told.agreements[FEATURES].same
+
+
+def test_every_protocol_and_seed_has_a_key_of_its_own():
+    protocols = ("matching", "invariance", "augmentation probes")
+    keys = [
+        tuple(np.asarray(jax.random.key_data(protocol_key(name, seed))).tolist())
+        for name in protocols
+        for seed in range(20)
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def assert_equal(found, expected):
+    assert found.images == expected.images
+    assert list(found.agreements) == list(expected.agreements)
+    for name, each in expected.agreements.items():
         assert dataclasses.astuple(found.agreements[name]) == pytest.approx(
-            dataclasses.astuple(expected), rel=1e-5
-        )
+            dataclasses.astuple(each), rel=1e-5
+        ), name
 
 
-def test_the_batch_changes_only_what_an_image_is_compared_with(told):
-    found = match(size=4)
-    # Three batches of four and one of two.
-    assert found.images == 14 and found.candidates == pytest.approx((3 * 16 + 4) / 14)
-    for name in (RIGHT, NONE):
-        assert found.agreements[name].same == pytest.approx(told.agreements[name].same, rel=1e-5)
-        assert found.agreements[name].info_nce < told.agreements[name].info_nce
-    # The last batch holds a single image, which has nothing to be told apart from.
-    assert match(size=4, images=IMAGES[:13]).images == 12
+def test_an_encoder_without_a_projector_is_matched_by_its_features(told):
+    measure, _ = matcher(COLOR_DIFF)
+    bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 16))
+    assert bare.agreements == {FEATURES: told.agreements[FEATURES]}
 
 
-def test_a_partner_is_another_image_and_everyone_has_one():
-    mask = jnp.array([False, True, True, False, True, True, False])
-    rows = batch_rows(mask, None)
-    assert rows.partner[mask].tolist() == [5, 1, 2, 4]
-    assert rows.counted.tolist() == mask.tolist()
-    assert not batch_rows(mask & (jnp.arange(7) == 2), None).counted.any()
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_another_is_never_oneself_and_everybody_is_anothers_once(count):
+    index = np.arange(count) * 7
+    another = another_of_each(jax.random.key(0), index)
+    assert (another != np.arange(count)).all()
+    assert sorted(another) == list(range(count))
+    # Whose ω an image is told does not depend on the order.
+    order = np.random.default_rng(1).permutation(count)
+    shuffled = another_of_each(jax.random.key(0), index[order])
+    assert dict(zip(index[order], index[order][shuffled], strict=True)) == dict(
+        zip(index, index[another], strict=True)
+    )
+    if count > 3:
+        assert (another != another_of_each(jax.random.key(1), index)).any()
+        assert (another != np.roll(np.arange(count), 1)).any()
+
+
+def test_images_are_told_what_another_one_has():
+    def describe(batch):
+        return batch["index"].astype(float)[:, None]
+
+    told = told_of_another(
+        describe, lambda: batches_of(IMAGES, 4, holes=3), jax.random.key(2), devices(1)
+    )
+    index, wrong = (
+        np.concatenate(each)
+        for each in zip(*((batch["index"], batch["wrong"][:, 0]) for batch in told), strict=True)
+    )
+    images = np.arange(len(IMAGES))
+    expected = another_of_each(jax.random.key(2), images)
+    np.testing.assert_array_equal(index[index >= 0], images)
+    np.testing.assert_array_equal(wrong[index >= 0], expected)
+    assert (wrong[index < 0] == 0).all()
 
 
 def test_findings_survive_json_and_say_which_way_is_up(told):
@@ -128,14 +180,15 @@ def test_findings_survive_json_and_say_which_way_is_up(told):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="no batch has two images"):
-        match(PLAIN, images=IMAGES[:1])
+    for conditioning in (PLAIN, COLOR_DIFF):
+        with pytest.raises(ValueError, match="1 images are too few to compare; 2 is the least"):
+            match(conditioning, images=IMAGES[:1])
     with pytest.raises(ValueError, match="there are no batches"):
         match(PLAIN, images=IMAGES[:0])
     measure, variables = matcher(PLAIN)
     broken = jax.tree.map(lambda array: array + np.nan, variables)
     with pytest.raises(ValueError, match=r"'no ω' hold values that are not finite"):
-        measure(broken, batches_of(IMAGES, 16))
+        measure(broken, lambda: batches_of(IMAGES, 16))
     networks, _ = colour_networks()
     with pytest.raises(ValueError, match=r"temperature=0\.0 must be above 0"):
         view_matcher(networks, PLAIN, (JITTERED, JITTERED), devices(1), temperature=0.0)

@@ -12,11 +12,10 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.data import Record, Scenes
+from cassle_jax.data.sources import DAMAGED, labels_of
 from cassle_jax.evaluation.classifier import (
-    DAMAGED,
     Training,
     _ahead,
-    labels_of,
     measured_accuracies,
     train_classifier,
 )
