@@ -5,6 +5,8 @@ batch, gathers the rest over `axis_name` (`None`: this device holds the whole ba
 mean over the local samples, so the mean over devices is the mean over the global batch.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,6 +32,28 @@ def batch_offset(local_size: int, axis_name: str | None) -> int | Array:
 def mean_over_devices(value: Float[Array, "*shape"], axis_name: str | None) -> Array:
     """The mean of what each device has, which is that of the global batch; differentiable."""
     return value if axis_name is None else jax.lax.pmean(value, axis_name)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def agreed_mean(value: Float[Array, "*shape"], axis_name: str | None) -> Array:
+    """As `mean_over_devices`, for what every device makes the same of.
+
+    The gradients that come back are then equal, and need no mean of their own: half the exchange,
+    which counts where the value is a matrix of all units by all units.
+    """
+    return mean_over_devices(value, axis_name)
+
+
+def _agreed_mean_forward(value, axis_name):
+    return mean_over_devices(value, axis_name), None
+
+
+def _agreed_mean_backward(axis_name, _, gradient):
+    del axis_name
+    return (gradient,)
+
+
+agreed_mean.defvjp(_agreed_mean_forward, _agreed_mean_backward)
 
 
 def similarities(first: Float[Array, "B D"], second: Float[Array, "N D"]) -> Float[Array, "B N"]:
@@ -150,7 +174,7 @@ def cross_correlation(
       Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, 2021, eq. 1.
     """
     c = jnp.matmul(first.T, second, precision=jax.lax.Precision.HIGHEST) / len(first)
-    c = mean_over_devices(c, axis_name)
+    c = agreed_mean(c, axis_name)
     invariance = jnp.sum(jnp.square(1 - jnp.diagonal(c)))
     redundancy = jnp.sum(jnp.square(c), where=~jnp.eye(len(c), dtype=bool))
     return invariance, redundancy
@@ -177,7 +201,7 @@ def pair_similarities(
     return {
         "positive_similarity": positives / count,
         "negative_similarity": (jnp.sum(sum_first * sum_second) - positives)
-        / max(count * (count - 1), 1),
+        / float(max(count * (count - 1), 1)),  # may exceed an int32
     }
 
 
@@ -218,7 +242,7 @@ def _covariance(embeddings: Float[Array, "B D"], axis_name: str | None) -> Float
     count = over_devices(len(embeddings))
     centred = embeddings - over_devices(embeddings.sum(0)) / count
     products = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
-    return over_devices(products) / (count - 1)
+    return agreed_mean(products, axis_name) * (count / len(embeddings) / (count - 1))
 
 
 def sinkhorn_codes(
