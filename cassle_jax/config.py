@@ -96,6 +96,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "scenes": 50_000,  # how many scenes are drawn
             "threads": 0,  # that read and decode; 0: half the CPUs, at least 2
             "cache_gib": 4.0,  # decoded images are kept in memory if they all fit in this much
+            "on_device": "auto",  # all images on every device: where they fit; or always, never
             "max_bad_fraction": 0.01,  # of images that cannot be decoded, before the run stops
         }
     )

@@ -3,7 +3,7 @@
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.opening import open_source
+from cassle_jax.data.opening import Feed, open_feed, open_source
 from cassle_jax.data.pipeline import (
     BatchIterator,
     evaluation_batches,
@@ -21,12 +21,14 @@ __all__ = [
     "DamagedImage",
     "DamagedLog",
     "DataError",
+    "Feed",
     "Record",
     "Scenes",
     "Source",
     "TooManyDamaged",
     "decode",
     "evaluation_batches",
+    "open_feed",
     "open_source",
     "steps_per_epoch",
     "training_batches",

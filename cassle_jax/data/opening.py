@@ -1,10 +1,22 @@
-"""Opens the source a config names."""
+"""Opens the source a config names, and feeds a run from it."""
 
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from cassle_jax.data import folder, scenes
+from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.feed import DeviceFeed
+from cassle_jax.data.pipeline import training_batches
+from cassle_jax.data.resident import ResidentFeed, resident_bytes
 from cassle_jax.data.sources import Source, closest
+
+Feed = DeviceFeed | ResidentFeed
+
+# Of an accelerator's memory, what images may take without being asked for: the rest is the step's.
+_RESIDENT_SHARE = 0.25
 
 
 def open_source(data_config: Any, split: str) -> Source:
@@ -36,6 +48,65 @@ def open_source(data_config: Any, split: str) -> Source:
             f"; known: {', '.join(openers)}"
         )
     return opener(data_config, split)
+
+
+def open_feed(
+    data_config: Any,
+    source: Source,
+    mesh: Mesh,
+    *,
+    batch: int,
+    seed: int,
+    damaged: DamagedLog,
+    state: dict[str, int] | None,
+) -> Feed:
+    """The batches of a run, on its devices; the same ones wherever the images are kept.
+
+    Args:
+      data_config: the `data` settings of a configuration; read are
+        canvas: side of the square each image is decoded into, pixels.
+        threads: that read and decode; 0 is half the CPUs.
+        on_device: 'always' keeps all images on every device, 'never' sends each batch; 'auto' keeps
+        them on accelerators where they take at most a quarter of the memory.
+        cache_gib: where batches are sent, decoded images are kept if all fit in this much.
+      source: the dataset.
+      mesh: the devices, of all processes.
+      batch: images in a global batch.
+      seed: of the order.
+      damaged: the account of this process's damaged records.
+      state: the data state to continue from; `None` for the first step.
+
+    Raises:
+      DataError: the state is of another order.
+    """
+    settings = {
+        "batch": batch,
+        "canvas": data_config.canvas,
+        "seed": seed,
+        "damaged": damaged,
+        "threads": data_config.threads,
+    }
+    if _is_resident(data_config, source, mesh):
+        return ResidentFeed(source, mesh, **settings, state=state)
+    batches = training_batches(
+        source,
+        **settings,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        cache_bytes=int(data_config.cache_gib * 2**30),
+    )
+    if state is not None:
+        batches.set_state(state)
+    return DeviceFeed(batches, mesh)
+
+
+def _is_resident(data_config: Any, source: Source, mesh: Mesh) -> bool:
+    if data_config.on_device != "auto":
+        return data_config.on_device == "always"
+    device = mesh.local_mesh.devices.flat[0]
+    memory = device.memory_stats() if device.platform != "cpu" else None
+    allowed = _RESIDENT_SHARE * (memory or {}).get("bytes_limit", 0)
+    return resident_bytes(source, data_config.canvas) <= allowed
 
 
 def _open_scenes(data_config: Any, split: str) -> Source:

@@ -73,7 +73,7 @@ def training_batches(
     """
     steps = steps_per_epoch(len(source), batch)
     rows = _rows_of_process(batch, process_index, process_count)
-    epoch_order = _EpochOrder(len(source), seed)
+    epoch_order = EpochOrder(len(source), seed)
 
     def indices(step: int) -> Int[np.ndarray, " rows"]:
         epoch, step_of_epoch = divmod(step, steps)
@@ -82,7 +82,7 @@ def training_batches(
     images = Images(source, canvas, damaged, substitute=True, cache_bytes=cache_bytes)
     loader = _Loader(images, indices, rows.stop - rows.start)
     identity = {"batch": batch, "length": len(source), "seed": seed}
-    return BatchIterator(loader, _thread_count(threads), identity, start_step)
+    return BatchIterator(loader, thread_count(threads), identity, start_step)
 
 
 def evaluation_batches(
@@ -133,7 +133,7 @@ def evaluation_batches(
     images = Images(source, canvas, damaged, substitute=False)
     loader = _Loader(images, indices, rows.stop - rows.start)
     identity = {"batch": batch, "length": len(source), "limit": limit}
-    return BatchIterator(loader, _thread_count(threads), identity, 0, steps)
+    return BatchIterator(loader, thread_count(threads), identity, 0, steps)
 
 
 def steps_per_epoch(source_length: int, batch: int) -> int:
@@ -148,6 +148,16 @@ def steps_per_epoch(source_length: int, batch: int) -> int:
             f"use a batch_size in [1, {source_length}]"
         )
     return source_length // batch
+
+
+def check_state(state: dict[str, int], identity: dict[str, int]) -> None:
+    """Raises DataError where a data state is not of the order that `identity` describes."""
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise DataError(
+                f"the checkpoint has data of {name}={state.get(name)}, this run {value}: the "
+                "order would not continue; use the checkpoint's settings and dataset"
+            )
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -198,12 +208,7 @@ class BatchIterator(grain.DatasetIterator):
         Raises:
           DataError: the state is of another dataset length, batch or seed.
         """
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise DataError(
-                    f"the checkpoint has data of {name}={state.get(name)}, this run {value}: the "
-                    "order would not continue; use the checkpoint's settings and dataset"
-                )
+        check_state(state, self._identity)
         self._go_to(int(state["step"]))
 
     def start_prefetch(self) -> None:
@@ -273,8 +278,8 @@ class _StartedBatch:
         self.arrays = arrays
 
 
-class _EpochOrder:
-    """Epoch to a permutation of the dataset, of which the last few made are kept."""
+class EpochOrder:
+    """Epoch to a permutation of the dataset by `seed`, of which the last few made are kept."""
 
     def __init__(self, length: int, seed: int):
         self._length = length
@@ -283,6 +288,7 @@ class _EpochOrder:
         self._lock = threading.Lock()
 
     def __call__(self, epoch: int) -> Int[np.ndarray, " length"]:
+        """Which image stands at each place of the epoch."""
         with self._lock:
             if epoch not in self._kept:
                 self._kept[epoch] = self._permutation(epoch)
@@ -319,7 +325,7 @@ def _rows_of_process(batch: int, process_index: int, process_count: int) -> slic
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def _thread_count(threads: int) -> int:
+def thread_count(threads: int) -> int:
     """The number asked for, or half the CPUs: a core gains little from a second thread."""
     if threads < 0:
         raise DataError(f"data.threads={threads} is negative; 0 chooses by the CPUs")
