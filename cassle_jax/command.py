@@ -15,15 +15,19 @@ from cassle_jax.data import DataError
 
 EXIT_WRONG_SETTING = 2
 EXIT_DIVERGED = 3
+EXIT_NOT_SAVED = 74  # EX_IOERR: mend the disk; the same command continues where it was last saved
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 
 
 class Stop(Exception):
-    """Ends a command with a message on standard error and an exit code."""
+    """Ends a command with a message on standard error and an exit code.
 
-    def __init__(self, message: str, code: int):
+    Of several processes all raise it together, unless it is of one `alone`.
+    """
+
+    def __init__(self, message: str, code: int, *, alone: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.alone = code, alone
 
 
 def run(main: Callable[[], None]) -> None:

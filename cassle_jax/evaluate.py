@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from cassle_jax import command
@@ -12,12 +13,13 @@ from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData, open_dataset
 from cassle_jax.data.scenes import open_scenes
+from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.findings import Finding
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.evaluation_page import HTML, write_report
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -40,7 +42,8 @@ def evaluate_command(
 ) -> Path:
     """Evaluates as the command does, and returns the path of the page.
 
-    Everything is opened and checked before the first image is read.
+    Everything is opened and checked before the first image is read. Several processes share the
+    images and gather the features; what is computed of them each computes, and the first writes.
 
     Args:
       runs: workdirs of runs or files of weights, each as `path` or `name=path`; those of one name
@@ -70,12 +73,8 @@ def evaluate_command(
         )
     opened = [_open_dataset(each, data_dir) for each in datasets]
     subjects = _open_subjects(runs, network)
-    plan = {
-        (subject.name, data.name): _tasks_for(subject, data, tasks)
-        for seeds in subjects.values()
-        for subject in seeds
-        for data in opened
-    }
+    agree(_shared_facts(opened, subjects, tasks, batch, limit, settings))
+    plan = {data.name: _tasks_for(data, tasks) for data in opened}
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
 
@@ -85,15 +84,37 @@ def evaluate_command(
         findings = []
         for data in opened:
             bench = Bench(subject, data, store, mesh, settings or Settings())
-            for name in plan[subject.name, data.name]:
+            for name in plan[data.name]:
                 findings += _run(name, bench)
         return findings
 
     found = {name: [evaluate(each) for each in seeds] for name, seeds in subjects.items()}
     facts = {name: _facts(seeds) for name, seeds in subjects.items()}
+    if jax.process_index():
+        return Path(to) / HTML
     page = write_report(to, found, provenance=facts, summary=_summary(opened))
     LOG.info("the page is %s", page)
     return page
+
+
+def _shared_facts(
+    opened: Sequence[EvaluationData],
+    subjects: Mapping[str, Sequence[Subject]],
+    tasks: Sequence[str],
+    batch: int,
+    limit: int,
+    settings: Settings | None,
+) -> dict[str, object]:
+    """What all processes must have alike."""
+    return {
+        "tasks": list(tasks),
+        "batch": batch,
+        "limit": limit,
+        "settings": repr(settings),
+        "datasets": [data.name for data in opened],
+        "the datasets' sizes": _summary(opened),
+        "the weights": {name: [s.fingerprint() for s in seeds] for name, seeds in subjects.items()},
+    }
 
 
 def _open_dataset(described: str, data_dir: str) -> EvaluationData:
@@ -119,15 +140,15 @@ def _open_subjects(runs: Sequence[str], network: str) -> dict[str, list[Subject]
     return subjects
 
 
-def _tasks_for(subject: Subject, data: EvaluationData, chosen: Sequence[str]) -> list[str]:
+def _tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
     """The tasks to run, in the table's order; those asked for that do not suit are told."""
     suiting = [
         name
         for name, task in TASKS.items()
-        if (not chosen or name in chosen) and task.suits(subject, data, asked_for=bool(chosen))
+        if (not chosen or name in chosen) and task.suits(data, asked_for=bool(chosen))
     ]
     for name in set(chosen) - set(suiting):
-        LOG.warning("%s is left out: not for %s on %s", name, subject.name, data.name)
+        LOG.warning("%s is left out: not for %s", name, data.name)
     return suiting
 
 
@@ -207,17 +228,20 @@ if __name__ == "__main__":
         except ValueError as error:
             raise ConfigError(f"shots and fractions are lists of numbers: {error}") from error
 
-    command.run(
-        lambda: evaluate_command(
-            runs=run_flag.value,
-            datasets=datasets_flag.value,
-            to=to_flag.value,
-            tasks=tasks_flag.value,
-            network=network_flag.value,
-            data_dir=data_dir_flag.value,
-            cache=cache_flag.value,
-            batch=batch_flag.value,
-            limit=limit_flag.value,
-            settings=chosen_settings(),
-        )
-    )
+    def evaluate() -> None:
+        """Evaluates what the flags say, with the other processes where there are any."""
+        with all_processes():
+            evaluate_command(
+                runs=run_flag.value,
+                datasets=datasets_flag.value,
+                to=to_flag.value,
+                tasks=tasks_flag.value,
+                network=network_flag.value,
+                data_dir=data_dir_flag.value,
+                cache=cache_flag.value,
+                batch=batch_flag.value,
+                limit=limit_flag.value,
+                settings=chosen_settings(),
+            )
+
+    command.run(evaluate)

@@ -73,5 +73,11 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays, the same in every process, as arrays on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, REPLICATED))
+    """Host arrays, the same in every process, as arrays on every device.
+
+    That they are the same is not checked, which would send them all between the processes.
+    """
+    sharding = NamedSharding(mesh, REPLICATED)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), np.shape(x)), tree
+    )

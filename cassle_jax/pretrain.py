@@ -8,24 +8,31 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
+from cassle_jax.distributed import all_processes
+from cassle_jax.training.checkpoints import NotSaved
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
 
 
-def pretrain_command(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def pretrain_command(
+    config: ConfigDict, workdir: epath.PathLike, *, accept_changes: bool = False
+) -> TrainState:
     """Pretrains as the command does, and returns the state after the last step.
 
     Raises:
-      Stop: with the exit code for a run that diverged or was preempted.
+      Stop: with the exit code for a run that diverged, was preempted or could not be saved.
       ConfigError, DataError: a setting that cannot work.
     """
     set_up_devices(config)
-    try:
-        return pretrain(config, workdir)
-    except Diverged as error:
-        raise command.Stop(str(error), command.EXIT_DIVERGED) from error
-    except Preempted as error:
-        raise command.Stop(str(error), command.EXIT_PREEMPTED) from error
+    with all_processes(saves_when_stopped=True):
+        try:
+            return pretrain(config, workdir, accept_changes=accept_changes)
+        except Diverged as error:
+            raise command.Stop(str(error), command.EXIT_DIVERGED) from error
+        except Preempted as error:
+            raise command.Stop(str(error), command.EXIT_PREEMPTED) from error
+        except NotSaved as error:
+            raise command.Stop(str(error), command.EXIT_NOT_SAVED, alone=True) from error
 
 
 def set_up_devices(config: ConfigDict) -> None:
@@ -46,5 +53,12 @@ if __name__ == "__main__":
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "Folder of the run; the same one continues it."
     )
+    accept_flag = flags.DEFINE_bool(
+        "accept_changes", False, "Continue a run with other settings than it was begun with."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(lambda: pretrain_command(config_flag.value, workdir_flag.value))
+    command.run(
+        lambda: pretrain_command(
+            config_flag.value, workdir_flag.value, accept_changes=accept_flag.value
+        )
+    )

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.shards import Shards
 from cassle_jax.data.sources import DAMAGED, Record, check_classes, closest, read_class_list
 
 LOG = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ FeaturePath = tuple[str, ...]
 """The names that lead to a feature in nested dictionaries of features."""
 
 _SCAN_CHUNK = 32  # records; 256 at a time are read more slowly
-_CORRUPT = (RuntimeError, ValueError)  # what array_record and protobuf raise
+_CORRUPT = (RuntimeError, ValueError, KeyError)  # what array_record and protobuf raise
 
 
 class TfdsSource:
@@ -46,7 +48,8 @@ class TfdsSource:
             read once and kept in the user's cache folder, see `label_cache_folder`.
 
         Raises:
-          DataError: no image feature, no such split, wrong file format, or an unknown class.
+          DataError: no image feature, no such split, wrong file format, an unknown class, or a
+            file that cannot be read.
         """
         features = tfds_builder.info.features
         self._image_key = _image_path(features)
@@ -62,6 +65,8 @@ class TfdsSource:
         if wanted is not None:
             self._check_subset(classes, wanted)
         self._records = _open_split(tfds_builder, split)
+        files = tfds_builder.info.splits[split].file_instructions
+        self._shards = Shards(self.name, files)
         self._split = split
         self._kept: Int[np.ndarray, " kept"] | None = None
         self._new_label: Int[np.ndarray, " classes"] | None = None
@@ -77,9 +82,12 @@ class TfdsSource:
         position = index if self._kept is None else int(self._kept[index])
         try:
             example = self._records[position]
+            image = _at(example, self._image_key)
+            if image is None:  # an empty record: its file was cut short while it was open
+                raise ValueError("it is empty")
         except _CORRUPT as error:
+            self._shards.check(position, error)
             raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
-        image = _at(example, self._image_key)
         return Record(image, self._label(example), f"{self.name} #{position}")
 
     @functools.cached_property
@@ -145,7 +153,8 @@ class TfdsSource:
         def read_or_mark(place: int) -> list[int]:
             try:
                 return read([place])[0]
-            except _CORRUPT:
+            except _CORRUPT as error:
+                self._shards.check(place, error)
                 return [DAMAGED] * len(paths)
 
         for start in range(0, len(self._records), _SCAN_CHUNK):
@@ -185,7 +194,7 @@ def label_cache_folder() -> pathlib.Path:
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if not name:
         raise DataError("data.name='' names no tfds builder; give one, such as 'cifar10'")
-    folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+    folder = epath.Path(data_dir).expanduser() if data_dir else None
     if folder and not folder.is_dir():
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
     try:
@@ -197,8 +206,8 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise DataError(f"data.name={name!r} cannot be opened: {_first_line(error)}") from error
 
 
-def _why_not_found(name: str, folder: pathlib.Path | None) -> str:
-    where = folder or pathlib.Path(tfds.core.constants.DATA_DIR)
+def _why_not_found(name: str, folder: epath.Path | None) -> str:
+    where = folder or epath.Path(tfds.core.constants.DATA_DIR)
     plain = re.split("[/:]", name)[0]
     known = tfds.list_builders(with_community_datasets=False)
     prepared = sorted(entry.name for entry in where.iterdir()) if where.is_dir() else []

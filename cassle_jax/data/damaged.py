@@ -2,10 +2,12 @@
 
 import logging
 import os
-import pathlib
 import threading
 
+from etils import epath
+
 from cassle_jax.data.errors import DataError
+from cassle_jax.storage import GrowingFile
 
 LOG = logging.getLogger(__name__)
 
@@ -52,14 +54,14 @@ class DamagedLog:
         self._max_fraction = max_fraction
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
-        self._file: pathlib.Path | None = None
+        self._file: GrowingFile | None = None
         if path is not None:
-            directory = pathlib.Path(path)
+            directory = epath.Path(path)
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = directory / f"damaged-{process_index:05d}.txt"
+            own = directory / f"damaged-{process_index:05d}.txt"
             for known in sorted(directory.glob("damaged-*.txt")):
-                self._reasons.update(_read(known))
-            _drop_torn_line(self._file)
+                self._reasons.update(_reasons_in(_whole_lines(known)))
+            self._file = GrowingFile(own, _whole_lines(own) if own.exists() else b"")
         self._stop_if_too_many()
 
     def __len__(self) -> int:
@@ -81,15 +83,11 @@ class DamagedLog:
         name, reason = _printable(name), _printable(reason)
         with self._lock:
             if name not in self._reasons:
-                self._append(name, reason)
+                if self._file is not None:
+                    self._file.append(f"{name}\t{reason}\n".encode())
                 self._reasons[name] = reason
                 LOG.warning("damaged image: %s (%s)", name, reason)
             self._stop_if_too_many()
-
-    def _append(self, name: str, reason: str) -> None:
-        if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\t{reason}\n")
 
     def _stop_if_too_many(self) -> None:
         count = len(self._reasons)
@@ -105,19 +103,15 @@ class DamagedLog:
         )
 
 
-def _read(path: pathlib.Path) -> dict[str, str]:
-    """Names to reasons; a last line without its newline was torn by a kill and does not count."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-
-def _drop_torn_line(path: pathlib.Path) -> None:
-    if not path.exists():
-        return
+def _whole_lines(path: epath.Path) -> bytes:
+    """A last line without its newline was torn by a kill and does not count."""
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _reasons_in(content: bytes) -> dict[str, str]:
+    lines = content.decode("utf-8", "replace").split("\n")
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
 def _printable(text: str) -> str:

@@ -1,25 +1,42 @@
 """Asynchronous Orbax checkpoints: everything a run needs to continue as if never interrupted."""
 
+import contextlib
+import json
 import logging
+import re
+import time
+import zlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from cassle_jax.config import ConfigError
+from cassle_jax.storage import free_bytes
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.state import TrainState
 
+RETRY_SECONDS = 5.0
+
 LOG = logging.getLogger(__name__)
+
+
+class NotSaved(RuntimeError):
+    """The checkpoint a run ends with could not be written."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
 
-    A checkpoint holds the training state, its keys, and where the data iterator stood. It appears
-    under its final name only when it is complete, so a run killed at any moment finds the last
-    complete one.
+    A checkpoint holds the training state, its keys, where the data iterator stood, and checksums.
+    It appears under its final name only when it is complete, and older ones go only after that, so
+    a run killed at any moment, or whose disk is full, finds the last complete one.
 
     Args:
       workdir: of the run.
@@ -31,31 +48,71 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._preserve = checkpoint_managers.AnyPreservationPolicy(policies)
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
+        self._trouble, self._warned = "", False  # of the newest save, if it failed
+        self._failures = 0
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(late_reads_ignored())
+        self._quiet.enter_context(_orbax_tells_errors_once())
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the manager, which knows what is in the folder and deletes what is incomplete."""
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
+                preservation_policy=self._preserve, cleanup_tmp_directories=True
             ),
         )
+        self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
-        """Saves in the background; the state may be donated as soon as this returns."""
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
-            ),
-            force=True,
+        """Saves in the background; the state may be donated as soon as this returns.
+
+        What cannot be written, as on a full disk, ends nothing: it is told in one line, and the
+        next checkpoint is tried.
+
+        Raises:
+          NotSaved: it cannot be written, and the run has several processes.
+        """
+        self._settle()
+        self._warn_once()
+        self._try(step, state, data_state)
+        self._warn_once()
+
+    def save_surely(
+        self, step: int, state: TrainState, data_state: dict[str, Any], *, seconds: float
+    ) -> None:
+        """Saves and waits until it is complete; where it fails, tries again for so many seconds.
+
+        Raises:
+          NotSaved: it could not be written.
+        """
+        for attempt in range(1 + round(seconds / RETRY_SECONDS)):
+            if attempt == 1:
+                LOG.warning(
+                    "step %d would be lost: %s; saving it is tried for %.0f s more",
+                    step,
+                    self._trouble,
+                    seconds,
+                )
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            self._try(step, state, data_state)
+            self._settle()
+            if step in self._manager.all_steps():
+                return
+        raise NotSaved(
+            f"step {step} could not be saved: {self._trouble}; {self._newest_told()}, where the "
+            "same command continues"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data state of the newest checkpoint that can be read.
 
-        `None` if there is no checkpoint; ConfigError if there are and none can be read.
+        `None` if there is no checkpoint; ConfigError if there are and none can be read, or if they
+        are of other networks or another optimizer.
 
         Args:
           like: a state of the same run, for shapes and placement.
@@ -63,19 +120,19 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                with late_reads_ignored():
-                    restored = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-                        ),
-                    )
+                self._check_shapes(step, like)
+                state, data_state = self._read(step, like)
+            except ConfigError:
+                raise
             except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
-                reason = str(error).strip().splitlines()[0]
-                LOG.warning("checkpoint %d cannot be read, trying the one before: %s", step, reason)
+                LOG.warning(
+                    "checkpoint %d cannot be read, trying the one before: %s",
+                    step,
+                    _first_line(error),
+                )
                 continue
             self._drop_after(step)
-            return restored["state"], restored["data"]
+            return state, data_state
         if steps:
             raise ConfigError(
                 f"workdir={self._folder.parent} has checkpoints, and none of them can be read; "
@@ -83,16 +140,224 @@ class Checkpoints:
             )
         return None
 
+    def look(self) -> None:
+        """Tells of a save in the background that has failed by now; waits for none."""
+        if not self._manager.is_saving_in_progress():
+            self._settle()
+            self._warn_once()
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self._settle()
+        self._warn_once()
+        self._manager.close()
+        if not self._failures:
+            self._quiet.close()  # what a failed save still had to write may end later
+
+    def newest(self) -> int | None:
+        """The step of the newest complete checkpoint; `None` if there is none."""
+        return max(
+            (each for each in self._manager.all_steps() if each != self._saving), default=None
+        )
+
+    def _try(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
+        self._settle()
+        if step in self._manager.all_steps():
+            return
+        self._saving = step
+        data = {**data_state, "checksums": checksums(state, data_state)}
+        try:
+            self._check_room(state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+                ),
+                force=True,
+            )
+        except Exception as error:  # Orbax and TensorStore raise whatever the disk's trouble is.
+            self._failed(error)
+
+    def _settle(self) -> None:
+        """Waits for what is being saved, and takes note of how that ended."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+            return
+        if self._trouble:
+            LOG.warning("checkpoint %d is saved", self._saving)
+        self._saving, self._trouble, self._warned = None, "", False
+
+    def _check_room(self, state: TrainState) -> None:
+        """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process looks."""
+        free, needed = free_bytes(self._folder), _bytes(state)
+        short = free is not None and free < needed
+        if jax.process_count() > 1:
+            short = bool(multihost_utils.broadcast_one_to_all(np.array(short)))
+        if short:
+            raise _NoRoom(
+                f"{self._folder} has {_told(free or 0)} free, and it takes up to {_told(needed)}"
+            )
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self._failures += 1
+        if isinstance(error, _NoRoom):
+            self._trouble = f"checkpoint {step} is not saved: {error}"
+            return
+        free = free_bytes(self._folder)
+        room = "" if free is None else f" ({_told(free)} free)"
+        self._trouble = f"checkpoint {step} is not saved: {self._folder}{room}: {_reason(error)}"
+        if jax.process_count() > 1:
+            # The others may wait for this process in the middle of the same save.
+            raise NotSaved(self._trouble) from error
+        # The save leaves parts of it, and a manager that forgot the checkpoints it was to replace.
+        for mend in (self._manager.close, self._drop_incomplete, self._open):
+            with contextlib.suppress(Exception):  # what is still wrong is met by the next save
+                mend()
+
+    def _drop_incomplete(self) -> None:
+        """Deletes what a failed save has left; what it still writes comes back for a while."""
+        gone = 0
+        for _ in range(40):
+            incomplete = list(self._folder.glob("*.orbax-checkpoint-tmp*"))
+            gone = 0 if incomplete else gone + 1
+            if gone == 5:
+                return
+            for folder in incomplete:
+                with contextlib.suppress(OSError):
+                    folder.rmtree()
+            time.sleep(0.05)
+
+    def _warn_once(self) -> None:
+        if self._trouble and not self._warned:
+            LOG.warning(
+                "%s; training goes on and tries again at the next checkpoint; %s",
+                self._trouble,
+                self._newest_told(),
+            )
+            self._warned = True
+
+    def _newest_told(self) -> str:
+        newest = self.newest()
+        return "none is saved yet" if newest is None else f"the newest saved is {newest}"
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        with late_reads_ignored():
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+                ),
+            )
+        state, data_state = restored["state"], restored["data"]
+        saved = data_state.pop("checksums", None)  # older versions wrote none
+        found = checksums(state, data_state)
+        wrong = [name for name in found if saved is not None and saved.get(name) != found[name]]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} of it are not what was saved")
+        return state, data_state
+
+    def _check_shapes(self, step: int, like: TrainState) -> None:
+        """Raises ConfigError where a checkpoint is of other networks or another optimizer."""
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            saved = _shapes(handler.metadata(self._folder / str(step) / "state").tree)
+        now = _shapes(like)
+        for name in sorted(saved.keys() | now.keys()):
+            if saved.get(name) != now.get(name):
+                raise ConfigError(
+                    f"workdir={self._folder.parent} holds checkpoints of other networks or another "
+                    f"optimizer: {name} is {_shape_told(saved.get(name))} in checkpoint {step} and "
+                    f"{_shape_told(now.get(name))} now; use another workdir, or the settings the "
+                    "run was begun with"
+                )
+
     def _drop_after(self, step: int) -> None:
         """Deletes the checkpoints that could not be read, so that their steps are saved again."""
         for damaged in self._manager.all_steps():
             if damaged > step:
                 self._manager.delete(damaged)
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint; `None` if there is none."""
-        return self._manager.latest_step()
 
-    def close(self) -> None:
-        """Waits for what is being saved."""
-        self._manager.close()
+class _NoRoom(OSError):
+    """A checkpoint was not even begun."""
+
+
+def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
+    """For each part of the state, and for the data state, a number that damage changes.
+
+    Neither the format nor most file systems notice a flipped bit in the middle of an array. They
+    are computed on the devices, so nothing is transferred, and do not depend on how many there are.
+    """
+    sums = {name: int(value) for name, value in _checksums_of(vars(state)).items()}
+    told = json.dumps(data_state, sort_keys=True)
+    return {**sums, "data": zlib.crc32(told.encode())}
+
+
+@jax.jit
+def _checksums_of(parts: dict[str, Any]) -> dict[str, UInt32[jax.Array, ""]]:
+    def checksum(part) -> UInt32[jax.Array, ""]:
+        total = jnp.uint32(0)
+        for leaf in jax.tree.leaves(part):
+            total = total * jnp.uint32(16777619) + _checksum(leaf)
+        return total
+
+    return {name: checksum(part) for name, part in parts.items()}
+
+
+def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
+    """Σ (2i + 1)·wordᵢ mod 2³²: as the factors are odd, no change of one word goes unnoticed."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32).ravel()
+    return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Of the arrays by their names; keys are left out, whose shape is their implementation's."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves
+    ]
+    return {name: tuple(leaf.shape) for name, leaf in named if name != "key"}
+
+
+def _shape_told(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "×".join(str(each) for each in shape) or "a number"
+
+
+def _bytes(state: TrainState) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def _told(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, in the middle of what TensorStore says."""
+    found = re.search(r"([^:]+) \[os_error_code", str(error))
+    return getattr(error, "strerror", None) or (found[1].strip() if found else _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _orbax_tells_errors_once():
+    """Keeps the tracebacks quiet that Orbax logs of an exception which it then raises."""
+    log = logging.getLogger("absl")
+
+    def told(record):
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    log.addFilter(told)
+    yield
+    log.removeFilter(told)

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 from collections import deque
 
@@ -14,23 +12,36 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cassle_jax.config import ConfigError
-from cassle_jax.data import DamagedLog, DataError, Source, open_source, training_batches
-from cassle_jax.data.feed import DeviceFeed
+from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
+from cassle_jax.distributed import agree
 from cassle_jax.parallel import device_mesh, on_every_device
-from cassle_jax.training.checkpoints import Checkpoints
+from cassle_jax.training.checkpoints import Checkpoints, NotSaved
+from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.run import Run, build_run
-from cassle_jax.training.saved_config import check_unchanged, write_config
+from cassle_jax.training.saved_config import (
+    check_unchanged,
+    holds_run,
+    shared_settings,
+    write_config,
+)
 from cassle_jax.training.sheet import write_contact_sheet
 from cassle_jax.training.starts import note_start
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
+from cassle_jax.training.stopping import StopRequest
 from cassle_jax.training.warm_start import warm_started
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
 STEPS_AHEAD = 2
+# What one host writes to a shared folder may take so long to be seen by another.
+SHARED_FOLDER_SECONDS = 60
+# How long a full disk is waited for where giving up loses steps: at the end of a run, and where
+# whoever asked it to stop soon kills it.
+LAST_SAVE_SECONDS = 600.0
+STOPPING_SAVE_SECONDS = 30.0
 
 LOG = logging.getLogger(__name__)
 
@@ -43,12 +54,16 @@ class Preempted(RuntimeError):
     """The run was asked to stop; its state is saved."""
 
 
-def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def pretrain(
+    config: ConfigDict, workdir: epath.PathLike, *, accept_changes: bool = False
+) -> TrainState:
     """Pretrains, or continues where the workdir's newest checkpoint stands.
 
     Args:
       config: as from `base_config`.
-      workdir: a folder for checkpoints, metrics, the configuration and the contact sheet.
+      workdir: a folder for checkpoints, metrics, the configuration and the contact sheet; local or
+        on an object store (gs://, s3://).
+      accept_changes: a run continues with other settings than it was begun with, if it can.
 
     Returns:
       The state after the last step.
@@ -57,13 +72,16 @@ def pretrain(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       ConfigError, DataError: a setting that cannot work, before anything costly starts.
       Diverged: the loss or the update was not finite; names the step.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
+      NotSaved: the checkpoint that the run ends with could not be written.
     """
+    workdir = _known_path(workdir)
     mesh = device_mesh()
     source = open_source(config.data, config.data.train_split)
+    agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
-    with _StopSignals() as stop, contextlib.ExitStack() as opened:
-        loop = _Loop(config, epath.Path(workdir), mesh, source, run, probe, opened)
+    with StopRequest() as stop, contextlib.ExitStack() as opened:
+        loop = _Loop(config, workdir, mesh, source, run, probe, opened, accept_changes)
         return loop.train(stop)
 
 
@@ -79,90 +97,95 @@ class _Loop:
         run: Run,
         probe: OnlineProbe | None,
         opened: contextlib.ExitStack,
+        accept_changes: bool,
     ):
         self.config, self.run, self.probe = config, run, probe
         self.total = run.clock.total_steps
         self.leads = jax.process_index() == 0
-        check_unchanged(config, workdir)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if self.leads:
-                write_config(config, workdir)
-        except OSError as error:
-            raise ConfigError(f"workdir={workdir} cannot be written: {error.strerror}") from error
+        changes: list[str] = []
+        if self.leads:
+            changes = _take_workdir(config, workdir, accept_changes, opened)
+        agree({})  # the others go on when the first process has made it
+        _check_seen(workdir)
         self.checkpoints = Checkpoints(
             workdir,
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
         )
         opened.callback(self.checkpoints.close)
-        batches = training_batches(
-            source,
-            batch=run.batch_size,
-            canvas=config.data.canvas,
-            seed=run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=config.data.threads,
-            cache_bytes=int(config.data.cache_gib * 2**30),
-            damaged=DamagedLog(
-                len(source),
-                config.data.max_bad_fraction,
-                workdir / "damaged",
-                process_index=jax.process_index(),
-            ),
-        )
         self.state = on_every_device(run.initial_state, mesh)
-        self.step = 0
+        self.step, self.data_state = 0, None
         restored = self.checkpoints.restore(self.state)
         if restored is None:
             self.state = warm_started(self.state, config.weights)
         else:
             self.state, self.data_state = restored
             self.step = int(self.state.step)
-            batches.set_state(self.data_state)
             done = self.step >= self.total
             LOG.info(
                 "%s at step %d of %d", "finished" if done else "continuing", self.step, self.total
             )
+        agree({"the step it continues from": self.step})
         LOG.info(
-            "%d images, %d steps to an epoch, batches of %d on %d %s device(s)",
+            "%d images, %d steps to an epoch, batches of %d on %d %s device(s) of %d process(es)",
             len(source),
             run.clock.steps_per_epoch,
             run.batch_size,
             mesh.size,
             mesh.devices.flat[0].device_kind,
+            jax.process_count(),
         )
-        self.feed = DeviceFeed(batches, mesh)
+        self.feed = open_feed(
+            config.data,
+            source,
+            mesh,
+            batch=run.batch_size,
+            seed=run.seed,
+            damaged=DamagedLog(
+                len(source),
+                config.data.max_bad_fraction,
+                workdir / "damaged",
+                process_index=jax.process_index(),
+            ),
+            state=self.data_state,
+        )
         opened.callback(self.feed.close)
         self.train_step = make_train_step(run, mesh)
         self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None
         if self.leads:
-            note_start(workdir, step=self.step, images=len(source), mesh=mesh)
-            if self.step == 0:
-                write_contact_sheet(run, source, config.data, workdir / "views.png")
-                LOG.info("what the network sees is in %s; compiling", workdir / "views.png")
-            self.writer = MetricsWriter(workdir, self.step)
+            with _written(workdir):
+                write_config(config, workdir)
+                if changes:
+                    LOG.warning("continuing with changed settings: %s", "; ".join(changes))
+                note_start(workdir, step=self.step, images=len(source), mesh=mesh, changes=changes)
+                if self.step == 0:
+                    write_contact_sheet(run, source, config.data, workdir / "views.png")
+                    LOG.info("what the network sees is in %s; compiling", workdir / "views.png")
+                self.writer = MetricsWriter(workdir, self.step)
             opened.callback(self.writer.close)
             self.progress = ProgressReport(self.total, self.step)
             opened.callback(self.progress.close)
 
-    def train(self, stop: threading.Event) -> TrainState:
-        """Runs to the last step, or saves and raises `Preempted` once `stop` is set."""
+    def train(self, stop: StopRequest) -> TrainState:
+        """Runs to the last step, or saves and raises `Preempted` once asked to stop."""
         begun_at = self.step
         try:
             return self._steps(stop)
-        except DataError:
-            if self.step > begun_at:
-                self._save()
+        except DataError as error:
+            # Other processes cannot save with this one: their next step waits for it.
+            if self.step > begun_at and jax.process_count() == 1:
+                try:
+                    self._save_surely(STOPPING_SAVE_SECONDS)
+                except NotSaved as unsaved:
+                    raise NotSaved(f"{error}; {unsaved}") from error
             raise
 
-    def _steps(self, stop: threading.Event) -> TrainState:
+    def _steps(self, stop: StopRequest) -> TrainState:
         in_flight: deque = deque()
         self.window.start()
         while self.step < self.total:
-            if stop.is_set():
+            if stop.agreed(self.step):
                 raise Preempted(f"stopped before step {self.step + 1}; nothing new to save")
             batch, self.data_state = next(self.feed)
             self.state, metrics = self.train_step(self.state, batch)
@@ -172,19 +195,20 @@ class _Loop:
             if len(in_flight) > STEPS_AHEAD:
                 in_flight.popleft().block_until_ready()
             self._after_step(stop)
-            if stop.is_set() and self.step < self.total:
-                self._save()
+            if stop.agreed(self.step) and self.step < self.total:
+                self._save_surely(STOPPING_SAVE_SECONDS)
                 raise Preempted(f"stopped after step {self.step}, which is saved")
         return self.state
 
-    def _after_step(self, stop: threading.Event) -> None:
+    def _after_step(self, stop: StopRequest) -> None:
         config, last = self.config, self.step == self.total
         measured = {}
         if self._is_due(config.log.every_steps) or last:
             self._check_finite()
             measured |= self.window.summary()
         # Who asks a run to stop gives it seconds: then saving comes first.
-        if self.probe and (last or (self._is_due(self._probe_every) and not stop.is_set())):
+        probing = last or (self._is_due(self._probe_every) and not stop.agreed(self.step))
+        if self.probe and probing:
             self._check_finite()
             with self.window.paused():
                 measured |= self.probe(self.state)
@@ -195,8 +219,13 @@ class _Loop:
             )
         if self.progress:
             self.progress.advance(self.step)
-        if last or self._is_due(config.checkpoint.every_steps):
-            self._save()
+        if last:
+            self._save_surely(LAST_SAVE_SECONDS)
+        elif self._is_due(config.checkpoint.every_steps):
+            self._check_finite()
+            self.checkpoints.save(self.step, self.state, self.data_state)
+        elif self._is_due(config.log.every_steps):
+            self.checkpoints.look()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -215,15 +244,64 @@ class _Loop:
                 f"{self.config.optimizer.base_learning_rate}) or dtype=float32 usually helps"
             )
 
-    def _save(self) -> None:
+    def _save_surely(self, seconds: float) -> None:
         self._check_finite()
-        self.checkpoints.save(self.step, self.state, self.data_state)
+        self.checkpoints.save_surely(self.step, self.state, self.data_state, seconds=seconds)
+
+
+def _known_path(workdir: epath.PathLike) -> epath.Path:
+    """The path; what looks like a scheme but is none would be a local folder of that name."""
+    scheme, separator, _ = str(workdir).partition("://")
+    if separator and scheme not in ("gs", "s3"):
+        raise ConfigError(
+            f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
+        )
+    return epath.Path(workdir)
+
+
+def _take_workdir(
+    config: ConfigDict, workdir: epath.Path, accept_changes: bool, opened: contextlib.ExitStack
+) -> list[str]:
+    """Makes the workdir, holds it for this run, and returns what settings have changed."""
+    with _written(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(workdir_held(workdir))
+    changes = check_unchanged(config, workdir, accept_changes=accept_changes)
+    # A run that holds checkpoints keeps its settings until these have proved to fit it.
+    if not holds_run(workdir):
+        with _written(workdir):
+            write_config(config, workdir)
+    return changes
+
+
+@contextlib.contextmanager
+def _written(workdir: epath.Path):
+    """Turns into one line that something in the workdir cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={workdir} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _check_seen(workdir: epath.Path) -> None:
+    """Raises ConfigError where a process has another folder of the same name than the first."""
+    seen = workdir / "config.json"
+    until = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not seen.exists():
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"workdir={workdir} is not the folder that process 0 writes: {seen} is not there "
+                f"for process {jax.process_index()}; use a folder that all processes share"
+            )
+        time.sleep(0.5)
 
 
 class _Window:
     """Metrics of the steps since the last report; they stay on the device until `summary`."""
 
-    def __init__(self, feed: DeviceFeed, batch_size: int, steps: int):
+    def __init__(self, feed: Feed, batch_size: int, steps: int):
         self._feed, self._batch_size = feed, batch_size
         self._metrics: deque[dict] = deque(maxlen=max(steps, 1))
         self._seconds = 0.0
@@ -263,22 +341,3 @@ class _Window:
         summary["data_wait_share"] = (self._feed.waited - self._waited) / elapsed
         self.start()
         return summary
-
-
-class _StopSignals:
-    """SIGTERM and Ctrl-C set an event, so that a step ends and is saved; a second one kills."""
-
-    def __enter__(self) -> threading.Event:
-        self._event, self._previous = threading.Event(), {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self._event
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number, _) -> None:
-        self._event.set()
-        signal.signal(number, self._previous[number])

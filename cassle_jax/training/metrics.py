@@ -1,45 +1,81 @@
 """Writes a run's metrics as JSON lines and TensorBoard files, and reads them back."""
 
 import json
+import re
+import socket
+import struct
+import time
 from collections.abc import Mapping
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+
+from cassle_jax.storage import GrowingFile, write_whole
 
 
 class MetricsWriter:
-    """Appends to `<workdir>/metrics.jsonl` and to TensorBoard files beside it.
+    """Appends to `<workdir>/metrics.jsonl` and to a TensorBoard file beside it.
 
     A continued run repeats the steps after its checkpoint, so what was written for them is dropped.
+    What cannot be written while the run goes on, as on a full disk, follows when it can be.
 
     Args:
       workdir: of the run.
       step: the run continues from; 0 for a new one.
+
+    Raises:
+      OSError: the files cannot be written.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
         workdir = epath.Path(workdir)
         path = workdir / "metrics.jsonl"
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        partial = workdir / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        kept = b"".join(_as_line(each) for each in read_lines(path) if each["step"] <= step)
+        if not path.exists() or path.read_bytes() != kept:
+            write_whole(path, kept)
+        self._lines = GrowingFile(path, kept)
+        self._events = _EventFile(workdir / "tensorboard")
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._events.append(Event(step=step + 1, session_log=start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        self._lines.append(_as_line({"step": step, **metrics}))
+        event = Event(step=step)
         for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            event.summary.value.add(tag=name, simple_value=value)
+        self._events.append(event)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Writes what could not be written before, where that is possible now."""
+        self._lines.close()
+        self._events.close()
+
+
+class _EventFile:
+    """TensorBoard's events: each with its length, and checksums of both."""
+
+    def __init__(self, folder: epath.Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads a folder's files in the order of these seconds, so a continued run's
+        # come later than those before it, also where the clock was set back.
+        before = [re.search(r"tfevents\.(\d+)", each.name) for each in folder.iterdir()]
+        seconds = max([int(time.time()), *(int(each[1]) + 1 for each in before if each)])
+        name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}"
+        self._file = GrowingFile(folder / name)
+        self.append(Event(file_version="brain.Event:2"))
+
+    def append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(each)) for each in (length, data)]
+        self._file.append(length + checksums[0] + data + checksums[1])
+
+    def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
@@ -52,12 +88,28 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def read_lines(path: epath.Path) -> list[dict]:
-    """The complete lines of a JSON-lines file; a killed run may leave half a line at the end."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_lines(path: epath.PathLike) -> list[dict]:
+    """The whole lines of a JSON-lines file that tell their step.
+
+    A killed run may leave half a line at the end, and a power cut anything.
+    """
+    lines, path = [], epath.Path(path)
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+        except ValueError:
+            continue
+    return [each for each in lines if isinstance(each, dict) and type(each.get("step")) is int]
+
+
+def append_line(path: epath.Path, line: Mapping) -> None:
+    """Adds a line to a short JSON-lines file, which is written anew, without what is damaged in it.
+
+    Raises:
+      OSError: it cannot be written; it is then as it was.
+    """
+    write_whole(path, b"".join(_as_line(each) for each in [*read_lines(path), line]))
+
+
+def _as_line(values: Mapping) -> bytes:
+    return json.dumps(values).encode() + b"\n"

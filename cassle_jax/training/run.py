@@ -231,6 +231,7 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
         probe__train_images=config.probe.train_images,
         probe__test_images=config.probe.test_images,
     )
+    knows("data.on_device", config.data.on_device, ("auto", "always", "never"))
     if config.data.max_bad_fraction > 1:
         raise ConfigError(
             f"data.max_bad_fraction={config.data.max_bad_fraction} is not a fraction; use at most 1"

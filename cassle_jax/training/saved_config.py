@@ -1,11 +1,13 @@
 """Keeps the configuration beside a run, and refuses to continue with another."""
 
 import json
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax.config import ConfigError, base_config, flat_settings
+from cassle_jax.storage import write_whole
 
 # Settings that may differ when a run is continued: what it computes does not depend on them.
 FREE_TO_CHANGE = (
@@ -16,29 +18,89 @@ FREE_TO_CHANGE = (
     "data.path",
     "data.threads",
     "data.cache_gib",
+    "data.on_device",
     "data.max_bad_fraction",
 )
 
+# Settings that may differ between the hosts of a run.
+FREE_TO_DIFFER = ("compilation_cache", "data.path", "data.threads", "data.cache_gib")
 
-def check_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
-    """Raises ConfigError where the workdir holds a run with other settings, naming them."""
-    saved = workdir / "checkpoints"
-    if not (workdir / "config.json").exists() or not saved.exists() or not any(saved.iterdir()):
-        return
-    before, now = flat_settings(read_config(workdir)), flat_settings(_as_json(config))
+
+# Settings that no run can change: they decide which images come next, or what is being learned.
+NEVER_TO_CHANGE = (
+    "seed",
+    "batch_size",
+    "method.name",
+    "data.source",
+    "data.name",
+    "data.train_split",
+    "data.classes",
+    "data.scenes",
+)
+
+
+def check_unchanged(
+    config: ConfigDict, workdir: epath.Path, *, accept_changes: bool = False
+) -> list[str]:
+    """What differs from the settings of the run that the workdir holds, such as `steps=9 was 7`.
+
+    Empty where it holds none. Settings that never matter to what a run computes are left out.
+
+    Args:
+      config: of the run that is about to continue.
+      workdir: of the run.
+      accept_changes: differences are no error where the run can continue with them.
+
+    Raises:
+      ConfigError: there are differences, and the run cannot continue, or is not to.
+    """
+    if not holds_run(workdir):
+        return []
+    try:
+        before = flat_settings(read_config(workdir))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"workdir={workdir} has a config.json that is damaged ({error}); write the settings it "
+            "was begun with, or move its checkpoints away to begin anew"
+        ) from error
+    now = flat_settings(_as_json(config))
     # What an older version did not know had the value it has by default now.
     defaults = flat_settings(_as_json(base_config(f"method={config.method.name}")))
     before = {name: value for name, value in defaults.items() if name in now} | before
-    differences = [
-        f"{name}={now.get(name)!r} was {before.get(name)!r}"
+    differences = {
+        name: f"{name}={now.get(name)!r} was {before.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if differences:
+    }
+    impossible = [told for name, told in differences.items() if name in NEVER_TO_CHANGE]
+    if accept_changes and impossible:
         raise ConfigError(
-            f"workdir={workdir} holds a run with other settings ({'; '.join(differences)}); "
+            f"workdir={workdir} holds a run that cannot continue with {'; '.join(impossible)}; "
             "use another workdir, or the settings it was begun with"
         )
+    if differences and not accept_changes:
+        hint = "" if impossible else ", or --accept_changes to continue with these"
+        raise ConfigError(
+            f"workdir={workdir} holds a run with other settings "
+            f"({'; '.join(differences.values())}); use another workdir, or the settings it was "
+            f"begun with{hint}"
+        )
+    return list(differences.values())
+
+
+def holds_run(workdir: epath.Path) -> bool:
+    """Whether the workdir has a configuration and checkpoints."""
+    saved = workdir / "checkpoints"
+    return (workdir / "config.json").exists() and saved.exists() and any(saved.iterdir())
+
+
+def shared_settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings that all processes of a run must have alike, by their full names."""
+    return {
+        name: value
+        for name, value in flat_settings(_as_json(config)).items()
+        if name not in FREE_TO_DIFFER
+    }
 
 
 def _as_json(config: ConfigDict) -> ConfigDict:
@@ -46,8 +108,15 @@ def _as_json(config: ConfigDict) -> ConfigDict:
 
 
 def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes the configuration of a run to `<workdir>/config.json`."""
-    epath.Path(workdir, "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    """Writes the configuration of a run to `<workdir>/config.json`, where it is not there already.
+
+    Raises:
+      OSError: it cannot be written; the one before is untouched.
+    """
+    path = epath.Path(workdir, "config.json")
+    content = json.dumps(config.to_dict(), indent=2).encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_whole(path, content)
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:

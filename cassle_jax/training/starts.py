@@ -1,18 +1,21 @@
 """Notes beside a run what each of its starts had: versions, devices, images."""
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from cassle_jax.training.metrics import read_lines
+from cassle_jax.training.metrics import append_line, read_lines
 from cassle_jax.versions import versions
 
 Start = dict[str, Any]
 
 
-def note_start(workdir: epath.PathLike, *, step: int, images: int, mesh: Mesh) -> None:
+def note_start(
+    workdir: epath.PathLike, *, step: int, images: int, mesh: Mesh, changes: Sequence[str] = ()
+) -> None:
     """Appends a line to `<workdir>/starts.jsonl`.
 
     Args:
@@ -20,18 +23,24 @@ def note_start(workdir: epath.PathLike, *, step: int, images: int, mesh: Mesh) -
       step: it starts at; 0 for a new one.
       images: number of training images.
       mesh: the devices.
+      changes: of settings since the start before, as `saved_config.changes` tells them.
+
+    Raises:
+      OSError: it cannot be written.
     """
     start = {
         "step": step,
         "images": images,
+        "processes": jax.process_count(),
         "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         "versions": versions(),
     }
-    with epath.Path(workdir, "starts.jsonl").open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    if changes:
+        start["changes"] = list(changes)
+    append_line(epath.Path(workdir, "starts.jsonl"), start)
 
 
 def start_before(workdir: epath.PathLike, step: int) -> Start:
     """The last start of a run at or before `step`; empty where none was noted."""
     starts = read_lines(epath.Path(workdir, "starts.jsonl"))
-    return next((each for each in reversed(starts) if "step" in each and each["step"] <= step), {})
+    return next((each for each in reversed(starts) if each["step"] <= step), {})

@@ -1,6 +1,7 @@
 """What a run measured can be read again, however it ended and from wherever it continued."""
 
 import json
+import resource
 import struct
 
 import pytest
@@ -90,3 +91,46 @@ def test_tensorboard_is_told_which_steps_a_continued_run_repeats(tmp_path):
     write(tmp_path, 2, 3)
     (start,) = (event for event in events(tmp_path) if event.HasField("session_log"))
     assert (start.step, start.session_log.status) == (3, SessionLog.START)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00" * 300,
+        b'{"loss": 1.0}\n',
+        b'{"step": null}\n',
+        b"[1, 2]\n7\n",
+        b"\xff\xfe{\n",
+        b'{"st\n{"ep',
+    ],
+)
+def test_what_a_power_cut_leaves_is_passed_over(tmp_path, garbage):
+    write(tmp_path, 0, 3)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(garbage)
+    assert read_metrics(tmp_path)["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    write(tmp_path, 3, 5)
+    assert [step for step, _ in read_metrics(tmp_path)["loss"]] == [1, 2, 3, 4, 5]
+    assert garbage not in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_what_a_full_disk_kept_back_follows_in_order(tmp_path, monkeypatch, caplog):
+    """The disk takes half of a line, and no more until there is room."""
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) + 9, limits[1]))
+    try:
+        writer.write(2, {"loss": 2.0})
+        writer.write(3, {"loss": 3.0})
+        assert (tmp_path / "metrics.jsonl").stat().st_size > len(content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_metrics(tmp_path)["loss"] == [(1, 1.0)]
+    writer.write(4, {"loss": 4.0})
+    writer.close()
+    assert [step for step, _ in read_metrics(tmp_path)["loss"]] == [1, 2, 3, 4]
+    steps = {event.step for event in events(tmp_path) if event.summary.value}
+    assert steps == {1, 2, 3, 4}
+    assert sum("metrics.jsonl cannot be written for now" in each for each in caplog.messages) == 1

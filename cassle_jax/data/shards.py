@@ -1,0 +1,72 @@
+"""Tells a file of records that cannot be read at all from a damaged record in a good file."""
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from cassle_jax.data.errors import DataError
+
+# A missing file or a failing disk, as array_record tells them.
+_SYSTEM_ERROR = re.compile(r"\w+\(\) failed: [^;]+")
+
+
+class Shards:
+    """The array_record files of a split.
+
+    A substitute for every record of a file that is missing, half copied or not to be read would
+    change what a run sees without a word.
+
+    Args:
+      name: of the dataset.
+      instructions: tfds' file instructions of the split, in its order.
+
+    Raises:
+      DataError: a local file is missing or must not be read.
+    """
+
+    def __init__(self, name: str, instructions: Sequence[Any]):
+        self._name = name
+        self._paths = [os.fspath(each.filename) for each in instructions]
+        self._records = [each.examples_in_shard for each in instructions]
+        self._ends = np.cumsum([each.take for each in instructions])
+        for path in self._paths:
+            if "://" not in path and not os.access(path, os.R_OK):
+                there = os.path.exists(path)  # noqa: PTH110 - a shard's path stays a string
+                raise self._unreadable(path, "Permission denied" if there else "it is not there")
+
+    def check(self, position: int, error: Exception) -> None:
+        """Raises DataError where the file of a record is to blame for `error`, not the record.
+
+        Args:
+          position: of the record in the split.
+          error: what reading it raised.
+        """
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        failed = _SYSTEM_ERROR.search(str(error))
+        if failed:
+            raise self._unreadable(self._paths[shard], failed[0]) from error
+        found = _records_in(self._paths[shard])
+        if found != self._records[shard]:
+            raise self._unreadable(
+                self._paths[shard], f"{found} of its {self._records[shard]} records can be found"
+            ) from error
+
+    def _unreadable(self, path: str, reason: str) -> DataError:
+        return DataError(
+            f"the file {path} of {self._name} cannot be read ({reason}); mend it or write it anew, "
+            "and the same command continues"
+        )
+
+
+def _records_in(path: str) -> int:
+    """How many records the index at a file's end knows of; 0 where that is damaged."""
+    reader = ArrayRecordReader(path)
+    found = reader.num_records()
+    with contextlib.suppress(RuntimeError):  # what was wrong with the file, once more
+        reader.close()
+    return found

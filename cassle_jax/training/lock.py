@@ -1,0 +1,77 @@
+"""Holds a workdir for one run: a second one is refused, and a killed one leaves nothing behind."""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+from etils import epath
+
+from cassle_jax.config import ConfigError
+from cassle_jax.storage import on_object_store
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: no locks
+    fcntl = None
+
+LOG = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def workdir_held(workdir: epath.PathLike) -> Iterator[None]:
+    """Holds `<workdir>/lock` while entered.
+
+    The lock is the kernel's, on the open file: it ends with the process however that ends, knows no
+    time, and holds between the hosts of a shared file system too. Reading a run needs no lock.
+    Object stores and file systems without locks hold nothing.
+
+    Args:
+      workdir: of the run; must exist.
+
+    Raises:
+      ConfigError: another run holds it; names the host, the process and since when.
+      OSError: the file cannot be written.
+    """
+    if fcntl is None or on_object_store(workdir):
+        yield
+        return
+    descriptor = os.open(epath.Path(workdir) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _take(descriptor, workdir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, workdir: epath.PathLike) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"workdir={workdir} is in use by another run ({_holder(descriptor)}); wait for its end,"
+            " or use another workdir"
+        ) from error
+    except OSError as error:
+        LOG.info("%s has no locks (%s): see that only one run uses it", workdir, error.strerror)
+        return
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    # For people only: on a full disk the lock holds all the same.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "which did not say what it is"

@@ -1,0 +1,39 @@
+"""Asks a run to stop: a signal to any of its processes stops all of them after the same step."""
+
+import os
+import signal
+import threading
+
+import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+
+class StopRequest:
+    """While entered, SIGTERM and Ctrl-C ask for a stop, so that a step ends and is saved.
+
+    The first signal gives way to what was there before: a second one kills. Of several processes,
+    JAX takes SIGTERM, tells the others and finds the next step that none has begun.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self._asked, self._previous = threading.Event(), {}
+        self._alone = jax.process_count() == 1
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, step: int) -> bool:
+        """Whether the run ends with `step` done: the same in all processes, which all must ask."""
+        return self._asked.is_set() if self._alone else reached_preemption_sync_point(step)
+
+    def _on_signal(self, number, _) -> None:
+        if self._alone:
+            self._asked.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(number, self._previous[number])

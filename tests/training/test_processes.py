@@ -1,0 +1,225 @@
+"""Several processes compute what one computes, stop together, and never wait for a dead one."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from etils import epath
+
+from cassle_jax.config import ConfigError
+from cassle_jax.distributed import how_to_join
+from cassle_jax.training.metrics import read_lines, read_metrics
+from tests.training.processes import assert_same, ends, start, steps_saved
+
+REPEATS = int(os.environ.get("CASSLE_PROCESS_KILLS", "1"))
+STEPS = "steps=60"
+NOWHERE = ["data.source='folder'", "data.path='/nowhere'"]
+PROBED = (STEPS, "probe.every_epochs=5", "probe.train_images=32", "probe.test_images=32")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    codes, errors = ends(start(workdir, 1, *PROBED))
+    assert codes == [0], errors
+    return workdir
+
+
+def wait_for(workdir, step, processes):
+    until = time.monotonic() + 300
+    while not any(saved >= step for saved in steps_saved(workdir)):
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.1)
+
+
+def assert_losses_equal(workdir, expected):
+    found, expected = read_metrics(workdir), read_metrics(expected)
+    for name in ("loss", "gradient_norm"):
+        assert dict(found[name]) == pytest.approx(dict(expected[name]), rel=1e-5, abs=1e-5)
+    return found, expected
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_one(alone, tmp_path, count):
+    codes, errors = ends(start(tmp_path, count, *PROBED))
+    assert codes == [0] * count, errors
+    found, expected = assert_losses_equal(tmp_path, alone)
+    assert dict(found["rank_me"]) == pytest.approx(dict(expected["rank_me"]), rel=1e-3)
+    assert [step for step, _ in found["knn_accuracy"]] == [20, 40, 60]
+    assert_same(tmp_path, alone)
+    starts = read_lines(epath.Path(tmp_path, "starts.jsonl"))
+    assert [each["processes"] for each in starts] == [count]
+    assert not any("error" in error or "Traceback" in error for error in errors)
+
+
+def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(alone, tmp_path):
+    for repeat in range(REPEATS):
+        workdir = tmp_path / str(repeat)
+        processes = start(workdir, 2, *PROBED)
+        wait_for(workdir, random.choice([5, 10]), processes)
+        told = random.randrange(2)
+        processes[told].send_signal(signal.SIGTERM)
+        codes, errors = ends(processes)
+        stopped = steps_saved(workdir)[-1]
+        print(f"SIGTERM to {told}: codes {codes}, stopped at step {stopped}")
+        assert codes == [75, 75], errors
+        assert all(f"stopped after step {stopped}, which is saved" in each for each in errors)
+        codes, errors = ends(start(workdir, 1, *PROBED))
+        assert codes == [0], errors
+        assert_losses_equal(workdir, alone)
+        assert_same(workdir, alone)
+
+
+def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_path):
+    for repeat in range(REPEATS):
+        workdir, victim = tmp_path / str(repeat), random.randrange(2)
+        processes = start(workdir, 2, *PROBED)
+        wait_for(workdir, random.choice([5, 10, 15]), processes)
+        time.sleep(random.uniform(0, 0.5))
+        processes[victim].kill()
+        began = time.monotonic()
+        codes, errors = ends(processes)
+        seconds = time.monotonic() - began
+        print(f"kill -9 of {victim}: codes {codes} after {seconds:.1f} s, {steps_saved(workdir)}")
+        assert seconds < 60
+        assert codes[1 - victim] not in (0, 2, 3)
+        last = errors[1 - victim].splitlines()[-1]
+        assert last.startswith("error: process ") and "the same command continues" in last
+        codes, errors = ends(start(workdir, 2, *PROBED))
+        assert codes == [0, 0], errors
+        assert_losses_equal(workdir, alone)
+        assert_same(workdir, alone)
+
+
+def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
+    processes = start(tmp_path, 2, *PROBED)
+    wait_for(tmp_path, 10, processes)
+    for process in processes:
+        process.kill()
+    ends(processes)
+    codes, errors = ends(start(tmp_path, 4, *PROBED))
+    assert codes == [0] * 4, errors
+    assert_same(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        (
+            lambda index: [f"log.every_steps={index + 1}"],
+            "log.every_steps=2 in process 1 of 2 and 1 in process 0; start all processes with",
+        ),
+        (lambda index: NOWHERE if index == 0 else [], "data.path='/nowhere'"),
+        (lambda index: NOWHERE if index == 1 else [], "data.path='/nowhere'"),
+    ],
+)
+def test_a_mistake_of_one_process_ends_all_with_its_line(tmp_path, each, message):
+    codes, errors = ends(start(tmp_path, 2, STEPS, each=each))
+    assert codes == [2, 2], errors
+    for error in errors:
+        lines = [line for line in error.splitlines() if not line.startswith("[Gloo]")]
+        assert len(lines) == 1 and message in lines[0], error
+
+
+def test_a_process_whose_others_do_not_come_gives_up_with_one_line(tmp_path):
+    processes = start(tmp_path, 2, STEPS, CASSLE_JOIN_SECONDS="4")
+    processes.pop().kill()
+    codes, errors = ends(processes)
+    assert codes == [2]
+    assert errors[0].count("\n") == 1
+    assert "process 0 did not meet the others at JAX_COORDINATOR_ADDRESS=127.0.0.1:" in errors[0]
+
+
+VARIABLES = {
+    "JAX_COORDINATOR_ADDRESS": "host:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+TASK = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"JAX_NUM_PROCESSES": "1"},
+        {**VARIABLES, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    ],
+    ids=["nothing", "one", "one-with-all", "sbatch", "salloc", "mpirun-1", "a-pod"],
+)
+def test_a_process_alone_joins_nothing(environment):
+    assert how_to_join(environment) is None
+
+
+def test_what_is_found():
+    by_variables = {
+        "coordinator_address": "host:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
+    assert how_to_join(VARIABLES) == by_variables
+    assert how_to_join({**TASK, **VARIABLES}) == by_variables
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}
+    assert how_to_join(mpi) == {"cluster_detection_method": "ompi"}
+
+
+@pytest.mark.parametrize(
+    ("further", "gpus"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, [1]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [0]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, [0, 1]),
+        (
+            {
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+                "SLURM_LOCALID": "0",
+            },
+            [0, 1, 2, 3],
+        ),
+    ],
+    ids=["one-each", "two-each", "bound", "bound-two", "a-task-a-host"],
+)
+def test_a_task_of_slurm_takes_its_share_of_its_hosts_gpus(further, gpus):
+    found = how_to_join({**TASK, **further})
+    assert found["local_device_ids"] == gpus
+    assert (found["num_processes"], found["process_id"]) == (4, 3)
+    assert found["cluster_detection_method"] == "slurm"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_PROCESS_ID": "0"}, "^JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "^JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set"),
+        ({**VARIABLES, "JAX_PROCESS_ID": "4"}, "^JAX_PROCESS_ID=4 is not below .*; use 0 to 3$"),
+        ({**VARIABLES, "JAX_PROCESS_ID": "-1"}, "^JAX_PROCESS_ID='-1' must be a whole number"),
+        ({**VARIABLES, "JAX_NUM_PROCESSES": "0"}, "^JAX_NUM_PROCESSES='0' must be .* least 1$"),
+        (
+            {**VARIABLES, "JAX_COORDINATOR_ADDRESS": "host"},
+            "^JAX_COORDINATOR_ADDRESS='host' has no",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "^OMPI_COMM_WORLD_SIZE=2, and this Open MPI does not tell"),
+    ],
+)
+def test_variables_that_cannot_work_are_refused(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        how_to_join(environment)

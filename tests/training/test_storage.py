@@ -1,0 +1,117 @@
+"""Workdirs on object stores: fsspec's store in memory stands in for one.
+
+The arrays of checkpoints are written by TensorStore, which speaks to gs:// and s3:// itself; they
+are not part of this.
+"""
+
+from typing import ClassVar
+
+import fsspec
+import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cassle_jax.config import ConfigError
+from cassle_jax.data import DamagedLog
+from cassle_jax.storage import GrowingFile, free_bytes, on_object_store, write_whole
+from cassle_jax.training.lock import workdir_held
+from cassle_jax.training.loop import pretrain
+from cassle_jax.training.metrics import MetricsWriter, append_line, read_lines, read_metrics
+from cassle_jax.training.saved_config import read_config, write_config
+from tests.tiny import tiny_config
+
+
+class Bucket(MemoryFileSystem):
+    """S3 in memory: nothing can be appended to."""
+
+    protocol = ("s3",)
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("s3://").strip("/")
+
+    def _open(self, path, mode="rb", **arguments):
+        assert "a" not in mode and "+" not in mode
+        return super()._open(path, mode, **arguments)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    bucket = Bucket()
+
+    def asked(self, path):
+        return bucket if str(path).startswith("s3://") else fsspec.filesystem("file")
+
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", asked)
+    return epath.Path("s3://bucket/run")
+
+
+def test_what_is_an_object_store():
+    assert on_object_store("gs://bucket/run") and on_object_store(epath.Path("s3://bucket/run"))
+    assert not on_object_store("/gs/run") and not on_object_store("run")
+    assert free_bytes("gs://bucket/run") is None and free_bytes(".") > 0
+
+
+def test_metrics_are_kept_and_continued(bucket):
+    for begin, end in ((0, 5), (3, 6)):
+        writer = MetricsWriter(bucket, begin)
+        for step in range(begin + 1, end + 1):
+            writer.write(step, {"loss": float(step)})
+            assert read_lines(bucket / "metrics.jsonl")[-1]["step"] == step
+        writer.close()
+    assert [step for step, _ in read_metrics(bucket)["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert len(list((bucket / "tensorboard").iterdir())) == 2
+
+
+def test_the_other_files_of_a_run_are_kept(bucket):
+    config = tiny_config()
+    write_config(config, bucket)
+    assert read_config(bucket).steps == config.steps
+    append_line(bucket / "starts.jsonl", {"step": 0})
+    append_line(bucket / "starts.jsonl", {"step": 7})
+    assert [line["step"] for line in read_lines(bucket / "starts.jsonl")] == [0, 7]
+    DamagedLog(10, 0.5, bucket / "damaged").add("a.png", "torn")
+    assert DamagedLog(10, 0.5, bucket / "damaged").names == ("a.png",)
+    with workdir_held(bucket), workdir_held(bucket):
+        pass  # no locks there, and nobody is refused
+
+
+def test_a_store_that_fails_for_a_while_ends_nothing(bucket, monkeypatch, caplog):
+    file = GrowingFile(bucket / "metrics.jsonl")
+    file.append(b"1\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "_open", lambda *_, **__: 1 / 0)
+        file.append(b"2\n")
+        file.append(b"3\n")
+    assert (bucket / "metrics.jsonl").read_bytes() == b"1\n"
+    file.append(b"4\n")
+    assert (bucket / "metrics.jsonl").read_bytes() == b"1\n2\n3\n4\n"
+    assert sum("cannot be written for now" in each for each in caplog.messages) == 1
+
+
+def test_a_file_is_never_half_written(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "config.json")
+    write_whole(path, b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(path), "write_bytes", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
+
+
+def refuse(path, content):
+    with path.open("wb") as file:
+        file.write(content[:1])
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("workdir", ["memory://run", "file:///tmp/run", "gcs://bucket/run"])
+def test_an_unknown_scheme_is_no_local_folder(workdir):
+    with pytest.raises(ConfigError, match=r"workdir=\S+ has a scheme that is unknown; use a local"):
+        pretrain(tiny_config(), workdir)
