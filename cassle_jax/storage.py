@@ -24,12 +24,13 @@ def free_bytes(folder: epath.PathLike) -> int | None:
         return None
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
+def write_whole(path: epath.PathLike, content: bytes) -> None:
     """Writes a file that is never seen half written: the old one stays until the new is complete.
 
     Raises:
       OSError: it cannot be written; the old one is untouched.
     """
+    path = epath.Path(path)
     if on_object_store(path):
         path.write_bytes(content)  # an object appears when it is complete
         return

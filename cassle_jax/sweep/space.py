@@ -1,0 +1,245 @@
+"""Which runs a sweep has: reads what was asked, and checks every setting of every run."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cassle_jax.config import ARGUMENTS, ConfigError, flat_settings
+
+Values = dict[str, str]
+
+_RANGE = re.compile(r"(uniform|log)\((.+),(.+)\)")
+_LONGEST_NAME = 120
+_PAIRS = {"(": ")", "[": "]", "{": "}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a sweep is asked for.
+
+    Attributes:
+      config: a configuration file with its arguments, as `--config` of the pretraining command.
+      overrides: of all runs, as `--config.name=value` each.
+      grid: `name=value,value;name=…`: every value of each with every value of the others.
+      zipped: the same, with equally many values each: the first of all, the second of all, ….
+      random: the same, of which values are drawn; a value may be `uniform(low,high)` or
+        `log(low,high)`, whose draws are whole numbers where both ends are.
+      draws: how many are drawn.
+      draw_seed: of the draws; more draws begin with the same ones.
+    """
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    grid: str = ""
+    zipped: str = ""
+    random: str = ""
+    draws: int = 0
+    draw_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of a sweep.
+
+    Attributes:
+      name: of its folder, from its values.
+      subject: what it is called on the page; the seeds of a subject share it.
+      values: by name, what is particular to it.
+      arguments: of the pretraining command, but for the workdir.
+      config: all its settings.
+    """
+
+    name: str
+    subject: str
+    values: Values = dataclasses.field(compare=False)
+    arguments: tuple[str, ...]
+    config: ConfigDict = dataclasses.field(compare=False)
+
+
+def runs_of(asked: Asked) -> list[Run]:
+    """The runs asked for, each with its settings checked; of equal ones the first.
+
+    Raises:
+      ConfigError: a name that is no setting, with the closest there is, or a value that cannot be.
+    """
+    combined = _combinations(asked)
+    shown = _short_names(combined[0])
+    runs: dict[str, Run] = {}
+    for values in combined:
+        arguments = _arguments(asked, values)
+        config = _parsed(arguments[:1])
+        for name in values:
+            _check_name(name, config)
+        name = ",".join(f"{shown[key]}={value}" for key, value in values.items())
+        setting = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
+        run = Run(
+            _as_folder(name),
+            ", ".join(setting).replace("=", " ") or "all",
+            values,
+            arguments,
+            _parsed(arguments),
+        )
+        runs.setdefault(run.name, run)
+    return list(runs.values())
+
+
+def _combinations(asked: Asked) -> list[Values]:
+    """Every combination of the grid, what is zipped, and what is drawn."""
+    grid, zipped, drawn = (
+        _listed(flag, text)
+        for flag, text in (("grid", asked.grid), ("zip", asked.zipped), ("random", asked.random))
+    )
+    names = [*grid, *zipped, *drawn]
+    if not names:
+        raise ConfigError("a sweep needs --grid, --zip or --random, such as --grid='seed=0,1,2'")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{name} is given values twice; use one of --grid, --zip and --random"
+            )
+    lengths = {name: len(values) for name, values in zipped.items()}
+    if len(set(lengths.values())) > 1:
+        described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ConfigError(f"zip needs equally many values of each name; {described}")
+    if bool(drawn) != (asked.draws > 0):
+        raise ConfigError(
+            f"draws={asked.draws} does not go with random={asked.random!r}; give both"
+        )
+    products = [dict(zip(grid, each, strict=True)) for each in itertools.product(*grid.values())]
+    together = [dict(zip(zipped, each, strict=True)) for each in zip(*zipped.values(), strict=True)]
+    draws = [dict(each) for each in _draws(drawn, asked.draws, asked.draw_seed)]
+    return [
+        {**drawn, **zipped, **product}
+        for drawn, zipped, product in itertools.product(draws or [{}], together or [{}], products)
+    ]
+
+
+def _listed(flag: str, text: str) -> dict[str, list[str]]:
+    """Of `name=value,value;name=…` the values by name."""
+    listed: dict[str, list[str]] = {}
+    for item in filter(None, _split(text, ";")):
+        name, separator, values = item.partition("=")
+        name = name.strip()
+        if not separator or not name:
+            raise ConfigError(f"{flag}: {item!r} is not name=value,value")
+        if name in listed:
+            raise ConfigError(f"{flag}: {name} is given values twice")
+        listed[name] = [value.strip() for value in _split(values, ",")]
+        if "" in listed[name] or len(set(listed[name])) < len(listed[name]):
+            raise ConfigError(f"{flag}: {item!r} has an empty value or the same one twice")
+    return listed
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that are outside brackets and quotes."""
+    parts, closing, quote = [""], [], ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _PAIRS:
+            closing.append(_PAIRS[character])
+        elif closing and character == closing[-1]:
+            closing.pop()
+        elif character == separator and not closing:
+            parts.append("")
+            continue
+        parts[-1] += character
+    if closing or quote:
+        raise ConfigError(f"{text!r} does not close its {quote or closing[-1]}")
+    return parts
+
+
+def _draws(listed: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Values]:
+    generator = np.random.default_rng(seed)
+    return [
+        {name: _drawn(generator, name, values) for name, values in listed.items()}
+        for _ in range(count)
+    ]
+
+
+def _drawn(generator: np.random.Generator, name: str, values: Sequence[str]) -> str:
+    match = _RANGE.fullmatch(values[0]) if len(values) == 1 else None
+    if not match:
+        return values[generator.integers(len(values))]
+    kind, *ends = match.groups()
+    try:
+        low, high = map(float, ends)
+    except ValueError:
+        low = high = math.nan
+    if not (low < high < math.inf) or (kind == "log" and low <= 0):
+        raise ConfigError(
+            f"random: {name}={values[0]} is no range; use uniform(low,high), or log(low,high) "
+            "above 0"
+        )
+    whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", end) for end in ends)
+    if whole and kind == "uniform":
+        return str(generator.integers(int(low), int(high), endpoint=True))
+    share = generator.random()
+    value = low + share * (high - low) if kind == "uniform" else low * (high / low) ** share
+    return str(round(value)) if whole else f"{value:.4g}"
+
+
+def _arguments(asked: Asked, values: Values) -> tuple[str, ...]:
+    """The arguments of the pretraining command; the file with its own arguments comes first."""
+    path, _, chosen = asked.config.partition(":")
+    own = [chosen] if chosen else []
+    own += [f"{name}={value}" for name, value in values.items() if name in ARGUMENTS]
+    settings = [
+        f"--config.{name}={value}" for name, value in values.items() if name not in ARGUMENTS
+    ]
+    file = Path(path).expanduser().resolve()
+    return (f"--config={file}:{','.join(own)}", *asked.overrides, *settings)
+
+
+def _parsed(arguments: Sequence[str]) -> ConfigDict:
+    """The configuration as the pretraining command would have it."""
+    known, words = flags.FlagValues(), ["sweep", *arguments]
+    flag = config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=words)
+    try:
+        known(words)
+        _ = flag.value.seed  # a file that is not there fails at its first use only
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ConfigError(re.sub(r"^[\w.]+Error: ", "", lines[-1].strip())) from error
+    return flag.value
+
+
+def _check_name(name: str, config: ConfigDict) -> None:
+    known = flat_settings(config)
+    if name in ARGUMENTS or name in known:
+        return
+    close = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close += difflib.get_close_matches(name, [*ARGUMENTS, *sorted(known)], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"{name} is not a setting of this configuration{hint}")
+
+
+def _short_names(values: Values) -> dict[str, str]:
+    """Of every dotted name its last part, where that is enough to tell them apart."""
+    last = {name: name.rpartition(".")[2] for name in values}
+    return {name: name if [*last.values()].count(part) > 1 else part for name, part in last.items()}
+
+
+def _as_folder(name: str) -> str:
+    """A folder's name; where something had to give way, with a hash that tells it from others."""
+    plain = re.sub(r"[^\w.,=+-]", "_", name)
+    if plain == name and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def as_json(config: ConfigDict) -> dict[str, object]:
+    """All settings by their full names, as JSON has them."""
+    return json.loads(json.dumps(flat_settings(config)))

@@ -1,0 +1,150 @@
+# What gpu_host.sh, slurm.sbatch and tpu_pod.sh share: their options, the accelerator's JAX, and starting again.
+# Sourced by them. With dry_run set, nothing is installed or started: what would be is printed.
+# shellcheck shell=bash
+
+set -euo pipefail
+
+launch="$(dirname -- "${BASH_SOURCE[0]}")"
+dry_run=''
+python=python
+# Exit codes of python -m cassle_jax.pretrain, see the README.
+finished=0 wrong_setting=2 diverged=3 saved=75
+
+refuse() {
+  printf '%s\n' "error: $*" >&2
+  exit "$wrong_setting"
+}
+
+# Prints a command as it would be typed.
+typed() {
+  local word separator=''
+  for word; do
+    [[ "$word" =~ ^[]A-Za-z0-9_./:=,@%+[-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    printf '%s%s' "$separator" "$word"
+    separator=' '
+  done
+  printf '\n'
+}
+
+# Runs a command, or prints it.
+perform() {
+  if [ -n "$dry_run" ]; then typed "$@"; else "$@"; fi
+}
+
+# The value of an option, given as --name=value or as two words; fails where it is not given.
+option() {
+  local name="$1" value='' given=1
+  shift
+  while [ "$#" -gt 0 ]; do
+    case "$1" in
+      "--$name="*) value="${1#*=}" given=0 ;;
+      "--$name") value="${2:-}" given=0 ;;
+    esac
+    shift
+  done
+  printf '%s' "$value"
+  return "$given"
+}
+
+# Refuses what python -m cassle_jax.pretrain cannot be asked.
+check_run() {
+  local name value
+  for name in config workdir; do
+    value="$(option "$name" "$@")" || value=''
+    [ -n "$value" ] ||
+      refuse "--$name is missing; give --config=configs/….py --workdir=…, as to python -m cassle_jax.pretrain"
+  done
+}
+
+# Makes the environment ready, with the JAX that an accelerator needs: cuda, tpu, or an empty word for none.
+prepare() {
+  local extra="$1"
+  if [ -n "$dry_run" ]; then
+    echo '. launch/environment.sh'
+    typed export "PYTHONPATH=$(CDPATH='' cd -- "$launch/.." && pwd -P)"
+  else
+    # shellcheck source=launch/environment.sh
+    . "$launch/environment.sh"
+    export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+  fi
+  if [ "$extra" = cuda ]; then
+    extra="$(cuda_extra)"
+  fi
+  [ -z "$extra" ] || install_jax_with "$extra"
+}
+
+# The CUDA that JAX brings along must suit the driver: 13 needs 580, 12 needs 525.
+cuda_extra() {
+  local driver
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || driver=''
+  driver="${driver%%.*}"
+  if ! [[ "$driver" =~ ^[0-9]+$ ]]; then
+    [ -n "$dry_run" ] || refuse "nvidia-smi finds no GPU here; JAX_PLATFORMS=cpu runs without one"
+    driver=580
+  fi
+  [ "$driver" -ge 525 ] || refuse "the NVIDIA driver $driver is older than 525, which JAX needs at least; update it"
+  if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+}
+
+# Adds to the JAX that is installed, whose version stays, what an accelerator needs.
+install_jax_with() {
+  local extra="$1" package version='VERSION'
+  case "$extra" in
+    tpu) package=libtpu ;;
+    *) package="jax-$extra-plugin" ;;
+  esac
+  if [ -z "$dry_run" ]; then
+    version="$(version_installed jax)"
+    # A host that other jobs share takes turns, as in environment.sh.
+    exec 9<"$repository/requirements.txt"
+    ! command -v flock >/dev/null || flock 9
+    if version_installed "$package" >/dev/null 2>&1; then
+      exec 9<&-
+      return
+    fi
+  fi
+  perform "$python" -m pip install --quiet --disable-pip-version-check --no-input "jax[$extra]==$version" ||
+    stop "pip could not install jax[$extra]==$version; its message is above"
+  [ -n "$dry_run" ] || exec 9<&-
+}
+
+version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
+
+# Calls start_processes, which sets the array processes, until the run is finished or cannot be.
+# One that saved and ended, or crashed, starts again, at most so many times; one that was asked to end through this
+# script, by SIGTERM or Ctrl-C, does not.
+supervise() {
+  local left="$1" code
+  processes=() stopping=''
+  trap 'stopping=yes interrupted=yes; kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
+  while true; do
+    start_processes
+    wait_for_processes && code=0 || code=$?
+    case "$code" in
+      "$finished" | "$wrong_setting" | "$diverged") return "$code" ;;
+    esac
+    [ -z "$stopping" ] || return "$code"
+    if [ "$left" -eq 0 ]; then
+      say "ended with $code, as often as --restarts allows; the same command continues"
+      return "$code"
+    fi
+    left=$((left - 1))
+    say "ended with $code; starting again (then $left more times at most)"
+  done
+}
+
+# Returns the exit code of a process that neither finished nor saved, or else of one that saved, or else 0.
+wait_for_processes() {
+  local process code all=0
+  for process in "${processes[@]}"; do
+    interrupted=yes
+    while [ -n "$interrupted" ]; do # a signal ends wait, not the process
+      interrupted=''
+      wait "$process" && code=0 || code=$?
+    done
+    if [ "$code" -ne "$finished" ] && { [ "$all" -eq "$finished" ] || [ "$all" -eq "$saved" ]; }; then
+      all="$code"
+    fi
+  done
+  return "$all"
+}

@@ -1,0 +1,32 @@
+"""launch/slurm.sbatch on a real SLURM, as launch/test_slurm.sh has it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SKIPPED = 77
+
+
+def test_two_tasks_stopped_preempted_and_requeued_end_bit_identical():
+    # Each task is one process with one device, as on a cluster of CPUs.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["VIRTUAL_ENV"] = sys.prefix
+    ended = subprocess.run(
+        ["bash", "launch/test_slurm.sh"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2400,
+        check=False,
+    )
+    print(ended.stdout)
+    if ended.returncode == SKIPPED:
+        pytest.skip(ended.stdout.strip().splitlines()[-1])
+    assert ended.returncode == 0, ended.stdout
+    assert "are the same to the bit" in ended.stdout

@@ -1,0 +1,224 @@
+"""A sweep: which runs it has, what it refuses, what it runs again, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from cassle_jax.config import ConfigError
+from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
+from cassle_jax.sweep.space import Asked, runs_of
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.py")
+TINY = "tests/launch/tiny_run.py"
+
+
+def values(**asked):
+    return [run.values for run in runs_of(Asked(CONFIG, **asked))]
+
+
+def test_a_grid_is_every_combination():
+    assert values(grid="seed=0,1,2;conditioning=none,cassle") == [
+        {"seed": seed, "conditioning": conditioning}
+        for seed in "012"
+        for conditioning in ("none", "cassle")
+    ]
+
+
+def test_what_is_zipped_goes_together_and_with_all_of_the_grid():
+    assert values(grid="seed=0,1", zipped="epochs=1,2;method=simclr,byol") == [
+        {"epochs": epochs, "method": method, "seed": seed}
+        for epochs, method in (("1", "simclr"), ("2", "byol"))
+        for seed in "01"
+    ]
+
+
+def test_draws_lie_in_their_range_and_more_of_them_begin_the_same():
+    random = "optimizer.base_learning_rate=log(1e-3,1e-1);batch_size=uniform(8,10);method=byol,swav"
+    drawn = values(random=random, draws=40)
+    assert drawn[:10] == values(random=random, draws=10)
+    assert drawn != values(random=random, draws=40, draw_seed=1)
+    rates = [float(each["optimizer.base_learning_rate"]) for each in drawn]
+    assert min(rates) >= 1e-3 and max(rates) <= 1e-1
+    assert 10 <= sum(rate < 1e-2 for rate in rates) <= 30  # half, where they are log-uniform
+    assert {each["batch_size"] for each in drawn} == {"8", "9", "10"}
+    assert {each["method"] for each in drawn} == {"byol", "swav"}
+
+
+def test_values_reach_the_configuration_whatever_their_type():
+    (run,) = runs_of(
+        Asked(
+            f"{CONFIG}:method=simclr",
+            ("--config.epochs=7",),
+            grid="augment.crop_area=(0.2,1.0);deterministic=True;augself=main;seed=3",
+        )
+    )
+    assert run.config.augment.crop_area == (0.2, 1.0)
+    assert (run.config.deterministic, run.config.seed, run.config.epochs) == (True, 3, 7)
+    assert (run.config.method.name, run.config.augself.crop) == ("simclr", 0.5)
+
+
+def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
+    runs = runs_of(Asked(CONFIG, grid="seed=0,1;weights.path=/a/b,/a_b;optimizer.momentum=0.5"))
+    assert len({run.name for run in runs}) == 4
+    assert not any("/" in run.name for run in runs)
+    assert {run.subject for run in runs} == {
+        "path /a/b, momentum 0.5",
+        "path /a_b, momentum 0.5",
+    }
+
+
+def test_names_stay_as_long_as_they_must_to_be_told_apart():
+    (run,) = runs_of(Asked(CONFIG, grid="data.path=/x;weights.path=/y"))
+    assert run.subject == "data.path /x, weights.path /y"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"grid": "sed=0,1"}, r"^sed is not a setting .* did you mean seed\?$"),
+        ({"grid": "condition=none"}, r"did you mean conditioning\?$"),
+        ({"grid": "weight_decay=0"}, r"did you mean optimizer\.weight_decay\?$"),
+        ({"grid": "method=simclr,byoll"}, r"^method='byoll' .* did you mean 'byol'\?$"),
+        ({"grid": "method=simclr,moco_v2;method.queue_size=64"}, r"^method\.queue_size is not"),
+        ({"grid": "seed=0,x"}, r"config\.seed=x"),
+        ({"grid": "seed=0,0"}, "same one twice"),
+        ({"grid": "seed=0,,1"}, "empty value"),
+        ({"grid": "seed"}, "is not name=value"),
+        ({"grid": "augment.crop_area=(0.1,1"}, r"does not close its \)"),
+        ({"grid": "seed=0", "zipped": "seed=1"}, "seed is given values twice"),
+        ({"zipped": "seed=0,1;epochs=1,2,3"}, "seed has 2, epochs has 3"),
+        ({"random": "seed=0,1"}, "draws=0 does not go with"),
+        ({"random": "epochs=uniform(3,1)", "draws": 2}, r"epochs=uniform\(3,1\) is no range"),
+        ({"random": "optimizer.momentum=log(0,1)", "draws": 2}, "is no range"),
+        ({}, "needs --grid, --zip or --random"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(asked, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        runs_of(Asked(CONFIG, **asked))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cluster_that_is_not_there_and_gpus_that_cannot_be_shared(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match="parallel=2 cannot share the 3 GPUs"):
+        Local(tmp_path, 2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="where=slurm needs sbatch"):
+        Slurm(tmp_path, 1, "")
+
+
+def test_a_command_goes_on_after_the_signal_of_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    folder = tmp_path / "run"
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=1, signal_delay_s=45)  # it comes after 15 seconds
+    job = executor.submit(Command("tests.launch.saves_once", [str(folder)], folder))
+    wait_for(folder / OUTCOME)
+    assert (folder / "saved").exists()
+    assert outcome_of(folder) == {"exit_code": 0, "last_line": ""}
+    assert job.result() == 0
+
+
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.1)
+
+
+def sweep(folder, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "launch/sweep.py", f"--config={TINY}", f"--to={folder}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def lines(folder):
+    return {
+        line["run"]: line
+        for line in map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
+    }
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two by two, one of whose runs was spoilt and run again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = "--grid=seed=0,1;conditioning=none,cassle"
+    ended = sweep(folder, grid, "--parallel=2")
+    assert ended.returncode == 0, ended.stderr
+    return folder, grid
+
+
+def test_a_sweep_keeps_a_line_a_run(swept):
+    folder, _ = swept
+    found = lines(folder)
+    assert len(found) == 4
+    for name, line in found.items():
+        assert (line["state"], line["result"]["steps"]) == ("finished", 3)
+        assert line["config"]["seed"] == int(line["values"]["seed"])
+        assert bool(line["config"]["conditioning.descriptors"]) == (
+            line["values"]["conditioning"] == "cassle"
+        )
+        assert (folder / "runs" / name / "checkpoints" / "3").is_dir()
+
+
+def test_it_ends_in_a_page_with_seeds_as_one(swept):
+    folder, _ = swept
+    subjects, _ = read_report(folder / "report.json")
+    assert {name: len(runs) for name, runs in subjects.items()} == {
+        "conditioning none": 2,
+        "conditioning cassle": 2,
+    }
+    expected = lines(folder)["seed=1,conditioning=cassle"]["result"]["loss"]
+    scores = [each for each in subjects["conditioning cassle"][1] if hasattr(each, "metric")]
+    assert [each.value for each in scores if each.metric == "loss"] == [expected]
+    assert "±" in (folder / "report.html").read_text()
+
+
+def test_run_again_it_runs_what_failed_alone(swept):
+    folder, grid = swept
+    starts = {path: path.stat().st_mtime for path in folder.glob("runs/*/" + OUTCOME)}
+    spoilt = folder / "runs" / "seed=1,conditioning=none" / OUTCOME
+    spoilt.write_text(json.dumps({"exit_code": 1, "last_line": "killed"}))
+    ended = sweep(folder, grid)
+    assert ended.returncode == 0, ended.stderr
+    assert "4 runs, of which 3 are finished" in ended.stderr
+    changed = [path for path, time in starts.items() if path.stat().st_mtime != time]
+    assert changed == [spoilt] and outcome_of(spoilt.parent)["exit_code"] == 0
+
+
+def test_a_typo_fails_before_anything_is_submitted(tmp_path):
+    ended = sweep(tmp_path / "none", "--grid=seed=0,1;conditionin=none")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1 and "did you mean conditioning?" in ended.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(swept):
+    folder, grid = swept
+    ended = sweep(folder, grid, "--config.steps=4")
+    assert ended.returncode == 2 and "steps=4 was 3" in ended.stderr
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    ended = sweep(tmp_path, "--grid=batch_size=1")
+    assert ended.returncode == 1
+    assert "batch_size=1" in ended.stderr and "log.txt" in ended.stderr
+    (line,) = lines(tmp_path).values()
+    assert (line["state"], line["result"]["exit_code"]) == ("failed", 2)
