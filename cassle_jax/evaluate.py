@@ -1,6 +1,7 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
 import logging
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 from absl import flags
 
 from cassle_jax import command
+from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
-from cassle_jax.data import DataError
+from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import EvaluationData, open_dataset
 from cassle_jax.data.scenes import open_scenes
 from cassle_jax.distributed import agree, all_processes
@@ -71,28 +73,50 @@ def evaluate_command(
         raise ConfigError(
             f"batch={batch} cannot be split over {mesh.size} devices; use a multiple of them"
         )
+    try:
+        _check_settings(settings or Settings(), limit)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     opened = [_open_dataset(each, data_dir) for each in datasets]
+    names = [data.name for data in opened]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"dataset {name!r} is asked for twice; the report tells by name")
     subjects = _open_subjects(runs, network)
     agree(_shared_facts(opened, subjects, tasks, batch, limit, settings))
     plan = {data.name: _tasks_for(data, tasks) for data in opened}
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
+    _check_writable(Path(to).expanduser())
 
-    def evaluate(subject: Subject) -> list[Finding]:
+    def evaluate(subject: Subject, findings: list[Finding]) -> None:
         folder = Path(cache).expanduser() if cache else None
         store = FeatureStore(subject, mesh, batch=batch, folder=folder, limit=limit)
-        findings = []
         for data in opened:
             bench = Bench(subject, data, store, mesh, settings or Settings())
             for name in plan[data.name]:
                 findings += _run(name, bench)
-        return findings
 
-    found = {name: [evaluate(each) for each in seeds] for name, seeds in subjects.items()}
-    facts = {name: _facts(seeds) for name, seeds in subjects.items()}
+    found: dict[str, list[list[Finding]]] = {}
+    summary = f"{_summary(opened, limit)} {_of_settings(settings or Settings())}"
+
+    def write(summary: str) -> Path:
+        facts = {name: _facts(subjects[name]) for name in found}
+        return write_report(Path(to).expanduser(), found, provenance=facts, summary=summary)
+
+    try:
+        for name, seeds in subjects.items():
+            for each in seeds:
+                findings = []
+                found.setdefault(name, []).append(findings)
+                evaluate(each, findings)
+    except BaseException:
+        if not jax.process_index() and any(any(runs) for runs in found.values()):
+            LOG.warning("%s has what was found before", write(f"INCOMPLETE. {summary}"))
+        raise
     if jax.process_index():
-        return Path(to) / HTML
-    page = write_report(to, found, provenance=facts, summary=_summary(opened))
+        return Path(to).expanduser() / HTML
+    page = write(summary)
     LOG.info("the page is %s", page)
     return page
 
@@ -136,6 +160,11 @@ def _open_subjects(runs: Sequence[str], network: str) -> dict[str, list[Subject]
         if not separator:
             name, path = "", described
         subject = open_subject(path, name=name, network=network)
+        if not separator and subject.name in subjects:
+            raise ConfigError(
+                f"run={path} would be a seed of another run called {subject.name!r}; "
+                "give each a name, as in --run=name=path (one name for seeds)"
+            )
         subjects.setdefault(subject.name, []).append(subject)
     return subjects
 
@@ -172,10 +201,46 @@ def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
     return facts | {name: seeds[0].facts[name] for name in known if name in seeds[0].facts}
 
 
-def _summary(opened: Sequence[EvaluationData]) -> str:
+def _check_settings(settings: Settings, limit: int) -> None:
+    """Refuses what a protocol would only refuse once it is its turn."""
+    check_at_least(0, limit=limit, analysed=settings.analysed, seed=settings.seed)
+    check_at_least(0, fine_tune_epochs=settings.fine_tune_epochs)
+    check_at_least(1, episodes=settings.episodes, neighbours=settings.neighbours)
+    check_at_least(1, probe_epochs=settings.probe_epochs)
+    check_at_least(2, ways=settings.ways)
+    for shots in settings.shots:
+        check_at_least(1, shots=shots)
+    for fraction in settings.fractions:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"fractions={fraction:g} is not in (0, 1]")
+    for name in ("shots", "fractions"):
+        values = getattr(settings, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{name}={','.join(map(str, values))} has a value twice")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"to={folder} cannot be written: {error.strerror}") from error
+
+
+def _of_settings(settings: Settings) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in vars(settings).items())
+    return f"Settings: {values}."
+
+
+def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:
+    def size(part: Source) -> str:
+        count = len(part)
+        return f"{limit} of {count}" if 0 < limit < count else str(count)
+
     sizes = "; ".join(
         f"{data.name}: "
-        + "/".join(str(len(part)) for part in (data.train, data.val, data.test) if part is not None)
+        + "/".join(size(part) for part in (data.train, data.val, data.test) if part is not None)
         for data in opened
     )
     return f"Images for training, validation and test: {sizes}."

@@ -37,7 +37,8 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
       ConfigError: it is not there, or holds no encoder that is known.
     """
     path = epath.Path(path)
-    name = name or path.stem
+    # A dot in a folder's name begins no suffix: runs/lr0.03 and runs/lr0.06 are not both `lr0`.
+    name = name or (path.resolve().name if path.is_dir() else path.stem)
     if not path.exists():
         raise ConfigError(f"{path} is not there; give the workdir of a run or a file of weights")
     try:
@@ -88,4 +89,11 @@ def _shapes(networks: Networks, size: int, descriptor: int):
 
 
 def _loaded(weights: Weights, shapes) -> dict:
-    return jax.tree.map(np.asarray, weights.into({"batch_stats": {}, **shapes}))
+    variables = jax.tree.map(np.asarray, weights.into({"batch_stats": {}, **shapes}))
+    for leaf, array in jax.tree_util.tree_leaves_with_path(variables):
+        if not np.isfinite(array).all():
+            raise WeightsError(
+                f"the weights {jax.tree_util.keystr(leaf)} are not finite; the file is damaged or "
+                "training diverged"
+            )
+    return variables

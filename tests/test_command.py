@@ -159,7 +159,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(run):
 
 @pytest.mark.parametrize(("error", "code"), [(Diverged, 3), (Preempted, 75)])
 def test_a_run_that_stops_early_says_why_by_its_exit_code(run, monkeypatch, capsys, error, code):
-    def stop(config, workdir):
+    def stop(config, workdir, *, accept_changes):
         raise error("after step 7")
 
     monkeypatch.setattr("cassle_jax.pretrain.pretrain", stop)

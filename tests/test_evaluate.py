@@ -112,15 +112,49 @@ def test_what_cannot_work_is_one_line(run, tmp_path, settings, message):
     assert not (tmp_path / "report").exists()
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (np.nan, ConfigError, r"weights .*conv1.* are not finite"),
+        (1e38, DataError, r"run has features that are not finite on scenes"),
+    ],
+)
+def test_weights_and_features_that_are_not_finite_are_refused(tmp_path, value, error, message):
     def spoil(params):
         kernel = params["encoder"]["conv1"]["kernel"]
-        encoder = {**params["encoder"], "conv1": {"kernel": kernel.at[0, 0, 0, 0].set(np.nan)}}
+        encoder = {**params["encoder"], "conv1": {"kernel": kernel.at[:].set(value)}}
         return {**params, "encoder": encoder}
 
     run = workdir_of(tmp_path / "run", spoil)
-    with pytest.raises(DataError, match=r"run has features that are not finite on scenes"):
+    with pytest.raises(error, match=message):
         evaluate(run, tmp_path, "knn")
+
+
+def test_images_that_were_replaced_are_not_read_from_the_cache(run, tmp_path):
+    def fill(seed):
+        random = np.random.default_rng(seed)
+        for split in ("train", "test"):
+            for label in ("a", "b"):
+                folder = tmp_path / "images" / split / label
+                folder.mkdir(parents=True, exist_ok=True)
+                for number in range(4):
+                    pixels = random.integers(256, size=(16, 16, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.png")
+
+    def features(to, cache):
+        fill_dataset = f"folder:{tmp_path / 'images'}"
+        settings = {"runs": [f"run={run}"], "datasets": [fill_dataset], "tasks": ["spectrum"]}
+        evaluate_command(**settings, to=str(tmp_path / to), cache=cache, batch=8)
+        return (tmp_path / to / "report.csv").read_text()
+
+    cache = str(tmp_path / "cache")
+    fill(0)
+    before = features("first", cache)
+    assert features("again", cache) == before
+    fill(1)
+    after = features("replaced", cache)
+    assert after != before
+    assert after == features("uncached", "")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,13 @@ import numpy as np
 from jaxtyping import Int
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, check_classes, closest, read_class_list
+from cassle_jax.data.sources import (
+    Record,
+    check_classes,
+    closest,
+    content_of_files,
+    read_class_list,
+)
 
 
 class FolderSource:
@@ -38,11 +44,20 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
+        path, label = self._path(index)
+        return Record(pathlib.Path(path).read_bytes(), label, path)
+
+    def _path(self, index: int) -> tuple[str, int]:
+        """Of the image at `index`, with its label."""
         label = int(np.searchsorted(self._class_ends, index, side="right"))
         start = int(self._name_ends[index - 1]) if index else 0
         file = os.fsdecode(self._names[start : int(self._name_ends[index])])
-        path = f"{self.name}/{self.class_names[label]}/{file}"
-        return Record(pathlib.Path(path).read_bytes(), label, path)
+        return f"{self.name}/{self.class_names[label]}/{file}", label
+
+    @property
+    def content(self) -> str:
+        """See `content_of`."""
+        return content_of_files(self._path(index)[0] for index in range(len(self)))
 
     @property
     def labels(self) -> Int[np.ndarray, " images"]:

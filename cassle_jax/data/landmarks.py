@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Shaped
 from PIL import ExifTags, Image
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source, closest
+from cassle_jax.data.sources import Record, Source, closest, content_of_files
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
@@ -72,6 +72,11 @@ class LandmarkFolder:
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         path = pathlib.Path(self.name) / self._files[index]
         return Record(path.read_bytes(), -1, str(path))
+
+    @property
+    def content(self) -> str:
+        """See `content_of`."""
+        return content_of_files(f"{self.name}/{file}" for file in self._files)
 
 
 class CelebaSource:

@@ -1,9 +1,12 @@
 """What a source of labelled images is, and which of its classes a config keeps."""
 
 import difflib
+import hashlib
 import importlib.resources
 import itertools
+import os
 import pathlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -76,6 +79,24 @@ def labels_of(source: Source) -> Int[np.ndarray, " images"]:
     with ThreadPoolExecutor(_LABEL_THREADS) as threads:
         stretches = threads.map(stretch, range(0, len(source), _STRETCH))
         return np.fromiter(itertools.chain.from_iterable(stretches), np.int32, len(source))
+
+
+def content_of(source: Source) -> object:
+    """What tells a source's images from others of the same name and number, for `repr`."""
+    return getattr(source, "content", None)
+
+
+def content_of_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """A digest of files' names, sizes and times of change."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        try:
+            found = pathlib.Path(path).stat()
+            known = found.st_size, found.st_mtime_ns
+        except OSError:
+            known = None
+        digest.update(f"{os.fspath(path)}\0{known}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_class_list(classes: str) -> tuple[str, ...] | None:

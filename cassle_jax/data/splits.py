@@ -13,7 +13,7 @@ from PIL import Image
 
 from cassle_jax.data.decode import decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source, labels_of
+from cassle_jax.data.sources import Record, Source, content_of, labels_of
 
 _ANY_SIDE = 1 << 30  # pixels: images are decoded as large as they are
 _CENTRE = 4
@@ -62,6 +62,12 @@ class Part:
         """
         return self._source.targets[self._indices]
 
+    @property
+    def content(self) -> tuple[object, str]:
+        """See `content_of`."""
+        places = np.asarray(self._indices, "<i8").tobytes()
+        return content_of(self._source), hashlib.blake2b(places, digest_size=8).hexdigest()
+
 
 class Joined:
     """The images of two sources of the same classes, one source after the other."""
@@ -85,6 +91,11 @@ class Joined:
     def labels(self) -> Int[np.ndarray, " images"]:
         """Of every image, see `labels_of`."""
         return np.concatenate([labels_of(self._first), labels_of(self._second)])
+
+    @property
+    def content(self) -> tuple[object, object]:
+        """See `content_of`."""
+        return content_of(self._first), content_of(self._second)
 
 
 class Crops:
@@ -133,6 +144,11 @@ class Crops:
 
     def __reduce__(self):
         return Crops, self._arguments
+
+    @property
+    def content(self) -> object:
+        """See `content_of`."""
+        return content_of(self._source)
 
     def _decoded(self, image: int) -> tuple[Image.Image, int, str]:
         """An image, its label and name; each thread keeps its last one for the crops to come."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from cassle_jax.augment import AugmentSpec, center_view
 from cassle_jax.evaluation.views import view_as_in_training
@@ -71,7 +71,7 @@ def feature_extractor(
 
 def view_extractor(
     networks: Networks, spec: AugmentSpec, neutral: Float[Array, " D"], mesh: Mesh
-) -> Callable[[PyTree, Batches, int], Float[np.ndarray, "N F"]]:
+) -> Callable[[PyTree, Batches, PRNGKeyArray], Float[np.ndarray, "N F"]]:
     """A function that turns a view of every image into features; compiled once.
 
     Args:
@@ -81,7 +81,7 @@ def view_extractor(
       mesh: the devices.
 
     Returns:
-      A function of variables, batches (as from `evaluation_batches`) and the seed of the views.
+      A function of variables, batches (as from `evaluation_batches`) and the views' random key.
     """
 
     def features(variables, key, batch):
@@ -91,11 +91,11 @@ def view_extractor(
 
     on_devices = parallel(features, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=SHARDED)
 
-    def extract(variables, batches, seed):
+    def extract(variables, batches, key):
         parts = []
         for batch in batches:
             wanted = {name: batch[name] for name in ("image", "size", "index", "mask")}
-            results = on_devices(variables, jax.random.key(seed), shard_batch(wanted, mesh))
+            results = on_devices(variables, key, shard_batch(wanted, mesh))
             encoded, mask = multihost_utils.process_allgather(results, tiled=True)
             parts.append(encoded[mask])
         return np.concatenate(parts)

@@ -114,7 +114,12 @@ class LinearResult:
             metric.replace("_", " "),
             {"validation": points},
         )
-        return [*(Score("linear", dataset, name, values[name]) for name in names), chart]
+        scores = [Score("linear", dataset, name, values[name]) for name in names]
+        missed = float(np.sum(~self.converged))
+        if missed:
+            name = "fits that did not converge"
+            scores.append(Score("linear", dataset, name, missed, higher_is_better=False))
+        return [*scores, chart]
 
 
 def linear_evaluation(

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
+from cassle_jax.data.sources import content_of
+from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods.base import PyTree
@@ -78,6 +81,7 @@ class FeatureStore:
         threads: int = 0,
     ):
         self.batch = batch
+        self.programs: dict[str, Any] = {}  # compiled for the subject, whatever the dataset
         self._subject, self._mesh = subject, mesh
         self._limit, self._threads = limit, threads
         self._folder = folder and folder / subject.fingerprint()
@@ -109,9 +113,18 @@ class FeatureStore:
                     f"{self._subject.name} has features that are not finite on {source.name}; "
                     "its weights are damaged or its training diverged"
                 )
-            if path and jax.process_index() == 0:
+            # Damaged images may be mended, and are then to be seen.
+            whole = len(features.features) == len(self.limited(source))
+            if path and whole and jax.process_index() == 0:
                 _write(path, features)
         return features
+
+    def limited(self, source: Source) -> Source:
+        """At most `limit` images of a source, evenly spread, for what reads images itself."""
+        if not 0 < self._limit < len(source):
+            return source
+        places = np.arange(self._limit) * len(source) // self._limit
+        return Part(source, places, f"{self._limit} images")
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The images of a source, at most `limit` of them, as `evaluation_batches` gives them."""
@@ -133,6 +146,7 @@ class FeatureStore:
         settings = (
             source.name,
             len(source),
+            content_of(source),
             source.class_names,
             self._limit,
             spec.size,

@@ -44,6 +44,10 @@ class Subject:
     def fingerprint(self) -> str:
         """A name for what makes the features: equal for equal weights, of 16 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=8)
+        # The arrays of a ViT are the same whatever its heads; the features are not.
+        heads = getattr(self.networks.factories["encoder"](), "heads", None)
+        if heads is not None:
+            digest.update(f"heads={heads}".encode())
         for collection in ("params", "batch_stats"):
             networks = self.variables.get(collection, {})
             encoding = {n: networks[n] for n in ("encoder", "image_conditioner") if n in networks}

@@ -5,13 +5,14 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cassle_jax.data import FACTORS, Scenes, Source, decode
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.landmarks import TargetSource
-from cassle_jax.data.splits import Crops, Part
+from cassle_jax.data.splits import Crops, Joined, Part
 from cassle_jax.evaluation.augmentation_probes import augmentation_prober
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.features import view_extractor
@@ -28,6 +29,7 @@ from cassle_jax.evaluation.sgd_probe import sgd_probe
 from cassle_jax.evaluation.spectrum import alignment_and_uniformity, lidar, spectrum
 from cassle_jax.evaluation.store import Features, FeatureStore, uncropped_side
 from cassle_jax.evaluation.subject import Subject
+from cassle_jax.evaluation.views import protocol_key
 
 LOG = logging.getLogger(__name__)
 
@@ -109,6 +111,18 @@ class Bench:
         fitted = [self.store(crops(part, ten=True)) for part in (data.train, data.val)]
         return [*fitted, self.store(crops(data.test, ten=False))]
 
+    def once(self, make: Callable, *arguments):
+        """What `make` makes for the subject, compiled for one dataset and kept for the others."""
+        programs = self.store.programs
+        if make.__name__ not in programs:
+            programs[make.__name__] = make(*arguments, self.mesh)
+        return programs[make.__name__]
+
+    def learnt_from(self) -> Source:
+        """The images of `fitted`, for protocols that train on images and choose nothing."""
+        parts = (self.store.limited(part) for part in (self.data.train, self.data.val))
+        return Joined(*parts)
+
     @property
     def fitted(self) -> list[Features]:
         """Of the parts that a classifier may learn from."""
@@ -171,13 +185,13 @@ def _regression(bench: Bench) -> list[Finding]:
 def _spectrum(bench: Bench) -> list[Finding]:
     findings = spectrum(bench.test.features).findings(bench.data.name)
     subject, seed = bench.subject, bench.settings.seed
-    of_view = view_extractor(
-        subject.networks, subject.spec, subject.conditioning.neutral, bench.mesh
+    of_view = bench.once(
+        view_extractor, subject.networks, subject.spec, subject.conditioning.neutral
     )
     images = min(LIDAR_IMAGES, len(bench.data.test))
     views = [
-        of_view(bench.store.variables, bench.store.batches(bench.data.test, images), seed + number)
-        for number in range(LIDAR_VIEWS)
+        of_view(bench.store.variables, bench.store.batches(bench.data.test, images), key)
+        for key in jax.random.split(protocol_key("spectrum", seed), LIDAR_VIEWS)
     ]
     alignment, uniformity = alignment_and_uniformity(*views[:2])
     values = {
@@ -223,7 +237,7 @@ def _invariance(bench: Bench) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
         LOG.info("invariance of %s: no projector, so of its encoder alone", subject.name)
-    meter = invariance_meter(subject.networks, subject.conditioning, subject.spec, bench.mesh)
+    meter = bench.once(invariance_meter, subject.networks, subject.conditioning, subject.spec)
     found = meter(bench.store.variables, bench.analysed, bench.settings.seed)
     return found.findings(bench.data.name)
 
@@ -232,15 +246,15 @@ def _matching(bench: Bench) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
         LOG.info("matching of %s: no projector, so by its features alone", subject.name)
-    matcher = view_matcher(subject.networks, subject.conditioning, subject.views, bench.mesh)
+    matcher = bench.once(view_matcher, subject.networks, subject.conditioning, subject.views)
     found = matcher(bench.store.variables, bench.analysed, bench.settings.seed)
     return found.findings(bench.data.name)
 
 
 def _augmentation_probes(bench: Bench) -> list[Finding]:
     subject = bench.subject
-    prober = augmentation_prober(
-        subject.networks, subject.spec, subject.conditioning.neutral, bench.mesh
+    prober = bench.once(
+        augmentation_prober, subject.networks, subject.spec, subject.conditioning.neutral
     )
     found = prober(bench.store.variables, bench.analysed(), bench.settings.seed)
     return found.findings(bench.data.name)
@@ -275,8 +289,8 @@ def _factors(bench: Bench) -> list[Finding]:
 def _sgd_probe(bench: Bench) -> list[Finding]:
     found = sgd_probe(
         bench.subject,
-        bench.data.train,
-        bench.data.test,
+        bench.learnt_from(),
+        bench.store.limited(bench.data.test),
         classes=bench.data.classes,
         mesh=bench.mesh,
         epochs=bench.settings.probe_epochs,
@@ -290,8 +304,8 @@ def _fine_tune(bench: Bench) -> list[Finding]:
     results = [
         fine_tune(
             bench.subject,
-            bench.data.train,
-            bench.data.test,
+            bench.learnt_from(),
+            bench.store.limited(bench.data.test),
             classes=bench.data.classes,
             fraction=fraction,
             mesh=bench.mesh,

@@ -16,7 +16,14 @@ from tests.training.processes import assert_same, ends, start, steps_saved
 REPEATS = int(os.environ.get("CASSLE_PROCESS_KILLS", "1"))
 STEPS = "steps=60"
 NOWHERE = ["data.source='folder'", "data.path='/nowhere'"]
-PROBED = (STEPS, "probe.every_epochs=5", "probe.train_images=32", "probe.test_images=32")
+# Every step is a window of metrics of its own, wherever a run was interrupted.
+PROBED = (
+    STEPS,
+    "log.every_steps=1",
+    "probe.every_epochs=5",
+    "probe.train_images=32",
+    "probe.test_images=32",
+)
 
 
 @pytest.fixture(scope="module")
