@@ -19,8 +19,8 @@ EXIT_NOT_SAVED = 74  # EX_IOERR: mend the disk; the same command continues where
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 
 
-class Stop(Exception):
-    """Ends a command with a message on standard error and an exit code.
+class Stop(BaseException):
+    """Ends a command with a message on standard error and an exit code; a signal may raise it.
 
     Of several processes all raise it together, unless it is of one `alone`.
     """

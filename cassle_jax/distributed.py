@@ -26,7 +26,7 @@ import jax
 # The key-value store that processes meet in has no public name.
 from jax._src import distributed as runtime
 
-from cassle_jax.command import EXIT_PREEMPTED, EXIT_WRONG_SETTING, Stop
+from cassle_jax.command import EXIT_WRONG_SETTING, Stop
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 
@@ -35,9 +35,12 @@ JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
 
 # A process that has not been heard of for so long is dead; JAX then ends the others.
 HEARTBEAT_SECONDS = 30
+# As a process that JAX aborts: what starts runs again limits how often.
+EXIT_LOST = 134
 _FAREWELL = "cassle_jax/farewell"
 _FAREWELL_SECONDS = 5
-_AGREE_MILLISECONDS = 600_000
+# Reading a dataset's labels may take an hour; a process that is gone is told by its heartbeat.
+_AGREE_MILLISECONDS = 2 * 3600 * 1000
 _FOREVER_MILLISECONDS = 2**40
 _CONTINUES = "what was saved is whole, and the same command continues"
 # What the runtime says where another process is the reason.
@@ -140,7 +143,9 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
     tasks = _tasks_of_host(environment)
-    own = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_GPU_BIND")
+    bind = environment.get("SLURM_GPU_BIND", "")
+    # Bound to none, every task sees all GPUs of the host, also where it asked for some of its own.
+    own = not bind.endswith("none") and (bind or environment.get("SLURM_GPUS_PER_TASK"))
     if not gpus:
         return None
     if own or tasks == 1 or gpus < tasks:
@@ -277,12 +282,12 @@ class _Company:
 
         Whoever ended by a mistake has said so: then `_listen` ends this process meanwhile.
         """
+        traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):
-            traceback.print_exception(error)
             self.leave(f"{type(error).__name__}: {_first_line(error)}", 1)
         time.sleep(_FAREWELL_SECONDS)
         self.leave(
-            f"{self} lost another process ({_first_line(error)}); {_CONTINUES}", EXIT_PREEMPTED
+            f"{self} probably lost another process ({_first_line(error)}); {_CONTINUES}", EXIT_LOST
         )
 
     def _listen(self) -> None:

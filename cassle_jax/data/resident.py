@@ -72,7 +72,7 @@ class ResidentFeed:
         self._mesh, self._batch = mesh, batch
         self._epoch_order = EpochOrder(len(source), seed)
         self._epoch: int | None = None
-        self._to_decode = Images(source, canvas, damaged, substitute=True)
+        self._to_decode: Images | None = Images(source, canvas, damaged, substitute=True)
         self._length, self._threads = len(source), thread_count(threads)
         self._images: Batch | None = None
         self._draw = _draw(mesh, batch)
@@ -108,6 +108,7 @@ class ResidentFeed:
             for _ in pool.map(decode, range(0, self._length, _ROWS_A_TASK)):
                 pass
         self._images = replicate(decoded, self._mesh)
+        self._to_decode = None  # its pool would keep the memory of all images
         self.waited += time.perf_counter() - start
 
 

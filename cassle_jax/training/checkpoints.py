@@ -65,6 +65,9 @@ class Checkpoints:
                 preservation_policy=self._preserve, cleanup_tmp_directories=True
             ),
         )
+        # Orbax would ask for the step of a checkpoint from a thread of its own, which JAX takes for
+        # the step this process is at; see `StopRequest.agreed`.
+        self._manager.reached_preemption = lambda _: False
         self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
@@ -119,9 +122,10 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            restored = None
             try:
                 self._check_shapes(step, like)
-                state, data_state = self._read(step, like)
+                restored = self._read(step, like)
             except ConfigError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
@@ -130,9 +134,9 @@ class Checkpoints:
                     step,
                     _first_line(error),
                 )
-                continue
-            self._drop_after(step)
-            return state, data_state
+            if _in_all_processes(restored is not None):
+                self._set_aside_after(step)
+                return restored
         if steps:
             raise ConfigError(
                 f"workdir={self._folder.parent} has checkpoints, and none of them can be read; "
@@ -246,14 +250,15 @@ class Checkpoints:
         return "none is saved yet" if newest is None else f"the newest saved is {newest}"
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        with late_reads_ignored():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-                ),
-            )
-        state, data_state = restored["state"], restored["data"]
+        folder = self._folder / str(step)
+        # Not by the manager, which ends with a barrier: a process that cannot read would miss it.
+        with (
+            late_reads_ignored(),
+            contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
+            contextlib.closing(ocp.JsonCheckpointHandler()) as data,
+        ):
+            state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
+            data_state = data.restore(folder / "data", args=ocp.args.JsonRestore())
         saved = data_state.pop("checksums", None)  # older versions wrote none
         found = checksums(state, data_state)
         wrong = [name for name in found if saved is not None and saved.get(name) != found[name]]
@@ -275,11 +280,29 @@ class Checkpoints:
                     "run was begun with"
                 )
 
-    def _drop_after(self, step: int) -> None:
-        """Deletes the checkpoints that could not be read, so that their steps are saved again."""
-        for damaged in self._manager.all_steps():
-            if damaged > step:
-                self._manager.delete(damaged)
+    def _set_aside_after(self, step: int) -> None:
+        """Moves away the checkpoints that could not be read, so that their steps are saved again.
+
+        They are not deleted: what could not be read may be the network's fault, or memory's.
+        """
+        unread = [each for each in self._manager.all_steps() if each > step]
+        if not unread:
+            return
+        if jax.process_index() == 0:
+            aside = self._folder.parent / "unreadable"
+            aside.mkdir(exist_ok=True)
+            for each in unread:
+                (self._folder / str(each)).rename(aside / f"{each}-{time.time_ns()}")
+            LOG.warning("what could not be read is kept in %s", aside)
+        _in_all_processes(True)
+        self._manager.reload()
+
+
+def _in_all_processes(here: bool) -> bool:
+    """Whether it is so in every process, which all must ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
 class _NoRoom(OSError):

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 
 import jax
 import numpy as np
@@ -76,6 +76,7 @@ def pretrain(
     """
     workdir = _known_path(workdir)
     mesh = device_mesh()
+    _check_devices(mesh)
     source = open_source(config.data, config.data.train_split)
     agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))
@@ -247,6 +248,16 @@ class _Loop:
     def _save_surely(self, seconds: float) -> None:
         self._check_finite()
         self.checkpoints.save_surely(self.step, self.state, self.data_state, seconds=seconds)
+
+
+def _check_devices(mesh: Mesh) -> None:
+    """Raises ConfigError where processes, which read equal shares, have unequal ones of devices."""
+    counts = Counter(device.process_index for device in mesh.devices.flat)
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"the processes have {', '.join(map(str, counts.values()))} devices; give all the same "
+            "number (SLURM: --ntasks-per-node and --gpus-per-node alike on all hosts)"
+        )
 
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:

@@ -18,6 +18,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._asked, self._previous = threading.Event(), {}
         self._alone = jax.process_count() == 1
+        self._first: int | None = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -29,7 +30,12 @@ class StopRequest:
 
     def agreed(self, step: int) -> bool:
         """Whether the run ends with `step` done: the same in all processes, which all must ask."""
-        return self._asked.is_set() if self._alone else reached_preemption_sync_point(step)
+        if self._alone:
+            return self._asked.is_set()
+        # JAX takes who has not asked yet to be at 0: a signal before the first step ends the run at
+        # 1, which a continued run would never come by if it counted from its own step.
+        self._first = step if self._first is None else self._first
+        return reached_preemption_sync_point(step - self._first)
 
     def _on_signal(self, number, _) -> None:
         if self._alone:

@@ -203,13 +203,14 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert_identical(state, whole[1])
     assert while_full == {"steps": [5], "leftovers": set()}
     assert not leftovers(workdir)
-    assert steps_saved(workdir) == [5, 20, 24]
+    # What is being saved in the background at 15 may find the room that is made at 20.
+    assert steps_saved(workdir) in ([5, 20, 24], [15, 20, 24])
     assert [step for step, _ in read_metrics(workdir)["loss"]] == [5, 10, 15, 20, 24]
     said = [each for each in warnings_of(caplog) if "checkpoint" in each]
     assert len(said) == 2, said
     assert "checkpoint 10 is not saved" in said[0] and str(workdir) in said[0]
     assert "training goes on" in said[0] and "the newest saved is 5" in said[0]
-    assert said[1] == "checkpoint 20 is saved"
+    assert said[1] == f"checkpoint {min(set(steps_saved(workdir)) - {5})} is saved"
     assert not any("\n" in each for each in said)
     assert "Traceback" not in capfd.readouterr().err
 
