@@ -11,6 +11,10 @@ ROOT = Path(__file__).parents[2]
 SKIPPED = 77
 
 
+@pytest.mark.skipif(
+    not os.environ.get("CASSLE_SLURM"),
+    reason="ten minutes: CASSLE_SLURM=1, or bash launch/test_slurm.sh",
+)
 def test_two_tasks_stopped_preempted_and_requeued_end_bit_identical():
     # Each task is one process with one device, as on a cluster of CPUs.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
