@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import random
 import resource
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -247,11 +247,18 @@ def test_the_last_step_is_saved_when_room_is_made_meanwhile(
 ):
     workdir = disk.folder / "run"
     monkeypatch.setattr(checkpoints_module, "RETRY_SECONDS", 0.2)
-    timer = threading.Timer(3, disk.free)
-    at_step[24] = once_saved(workdir, 20, lambda: (disk.fill(), timer.start()))
+    at_step[24] = once_saved(workdir, 20, disk.fill)
+
+    class Room(logging.Handler):
+        """Is made once the run has told of its trouble."""
+
+        def emit(self, record):
+            if "would be lost" in record.getMessage():
+                disk.free()
+
+    monkeypatch.setattr(checkpoints_module.LOG, "handlers", [Room()])
     with caplog.at_level("WARNING", logger="cassle_jax"):
         pretrain(config, workdir)
-    timer.join()
     assert steps_saved(workdir)[-1] == 24
     assert "step 24 would be lost" in caplog.text and "checkpoint 24 is saved" in caplog.text
 
@@ -489,16 +496,15 @@ def test_a_flipped_bit_anywhere_does_no_harm(saved, caplog):
 def test_another_number_in_an_array_is_noticed(saved, caplog, monkeypatch):
     """What no format notices: the values differ, and everything about them is sound."""
     workdir, _ = saved
-    read = checkpoints_module.ocp.CheckpointManager.restore
+    read = checkpoints_module.ocp.StandardCheckpointHandler.restore
 
-    def altered(manager, step, args):
-        found = read(manager, step, args=args)
-        if step == 2:
-            params = found["state"].params
-            params["a"] = params["a"].at[3, 5].multiply(1.0000002)
+    def altered(handler, folder, args):
+        found = read(handler, folder, args=args)
+        if folder.parent.name == "2":
+            found.params["a"] = found.params["a"].at[3, 5].multiply(1.0000002)
         return found
 
-    monkeypatch.setattr(checkpoints_module.ocp.CheckpointManager, "restore", altered)
+    monkeypatch.setattr(checkpoints_module.ocp.StandardCheckpointHandler, "restore", altered)
     assert restored_after(lambda copy: None, workdir, caplog) == 1
     assert "params of it are not what was saved" in caplog.text
 
