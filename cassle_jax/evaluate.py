@@ -1,6 +1,7 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from cassle_jax.subjects import open_subject
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
 
 SCENES, SCENE_PIXELS = 5000, 64
+INCOMPLETE = "incomplete"  # folder, in that of the report, of what was found before an error
 
 
 def evaluate_command(
@@ -51,7 +53,8 @@ def evaluate_command(
       runs: workdirs of runs or files of weights, each as `path` or `name=path`; those of one name
         are seeds of it.
       datasets: names in `DATASETS`, `scenes`, `folder:<path>`, or `name=<path of its folder>`.
-      to: folder of the report.
+      to: folder of the report; where the evaluation ends early, what was found by then is in its
+        `incomplete` folder.
       tasks: names in `TASKS`; empty for the usual ones that suit each dataset.
       network: of runs: `online` or `momentum`.
       data_dir: of tensorflow-datasets.
@@ -87,11 +90,12 @@ def evaluate_command(
     plan = {data.name: _tasks_for(data, tasks) for data in opened}
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
-    _check_writable(Path(to).expanduser())
+    folder = Path(to).expanduser()
+    _check_writable(folder)
 
     def evaluate(subject: Subject, findings: list[Finding]) -> None:
-        folder = Path(cache).expanduser() if cache else None
-        store = FeatureStore(subject, mesh, batch=batch, folder=folder, limit=limit)
+        kept_in = Path(cache).expanduser() if cache else None
+        store = FeatureStore(subject, mesh, batch=batch, folder=kept_in, limit=limit)
         for data in opened:
             bench = Bench(subject, data, store, mesh, settings or Settings())
             for name in plan[data.name]:
@@ -100,9 +104,9 @@ def evaluate_command(
     found: dict[str, list[list[Finding]]] = {}
     summary = f"{_summary(opened, limit)} {_of_settings(settings or Settings())}"
 
-    def write(summary: str) -> Path:
+    def write(folder: Path, summary: str) -> Path:
         facts = {name: _facts(subjects[name]) for name in found}
-        return write_report(Path(to).expanduser(), found, provenance=facts, summary=summary)
+        return write_report(folder, found, provenance=facts, summary=summary)
 
     try:
         for name, seeds in subjects.items():
@@ -112,11 +116,13 @@ def evaluate_command(
                 evaluate(each, findings)
     except BaseException:
         if not jax.process_index() and any(any(runs) for runs in found.values()):
-            LOG.warning("%s has what was found before", write(f"INCOMPLETE. {summary}"))
+            page = write(folder / INCOMPLETE, f"INCOMPLETE. {summary}")
+            LOG.warning("%s has what was found before", page)
         raise
     if jax.process_index():
-        return Path(to).expanduser() / HTML
-    page = write(summary)
+        return folder / HTML
+    page = write(folder, summary)
+    shutil.rmtree(folder / INCOMPLETE, ignore_errors=True)
     LOG.info("the page is %s", page)
     return page
 

@@ -143,9 +143,10 @@ def transfer(
                 LOG.info("run %d of %d: %s", number, len(runs), run.folder)
                 pretrain_command(_planned(run.config, plan, images), workdir)
                 evaluate(run, workdir)
+                _write_page(to, runs[:number], plan)
             if not keep_weights:
                 shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-            page = _write_page(to, runs[:number], plan)
+        page = _write_page(to, runs, plan)
     LOG.info("the page is %s", page)
     return page
 

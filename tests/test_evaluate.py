@@ -1,5 +1,6 @@
 """The command evaluates a run, keeps its features, and refuses what cannot work in one line."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
-from cassle_jax.evaluation.tasks import Settings
+from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.training.checkpoints import Checkpoints
@@ -92,6 +93,23 @@ def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
     evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={run}", f"b={run}"])
     held = json.loads((tmp_path / "report" / "report.json").read_text())["subjects"]
     assert {name: len(one["runs"]) for name, one in held.items()} == {"a": 2, "b": 1}
+
+
+def test_an_evaluation_that_ends_early_is_not_taken_for_a_whole_one(run, tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+
+    def fails(bench):
+        raise ValueError("in the second task")
+
+    monkeypatch.setitem(TASKS, "spectrum", dataclasses.replace(TASKS["spectrum"], run=fails))
+    with pytest.raises(DataError, match=r"spectrum of a on scenes: in the second task"):
+        evaluate(run, tmp_path, "knn", "spectrum", runs=[f"a={run}"])
+    assert not list(folder.glob("report.*"))
+    assert "INCOMPLETE" in (folder / "incomplete" / "report.html").read_text()
+    ((findings,),) = read_report(folder / "incomplete" / "report.json")[0].values()
+    assert {finding.task for finding in findings} == {"k-NN (k = 1)"}
+    evaluate(run, tmp_path, "knn")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".html", ".json"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Writes what an evaluation found of one or several subjects as a page, as JSON and as CSV."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from cassle_jax.report.comparison_chart import chart_html, key_html
 from cassle_jax.report.gallery import rows_html
 from cassle_jax.report.page import html_page, paragraphs_html
 from cassle_jax.report.table import cell_text
+from cassle_jax.storage import write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 
@@ -54,7 +56,8 @@ def write_report(
     run, in full precision.
 
     Args:
-      folder: Where the files go; it is made, and files of these names are replaced.
+      folder: Where the files go; it is made, and files of these names are replaced. The JSON is
+        written last: where it is, all is.
       subjects: By name, one list of findings a seed; the order is kept.
       title: The heading.
       summary: A paragraph under it; an empty line begins another.
@@ -77,9 +80,10 @@ def write_report(
     page = _page(subjects, title, summary, provenance)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / HTML).write_text(page, encoding="utf-8")
-    _write_json(folder / JSON, subjects, title, summary, provenance)
-    _write_csv(folder / CSV, subjects)
+    write_whole(folder / HTML, page.encode())
+    write_whole(folder / CSV, _csv(subjects).encode())
+    # Last, so that where it is, everything is.
+    write_whole(folder / JSON, _json(subjects, title, summary, provenance).encode())
     return folder / HTML
 
 
@@ -90,7 +94,7 @@ def read_report(path: str | PathLike[str]) -> tuple[Subjects, Facts]:
     return subjects, {name: one["provenance"] for name, one in held.items() if one["provenance"]}
 
 
-def _write_json(path: Path, subjects: Subjects, title: str, summary: str, facts: Facts) -> None:
+def _json(subjects: Subjects, title: str, summary: str, facts: Facts) -> str:
     # What JSON has no word for, in a configuration too, is text: NaN, a path, a date.
     plain = json.loads(json.dumps(facts, default=str), parse_constant=str)
     held = {
@@ -98,19 +102,19 @@ def _write_json(path: Path, subjects: Subjects, title: str, summary: str, facts:
         for name, runs in subjects.items()
     }
     content = {"title": title, "summary": summary, "subjects": held}
-    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def _write_csv(path: Path, subjects: Subjects) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_COLUMNS)
-        for name, runs in subjects.items():
-            for number, run in enumerate(runs):
-                for score in run:
-                    if isinstance(score, Score):
-                        writer.writerow([name, number, *_csv_cells(score)])
+def _csv(subjects: Subjects) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for name, runs in subjects.items():
+        for number, run in enumerate(runs):
+            for score in run:
+                if isinstance(score, Score):
+                    writer.writerow([name, number, *_csv_cells(score)])
+    return text.getvalue()
 
 
 def _csv_cells(score: Score) -> list[str]:
