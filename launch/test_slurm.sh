@@ -2,15 +2,22 @@
 # Tests launch/slurm.sbatch on a real SLURM: slurmctld, slurmd and munge from Debian, on the loopback, in a temporary folder.
 # A run of two tasks is stopped by the time limit's signal, continues, is preempted by a job of higher priority, continues,
 # and must end with the same bits as one that was left alone.
-# Usage: bash launch/test_slurm.sh [--keep]      installs SLURM with apt-get where it is missing and this user may;
-#   --keep  leaves the folder of logs and runs.
+# Usage: bash launch/test_slurm.sh [--keep] [--sweep]      installs SLURM with apt-get where it is missing and this user may;
+#   --keep   leaves the folder of logs and runs;
+#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one cancelled from outside; the same sweep again ends.
 # Exit codes: 0 passed, 1 failed, 77 skipped, as SLURM cannot be installed here.
 
 # shellcheck source=launch/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-keep=''
-[ "${1:-}" != --keep ] || keep=yes
+keep='' sweep=''
+for word; do
+  case "$word" in
+    --keep) keep=yes ;;
+    --sweep) sweep=yes ;;
+    *) stop "$word is unknown; use --keep or --sweep" ;;
+  esac
+done
 steps=120
 PATH="$PATH:/usr/sbin:/sbin"
 export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=''
@@ -35,8 +42,8 @@ install_slurm() {
   fi
   say "installing SLURM"
   {
-    "${as_root[@]}" apt-get update -qq
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurmctld slurmd slurm-client munge
+    "${as_root[@]}" timeout 120 apt-get update -qq &&
+      "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq slurmctld slurmd slurm-client munge
   } >/dev/null || skip "apt-get could not install SLURM; its message is above"
 }
 
@@ -134,13 +141,14 @@ clean_up() {
   if [ -n "$keep" ]; then say "logs and runs are in $folder"; else rm -rf "$folder"; fi
 }
 
+config=("--config=$repository/configs/quickstart.py:method=simclr" "--config.steps=$steps" --config.batch_size=8
+  --config.encoder.width=4 --config.augment.size=16 --config.data.canvas=16 --config.data.scenes=512 --config.data.threads=1
+  --config.probe.every_epochs=0 --config.log.every_steps=1 --config.checkpoint.every_steps=1000000)
+
 # Submits a run of two tasks, and prints its job's number.
 submit() {
   sbatch --parsable --job-name="$1" --ntasks=2 --time=30 --output="$folder/$1.out" --chdir="$repository" \
-    "$repository/launch/slurm.sbatch" "--config=$repository/configs/quickstart.py:method=simclr" "--workdir=$folder/$1" \
-    "--config.steps=$steps" --config.batch_size=8 --config.encoder.width=4 --config.augment.size=16 \
-    --config.data.canvas=16 --config.data.scenes=512 --config.data.threads=1 --config.probe.every_epochs=0 \
-    --config.log.every_steps=1 --config.checkpoint.every_steps=1000000
+    "$repository/launch/slurm.sbatch" "${config[@]}" "--workdir=$folder/$1"
 }
 
 state_of() { scontrol show job "$1" --oneliner | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
@@ -231,3 +239,24 @@ starts="$(scontrol show job "$job" --oneliner | sed -n 's/.*Restarts=\([0-9]*\).
 grep -h 'continuing' "$folder/interrupted.out" || fail "job $job did not continue"
 same_bits "$folder/whole/checkpoints/$steps/state" "$folder/interrupted/checkpoints/$steps/state" || fail "the runs differ"
 say "passed: stopped at the time limit, preempted, requeued twice, and the same bits as the run left alone"
+
+[ -n "$sweep" ] || exit 0
+command=("$python" "$repository/launch/sweep.py" "${config[@]}" --where=slurm --grid='seed=0,1' "--to=$folder/sweep" --slurm=time=30)
+say "a sweep of two runs: ${command[*]}"
+"${command[@]}" &>"$folder/sweep.out" &
+sweeping="$!"
+for seed in 0 1; do await "run seed=$seed to train" 900 has_done "sweep/runs/seed=$seed" 10; done
+urgent="$(sbatch --parsable --job-name=urgent --partition=high --ntasks=1 --output="$folder/urgent.out" --wrap='sleep 3')"
+say "job $urgent of higher priority preempts one of them"
+await "job $urgent" 600 ended "$urgent"
+preempted="$(squeue --array --noheader --states=PENDING --format=%i)"
+running="$(squeue --array --noheader --states=RUNNING --format=%i)"
+if [ -z "$preempted" ] || [ -z "$running" ]; then fail "of the sweep, pending is '$preempted', running is '$running'"; fi
+say "job $running is cancelled from outside"
+scancel "$running"
+wait "$sweeping" && fail "the sweep did not tell of the run that was cancelled"
+tail -n 1 "$folder/sweep.out"
+grep -q '1 of 2 runs failed' "$folder/sweep.out" || fail "the sweep ended otherwise"
+"${command[@]}" &>>"$folder/sweep.out" || fail "the same sweep again failed"
+[ "$(grep -c '"state": "finished"' "$folder/sweep/runs.jsonl")" -eq 2 ] || fail "the sweep did not finish its runs"
+say "passed: a sweep went on after a preemption, and ran again what was cancelled"

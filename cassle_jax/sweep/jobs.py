@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import submitit
@@ -23,6 +23,7 @@ from cassle_jax.storage import write_whole
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
 # A command that saved and ended goes on in the same job. So many times, that is something else.
 _MOST_STARTS = 100
@@ -196,10 +197,25 @@ class Slurm:
         with self._executor.batch():
             jobs = [self._executor.submit(command) for command in commands]
         running = dict(zip(jobs, commands, strict=True))
+        looked, missing = time.monotonic(), set()
         while running:
-            for job in [each for each in running if each.done()]:
+            gone = set()
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                # Without SLURM's accounting submitit waits forever for what was cancelled. Missing
+                # twice, as a result may be seen later than the end of its job.
+                now = _missing(running)
+                gone, missing, looked = missing & now, now, time.monotonic()
+            for job in [each for each in running if each in gone or each.done()]:
                 ended(running.pop(job))
             time.sleep(_POLL_SECONDS)
+
+
+def _missing(jobs: Iterable[submitit.Job]) -> set[submitit.Job]:
+    """Those that SLURM has neither waiting nor running; none where it does not answer."""
+    asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    queued = told.stdout.split()
+    return {job for job in jobs if not told.returncode and job.job_id not in queued}
 
 
 def _options(text: str) -> dict[str, str | int]:
