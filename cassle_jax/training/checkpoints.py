@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -259,11 +260,8 @@ class Checkpoints:
         ):
             state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
             data_state = data.restore(folder / "data", args=ocp.args.JsonRestore())
-        saved = data_state.pop("checksums", None)  # older versions wrote none
-        found = checksums(state, data_state)
-        wrong = [name for name in found if saved is not None and saved.get(name) != found[name]]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} of it are not what was saved")
+        saved = data_state.pop("checksums", {})
+        check_sums(checksums(state, data_state), saved)
         return state, data_state
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
@@ -315,9 +313,20 @@ def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
     Neither the format nor most file systems notice a flipped bit in the middle of an array. They
     are computed on the devices, so nothing is transferred, and do not depend on how many there are.
     """
-    sums = {name: int(value) for name, value in _checksums_of(vars(state)).items()}
     told = json.dumps(data_state, sort_keys=True)
-    return {**sums, "data": zlib.crc32(told.encode())}
+    return {**checksums_of(vars(state)), "data": zlib.crc32(told.encode())}
+
+
+def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
+    """The same for some parts of a state, by name."""
+    return {name: int(value) for name, value in _checksums_of(dict(parts)).items()}
+
+
+def check_sums(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
+    """Raises ValueError where parts are not what was saved; older versions saved no checksums."""
+    wrong = [name for name in found if saved and saved.get(name) != found[name]]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} of it are not what was saved")
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from cassle_jax.interop.card import run_card
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
+from cassle_jax.training.checkpoints import check_sums, checksums_of
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.saved_config import read_config
@@ -85,7 +86,7 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
     for each in steps if step is None else [step]:
         try:
             with late_reads_ignored():
-                return each, _restore(folder / str(each) / "state", names)
+                return each, _restore(folder / str(each), names)
         except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             LOG.warning("checkpoint %d cannot be read: %s", each, reason)
@@ -93,8 +94,11 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
     raise WeightsError(f"run={folder.parent} has {there} be read")
 
 
-def _restore(state: epath.Path, names: tuple[str, str]) -> dict[str, dict]:
+def _restore(checkpoint: epath.Path, names: tuple[str, str]) -> dict[str, dict]:
     """Two parts of a saved state as numpy arrays, called `params` and `batch_stats`."""
+    state = checkpoint / "state"
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        data = handler.restore(checkpoint / "data", args=ocp.args.JsonRestore())
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         saved = handler.metadata(state).tree
         wanted = {name: saved[name] for name in names}
@@ -103,4 +107,5 @@ def _restore(state: epath.Path, names: tuple[str, str]) -> dict[str, dict]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         arguments = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
         restored = handler.restore(state, args=arguments)
+    check_sums(checksums_of({name: restored[name] for name in names}), data.get("checksums", {}))
     return {"params": restored[names[0]], "batch_stats": restored[names[1]]}

@@ -509,6 +509,22 @@ def test_another_number_in_an_array_is_noticed(saved, caplog, monkeypatch):
     assert "params of it are not what was saved" in caplog.text
 
 
+def test_weights_that_are_not_what_was_saved_are_not_exported(run, caplog, monkeypatch):
+    handler = checkpoints_module.ocp.PyTreeCheckpointHandler
+    read = handler.restore
+
+    def altered(self, folder, args):
+        found = read(self, folder, args=args)
+        if folder.parent.name == "24":
+            jax.tree.leaves(found["params"])[0].ravel()[0] *= 1.0000002
+        return found
+
+    monkeypatch.setattr(handler, "restore", altered)
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        assert read_run(run).card["step"] == 20
+    assert "checkpoint 24 cannot be read: params of it are not what was saved" in caplog.text
+
+
 # --- an unreadable file of records
 
 
