@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from cassle_jax.checks import check_at_least
-from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.findings import Finding, Score, missed_optima
 
 _TOLERANCE = 1e-6
 _MAX_STEPS = 50
@@ -43,12 +43,14 @@ class FewShotResult:
       shots: Images of each class to fit (K).
       queries: Images of each class to classify.
       accuracies: Share of the queries classified rightly, of each episode.
+      converged: Whether the fits of an episode got to their optimum.
     """
 
     ways: int
     shots: int
     queries: int
     accuracies: Float64[np.ndarray, " episodes"]
+    converged: Bool[np.ndarray, " episodes"]
 
     @property
     def mean(self) -> float:
@@ -63,7 +65,8 @@ class FewShotResult:
     def findings(self, dataset: str) -> list[Finding]:
         """The mean accuracy with its interval."""
         metric = f"{self.ways}-way {self.shots}-shot accuracy"
-        return [Score("few-shot", dataset, metric, self.mean, self.interval)]
+        score = Score("few-shot", dataset, metric, self.mean, self.interval)
+        return [score, *missed_optima("few-shot", dataset, self.converged)]
 
 
 class OneAgainstRest(NamedTuple):
@@ -125,7 +128,8 @@ def few_shot(
             f"features to a scale near 1",
             stacklevel=2,
         )
-    return FewShotResult(ways, shots, queries, right.astype(np.float64) / (ways * queries))
+    accuracies = right.astype(np.float64) / (ways * queries)
+    return FewShotResult(ways, shots, queries, accuracies, converged)
 
 
 def fit_one_against_rest(

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
@@ -34,6 +34,13 @@ class Score:
     value: Real
     interval: Real | None = None
     higher_is_better: bool | None = True
+
+
+def missed_optima(task: str, dataset: str, converged: Bool[np.ndarray, " fits"]) -> list[Score]:
+    """How many of a protocol's fits did not get to their optimum; nothing where all did."""
+    missed = float(np.sum(~converged))
+    name = "fits that did not converge"
+    return [Score(task, dataset, name, missed, higher_is_better=False)] if missed else []
 
 
 @dataclasses.dataclass(frozen=True)

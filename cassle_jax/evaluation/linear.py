@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from cassle_jax.checks import check_at_least, check_positive
-from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 
 PENALTIES = np.logspace(-6, 5, 45)
 
@@ -115,11 +115,7 @@ class LinearResult:
             {"validation": points},
         )
         scores = [Score("linear", dataset, name, values[name]) for name in names]
-        missed = float(np.sum(~self.converged))
-        if missed:
-            name = "fits that did not converge"
-            scores.append(Score("linear", dataset, name, missed, higher_is_better=False))
-        return [*scores, chart]
+        return [*scores, *missed_optima("linear", dataset, self.converged), chart]
 
 
 def linear_evaluation(

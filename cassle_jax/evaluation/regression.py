@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 from sklearn.metrics import r2_score
 
 from cassle_jax.checks import check_at_least, check_one_of, check_positive
-from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 from cassle_jax.evaluation.linear import PENALTIES, principal_axes
 
 Split = tuple[Float[np.ndarray, "_ _"], Float[np.ndarray, "_ _"]]
@@ -101,6 +101,7 @@ class RegressionResult:
         return [
             Score("regression", dataset, "R²", self.test_r2),
             Score("regression", dataset, "R² pooled", self.test_r2_pooled),
+            *missed_optima("regression", dataset, self.converged),
             Chart(
                 "regression",
                 dataset,

@@ -89,7 +89,9 @@ def test_the_interval_and_the_finding():
 def test_what_no_fit_can_solve_is_said():
     features, labels = clusters(150, scale=1e5)
     with pytest.warns(UserWarning, match="4 of 4 episodes did not reach their optimum"):
-        few_shot(features, labels, episodes=4)
+        result = few_shot(features, labels, episodes=4)
+    score = result.findings("CUB-200")[1]
+    assert (score.metric, score.value) == ("fits that did not converge", 4)
 
 
 @pytest.mark.parametrize(
