@@ -8,6 +8,7 @@ then be overridden: `--config.optimizer.weight_decay=1e-4`.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable
 
 from ml_collections import ConfigDict
@@ -152,12 +153,12 @@ def knows(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """All settings by their full names, such as `optimizer.weight_decay`."""
+    """All settings by names such as `optimizer.weight_decay`, with the values JSON has for them."""
     flat = {}
     for name, value in config.items():
         nested = isinstance(value, ConfigDict)
         flat |= flat_settings(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
+    return json.loads(json.dumps(flat))
 
 
 def _from_dataclass(instance) -> ConfigDict:

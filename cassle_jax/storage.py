@@ -1,19 +1,18 @@
 """Files of a run on local disks and object stores: written whole, or growing at their end."""
 
 import logging
-import re
 import shutil
 
 from etils import epath
 
 LOG = logging.getLogger(__name__)
 
-_OBJECT_STORE = re.compile("(gs|s3|az|hf)://")
+OBJECT_STORES = ("gs", "s3")
 
 
 def on_object_store(path: epath.PathLike) -> bool:
     """Whether the path is of an object store: without locks, appending and a size."""
-    return bool(_OBJECT_STORE.match(str(path)))
+    return str(path).startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES))
 
 
 def free_bytes(folder: epath.PathLike) -> int | None:

@@ -58,7 +58,7 @@ def test_a_method_brings_its_own_settings(method):
     ],
 )
 def test_conditioning_names_descriptors(value, descriptors):
-    assert changed(f"conditioning={value}") == {"conditioning.descriptors": descriptors}
+    assert changed(f"conditioning={value}") == {"conditioning.descriptors": list(descriptors)}
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from cassle_jax.config import flat_settings
 from cassle_jax.evaluation.findings import Chart, Finding, Score
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
-from cassle_jax.sweep.space import Run, as_json
+from cassle_jax.sweep.space import Run
 from cassle_jax.training.metrics import read_metrics
 
 TASK = "pretraining"
@@ -34,7 +35,7 @@ def write_page(folder: Path, workdirs: Mapping[Run, Path], evaluation: Path | No
     facts: dict[str, dict[str, object]] = {}
     for run, workdir in workdirs.items():
         subjects.setdefault(run.subject, []).append(_findings(run, workdir))
-        facts.setdefault(run.subject, {"config": as_json(run.config)})
+        facts.setdefault(run.subject, {"config": flat_settings(run.config)})
     if evaluation:
         found, known = read_report(evaluation / JSON)
         for name, seeds in found.items():

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -238,8 +237,3 @@ def _as_folder(name: str) -> str:
     if plain == name and len(name) <= _LONGEST_NAME:
         return name
     return f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def as_json(config: ConfigDict) -> dict[str, object]:
-    """All settings by their full names, as JSON has them."""
-    return json.loads(json.dumps(flat_settings(config)))

@@ -13,9 +13,9 @@ from cassle_jax.evaluation.tasks import TASKS
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
-from cassle_jax.sweep.space import Asked, Run, as_json, runs_of
+from cassle_jax.sweep.space import Asked, Run, runs_of
 from cassle_jax.training.metrics import read_metrics
-from cassle_jax.training.saved_config import FREE_TO_CHANGE, read_config
+from cassle_jax.training.saved_config import changes, read_config
 
 LOG = logging.getLogger("cassle_jax.sweep")
 
@@ -169,21 +169,16 @@ class _Book:
             result = {"steps": max(curve[-1][0] for curve in curves.values())}
             result |= {name: curve[-1][1] for name, curve in curves.items()}
         facts = {"run": run.name, "subject": run.subject, "values": run.values}
-        return {**facts, "state": state, "result": result, "config": as_json(run.config)}
+        return {**facts, "state": state, "result": result, "config": flat_settings(run.config)}
 
 
 def _check_same(run: Run, workdir: Path) -> None:
     """Raises ConfigError where a finished run had other settings than are asked for now."""
-    before, now = flat_settings(read_config(workdir)), as_json(run.config)
-    differences = [
-        f"{name}={value!r} was {before[name]!r}"
-        for name, value in now.items()
-        if name in before and before[name] != value and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if differences:
+    changed = changes(read_config(workdir), run.config)
+    if changed:
         raise ConfigError(
-            f"{workdir} holds a finished run with other settings ({'; '.join(differences)}); use "
-            "another folder (--to), or the settings it had"
+            f"{workdir} holds a finished run with other settings ({'; '.join(changed.values())}); "
+            "use another folder (--to), or the settings it had"
         )
 
 

@@ -15,6 +15,7 @@ from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree
 from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.storage import on_object_store
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
@@ -262,8 +263,7 @@ def _check_devices(mesh: Mesh) -> None:
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:
     """The path; what looks like a scheme but is none would be a local folder of that name."""
-    scheme, separator, _ = str(workdir).partition("://")
-    if separator and scheme not in ("gs", "s3"):
+    if "://" in str(workdir) and not on_object_store(workdir):
         raise ConfigError(
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )

@@ -57,21 +57,12 @@ def check_unchanged(
     if not holds_run(workdir):
         return []
     try:
-        before = flat_settings(read_config(workdir))
+        differences = changes(read_config(workdir), config)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"workdir={workdir} has a config.json that is damaged ({error}); write the settings it "
             "was begun with, or move its checkpoints away to begin anew"
         ) from error
-    now = flat_settings(_as_json(config))
-    # What an older version did not know had the value it has by default now.
-    defaults = flat_settings(_as_json(base_config(f"method={config.method.name}")))
-    before = {name: value for name, value in defaults.items() if name in now} | before
-    differences = {
-        name: f"{name}={now.get(name)!r} was {before.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(FREE_TO_CHANGE)
-    }
     impossible = [told for name, told in differences.items() if name in NEVER_TO_CHANGE]
     if accept_changes and impossible:
         raise ConfigError(
@@ -88,6 +79,24 @@ def check_unchanged(
     return list(differences.values())
 
 
+def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
+    """By name, the settings that differ and matter to what a run computes: `steps=9 was 7`.
+
+    Args:
+      before: as read from a workdir; what an older version did not know counts as today's default.
+      now: the settings today.
+    """
+    after = flat_settings(now)
+    defaults = flat_settings(base_config(f"method={now.method.name}"))
+    earlier = {name: defaults[name] for name in defaults.keys() & after.keys()}
+    earlier |= flat_settings(before)
+    return {
+        name: f"{name}={after.get(name)!r} was {earlier.get(name)!r}"
+        for name in sorted(earlier.keys() | after.keys())
+        if earlier.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
+    }
+
+
 def holds_run(workdir: epath.Path) -> bool:
     """Whether the workdir has a configuration and checkpoints."""
     saved = workdir / "checkpoints"
@@ -97,14 +106,8 @@ def holds_run(workdir: epath.Path) -> bool:
 def shared_settings(config: ConfigDict) -> dict[str, Any]:
     """The settings that all processes of a run must have alike, by their full names."""
     return {
-        name: value
-        for name, value in flat_settings(_as_json(config)).items()
-        if name not in FREE_TO_DIFFER
+        name: value for name, value in flat_settings(config).items() if name not in FREE_TO_DIFFER
     }
-
-
-def _as_json(config: ConfigDict) -> ConfigDict:
-    return ConfigDict(json.loads(json.dumps(config.to_dict())))
 
 
 def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -23,7 +23,7 @@ def note_start(
       step: it starts at; 0 for a new one.
       images: number of training images.
       mesh: the devices.
-      changes: of settings since the start before, as `saved_config.changes` tells them.
+      changes: of settings since the start before, as `saved_config.check_unchanged` tells them.
 
     Raises:
       OSError: it cannot be written.
