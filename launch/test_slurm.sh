@@ -4,7 +4,7 @@
 # and must end with the same bits as one that was left alone.
 # Usage: bash launch/test_slurm.sh [--keep] [--sweep]      installs SLURM with apt-get where it is missing and this user may;
 #   --keep   leaves the folder of logs and runs;
-#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one cancelled from outside; the same sweep again ends.
+#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one killed from outside; the same sweep again ends.
 # Exit codes: 0 passed, 1 failed, 77 skipped, as SLURM cannot be installed here.
 
 # shellcheck source=launch/environment.sh
@@ -241,7 +241,9 @@ same_bits "$folder/whole/checkpoints/$steps/state" "$folder/interrupted/checkpoi
 say "passed: stopped at the time limit, preempted, requeued twice, and the same bits as the run left alone"
 
 [ -n "$sweep" ] || exit 0
-command=("$python" "$repository/launch/sweep.py" "${config[@]}" --where=slurm --grid='seed=0,1' "--to=$folder/sweep" --slurm=time=30)
+# Long enough that a preempted run does not end in the time SLURM leaves it to save.
+command=("$python" "$repository/launch/sweep.py" "${config[@]}" --config.steps=1500 --where=slurm --grid='seed=0,1'
+  "--to=$folder/sweep" --slurm=time=30)
 say "a sweep of two runs: ${command[*]}"
 "${command[@]}" &>"$folder/sweep.out" &
 sweeping="$!"
@@ -252,11 +254,11 @@ await "job $urgent" 600 ended "$urgent"
 preempted="$(squeue --array --noheader --states=PENDING --format=%i)"
 running="$(squeue --array --noheader --states=RUNNING --format=%i)"
 if [ -z "$preempted" ] || [ -z "$running" ]; then fail "of the sweep, pending is '$preempted', running is '$running'"; fi
-say "job $running is cancelled from outside"
-scancel "$running"
-wait "$sweeping" && fail "the sweep did not tell of the run that was cancelled"
+say "job $running is killed from outside"
+scancel --signal=KILL --full "$running"
+wait "$sweeping" && fail "the sweep did not tell of the run that was killed"
 tail -n 1 "$folder/sweep.out"
 grep -q '1 of 2 runs failed' "$folder/sweep.out" || fail "the sweep ended otherwise"
 "${command[@]}" &>>"$folder/sweep.out" || fail "the same sweep again failed"
 [ "$(grep -c '"state": "finished"' "$folder/sweep/runs.jsonl")" -eq 2 ] || fail "the sweep did not finish its runs"
-say "passed: a sweep went on after a preemption, and ran again what was cancelled"
+say "passed: a sweep went on after a preemption, and ran again what was killed"

@@ -25,7 +25,9 @@ OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
-# A command that saved and ended goes on in the same job. So many times, that is something else.
+# A command that saved and ended, or was stopped before it could, goes on in the same job. So many
+# times, that is something else.
+_STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
 _MOST_STARTS = 100
 # How often submitit requeues a job at its time limit: as often as it takes.
 _MOST_REQUEUES = 10_000
@@ -67,7 +69,7 @@ class Command:
             if leads:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             code, starts = EXIT_PREEMPTED, 0
-            while code == EXIT_PREEMPTED and starts < _MOST_STARTS:
+            while code in _STOPPED and starts < _MOST_STARTS:
                 code, starts = self._run(lock, log), starts + 1
             if leads:
                 self._write_outcome(code)

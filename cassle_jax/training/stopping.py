@@ -11,8 +11,9 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 class StopRequest:
     """While entered, SIGTERM and Ctrl-C ask for a stop, so that a step ends and is saved.
 
-    The first signal gives way to what was there before: a second one kills. Of several processes,
-    JAX takes SIGTERM, tells the others and finds the next step that none has begun.
+    Ctrl-C then gives way to what was there before: a second one kills. SIGTERM may come again, as
+    SLURM sends it to a job and to each of its steps. Of several processes, JAX takes SIGTERM, tells
+    the others and finds the next step that none has begun.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -42,4 +43,5 @@ class StopRequest:
             self._asked.set()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -73,6 +73,7 @@ def test_sigterm_saves_and_the_same_call_continues(uninterrupted, tmp_path, monk
         write(writer, step, metrics)
         if step == 10:
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # SLURM sends it to a job, and to its steps
 
     monkeypatch.setattr(MetricsWriter, "write", interrupt)
     with pytest.raises(Preempted, match="step 10"):
