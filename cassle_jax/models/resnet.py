@@ -9,7 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from cassle_jax.models.batch_norm import BatchNorm
+from cassle_jax.models.convolve import convolve
 from cassle_jax.models.initializers import fan_in_uniform
+from cassle_jax.models.pooling import max_pool
 
 
 def convolution(features: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
@@ -21,6 +23,7 @@ def convolution(features: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
         padding=size // 2,
         use_bias=False,
         kernel_init=fan_in_uniform,
+        conv_general_dilated=convolve,
         **kwargs,
     )
 
@@ -162,4 +165,4 @@ class ResNet(nn.Module):
         x = jax.nn.relu(x)
         if self.small_images:
             return x
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return max_pool(x)

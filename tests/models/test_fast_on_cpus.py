@@ -1,0 +1,55 @@
+"""What stands in for XLA's convolution and pooling gives the same numbers and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from cassle_jax.models.convolve import convolve
+from cassle_jax.models.pooling import max_pool
+
+HOW = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+def value_and_gradients(function, *arguments):
+    weights = jnp.cos(jnp.arange(function(*arguments).size, dtype=jnp.float32))
+    weighed = lambda *each: (function(*each).ravel() * weights).sum()  # noqa: E731
+    places = tuple(range(len(arguments)))
+    return function(*arguments), jax.grad(weighed, places)(*arguments)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3), (2, 5), (4, 4), (5, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_a_map_smaller_than_its_kernel_is_a_convolution(size, stride):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((2, *size, 3)), jnp.float32)
+    kernel = jnp.asarray(random.standard_normal((3, 3, 3, 4)), jnp.float32)
+    around = ((1, 1), (1, 1))
+    ours, theirs = (
+        value_and_gradients(lambda x, k, f=f: f(x, k, (stride, stride), around, **HOW), x, kernel)
+        for f in (convolve, lax.conv_general_dilated)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (8, 7)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_max_pooling_and_its_gradient_are_xlas_also_among_equals(size, dtype):
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.integers(-2, 3, (2, *size, 3)), dtype)  # many equal maxima
+
+    def theirs(x):
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    ours, theirs = (value_and_gradients(jax.jit(f), x) for f in (max_pool, theirs))
+    assert ours[0].dtype == dtype and ours[1][0].dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2  # several windows' gradients are added up
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance
+        ),
+        ours,
+        theirs,
+    )
