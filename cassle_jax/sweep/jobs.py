@@ -25,8 +25,8 @@ OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
-# A command that saved and ended, or was stopped before it could, goes on in the same job. So many
-# times, that is something else.
+# A command that saved and ended, or was stopped before it could, goes on: in the job SLURM started
+# again, or here in the same one. So many times, that is something else.
 _STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
 _MOST_STARTS = 100
 # How often submitit requeues a job at its time limit: as often as it takes.
@@ -60,7 +60,8 @@ class Command:
 
     def __call__(self) -> int:
         """Runs in the job; returns the exit code."""
-        leads = submitit.JobEnvironment().global_rank == 0
+        job = submitit.JobEnvironment()
+        leads = job.global_rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             (self.folder / "job.lock").open("w") as lock,
@@ -68,8 +69,10 @@ class Command:
         ):
             if leads:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            code, starts = EXIT_PREEMPTED, 0
+            code, starts = self._run(lock, log), 1
             while code in _STOPPED and starts < _MOST_STARTS:
+                if job.cluster == "slurm":
+                    sys.exit(EXIT_PREEMPTED)  # with no result, as SLURM starts the job again
                 code, starts = self._run(lock, log), starts + 1
             if leads:
                 self._write_outcome(code)
