@@ -56,6 +56,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     config.epochs = 200
     config.steps = 0  # more than 0: the length of the run, instead of `epochs`
     config.batch_size = 256  # of all devices together
+    # Images, of all devices together, that pass the encoder at a time, for memory; 0: the batch.
+    # Loss, gradient and the heads' BatchNorm stay the batch's; the encoder's is then a chunk's.
+    config.chunk_size = 0
     config.dtype = "auto"  # of convolutions and products: bfloat16 on accelerators, or float32
     config.deterministic = False  # GPU: only kernels that repeat to the bit
     config.compilation_cache = "auto"  # a folder; "auto": in the user's cache; "": none

@@ -21,6 +21,9 @@ Passes = tuple[tuple[int, ...], ...]
 # The learning-rate group of parameters that stay as they are.
 FROZEN = "frozen"
 
+# The networks that `Networks.encode` uses; all others are heads.
+ENCODING = ("encoder", "image_conditioner")
+
 
 @struct.dataclass
 class ViewBatch:
@@ -159,32 +162,43 @@ class Networks(nn.Module):
         features = self.encode(view, train=train)
         return self.project(features, view.descriptor, train=train, predict=predict)
 
-    def embed_passes(
-        self,
-        views: Sequence[ViewBatch],
-        passes: Passes,
-        head_passes: Passes | None = None,
-        *,
-        predict: bool = True,
-    ) -> dict[int, Encoded]:
-        """What the networks, training, make of the views that `passes` names, by view index.
+    def encode_passes(
+        self, views: Sequence[ViewBatch], passes: Passes
+    ) -> dict[int, Float[Array, "B F"]]:
+        """Training features of the views that `passes` names, by view index.
 
         Args:
           views: of the batch.
           passes: view indices; the views of one pass go through the encoder as one batch, and share
             BatchNorm's statistics.
-          head_passes: likewise through the heads; `None` for the same passes.
-          predict: whether the predictor, where there is one, is used.
         """
         features = {}
         for indices in passes:
             batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_each(views, indices))
             features |= _split(self.encode(batch, train=True), indices)
+        return features
+
+    def project_passes(
+        self,
+        features: Mapping[int, Float[Array, "B F"]],
+        descriptors: Sequence[Float[Array, "B D"]],
+        passes: Passes,
+        *,
+        predict: bool = True,
+    ) -> dict[int, Encoded]:
+        """What the heads, training, make of the features of the views that `passes` names.
+
+        Args:
+          features: by view index.
+          descriptors: of every view.
+          passes: view indices; the views of one pass go through the heads as one batch.
+          predict: whether the predictor, where there is one, is used.
+        """
         embedded = {}
-        for indices in head_passes or passes:
+        for indices in passes:
             encoded = self.project(
                 jnp.concatenate(_each(features, indices)),
-                jnp.concatenate([view.descriptor for view in _each(views, indices)]),
+                jnp.concatenate(_each(descriptors, indices)),
                 train=True,
                 predict=predict,
             )

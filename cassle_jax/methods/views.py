@@ -20,6 +20,8 @@ def augmented_views(
     sizes: Int[Array, "B 2"],
     specs: Sequence[AugmentSpec],
     axis_name: str | None = None,
+    *,
+    positions: Int[Array, " B"] | None = None,
 ) -> tuple[augment.View, ...]:
     """A view of every image for each of `specs`.
 
@@ -32,12 +34,15 @@ def augmented_views(
       sizes: true height and width of each picture, in pixels.
       specs: what is drawn for each view.
       axis_name: the devices that share the global batch; `None` for a single one.
+      positions: of the images in the global batch; `None` where they are all that this device has
+        of it.
     """
-    position = batch_offset(len(images), axis_name) + jnp.arange(len(images))
+    if positions is None:
+        positions = batch_positions(len(images), axis_name)
 
     def one_view(view_key, spec):
         image_key, order_key = jax.random.split(view_key)
-        image_keys = jax.vmap(partial(jax.random.fold_in, image_key))(position)
+        image_keys = jax.vmap(partial(jax.random.fold_in, image_key))(positions)
         make = partial(augment.augment, spec=spec, order_key=order_key)
         return jax.vmap(lambda key, image, size: make(key, image, size=size))(
             image_keys, images, sizes
@@ -45,6 +50,11 @@ def augmented_views(
 
     keys = jax.random.split(key, len(specs))
     return tuple(one_view(*each) for each in zip(keys, specs, strict=True))
+
+
+def batch_positions(local_size: int, axis_name: str | None) -> Int[Array, " {local_size}"]:
+    """Positions of this device's images in the global batch."""
+    return batch_offset(local_size, axis_name) + jnp.arange(local_size)
 
 
 def training_views(

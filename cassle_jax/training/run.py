@@ -27,6 +27,7 @@ class Run:
 
     Attributes:
       batch_size: of all devices together.
+      chunks: in how many parts it passes the encoder.
       seed: of parameters, augmentations and the order of the images.
       augment: how images are augmented; its size and normalisation are evaluation's too.
       views: how each view of a step is augmented.
@@ -40,6 +41,7 @@ class Run:
     """
 
     batch_size: int
+    chunks: int
     seed: int
     augment: AugmentSpec
     views: tuple[AugmentSpec, ...]
@@ -191,6 +193,7 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     )
     run = Run(
         batch_size=config.batch_size,
+        chunks=config.batch_size // (config.chunk_size or config.batch_size),
         seed=config.seed,
         augment=augment_spec(config),
         views=views,
@@ -219,6 +222,7 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least(
         0,
         seed=config.seed,
+        chunk_size=config.chunk_size,
         encoder__width=config.encoder.width,
         steps=config.steps,
         probe__every_epochs=config.probe.every_epochs,
@@ -253,8 +257,24 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
             f"batch_size={config.batch_size} is larger than the {dataset_size} training images;"
             f" use at most {dataset_size // devices * devices}"
         )
+    _check_chunk_size(config.chunk_size, config.batch_size, devices)
     if config.data.canvas < config.augment.size:
         raise ConfigError(
             f"data.canvas={config.data.canvas} is smaller than augment.size={config.augment.size};"
             f" use data.canvas={config.augment.size} or more"
+        )
+
+
+def _check_chunk_size(chunk_size: int, batch_size: int, devices: int) -> None:
+    """Refuses chunks that are no equal parts of the batch and of every device's share of it."""
+    if chunk_size == 0:
+        return
+    # BatchNorm has no variance of one image.
+    whole = [n for n in range(devices, batch_size + 1, devices) if n > 1 and batch_size % n == 0]
+    if chunk_size not in whole:
+        below = [n for n in whole if n < chunk_size]
+        raise ConfigError(
+            f"chunk_size={chunk_size} must divide batch_size={batch_size}, be a multiple of the "
+            f"{devices} devices and more than 1; {below[-1] if below else whole[0]} would work, or "
+            "0 for the whole batch"
         )

@@ -1,6 +1,7 @@
 """One training step: written for one device, mapped over all of them at the end."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,15 +11,32 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cassle_jax.methods import AugSelf, Method, Networks, Step, TrainingViews
-from cassle_jax.methods.base import PyTree, Schedule
+from cassle_jax.methods.base import ENCODING, Passes, PyTree, Schedule
 from cassle_jax.methods.losses import pair_similarities
-from cassle_jax.methods.views import augmented_views, training_views
+from cassle_jax.methods.views import augmented_views, batch_positions, training_views
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
+from cassle_jax.training.chunks import in_chunks
 from cassle_jax.training.optimizer import Clock
 from cassle_jax.training.run import Run
 from cassle_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+
+
+class _Features(NamedTuple):
+    """What is kept of the views once they are encoded: all but their images.
+
+    Attributes:
+      online: by view index, the trained encoder's features.
+      target: by view index, the momentum encoder's.
+      descriptors: of every view, ω.
+      differences: as in `TrainingViews`.
+    """
+
+    online: dict[int, Float[Array, "B F"]]
+    target: dict[int, Float[Array, "B F"]]
+    descriptors: tuple[Float[Array, "B D"], ...]
+    differences: tuple[dict[str, Float[Array, "B K"]], ...]
 
 
 def make_update(
@@ -29,7 +47,8 @@ def make_update(
     schedule: Schedule,
     clock: Clock,
     axis_name: str | None,
-) -> Callable[[TrainState, TrainingViews], tuple[TrainState, Metrics]]:
+    chunks: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of one step, written for one device of `axis_name`.
 
     Args:
@@ -40,9 +59,13 @@ def make_update(
       schedule: only to report the learning rate.
       clock: how steps count as epochs.
       axis_name: the devices that share the global batch; `None` for a single one.
+      chunks: how many parts the batch passes the encoder in, for memory. Heads, loss and gradient
+        are those of the whole batch; only the encoder's BatchNorm (and the image conditioner's)
+        normalises by its chunk, of all devices, and its running statistics take the chunks' mean.
 
     Returns:
-      A function of the state and this device's views. Its metrics are means over the global batch.
+      A function of the state, this device's share of the batch, and what makes training views of
+      any rows of it (by default they are such views). Its metrics are means over the global batch.
     """
 
     def mean(tree: PyTree) -> PyTree:
@@ -56,29 +79,57 @@ def make_update(
             {name: params[name] for name in target},
         )
 
-    def encode_target(target_params: PyTree, state: TrainState, inputs: TrainingViews):
-        def encode(networks: Networks):
-            return networks.embed_passes(inputs.views, method.target_passes, predict=False)
-
-        return apply(encode, target_params, state.target_batch_stats)
-
     def apply(function: Callable, params: PyTree, batch_stats: PyTree):
         result, changed = nn.apply(function, networks, mutable=["batch_stats"])(
             {"params": params, "batch_stats": batch_stats}
         )
         return result, {**batch_stats, **changed.get("batch_stats", {})}
 
-    def objective(params, state, inputs, target):
+    def encode(params, target_params, state: TrainState, views: TrainingViews):
+        def features(passes: Passes, params: PyTree, batch_stats: PyTree):
+            batch_stats = {name: batch_stats[name] for name in ENCODING if name in batch_stats}
+            return apply(
+                lambda networks: networks.encode_passes(views.views, passes), params, batch_stats
+            )
+
+        online, batch_stats = features(method.online_passes, params, state.batch_stats)
+        target, target_batch_stats = features(
+            method.target_passes, target_params, state.target_batch_stats
+        )
+        descriptors = tuple(view.descriptor for view in views.views)
+        kept = _Features(online, target, descriptors, views.differences)
+        return kept, (batch_stats, target_batch_stats)
+
+    def project_target(features: _Features, target_params: PyTree, batch_stats: PyTree):
+        def project(networks: Networks):
+            return networks.project_passes(
+                features.target, features.descriptors, method.target_passes, predict=False
+            )
+
+        return apply(project, target_params, batch_stats)
+
+    def objective(params, target_params, state, inputs, make_views):
+        features, (batch_stats, target_batch_stats) = in_chunks(
+            lambda rows: encode(params, target_params, state, make_views(rows)), inputs, chunks
+        )
+        target, target_batch_stats = project_target(
+            features, target_params, {**state.target_batch_stats, **target_batch_stats}
+        )
+
         def losses(networks: Networks):
-            online = networks.embed_passes(inputs.views, method.online_passes, method.head_passes)
+            online = networks.project_passes(
+                features.online, features.descriptors, method.head_passes or method.online_passes
+            )
             step = Step(online, target, state.memory, clock.at(state.step), axis_name)
             first, second = step.pair
             predicted = augself.losses(
-                networks, first.features, second.features, inputs.differences
+                networks, first.features, second.features, features.differences
             )
             return online, method.loss(step, networks), predicted
 
-        (online, loss, predicted), batch_stats = apply(losses, params, state.batch_stats)
+        (online, loss, predicted), batch_stats = apply(
+            losses, params, {**state.batch_stats, **batch_stats}
+        )
         parts = {}
         if isinstance(loss, Mapping):
             parts |= {f"loss_{name}": value for name, value in loss.items()}
@@ -87,18 +138,22 @@ def make_update(
         if predicted:
             parts |= {"loss_method": loss}
             parts |= {f"loss_augself_{name}": value for name, value in predicted.items()}
-        return total, (online, batch_stats, {"loss": total, **parts})
+        seen = online, target, batch_stats, target_batch_stats
+        return total, (seen, {"loss": total, **parts})
 
-    def update(state: TrainState, inputs: TrainingViews) -> tuple[TrainState, Metrics]:
-        target_params, target, target_batch_stats = state.target_params, {}, {}
-        if method.target_passes:
-            if method.target_first:
-                target_params = follow(target_params, state.params, state.step)
-            target, target_batch_stats = encode_target(target_params, state, inputs)
+    def update(
+        state: TrainState,
+        inputs: PyTree,
+        make_views: Callable[[PyTree], TrainingViews] = lambda views: views,
+    ) -> tuple[TrainState, Metrics]:
+        target_params = state.target_params
+        if method.target_passes and method.target_first:
+            target_params = follow(target_params, state.params, state.step)
 
-        gradient, (online, batch_stats, parts) = jax.grad(objective, has_aux=True)(
-            state.params, state, inputs, target
+        gradient, (seen, parts) = jax.grad(objective, has_aux=True)(
+            state.params, target_params, state, inputs, make_views
         )
+        online, target, batch_stats, target_batch_stats = seen
         gradient, parts = mean((gradient, parts))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = method.after_update(optax.apply_updates(state.params, updates))
@@ -139,13 +194,26 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
       mesh: the devices it runs on.
     """
     update = make_update(
-        run.networks, run.method, run.augself, run.optimizer, run.schedule, run.clock, AXIS
+        run.networks,
+        run.method,
+        run.augself,
+        run.optimizer,
+        run.schedule,
+        run.clock,
+        AXIS,
+        run.chunks,
     )
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
-        views = augmented_views(key, batch["image"], batch["size"], run.views, AXIS)
-        return update(state, training_views(views, run.views, run.conditioning, run.augself.names))
+        inputs = batch["image"], batch["size"], batch_positions(len(batch["image"]), AXIS)
+
+        def make_views(rows):
+            images, sizes, positions = rows
+            views = augmented_views(key, images, sizes, run.views, positions=positions)
+            return training_views(views, run.views, run.conditioning, run.augself.names)
+
+        return update(state, inputs, make_views)
 
     return parallel(
         step, mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED), donate=(0,)

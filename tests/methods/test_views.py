@@ -92,6 +92,16 @@ def test_draws_depend_on_key_and_place_not_on_the_pixels(on_devices, batch, draw
     assert not np.isclose(other.params.brightness, drawn[0][0].params.brightness).any()
 
 
+def test_a_part_of_the_batch_gets_the_views_it_has_in_the_whole(batch, drawn):
+    part = slice(1, None, 3)
+    make = partial(augmented_views, specs=(SPEC, SPEC), positions=jnp.arange(BATCH)[part])
+    options = {"xla_backend_optimization_level": 0}
+    found = jax.jit(make, compiler_options=options)(jax.random.key(3), *(x[part] for x in batch))
+    expected = jax.tree.map(lambda x: x[part], drawn[0])
+    for one, other in zip(arrays(found), arrays(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_and_view_shares_its_order_of_jitter_on_all_devices(on_devices, batch):
     pairs = [on_devices(4)(jax.random.key(seed), *batch)[0] for seed in range(4)]
     orders = [[np.unique(view.params.jitter_order, axis=0) for view in pair] for pair in pairs]
