@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -26,11 +26,6 @@ from cassle_jax.config import ConfigError, base_config, imagenet
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to compile.", lock_config=True)
-DEVICES = flags.DEFINE_multi_integer("devices", [1, 8, 64, 256], "For how many devices.")
-LOCAL_BATCH = flags.DEFINE_integer("local_batch", 0, "Images a device; 0: batch_size / devices.")
-HLO = flags.DEFINE_string("hlo", "", "Folder to write the optimised programs to.")
 
 IMAGES = 1_281_167  # in ImageNet-1k's training split
 MEASURED_SECONDS = 0.0677  # `calibration_config` on one H100, by benchmarks/step.py
@@ -429,16 +424,23 @@ class Compiled:
         return Forecast(self.devices, self.batch_size, compute, seconds[True], seconds[False])
 
 
-def compile_for(config: ConfigDict, devices: int, local_batch: int) -> Compiled:
-    """The step of a configuration for so many of the CPU's pretend devices."""
+def compile_for(config: ConfigDict, devices: int, local_batch: int, programs: str) -> Compiled:
+    """The step of a configuration for so many of the CPU's pretend devices.
+
+    Args:
+      config: as from `base_config`.
+      devices: of the pretended ones.
+      local_batch: images of each; 0 for the configuration's batch, split.
+      programs: folder the optimised program is written to; "" for none.
+    """
     config = config.copy_and_resolve_references()
     config.batch_size = local_batch * devices or config.batch_size
     if config.dtype == "auto":
         config.dtype = "bfloat16"  # as on the accelerators asked about
     lowered = lower_step(config, device_mesh(jax.devices()[:devices]))
     hlo = optimised(lowered)
-    if HLO.value:
-        path = Path(HLO.value, f"step_{devices}_devices.txt")
+    if programs:
+        path = Path(programs, f"step_{devices}_devices.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(hlo)
     return Compiled(devices, config.batch_size, work(lowered), collectives_in(hlo))
@@ -478,13 +480,15 @@ def print_forecasts(machine: Machine, forecasts: list[Forecast], epochs: float) 
         )
 
 
-def main() -> None:
-    """Runs the command."""
-    config, counts = CONFIG.value, sorted(DEVICES.value)
+def forecast(
+    config: ConfigDict, devices: Sequence[int], local_batch: int = 0, programs: str = ""
+) -> None:
+    """Prints a configuration's steps on the machines, for so many devices each."""
+    counts = sorted(devices)
     if counts[0] < 1:
         raise ConfigError(f"devices={counts[0]} is too few; use at least 1")
-    if LOCAL_BATCH.value < 0:
-        raise ConfigError(f"local_batch={LOCAL_BATCH.value} is negative; use 0 or more")
+    if local_batch < 0:
+        raise ConfigError(f"local_batch={local_batch} is negative; use 0 or more")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", counts[-1])
     achieved = achieved_fraction()
@@ -493,8 +497,8 @@ def main() -> None:
         f"224 px, batch 256, bfloat16): {achieved:.1%} of its roofline, here assumed of all."
     )
     steps = []
-    for devices in counts:
-        steps.append(compile_for(config, devices, LOCAL_BATCH.value))
+    for count in counts:
+        steps.append(compile_for(config, count, local_batch, programs))
         print_step(steps[-1])
     result = {}
     for machine in MACHINES:
@@ -508,4 +512,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    config_flag = config_flags.DEFINE_config_file("config", None, "Of the step.", lock_config=True)
+    devices_flag = flags.DEFINE_multi_integer("devices", [1, 8, 64, 256], "For how many devices.")
+    local_flag = flags.DEFINE_integer("local_batch", 0, "Images a device; 0: batch_size / devices.")
+    hlo_flag = flags.DEFINE_string("hlo", "", "Folder to write the optimised programs to.")
+    flags.mark_flags_as_required(["config"])
+    command.run(
+        lambda: forecast(config_flag.value, devices_flag.value, local_flag.value, hlo_flag.value)
+    )

@@ -8,10 +8,10 @@ import statistics
 import time
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks.workload import synthetic_batch
 from cassle_jax import command
 from cassle_jax.methods.views import augmented_views, training_views
 from cassle_jax.parallel import (
@@ -30,16 +30,6 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "What to time.", lock_c
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each, of which the median is given.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps in a timing.")
 flags.mark_flags_as_required(["config"])
-
-
-def synthetic_batch(batch_size: int, canvas: int) -> dict[str, np.ndarray]:
-    """Random canvases with pictures of the shapes ImageNet has, as large as the canvas allows."""
-    random = np.random.default_rng(0)
-    long_side = min(canvas, 500)
-    short_side = random.integers(long_side * 2 // 3, long_side + 1, batch_size)
-    sizes = np.stack([short_side, np.full(batch_size, long_side)], 1).astype(np.int32)
-    images = random.integers(0, 256, (batch_size, canvas, canvas, 3), np.uint8)
-    return {"image": images, "size": sizes}
 
 
 def seconds_each(function, repeats: int, steps: int) -> list[float]:

@@ -1,0 +1,175 @@
+"""Measures cassle_jax and, where they are installed, what users would pick instead.
+
+python -m benchmarks                              # everything, at sizes that suit the device
+python -m benchmarks --only=augmentation,input --data=/data/imagenet/val --to=performance.json
+
+The first contender of a measurement is ours, and a ratio says how many times its rate another's
+is below. Rivals need `pip install -r requirements-benchmarks.txt`. The exit code is 1 where one
+that is installed failed.
+"""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+
+import dataclasses
+import json
+import logging
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from benchmarks import (
+    augmentation,
+    first_step,
+    input_pipeline,
+    limits,
+    linear_evaluation,
+    memory,
+    training,
+)
+from benchmarks.contest import Row
+from benchmarks.workload import Workload, cpus, draw_jpegs, jpegs_in, workload_for
+from cassle_jax import command
+from cassle_jax.checks import check_at_least
+from cassle_jax.config import ConfigError, knows
+
+LOG = logging.getLogger("cassle_jax.benchmarks")
+
+MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
+    "augmentation": augmentation.measure,
+    "input": input_pipeline.measure,
+    "step": training.step,
+    "conditioning": training.conditioning,
+    "run": training.whole_run,
+    "resident": training.resident,
+    "linear": linear_evaluation.measure,
+    "first_step": first_step.measure,
+    "memory": memory.measure,
+    "limits": limits.measure,
+}
+PACKAGES = (
+    "jax",
+    "flax",
+    "torch",
+    "torchvision",
+    "kornia",
+    "dm-pix",
+    "augmax",
+    "stable-pretraining",
+)
+DRAWN_JPEGS = 512
+
+
+def measured(names: Sequence[str], work: Workload) -> list[Row]:
+    """The rows of these measurements, each printed as it ends."""
+    rows = []
+    for name in names:
+        LOG.info("measuring %s", name)
+        found = MEASUREMENTS[name](work)
+        print_rows(found)
+        rows += found
+    return rows
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Prints a measurement's rows: median, least and most, and ours over theirs."""
+    for row in rows:
+        text = f"{row.measurement:28} {row.name:50}"
+        if row.values:
+            spread = f"{min(row.values):.4g}–{max(row.values):.4g}"
+            text += f" {row.median:10.4g} {row.unit:17} {spread:>16}"
+            text += f"  × {row.ratio:.3g}" if row.ratio else ""
+        print(f"{text} {row.note}".rstrip(), flush=True)
+
+
+def about() -> dict[str, object]:
+    """The machine, and the versions of what is installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "cpus": cpus(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(path: Path, work: Workload, rows: Sequence[Row]) -> None:
+    """Writes all that was measured as JSON."""
+    settings = {k: v for k, v in vars(work).items() if k != "jpegs"}
+    settings["jpegs"] = len(work.jpegs)
+    told = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+    content = {"about": about(), "workload": settings, "rows": told}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def chosen_workload(flag_values: flags.FlagValues) -> Workload:
+    """The workload of this device, changed as the flags say.
+
+    Raises:
+      ConfigError: a value that cannot be.
+    """
+    usual = workload_for(jax.default_backend())
+    given = {
+        name: getattr(flag_values, name)
+        for name in ("encoder", "size", "batch", "dtype", "views_size", "views_batch", "canvas",
+                     "steps", "rounds")
+        if getattr(flag_values, name) is not None
+    }  # fmt: skip
+    work = dataclasses.replace(usual, **given)
+    try:
+        check_at_least(2, batch=work.batch, views_batch=work.views_batch)
+        check_at_least(1, steps=work.steps, rounds=work.rounds, size=work.size)
+        check_at_least(work.views_size, canvas=work.canvas)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    knows("encoder", work.encoder, ("resnet18", "resnet34", "resnet50"))
+    knows("dtype", work.dtype, ("float32", "bfloat16"))
+    return work
+
+
+if __name__ == "__main__":
+    only_flag = flags.DEFINE_list("only", list(MEASUREMENTS), "Which measurements.")
+    data_flag = flags.DEFINE_string("data", "", "A folder of JPEGs; drawn ones where it is empty.")
+    to_flag = flags.DEFINE_string("to", "", "A JSON file of all that is measured.")
+    for number in ("size", "batch", "views_size", "views_batch", "canvas", "steps", "rounds"):
+        flags.DEFINE_integer(number, None, f"The workload's; see benchmarks/workload.py: {number}.")
+    for text in ("encoder", "dtype"):
+        flags.DEFINE_string(text, None, f"The workload's {text}.")
+
+    def main() -> None:
+        """Measures what the flags ask for."""
+        for name in only_flag.value:
+            knows("only", name, MEASUREMENTS)
+        work = chosen_workload(flags.FLAGS)
+        with tempfile.TemporaryDirectory() as folder:
+            if not {"input", "run"} & set(only_flag.value):
+                files = ()
+            elif data_flag.value:
+                files = jpegs_in(Path(data_flag.value).expanduser())
+            else:
+                LOG.info("no --data: %d JPEGs of drawn scenes", DRAWN_JPEGS)
+                files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch))
+            work = dataclasses.replace(work, jpegs=files)
+            rows = measured(only_flag.value, work)
+        if to_flag.value:
+            write(Path(to_flag.value).expanduser(), work, rows)
+            LOG.info("%s has all of it", to_flag.value)
+        if any(row.failed for row in rows):
+            sys.exit(1)
+
+    command.run(main)

@@ -1,0 +1,55 @@
+"""Augmentation alone: two views of every image of a batch that is on the device already."""
+
+from functools import partial
+
+import jax
+
+from benchmarks.contest import Contender, Row, Run, contest
+from benchmarks.rivals import augmax_chain, dm_pix_naive, published, stable_pretraining
+from benchmarks.workload import Workload, synthetic_batch
+from cassle_jax.methods.views import augmented_views
+from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel, shard_batch
+from cassle_jax.training.run import build_run
+
+
+def measure(work: Workload) -> list[Row]:
+    """Views a second, ours with crop and descriptors."""
+    size, batch = work.views_size, work.views_batch
+    return contest(
+        "augmentation",
+        "views/s",
+        2 * batch,
+        [
+            Contender("cassle_jax, crop and ω included", partial(ours, work)),
+            Contender("kornia, without its crop", partial(published.augmentation, batch, size)),
+            Contender("dm-pix, composed naively", partial(dm_pix_naive.augmentation, work)),
+            Contender("augmax", partial(augmax_chain.augmentation, work)),
+            Contender(
+                "stable-pretraining's JAX: no hue, saturation, blur",
+                partial(stable_pretraining.augmentation, work),
+            ),
+        ],
+        work.rounds,
+    )
+
+
+def ours(work: Workload) -> Run:
+    """Both views of the paper's recipe from uint8 canvases, and their ω."""
+    mesh = device_mesh()
+    config = work.config("method=simclr", batch_size=work.views_batch, encoder__name="resnet18")
+    config.augment.size, config.data.canvas = work.views_size, work.canvas
+    run = build_run(config, mesh, 1000 * work.views_batch)
+    batch = shard_batch(synthetic_batch(work.views_batch, work.canvas), mesh)
+
+    def draw(key, batch):
+        views = augmented_views(key, batch["image"], batch["size"], run.views, AXIS)
+        return [view.image for view in views], run.conditioning.describe(views, run.views)
+
+    make = parallel(draw, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
+    keys = iter(range(10**9))
+
+    def once():
+        return jax.block_until_ready(make(jax.random.key(next(keys)), batch))
+
+    once()
+    return once

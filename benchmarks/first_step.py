@@ -1,0 +1,80 @@
+"""How long the command takes to its first step: without compiled programs, and with them."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.contest import Row
+from benchmarks.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[1]
+_SECONDS = 900
+
+
+def measure(work: Workload) -> list[Row]:
+    """Seconds from the start of the process to the first line of metrics.
+
+    The command is `python -m cassle_jax.pretrain` with the workload's encoder, size and batch on
+    drawn scenes, metrics logged after every step; it is ended once they are there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder, "compiled")
+        cold = seconds_to_first_step(work, cache, Path(folder, "cold"))
+        warm = tuple(
+            seconds_to_first_step(work, cache, Path(folder, f"warm{number}"))
+            for number in range(min(3, work.rounds))
+        )
+    ratio = (cold / statistics.median(warm),)
+    return [
+        Row("first step", "empty compilation cache", "s", (cold,)),
+        Row("first step", "filled compilation cache", "s", warm, ratio),
+    ]
+
+
+def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
+    """Seconds, of a new process.
+
+    Raises:
+      RuntimeError: it ended without a step.
+    """
+    settings = {
+        "encoder.name": work.encoder,
+        "augment.size": work.size,
+        "batch_size": work.batch,
+        "dtype": work.dtype,
+        "data.canvas": work.size,
+        "data.scenes": 4 * work.batch,
+        "probe.every_epochs": 0,
+        "log.every_steps": 1,
+        "compilation_cache": cache,
+        "steps": 1,
+    }
+    config = ROOT / "configs" / "tiny_imagenet.py"
+    overrides = {"data.source": "scenes", "data.name": "", **settings}
+    command = [
+        sys.executable, "-P", "-m", "cassle_jax.pretrain",
+        f"--config={config}:method=moco_v2", f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in overrides.items()),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = workdir / "metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            if process.poll() is not None and not metrics.exists():
+                raise RuntimeError(f"it ended: {process.stdout.read().strip().splitlines()[-1]}")
+            if time.perf_counter() - start > _SECONDS:
+                raise RuntimeError(f"no step after {_SECONDS} s")
+            time.sleep(0.02)
+        return time.perf_counter() - start
+    finally:
+        process.terminate()
+        process.communicate()

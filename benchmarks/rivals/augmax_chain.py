@@ -1,0 +1,34 @@
+"""augmax's own transformations in one chain, under vmap; it does not know pictures' true sizes."""
+
+import jax
+
+from benchmarks.contest import Run
+from benchmarks.workload import Workload, synthetic_batch
+
+
+def augmentation(work: Workload) -> Run:
+    """Both views from canvases."""
+    import augmax
+
+    chain = augmax.Chain(
+        augmax.ByteToFloat(),
+        augmax.RandomSizedCrop(work.views_size, work.views_size, zoom_range=(1.0, 2.2)),
+        augmax.HorizontalFlip(),
+        augmax.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
+        augmax.RandomGrayscale(p=0.2),
+        augmax.GaussianBlur(sigma=2, p=0.5),
+        augmax.Normalize(),
+    )
+    images = jax.device_put(synthetic_batch(work.views_batch, work.canvas)["image"])
+    keys = iter(range(10**9))
+
+    @jax.jit
+    def make(key):
+        views = jax.random.split(key, (2, work.views_batch))
+        return [jax.vmap(chain)(view, images) for view in views]
+
+    def once():
+        return jax.block_until_ready(make(jax.random.key(next(keys))))
+
+    once()
+    return once

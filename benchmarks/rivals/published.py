@@ -1,0 +1,173 @@
+"""PyTorch with the published settings, and tuned: MoCo-v2 with kornia on the device.
+
+Published: float32, two crops made on the host with Pillow, and kornia 0.4.1's jitter, grayscale,
+flip, blur and normalisation on the device. Tuned: channels_last, bfloat16 and torch.compile.
+Written from the method's description.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.contest import Run
+from benchmarks.workload import Workload, cpus
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+QUEUE, WIDTH, TEMPERATURE, MOMENTUM = 65_536, 128, 0.2, 0.999
+
+
+def kornia_chain(size: int):
+    """The published augmentations of one view on the device; its crop was made on the host."""
+    import torch
+    from kornia import augmentation as kornia
+
+    return torch.nn.Sequential(
+        kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        kornia.RandomGrayscale(p=0.2),
+        kornia.RandomHorizontalFlip(),
+        random_blur(size),
+        kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    )
+
+
+def random_blur(size: int):
+    """Blurs half of the images; kornia 0.4.1 blurs a whole batch with the same σ."""
+    import torch
+    from kornia.filters import gaussian_blur2d
+
+    kernel = int(0.1 * size) // 2 * 2 + 1
+
+    class RandomBlur(torch.nn.Module):
+        def forward(self, images):
+            sigma = float(torch.empty(()).uniform_(0.1, 2.0))
+            blurred = gaussian_blur2d(images, (kernel, kernel), (sigma, sigma))
+            chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            return torch.where(chosen, blurred, images)
+
+    return RandomBlur()
+
+
+def augmentation(batch: int, size: int) -> Run:
+    """Both views of a batch whose two crops were made on the host, and are on the device."""
+    import torch
+
+    chain = kornia_chain(size)
+    device = _device()
+    views = [torch.rand(batch, 3, size, size, device=device) for _ in range(2)]
+
+    @torch.no_grad()
+    def once():
+        result = [chain(view) for view in views]
+        _wait(device)
+        return result
+
+    once()
+    return once
+
+
+def loader(files: Sequence[Path], batch: int, size: int) -> Run:
+    """One pass over the files: Pillow, two random crops a picture, a worker for each CPU."""
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    crop = transforms.Compose(
+        [transforms.RandomResizedCrop(size, scale=(0.2, 1.0)), transforms.ToTensor()]
+    )
+
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, index):
+            with Image.open(files[index]) as file:
+                image = file.convert("RGB")
+            return crop(image), crop(image)
+
+    batches = torch.utils.data.DataLoader(
+        Pairs(), batch, shuffle=True, num_workers=cpus(), drop_last=True, persistent_workers=True
+    )
+
+    def once():
+        return sum(len(first) for first, _ in batches)
+
+    once()
+    return once
+
+
+def step(work: Workload, *, tuned: bool) -> Run:
+    """Steps of MoCo-v2 on two crops that are on the device."""
+    import torch
+    import torchvision
+    from torch.nn import functional
+
+    device = _device()
+    chain = kornia_chain(work.size)
+
+    def network():
+        model = getattr(torchvision.models, work.encoder)(num_classes=WIDTH)
+        width = model.fc.in_features
+        model.fc = torch.nn.Sequential(
+            torch.nn.Linear(width, width, bias=False),
+            torch.nn.BatchNorm1d(width),
+            torch.nn.ReLU(),
+            torch.nn.Linear(width, WIDTH),
+        )
+        return model.to(device)
+
+    online = network()
+    target = copy.deepcopy(online).requires_grad_(False)
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    online, target = online.to(memory_format=layout), target.to(memory_format=layout)
+    optimizer = torch.optim.SGD(online.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    queue = functional.normalize(torch.randn(QUEUE, WIDTH, device=device))
+    head = {"place": 0}
+    crops = [torch.rand(work.batch, 3, work.size, work.size, device=device) for _ in range(2)]
+    low = work.dtype == "bfloat16" and tuned
+
+    def loss_of(first, second):
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            queries = functional.normalize(online(first).float())
+            with torch.no_grad():
+                keys = functional.normalize(target(second).float())
+        positive = (queries * keys).sum(1, keepdim=True)
+        logits = torch.cat([positive, queries @ queue.T], 1) / TEMPERATURE
+        labels = torch.zeros(len(logits), dtype=torch.long, device=device)
+        return functional.cross_entropy(logits, labels), keys
+
+    compiled = torch.compile(loss_of) if tuned else loss_of
+
+    def one_step():
+        with torch.no_grad():
+            first, second = (chain(crop).to(memory_format=layout) for crop in crops)
+        loss, keys = compiled(first, second)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            old, new = list(target.parameters()), list(online.parameters())
+            torch._foreach_lerp_(old, new, 1 - MOMENTUM)
+            place = head["place"]
+            queue[place : place + len(keys)] = keys.detach()
+            head["place"] = (place + len(keys)) % QUEUE
+
+    def once():
+        for _ in range(work.steps):
+            one_step()
+        _wait(device)
+
+    once()
+    return once
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,145 @@
+"""The training step: on synthetic images, on real ones, beside rivals, with and without CASSLE."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks.contest import Contender, Row, Run, contest
+from benchmarks.rivals import published, stable_pretraining
+from benchmarks.workload import Workload, folder_of, synthetic_batch
+from cassle_jax.data import open_source
+from cassle_jax.data.damaged import DamagedLog
+from cassle_jax.data.opening import open_feed
+from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.training.run import build_run
+from cassle_jax.training.step import make_train_step
+
+SYNTHETIC = 10**6  # images a synthetic epoch has: enough for any batch
+SMALL_IMAGES = 10_000
+
+Batches = Callable[[ConfigDict], Iterator[dict]]
+
+
+def step(work: Workload) -> list[Row]:
+    """Images a second of MoCo-v2 with CASSLE, and of SimCLR, on images on the device."""
+    conditioned = work.config("method=moco_v2,conditioning=cassle")
+    moco = contest(
+        "step, MoCo-v2",
+        "images/s",
+        work.steps * work.batch,
+        [
+            Contender("cassle_jax: MoCo-v2 + CASSLE", partial(steps, conditioned, work)),
+            Contender(
+                "PyTorch, published: float32, no crop, no ω",
+                partial(published.step, work, tuned=False),
+            ),
+            Contender(
+                "PyTorch, tuned: channels_last, bfloat16, compiled",
+                partial(published.step, work, tuned=True),
+            ),
+        ],
+        work.rounds,
+    )
+    simclr = contest(
+        "step, SimCLR",
+        "images/s",
+        work.steps * work.batch,
+        [
+            Contender(
+                "cassle_jax: SimCLR + CASSLE", partial(steps, work.config("method=simclr"), work)
+            ),
+            Contender(
+                "stable-pretraining's JAX: no hue, saturation, blur, ω",
+                partial(stable_pretraining.step, work),
+            ),
+        ],
+        work.rounds,
+    )
+    return [*moco, *simclr]
+
+
+def conditioning(work: Workload) -> list[Row]:
+    """What CASSLE costs: its ratio is the plain method's rate over its own."""
+    plain, cassle = (
+        partial(steps, work.config(f"method=moco_v2,conditioning={name}"), work)
+        for name in ("none", "cassle")
+    )
+    return contest(
+        "conditioning",
+        "images/s",
+        work.steps * work.batch,
+        [Contender("MoCo-v2, plain", plain), Contender("MoCo-v2 + CASSLE", cassle)],
+        3 * work.rounds,
+    )
+
+
+def whole_run(work: Workload) -> list[Row]:
+    """Steps fed from JPEG files, beside steps on images that are on the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = folder_of(work.jpegs, Path(folder))
+        real = work.config("method=moco_v2", data__source="folder", data__path=str(root))
+        real.data.cache_gib = 0.0
+        return _beside_synthetic("whole run on JPEGs", work, real, "decoded as it goes")
+
+
+def resident(work: Workload) -> list[Row]:
+    """The same for small images that stay on the device."""
+    small = {"augment__size": 32, "data__canvas": 32, "encoder__small_images": True}
+    on_device = work.config("method=moco_v2", **small, data__on_device="always")
+    on_device.data.scenes = SMALL_IMAGES
+    return _beside_synthetic("small images", work, on_device, "32 px, all of them on the device")
+
+
+def _beside_synthetic(measurement: str, work: Workload, config: ConfigDict, how: str) -> list[Row]:
+    return contest(
+        measurement,
+        "images/s",
+        work.steps * work.batch,
+        [
+            Contender(how, partial(steps, config, work, from_source)),
+            Contender("one synthetic batch, on the device", partial(steps, config, work)),
+        ],
+        work.rounds,
+    )
+
+
+def synthetic(config: ConfigDict) -> Iterator[dict]:
+    """The same batch on the devices, again and again."""
+    batch = synthetic_batch(config.batch_size, config.data.canvas)
+    return itertools.repeat(shard_batch(batch, device_mesh()))
+
+
+def from_source(config: ConfigDict) -> Iterator[dict]:
+    """The batches of a run with this configuration."""
+    source = open_source(config.data, config.data.train_split)
+    damaged = DamagedLog(len(source), 1.0)
+    settings = {"batch": config.batch_size, "seed": 0, "damaged": damaged, "state": None}
+    feed = open_feed(config.data, source, device_mesh(), **settings)
+    return (batch for batch, _ in feed)
+
+
+def steps(config: ConfigDict, work: Workload, batches_of: Batches = synthetic) -> Run:
+    """Training steps of a configuration, compiled and past the first ones."""
+    mesh = device_mesh()
+    run = build_run(config, mesh, SYNTHETIC)
+    train_step = make_train_step(run, mesh)
+    state = on_every_device(run.initial_state, mesh)
+    batches = batches_of(config)
+
+    def once():
+        nonlocal state
+        for _ in range(work.steps):
+            state, metrics = train_step(state, _inputs(next(batches)))
+        return jax.block_until_ready(metrics)
+
+    once()
+    return once
+
+
+def _inputs(batch: dict) -> dict:
+    return {name: batch[name] for name in ("image", "size")}
