@@ -1,0 +1,66 @@
+"""Contenders take turns, and what disturbs all of them does not change their ratio."""
+
+import pytest
+
+from benchmarks.contest import Contender, contest
+
+
+class Clock:
+    """A machine that gets slower and slower; a contender's run takes its seconds, times that."""
+
+    def __init__(self):
+        self.now, self.slowness, self.order = 0.0, 1.0, []
+
+    def __call__(self):
+        return self.now
+
+    def contender(self, name, seconds, items=None):
+        def run():
+            self.order.append(name)
+            self.now += seconds * self.slowness
+
+        return Contender(name, lambda: run, items)
+
+
+def test_rates_are_told_by_round_and_ratios_do_not_feel_the_machine():
+    clock = Clock()
+    contenders = [clock.contender("ours", 1.0), clock.contender("theirs", 3.0, items=20)]
+
+    def ticking():
+        clock.slowness = 1.0 + len(clock.order) // 2  # slower in every round
+        return clock.now
+
+    ours, theirs = contest("speed", "items/s", 10, contenders, 3, ticking)
+    assert ours.values == pytest.approx((10.0, 5.0, 10 / 3))
+    assert theirs.values == pytest.approx((20 / 3, 10 / 3, 20 / 9))
+    assert ours.ratio is None and theirs.ratio == pytest.approx(1.5)
+    assert clock.order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert ours.median == 5.0 and (ours.unit, ours.measurement) == ("items/s", "speed")
+
+
+def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
+    def not_installed():
+        import no_such_package  # noqa: F401
+
+    def breaks():
+        raise RuntimeError("no memory\nand a long story")
+
+    clock = Clock()
+    rows = contest(
+        "speed",
+        "items/s",
+        1,
+        [
+            clock.contender("ours", 1.0),
+            Contender("missing", not_installed),
+            Contender("at once", breaks),
+            Contender("later", lambda: breaks),
+        ],
+        2,
+        clock,
+    )
+    assert rows[0].values == (1.0, 1.0)
+    assert [row.values for row in rows[1:]] == [(), (), ()]
+    assert [row.failed for row in rows] == [False, False, True, True]
+    assert rows[1].note == "not installed: no_such_package"
+    assert rows[2].note == rows[3].note == "RuntimeError: no memory"

@@ -1,0 +1,107 @@
+"""Every measurement runs, at sizes that tell no speed, and the command says what is wrong."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import augmentation, first_step, input_pipeline, limits, memory, training
+from benchmarks.rivals import published
+from benchmarks.workload import draw_jpegs, workload_for
+from cassle_jax.models import ENCODERS
+from cassle_jax.parallel import device_mesh
+from tests.tiny import TinyEncoder
+
+ROOT = Path(__file__).parents[2]
+TINY = dataclasses.replace(
+    workload_for("cpu"),
+    encoder="tiny", size=16, batch=8, views_size=16, views_batch=8, canvas=24, steps=1, rounds=1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A tiny workload on one device, with a few small files."""
+    monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
+    for module in (augmentation, training, memory, limits):
+        monkeypatch.setattr(module, "device_mesh", lambda: device_mesh(jax.devices()[:1]))
+    return dataclasses.replace(TINY, jpegs=draw_jpegs(tmp_path, 16))
+
+
+def ours(rows):
+    """Rows but those of rivals, which may not be installed; none has failed."""
+    assert not [row.note for row in rows if row.failed]
+    return [row for row in rows if row.values]
+
+
+def test_augmentation_and_input(work):
+    (row, *_) = ours(augmentation.measure(work))
+    assert row.unit == "views/s" and row.values[0] > 0
+    (row, *_) = ours(input_pipeline.measure(work))
+    assert row.unit == "images/s and CPU" and row.values[0] > 0
+
+
+@pytest.mark.parametrize("measure", [training.whole_run, training.resident])
+def test_a_run_beside_synthetic_data(work, measure):
+    fed, synthetic = ours(measure(work))
+    assert fed.values[0] > 0 and synthetic.ratio == fed.values[0] / synthetic.values[0]
+
+
+def test_conditioning_is_measured_against_the_plain_method(work):
+    plain, cassle = ours(training.conditioning(work))
+    assert len(plain.values) == 3 and cassle.ratio
+
+
+def test_memory_and_limits(work):
+    batch, large, recomputed, chunked = ours(memory.measure(work))
+    assert batch.values < large.values
+    assert chunked.values < large.values and recomputed.values
+    rows = {row.name: row for row in ours(limits.measure(work))}
+    share = rows["least time's share of a step"].values[0]
+    assert share == pytest.approx(rows["least time for them"].values[0] / rows["a step"].values[0])
+
+
+def test_the_published_step_learns(work):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    pytest.importorskip("kornia")
+    torch.manual_seed(0)
+    published.step(dataclasses.replace(work, encoder="resnet18", size=32), tuned=False)()
+
+
+def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
+    work = dataclasses.replace(TINY, encoder="resnet18")
+    with pytest.raises(RuntimeError, match=r"it ended: error: .*batch_size"):
+        bad = dataclasses.replace(work, batch=1)
+        first_step.seconds_to_first_step(bad, tmp_path / "compiled", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=augmentations"], "only='augmentations' is unknown"),
+        (["--batch=1"], "batch=1 must be at least 2"),
+        (["--canvas=10"], "canvas=10 must be at least 224"),
+        (["--only=input", "--data=/nowhere"], "data=/nowhere has no .jpg or .jpeg files"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1]
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_all_that_was_measured_is_written(tmp_path):
+    to = tmp_path / "all.json"
+    sizes = [f"--{name}={getattr(TINY, name)}" for name in ("views_size", "views_batch", "canvas")]
+    command = [sys.executable, "-m", "benchmarks", "--only=input", *sizes, "--rounds=1"]
+    subprocess.run([*command, f"--to={to}"], cwd=ROOT, check=True)
+    written = json.loads(to.read_text())
+    assert written["about"]["versions"]["jax"] == jax.__version__
+    assert written["workload"]["views_size"] == 16
+    assert written["rows"][0]["measurement"] == "input pipeline"
