@@ -46,8 +46,9 @@ class Images:
           source: the dataset.
           canvas: side of the square canvas, pixels.
           damaged: told of every damaged record.
-          substitute: a damaged record is replaced by the next good one; if False, its row is left
-            blank, and batches have a 'mask'.
+          substitute: as training has it, a damaged record is replaced by the next good one, and
+            images larger than the canvas are fitted to it roughly, see `decode`; if False, a
+            damaged one's row is left blank, and batches have a 'mask'.
           cache_bytes: images are kept where the whole dataset fits into this many bytes; only
             together with `substitute`.
         """
@@ -135,7 +136,8 @@ class Images:
         try:
             record = self._source[index]
             name = record.name
-            image = decode(record.image, self._canvas, self._thread_scratch())
+            scratch = self._thread_scratch()
+            image = decode(record.image, self._canvas, scratch, roughly=self._substitute)
             return _Decoded(image, record.label, index)
         except DamagedImage as error:
             self._damaged.add(name, str(error))

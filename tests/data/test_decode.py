@@ -204,6 +204,26 @@ def test_reduction_is_antialiased(form, canvas):
     assert_close(decode(data, canvas), np.asarray(expected), mean=1, most=8)
 
 
+@pytest.mark.parametrize(
+    ("size", "canvas", "expected"),
+    [
+        ((375, 500), 512, (375, 500)),  # fits
+        ((600, 800), 512, (375, 500)),  # 5/8
+        ((521, 350), 512, (456, 307)),  # 7/8, rounded up
+        ((300, 845), 512, (182, 512)),  # 4/8 would be 423, too far from 512
+        ((2400, 1600), 512, (512, 341)),  # 1/8 would be 300
+        ((20, 8000), 512, (1, 512)),
+    ],
+)
+def test_roughly_fitted_is_what_libjpeg_reduces_to_where_that_is_near(size, canvas, expected):
+    data = encoded(photo(*size), "JPEG")
+    image = decode(data, canvas, roughly=True)
+    assert image.shape == (*expected, 3)
+    full = Image.open(io.BytesIO(data)).convert("RGB")
+    reference = full.resize(expected[::-1], Image.Resampling.BILINEAR)
+    assert_close(image, np.asarray(reference), mean=1.5, most=24)
+
+
 def test_fine_stripes_reduce_to_grey():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
