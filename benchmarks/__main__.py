@@ -5,7 +5,8 @@ python -m benchmarks --only=augmentation,input --data=/data/imagenet/val --to=pe
 
 The first contender of a measurement is ours, and a ratio says how many times its rate another's
 is below. Rivals need `pip install -r requirements-benchmarks.txt`. The exit code is 1 where one
-that is installed failed.
+that is installed failed. Other work on the machine slows contenders unequally, PyTorch's threads
+most of all: they wait for each other.
 """
 
 import os
@@ -18,7 +19,7 @@ import logging
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from benchmarks import (
     memory,
     training,
 )
-from benchmarks.contest import Row
+from benchmarks.contest import Row, one_line
+from benchmarks.rivals import published
 from benchmarks.workload import Workload, cpus, draw_jpegs, jpegs_in, workload_for
 from cassle_jax import command
 from cassle_jax.checks import check_at_least
@@ -65,23 +67,37 @@ PACKAGES = (
     "stable-pretraining",
 )
 DRAWN_JPEGS = 512
+BUSY = 0.5  # processes that ran on average in the last minute, above which the machine is not quiet
 
 
-def measured(names: Sequence[str], work: Workload) -> list[Row]:
-    """The rows of these measurements, each printed as it ends."""
-    rows = []
+def measured(names: Sequence[str], work: Workload) -> Iterator[list[Row]]:
+    """The rows of each measurement, printed as it ends; one that fails is a row that says why."""
     for name in names:
         LOG.info("measuring %s", name)
-        found = MEASUREMENTS[name](work)
-        print_rows(found)
-        rows += found
-    return rows
+        try:
+            rows = MEASUREMENTS[name](work)
+        except Exception as error:
+            rows = [Row(name, "all of it", "", note=one_line(error), failed=True)]
+        print_rows(rows)
+        yield rows
+        published.release()
+
+
+def print_header(work: Workload, jpegs: str) -> None:
+    """Prints what everything below was measured on."""
+    machine = about()
+    print(f"{machine['device']} × {machine['devices']}, {machine['cpus']} CPUs")
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    settings = {name: value for name, value in vars(work).items() if name != "jpegs"}
+    print(", ".join(f"{name}={value}" for name, value in settings.items()))
+    print(f"JPEGs: {jpegs}")
+    print(f"{'':75} {'median':>10} {'':17} {'least–most':>16}  × ours/theirs", flush=True)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Prints a measurement's rows: median, least and most, and ours over theirs."""
     for row in rows:
-        text = f"{row.measurement:28} {row.name:50}"
+        text = f"{row.measurement:20} {row.name:54}"
         if row.values:
             spread = f"{min(row.values):.4g}–{max(row.values):.4g}"
             text += f" {row.median:10.4g} {row.unit:17} {spread:>16}"
@@ -107,12 +123,11 @@ def about() -> dict[str, object]:
     }
 
 
-def write(path: Path, work: Workload, rows: Sequence[Row]) -> None:
+def write(path: Path, work: Workload, jpegs: str, load: float, rows: Sequence[Row]) -> None:
     """Writes all that was measured as JSON."""
-    settings = {k: v for k, v in vars(work).items() if k != "jpegs"}
-    settings["jpegs"] = len(work.jpegs)
+    settings = {**vars(work), "jpegs": jpegs}
     told = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
-    content = {"about": about(), "workload": settings, "rows": told}
+    content = {"about": about(), "load": load, "workload": settings, "rows": told}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -156,19 +171,25 @@ if __name__ == "__main__":
         for name in only_flag.value:
             knows("only", name, MEASUREMENTS)
         work = chosen_workload(flags.FLAGS)
+        load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             if not {"input", "run"} & set(only_flag.value):
-                files = ()
+                files, jpegs = (), "none are read"
             elif data_flag.value:
                 files = jpegs_in(Path(data_flag.value).expanduser())
+                jpegs = f"{len(files)} in {data_flag.value}"
             else:
-                LOG.info("no --data: %d JPEGs of drawn scenes", DRAWN_JPEGS)
-                files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch))
+                files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch, work.batch))
+                jpegs = f"{len(files)} of drawn scenes, 500 × 375; --data takes others"
             work = dataclasses.replace(work, jpegs=files)
-            rows = measured(only_flag.value, work)
-        if to_flag.value:
-            write(Path(to_flag.value).expanduser(), work, rows)
-            LOG.info("%s has all of it", to_flag.value)
+            print_header(work, jpegs)
+            if load > BUSY:
+                LOG.warning("%.1f processes ran in the last minute: figures will be unfair", load)
+            rows = []
+            for found in measured(only_flag.value, work):
+                rows += found
+                if to_flag.value:
+                    write(Path(to_flag.value).expanduser(), work, jpegs, load, rows)
         if any(row.failed for row in rows):
             sys.exit(1)
 

@@ -62,19 +62,20 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     metrics = workdir / "metrics.jsonl"
-    try:
-        while not (metrics.exists() and metrics.stat().st_size):
-            if process.poll() is not None and not metrics.exists():
-                raise RuntimeError(f"it ended: {process.stdout.read().strip().splitlines()[-1]}")
-            if time.perf_counter() - start > _SECONDS:
-                raise RuntimeError(f"no step after {_SECONDS} s")
-            time.sleep(0.02)
-        return time.perf_counter() - start
-    finally:
-        process.terminate()
-        process.communicate()
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop it
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            while not (metrics.exists() and metrics.stat().st_size):
+                ended = process.poll() is not None
+                if ended and not (metrics.exists() and metrics.stat().st_size):
+                    said.seek(0)
+                    raise RuntimeError(f"it ended: {(said.read().splitlines() or [''])[-1]}")
+                if time.perf_counter() - start > _SECONDS:
+                    raise RuntimeError(f"no step after {_SECONDS} s")
+                time.sleep(0.02)
+            return time.perf_counter() - start
+        finally:
+            process.terminate()
+            process.wait()

@@ -1,8 +1,14 @@
 """Memory of the training step: as compiled, and where the device tells, as used at most."""
 
-import jax
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
-from benchmarks.contest import Row
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks.contest import Row, one_line
 from benchmarks.training import SYNTHETIC, steps
 from benchmarks.workload import Workload
 from cassle_jax.parallel import device_mesh
@@ -23,14 +29,20 @@ def measure(work: Workload) -> list[Row]:
         (f"batch {large}, chunk_size={chunk}", {"batch_size": large, "chunk_size": chunk}),
     ):  # fmt: skip
         config = work.config("method=moco_v2", **settings)
-        rows.append(Row("memory, as compiled", name, "GiB", (compiled_bytes(config) / GIB,)))
-        used = peak_bytes(config, work)
-        if used:
-            rows.append(Row("memory, most since the start", name, "GiB", (used / GIB,)))
+        rows.append(_row("memory, as compiled", name, partial(compiled_bytes, config)))
+        if _peak():
+            rows.append(_row("memory, most in use", name, partial(peak_bytes, config, work)))
     return rows
 
 
-def compiled_bytes(config) -> int:
+def _row(measurement: str, name: str, bytes_of: Callable[[], int]) -> Row:
+    try:
+        return Row(measurement, name, "GiB", (bytes_of() / GIB,))
+    except Exception as error:  # a batch that does not fit must not hide those that do
+        return Row(measurement, name, "GiB", note=one_line(error), failed=True)
+
+
+def compiled_bytes(config: ConfigDict) -> int:
     """What XLA plans for: arguments, results that take no argument's place, and temporaries."""
     mesh = device_mesh()
     run = build_run(config, mesh, SYNTHETIC)
@@ -49,9 +61,27 @@ def compiled_bytes(config) -> int:
     )
 
 
-def peak_bytes(config, work: Workload) -> int:
-    """The most the device had in use after two steps; 0 where it does not tell."""
-    if not (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
-        return 0
-    steps(config, work)
-    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+def peak_bytes(config: ConfigDict, work: Workload) -> int:
+    """The most the device has in use during steps of a process of their own.
+
+    A device only tells the most since its process began, whichever settings that was with.
+
+    Raises:
+      RuntimeError: they failed there.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(_steps_and_peak, config, work).result()
+
+
+def _steps_and_peak(config: ConfigDict, work: Workload) -> int:
+    try:
+        steps(config, work)
+    except Exception as error:  # not every library's errors travel between processes
+        raise RuntimeError(one_line(error)) from None
+    return _peak()
+
+
+def _peak() -> int:
+    """The most since the process began; 0 where the device does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)

@@ -1,5 +1,7 @@
 """augmax's own transformations in one chain, under vmap; it does not know pictures' true sizes."""
 
+import math
+
 import jax
 
 from benchmarks.contest import Run
@@ -10,9 +12,13 @@ def augmentation(work: Workload) -> Run:
     """Both views from canvases."""
     import augmax
 
+    whole = work.views_size / work.canvas  # zoom: pixels of the view to one of the canvas
+    zooms = (whole, whole / math.sqrt(0.2))
     chain = augmax.Chain(
         augmax.ByteToFloat(),
-        augmax.RandomSizedCrop(work.views_size, work.views_size, zoom_range=(1.0, 2.2)),
+        augmax.RandomSizedCrop(
+            work.views_size, work.views_size, zoom_range=zooms, prevent_underzoom=False
+        ),
         augmax.HorizontalFlip(),
         augmax.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
         augmax.RandomGrayscale(p=0.2),

@@ -38,6 +38,27 @@ def test_rates_are_told_by_round_and_ratios_do_not_feel_the_machine():
     assert ours.median == 5.0 and (ours.unit, ours.measurement) == ("items/s", "speed")
 
 
+def test_what_was_made_during_others_turns_does_not_count():
+    clock = Clock()
+
+    class Reader:
+        made = 0  # one batch more in every second that others take
+
+        def __call__(self):
+            self.made = min(2, self.made + clock.now - self.asked) if clock.order else 0
+            clock.now += 4 - self.made  # seconds for four batches, one each
+            self.made, self.asked = 0, clock.now
+
+        asked = 0.0
+
+    reader = Reader()
+    contenders = [Contender("reader", lambda: reader), clock.contender("other", 3.0)]
+    flattered, _ = contest("speed", "batches/s", 4, contenders, 2, clock)
+    honest, _ = contest("speed", "batches/s", 4, contenders, 2, clock, lead_in=True)
+    assert max(flattered.values) == 2.0  # two of the four were there
+    assert honest.values == (1.0, 1.0)
+
+
 def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
     def not_installed():
         import no_such_package  # noqa: F401

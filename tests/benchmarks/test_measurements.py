@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks import __main__ as command_line
 from benchmarks import augmentation, first_step, input_pipeline, limits, memory, training
-from benchmarks.rivals import published
+from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import draw_jpegs, workload_for
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
@@ -27,6 +28,7 @@ TINY = dataclasses.replace(
 def work(tmp_path, monkeypatch):
     """A tiny workload on one device, with a few small files."""
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
+    monkeypatch.setattr(training, "SMALL_IMAGES", 64)
     for module in (augmentation, training, memory, limits):
         monkeypatch.setattr(module, "device_mesh", lambda: device_mesh(jax.devices()[:1]))
     return dataclasses.replace(TINY, jpegs=draw_jpegs(tmp_path, 16))
@@ -71,6 +73,33 @@ def test_the_published_step_learns(work):
     pytest.importorskip("kornia")
     torch.manual_seed(0)
     published.step(dataclasses.replace(work, encoder="resnet18", size=32), tuned=False)()
+
+
+def test_the_other_jax_step_runs(work):
+    pytest.importorskip("stable_pretraining")
+    stable_pretraining.step(dataclasses.replace(work, encoder="resnet18", size=32))()
+
+
+def test_a_measurement_that_fails_is_a_row_and_the_next_one_runs(work, monkeypatch, capsys):
+    def too_large(work):
+        raise MemoryError("no room\nfor it")
+
+    monkeypatch.setitem(command_line.MEASUREMENTS, "step", too_large)
+    failed, (row, *_) = command_line.measured(["step", "input"], work)
+    assert failed[0].failed and failed[0].note == "MemoryError: no room"
+    assert row.values and "MemoryError: no room" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
+    def fits(config):
+        if config.encoder.remat:
+            raise MemoryError("no room")
+        return 2**30
+
+    monkeypatch.setattr(memory, "compiled_bytes", fits)
+    rows = memory.measure(work)
+    assert [row.values for row in rows] == [(1.0,), (1.0,), (), (1.0,)]
+    assert [row.failed for row in rows] == [False, False, True, False]
 
 
 def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
