@@ -125,7 +125,10 @@ def from_source(config: ConfigDict) -> Iterator[dict]:
     damaged = DamagedLog(len(source), 1.0)
     settings = {"batch": config.batch_size, "seed": 0, "damaged": damaged, "state": None}
     feed = open_feed(config.data, source, device_mesh(), **settings)
-    return (batch for batch, _ in feed)
+    try:
+        yield from (batch for batch, _ in feed)
+    finally:
+        feed.close()  # its threads would read on, and their files go with the measurement
 
 
 def steps(config: ConfigDict, work: Workload, batches_of: Batches = synthetic) -> Run:
