@@ -43,6 +43,7 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
     """
     settings = {
         "encoder.name": work.encoder,
+        "encoder.small_images": False,  # as in the other measurements
         "augment.size": work.size,
         "batch_size": work.batch,
         "dtype": work.dtype,
