@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from benchmarks import (
@@ -35,19 +34,21 @@ from benchmarks import (
     memory,
     training,
 )
-from benchmarks.contest import Row, one_line
-from benchmarks.rivals import published
-from benchmarks.workload import Workload, cpus, draw_jpegs, jpegs_in, workload_for
+from benchmarks.apart import apart
+from benchmarks.contest import Row
+from benchmarks.workload import Workload, cpus, devices, draw_jpegs, jpegs_in, workload_for
 from cassle_jax import command
 from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
+from cassle_jax.storage import write_whole
 
 LOG = logging.getLogger("cassle_jax.benchmarks")
 
 MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
     "augmentation": augmentation.measure,
     "input": input_pipeline.measure,
-    "step": training.step,
+    "step": training.moco_v2,
+    "simclr": training.simclr,
     "conditioning": training.conditioning,
     "run": training.whole_run,
     "resident": training.resident,
@@ -71,74 +72,81 @@ BUSY = 0.5  # processes that ran on average in the last minute, above which the 
 
 
 def measured(names: Sequence[str], work: Workload) -> Iterator[list[Row]]:
-    """The rows of each measurement, printed as it ends; one that fails is a row that says why."""
+    """The rows of each measurement, printed as it ends; one that fails is a row that says why.
+
+    Each has the device and its memory for itself. This process never touches them: on TPUs no
+    other could, and what one measurement leaves would be missing in the next.
+    """
     for name in names:
         LOG.info("measuring %s", name)
         try:
-            rows = MEASUREMENTS[name](work)
-        except Exception as error:
-            rows = [Row(name, "all of it", "", note=one_line(error), failed=True)]
+            rows = apart(MEASUREMENTS[name], work)
+        except RuntimeError as error:
+            rows = [Row(name, "all of it", "", note=str(error), failed=True)]
         print_rows(rows)
         yield rows
-        published.release()
 
 
-def print_header(work: Workload, jpegs: str) -> None:
+def print_header(measured_on: dict) -> None:
     """Prints what everything below was measured on."""
-    machine = about()
+    machine, settings = measured_on["about"], measured_on["workload"]
     print(f"{machine['device']} × {machine['devices']}, {machine['cpus']} CPUs")
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
-    settings = {name: value for name, value in vars(work).items() if name != "jpegs"}
     print(", ".join(f"{name}={value}" for name, value in settings.items()))
-    print(f"JPEGs: {jpegs}")
     print(f"{'':75} {'median':>10} {'':17} {'least–most':>16}  × ours/theirs", flush=True)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Prints a measurement's rows: median, least and most, and ours over theirs."""
+    """Prints a measurement's rows: median, least and most, and ours over theirs, with its range."""
     for row in rows:
         text = f"{row.measurement:20} {row.name:54}"
         if row.values:
             spread = f"{min(row.values):.4g}–{max(row.values):.4g}"
             text += f" {row.median:10.4g} {row.unit:17} {spread:>16}"
             text += f"  × {row.ratio:.3g}" if row.ratio else ""
+            text += f" ({min(row.ratios):.3g}–{max(row.ratios):.3g})" if len(row.ratios) > 1 else ""
         print(f"{text} {row.note}".rstrip(), flush=True)
 
 
 def about() -> dict[str, object]:
-    """The machine, and the versions of what is installed."""
+    """The machine, and the versions of what is installed.
+
+    Raises:
+      ConfigError: JAX finds no device.
+    """
+    try:
+        found = apart(devices)
+    except RuntimeError as error:
+        raise ConfigError(f"JAX finds no device: {error}") from error
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    devices = jax.devices()
     return {
-        "device": devices[0].device_kind,
-        "devices": len(devices),
+        **found,
         "cpus": cpus(),
         "python": platform.python_version(),
         "versions": versions,
     }
 
 
-def write(path: Path, work: Workload, jpegs: str, load: float, rows: Sequence[Row]) -> None:
+def write(path: Path, measured_on: dict, rows: Sequence[Row]) -> None:
     """Writes all that was measured as JSON."""
-    settings = {**vars(work), "jpegs": jpegs}
     told = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
-    content = {"about": about(), "load": load, "workload": settings, "rows": told}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = json.dumps({**measured_on, "rows": told}, indent=1, ensure_ascii=False)
+    write_whole(path, f"{content}\n".encode())
 
 
-def chosen_workload(flag_values: flags.FlagValues) -> Workload:
-    """The workload of this device, changed as the flags say.
+def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
+    """The workload that suits a platform, changed as the flags say.
 
     Raises:
       ConfigError: a value that cannot be.
     """
-    usual = workload_for(jax.default_backend())
+    usual = workload_for(platform)
     given = {
         name: getattr(flag_values, name)
         for name in ("encoder", "size", "batch", "dtype", "views_size", "views_batch", "canvas",
@@ -170,9 +178,12 @@ if __name__ == "__main__":
         """Measures what the flags ask for."""
         for name in only_flag.value:
             knows("only", name, MEASUREMENTS)
-        work = chosen_workload(flags.FLAGS)
+        machine = about()
+        work = chosen_workload(flags.FLAGS, machine["platform"])
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
+            # What one measurement compiled, the next ones need not.
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder, "compiled")))
             if not {"input", "run"} & set(only_flag.value):
                 files, jpegs = (), "none are read"
             elif data_flag.value:
@@ -181,15 +192,16 @@ if __name__ == "__main__":
             else:
                 files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch, work.batch))
                 jpegs = f"{len(files)} of drawn scenes, 500 × 375; --data takes others"
-            work = dataclasses.replace(work, jpegs=files)
-            print_header(work, jpegs)
+            settings = {**vars(work), "jpegs": jpegs}
+            measured_on = {"about": machine, "load": load, "workload": settings}
+            print_header(measured_on)
             if load > BUSY:
                 LOG.warning("%.1f processes ran in the last minute: figures will be unfair", load)
             rows = []
-            for found in measured(only_flag.value, work):
+            for found in measured(only_flag.value, dataclasses.replace(work, jpegs=files)):
                 rows += found
                 if to_flag.value:
-                    write(Path(to_flag.value).expanduser(), work, jpegs, load, rows)
+                    write(Path(to_flag.value).expanduser(), measured_on, rows)
         if any(row.failed for row in rows):
             sys.exit(1)
 

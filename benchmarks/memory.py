@@ -1,17 +1,18 @@
 """Memory of the training step: as compiled, and where the device tells, as used at most."""
 
-import multiprocessing
+import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from benchmarks.contest import Row, one_line
+from benchmarks.apart import apart
+from benchmarks.contest import Row
 from benchmarks.training import SYNTHETIC, steps
 from benchmarks.workload import Workload
-from cassle_jax.parallel import device_mesh
+from cassle_jax.parallel import REPLICATED, SHARDED, device_mesh
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 
@@ -29,17 +30,19 @@ def measure(work: Workload) -> list[Row]:
         (f"batch {large}, chunk_size={chunk}", {"batch_size": large, "chunk_size": chunk}),
     ):  # fmt: skip
         config = work.config("method=moco_v2", **settings)
-        rows.append(_row("memory, as compiled", name, partial(compiled_bytes, config)))
-        if _peak():
-            rows.append(_row("memory, most in use", name, partial(peak_bytes, config, work)))
+        rows += _rows("memory, as compiled", name, compiled_bytes, config)
+        rows += _rows("memory, most in use", name, peak_bytes, config, work)
     return rows
 
 
-def _row(measurement: str, name: str, bytes_of: Callable[[], int]) -> Row:
+def _rows(measurement: str, name: str, bytes_of: Callable, *arguments: object) -> list[Row]:
+    """A row, or none where the device does not tell."""
     try:
-        return Row(measurement, name, "GiB", (bytes_of() / GIB,))
-    except Exception as error:  # a batch that does not fit must not hide those that do
-        return Row(measurement, name, "GiB", note=one_line(error), failed=True)
+        # A device only tells the most since its process began, whichever settings that was with.
+        found = apart(bytes_of, *arguments)
+    except RuntimeError as error:  # a batch that does not fit must not hide those that do
+        return [Row(measurement, name, "GiB", note=str(error), failed=True)]
+    return [Row(measurement, name, "GiB", (found / GIB,))] if found else []
 
 
 def compiled_bytes(config: ConfigDict) -> int:
@@ -51,8 +54,11 @@ def compiled_bytes(config: ConfigDict) -> int:
         "image": jax.ShapeDtypeStruct((run.batch_size, canvas, canvas, 3), "uint8"),
         "size": jax.ShapeDtypeStruct((run.batch_size, 2), "int32"),
     }
-    lowered = make_train_step(run, mesh).lower(jax.eval_shape(run.initial_state), batch)
-    plan = lowered.compile().memory_analysis()
+    arguments = (
+        _placed(jax.eval_shape(run.initial_state), mesh, REPLICATED),
+        _placed(batch, mesh, SHARDED),
+    )
+    plan = make_train_step(run, mesh).lower(*arguments).compile().memory_analysis()
     return (
         plan.argument_size_in_bytes
         + plan.output_size_in_bytes
@@ -61,27 +67,15 @@ def compiled_bytes(config: ConfigDict) -> int:
     )
 
 
+def _placed(tree: PyTree, mesh: Mesh, where: PartitionSpec) -> PyTree:
+    """As real arrays are, so that the program is the one that is run, and compiled once."""
+    sharding = NamedSharding(mesh, where)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def peak_bytes(config: ConfigDict, work: Workload) -> int:
-    """The most the device has in use during steps of a process of their own.
-
-    A device only tells the most since its process began, whichever settings that was with.
-
-    Raises:
-      RuntimeError: they failed there.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(_steps_and_peak, config, work).result()
-
-
-def _steps_and_peak(config: ConfigDict, work: Workload) -> int:
-    try:
-        steps(config, work)
-    except Exception as error:  # not every library's errors travel between processes
-        raise RuntimeError(one_line(error)) from None
-    return _peak()
-
-
-def _peak() -> int:
-    """The most since the process began; 0 where the device does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    """The most a device had in use since this process began, after steps; 0: it does not tell."""
+    if "peak_bytes_in_use" not in (jax.local_devices()[0].memory_stats() or {}):
+        return 0
+    steps(config, dataclasses.replace(work, steps=2))
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]

@@ -35,6 +35,8 @@ def _line(row: dict, *, with_unit: bool) -> str:
     median, least, most = (f(row["values"]) for f in (statistics.median, min, max))
     spread = f"{least:.4g}–{most:.4g}" if len(row["values"]) > 1 else ""
     ratio = f"{row['ratio']:.3g}" if row["ratio"] else ""
+    if len(row["ratios"]) > 1:
+        ratio += f" ({min(row['ratios']):.3g}–{max(row['ratios']):.3g})"
     return f"| {name} | {median:.4g} | {spread} | {ratio} |"
 
 

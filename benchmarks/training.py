@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks.contest import Contender, Row, Run, contest
@@ -24,49 +25,69 @@ SYNTHETIC = 10**6  # images a synthetic epoch has: enough for any batch
 SMALL_IMAGES = 10_000
 READ_AHEAD = 6  # batches at most that are decoded or on the devices before they are asked for
 
-Batches = Callable[[ConfigDict], Iterator[dict]]
+Batches = Callable[[ConfigDict, Mesh], Iterator[dict]]
 
 
-def step(work: Workload) -> list[Row]:
-    """Images a second of MoCo-v2 with CASSLE, and of SimCLR, on images on the device."""
-    conditioned = work.config("method=moco_v2,conditioning=cassle")
-    moco = contest(
+def moco_v2(work: Workload) -> list[Row]:
+    """Images a second of MoCo-v2 with CASSLE on images on the device, and of PyTorch's."""
+    return _step(
         "step, MoCo-v2",
-        "images/s",
-        work.steps * work.batch,
-        [
-            Contender("cassle_jax: MoCo-v2 + CASSLE", partial(steps, conditioned, work)),
-            Contender(
-                "PyTorch, published: float32, no crop, no ω",
-                partial(published.step, work, tuned=False),
-            ),
-            Contender(
-                f"PyTorch, tuned: channels_last, {work.dtype}, compiled",
-                partial(published.step, work, tuned=True),
-            ),
-        ],
-        work.rounds,
+        work,
+        Contender(
+            "PyTorch, published: float32, no crop, no ω",
+            partial(published.step, work, tuned=False),
+        ),
+        Contender(
+            f"PyTorch, tuned: channels_last, {work.dtype}, compiled",
+            partial(published.step, work, tuned=True),
+        ),
     )
-    simclr = contest(
+
+
+def simclr(work: Workload) -> list[Row]:
+    """The same of SimCLR, which stable-pretraining has in JAX."""
+    return _step(
         "step, SimCLR",
+        work,
+        Contender(
+            "stable-pretraining's JAX: no hue, saturation, blur, ω",
+            partial(stable_pretraining.step, work),
+        ),
+    )
+
+
+def _step(measurement: str, work: Workload, *rivals: Contender) -> list[Row]:
+    """Ours on one device, as rivals are; then on all of them, each with as many images."""
+    name = measurement.removeprefix("step, ")
+    config = work.config(f"method={name.lower().replace('-', '_')},conditioning=cassle")
+    one = Contender(
+        f"cassle_jax: {name} + CASSLE", partial(steps, config, work, devices=jax.devices()[:1])
+    )
+    count, everywhere = len(jax.devices()), []
+    if count > 1:
+        config = ConfigDict(config)
+        config.batch_size *= count
+        everywhere = [
+            Contender(
+                f"cassle_jax on all {count} devices",
+                partial(steps, config, work),
+                count * work.steps * work.batch,
+            )
+        ]
+    return contest(
+        measurement,
         "images/s",
         work.steps * work.batch,
-        [
-            Contender(
-                "cassle_jax: SimCLR + CASSLE", partial(steps, work.config("method=simclr"), work)
-            ),
-            Contender(
-                "stable-pretraining's JAX: no hue, saturation, blur, ω",
-                partial(stable_pretraining.step, work),
-            ),
-        ],
+        [one, *rivals, *everywhere],
         work.rounds,
     )
-    return [*moco, *simclr]
 
 
 def conditioning(work: Workload) -> list[Row]:
-    """What CASSLE costs: its ratio is the plain method's rate over its own."""
+    """What CASSLE costs: its ratio is the plain method's rate over its own.
+
+    The plain method once more shows what a ratio of 1 looks like on this machine.
+    """
     plain, cassle = (
         partial(steps, work.config(f"method=moco_v2,conditioning={name}"), work)
         for name in ("none", "cassle")
@@ -75,7 +96,11 @@ def conditioning(work: Workload) -> list[Row]:
         "conditioning",
         "images/s",
         work.steps * work.batch,
-        [Contender("MoCo-v2, plain", plain), Contender("MoCo-v2 + CASSLE", cassle)],
+        [
+            Contender("MoCo-v2, plain", plain),
+            Contender("MoCo-v2 + CASSLE", cassle),
+            Contender("MoCo-v2, plain, once more", plain),
+        ],
         3 * work.rounds,
     )
 
@@ -113,31 +138,36 @@ def _beside_synthetic(measurement: str, work: Workload, config: ConfigDict, how:
     )
 
 
-def synthetic(config: ConfigDict) -> Iterator[dict]:
+def synthetic(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
     """The same batch on the devices, again and again."""
     batch = synthetic_batch(config.batch_size, config.data.canvas)
-    return itertools.repeat(shard_batch(batch, device_mesh()))
+    return itertools.repeat(shard_batch(batch, mesh))
 
 
-def from_source(config: ConfigDict) -> Iterator[dict]:
+def from_source(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
     """The batches of a run with this configuration."""
     source = open_source(config.data, config.data.train_split)
     damaged = DamagedLog(len(source), 1.0)
     settings = {"batch": config.batch_size, "seed": 0, "damaged": damaged, "state": None}
-    feed = open_feed(config.data, source, device_mesh(), **settings)
+    feed = open_feed(config.data, source, mesh, **settings)
     try:
         yield from (batch for batch, _ in feed)
     finally:
         feed.close()  # its threads would read on, and their files go with the measurement
 
 
-def steps(config: ConfigDict, work: Workload, batches_of: Batches = synthetic) -> Run:
-    """Training steps of a configuration, compiled and past the first ones."""
-    mesh = device_mesh()
+def steps(
+    config: ConfigDict,
+    work: Workload,
+    batches_of: Batches = synthetic,
+    devices: Sequence[jax.Device] | None = None,
+) -> Run:
+    """Training steps of a configuration on devices, compiled and past the first ones."""
+    mesh = device_mesh(devices)
     run = build_run(config, mesh, SYNTHETIC)
     train_step = make_train_step(run, mesh)
     state = on_every_device(run.initial_state, mesh)
-    batches = batches_of(config)
+    batches = batches_of(config, mesh)
 
     def once():
         nonlocal state

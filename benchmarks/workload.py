@@ -5,6 +5,7 @@ import io
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -118,3 +119,10 @@ def cpus() -> int:
     """The CPUs this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def devices() -> dict[str, object]:
+    """What JAX computes on, and takes for this process with the question."""
+    found = jax.devices()
+    platform = jax.default_backend()
+    return {"platform": platform, "device": found[0].device_kind, "devices": len(found)}

@@ -29,12 +29,14 @@ def augmentation(work: Workload) -> Run:
     keys = iter(range(10**9))
 
     @jax.jit
-    def make(key):
+    def make(key, images):
         views = jax.random.split(key, (2, work.views_batch))
         return [jax.vmap(chain)(view, images) for view in views]
 
     def once():
-        return jax.block_until_ready(make(jax.random.key(next(keys))))
+        for _ in range(work.steps):
+            views = make(jax.random.key(next(keys)), images)
+        return jax.block_until_ready(views)
 
     once()
     return once

@@ -46,7 +46,7 @@ def augmentation(work: Workload) -> Run:
     keys = iter(range(10**9))
 
     @jax.jit
-    def make(key):
+    def make(key, batch):
         def view(key):
             each = jax.random.split(key, work.views_batch)
             sizes = batch["size"].astype(jnp.float32)
@@ -55,7 +55,9 @@ def augmentation(work: Workload) -> Run:
         return [view(key) for key in jax.random.split(key)]
 
     def once():
-        return jax.block_until_ready(make(jax.random.key(next(keys))))
+        for _ in range(work.steps):
+            views = make(jax.random.key(next(keys)), batch)
+        return jax.block_until_ready(views)
 
     once()
     return once

@@ -16,11 +16,13 @@ def augmentation(work: Workload) -> Run:
     from stable_pretraining.jax import augment
 
     images = jax.device_put(synthetic_batch(work.views_batch, work.canvas)["image"])
-    make = jax.jit(lambda key: augment.two_crop(key, images / 255.0, work.views_size))
+    make = jax.jit(lambda key, images: augment.two_crop(key, images / 255.0, work.views_size))
     keys = iter(range(10**9))
 
     def once():
-        return jax.block_until_ready(make(jax.random.key(next(keys))))
+        for _ in range(work.steps):
+            views = make(jax.random.key(next(keys)), images)
+        return jax.block_until_ready(views)
 
     once()
     return once

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.contest import Contender, contest
+from benchmarks.contest import Contender, NotComparableError, contest
 
 
 class Clock:
@@ -66,6 +66,12 @@ def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
     def breaks():
         raise RuntimeError("no memory\nand a long story")
 
+    def lacks_a_library():
+        raise ImportError("libcudnn.so.9: cannot open shared object file")
+
+    def elsewhere():
+        raise NotComparableError("it has no such device")
+
     clock = Clock()
     rows = contest(
         "speed",
@@ -74,6 +80,8 @@ def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
         [
             clock.contender("ours", 1.0),
             Contender("missing", not_installed),
+            Contender("elsewhere", elsewhere),
+            Contender("half installed", lacks_a_library),
             Contender("at once", breaks),
             Contender("later", lambda: breaks),
         ],
@@ -81,7 +89,14 @@ def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
         clock,
     )
     assert rows[0].values == (1.0, 1.0)
-    assert [row.values for row in rows[1:]] == [(), (), ()]
-    assert [row.failed for row in rows] == [False, False, True, True]
-    assert rows[1].note == "not installed: no_such_package"
-    assert rows[2].note == rows[3].note == "RuntimeError: no memory"
+    assert [row.values for row in rows[1:]] == [()] * 5
+    assert [row.failed for row in rows] == [False, False, False, True, True, True]
+    assert [row.note for row in rows[1:]] == [
+        "not installed: no_such_package",
+        "it has no such device",
+        "ImportError: libcudnn.so.9: cannot open shared object file",
+        "RuntimeError: no memory",
+        "RuntimeError: no memory",
+    ]
+    (ours,) = contest("speed", "items/s", 1, [Contender("ours", not_installed)], 1, clock)
+    assert ours.failed

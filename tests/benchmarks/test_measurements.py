@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from benchmarks import __main__ as command_line
 from benchmarks import augmentation, first_step, input_pipeline, limits, memory, training
+from benchmarks.apart import apart
 from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import draw_jpegs, workload_for
 from cassle_jax.models import ENCODERS
@@ -26,12 +29,22 @@ TINY = dataclasses.replace(
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A tiny workload on one device, with a few small files."""
+    """A tiny workload on one device of this process, with a few small files."""
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
     monkeypatch.setattr(training, "SMALL_IMAGES", 64)
     for module in (augmentation, training, memory, limits):
-        monkeypatch.setattr(module, "device_mesh", lambda: device_mesh(jax.devices()[:1]))
+        monkeypatch.setattr(module, "device_mesh", lambda *_: device_mesh(jax.devices()[:1]))
+    for module in (command_line, memory):
+        monkeypatch.setattr(module, "apart", here)
     return dataclasses.replace(TINY, jpegs=draw_jpegs(tmp_path, 16))
+
+
+def here(function, *arguments):
+    """As `apart`, without the seconds a process takes to start."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise RuntimeError(str(error)) from error
 
 
 def ours(rows):
@@ -54,8 +67,8 @@ def test_a_run_beside_synthetic_data(work, measure):
 
 
 def test_conditioning_is_measured_against_the_plain_method(work):
-    plain, cassle = ours(training.conditioning(work))
-    assert len(plain.values) == 3 and cassle.ratio
+    plain, cassle, again = ours(training.conditioning(work))
+    assert len(plain.values) == 3 and cassle.ratio and again.ratio
 
 
 def test_memory_and_limits(work):
@@ -75,6 +88,18 @@ def test_the_published_step_runs(work):
     published.step(dataclasses.replace(work, encoder="resnet18", size=32), tuned=False)()
 
 
+def test_a_blur_by_rows_and_columns_is_the_published_one():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("kornia")
+    images = torch.rand(4, 3, 40, 40)
+    blurred = []
+    for separable in (False, True):
+        torch.manual_seed(0)
+        blurred.append(published.random_blur(40, separable=separable)(images))
+    assert not torch.equal(blurred[0], images)
+    torch.testing.assert_close(*blurred)
+
+
 def test_the_other_jax_step_runs(work):
     pytest.importorskip("stable_pretraining")
     stable_pretraining.step(dataclasses.replace(work, encoder="resnet18", size=32))()
@@ -82,12 +107,12 @@ def test_the_other_jax_step_runs(work):
 
 def test_a_measurement_that_fails_is_a_row_and_the_next_one_runs(work, monkeypatch, capsys):
     def too_large(work):
-        raise MemoryError("no room\nfor it")
+        raise MemoryError("no room for it")
 
     monkeypatch.setitem(command_line.MEASUREMENTS, "step", too_large)
     failed, (row, *_) = command_line.measured(["step", "input"], work)
-    assert failed[0].failed and failed[0].note == "MemoryError: no room"
-    assert row.values and "MemoryError: no room" in capsys.readouterr().out
+    assert failed[0].failed and failed[0].note == "no room for it"
+    assert row.values and "no room for it" in capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
@@ -100,6 +125,16 @@ def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
     rows = memory.measure(work)
     assert [row.values for row in rows] == [(1.0,), (1.0,), (), (1.0,)]
     assert [row.failed for row in rows] == [False, False, True, False]
+
+
+def test_what_runs_apart_ends_with_its_result_or_with_one_error():
+    assert apart(os.getpid) != os.getpid()
+    with pytest.raises(RuntimeError, match=r"^ValueError: invalid literal .*'seven'$"):
+        apart(int, "seven")
+    with pytest.raises(RuntimeError, match="its process ended with 137"):
+        apart(os._exit, 137)
+    with pytest.raises(RuntimeError, match=r"it took more than 0\.5 s"):
+        apart(time.sleep, 600, seconds=0.5)
 
 
 def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
