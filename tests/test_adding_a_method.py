@@ -95,7 +95,7 @@ def test_the_command_trains_it_with_cassle(example, tmp_path):
         ],
         cwd=ROOT,
         check=True,
-        timeout=300,
+        timeout=600,
     )
     metrics = read_metrics(tmp_path)
     losses, terms = metrics["loss"], (metrics["loss_alignment"], metrics["loss_uniformity"])

@@ -182,7 +182,7 @@ def test_the_pretraining_command_ends_with_one_line(arguments, message, tmp_path
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 2

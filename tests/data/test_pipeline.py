@@ -298,7 +298,7 @@ def test_closing_stops_the_threads():
     assert started
     iterator.close()
     for thread in started:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
         assert not thread.is_alive()
     with pytest.raises(ValueError, match="closed"):
         next(iterator)

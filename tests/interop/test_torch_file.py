@@ -351,7 +351,7 @@ def test_a_small_file_cannot_exhaust_the_reader(tmp_path, content, message):
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == (0 if message is None else 1), ended.stderr

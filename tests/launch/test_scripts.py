@@ -27,7 +27,7 @@ def run(script, *arguments, **settings):
         env=kept | settings,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -46,7 +46,7 @@ def test_shellcheck_and_bash_find_nothing(script):
         pytest.skip("shellcheck is not installed")
     for command in (["bash", "-n"], [shellcheck, "-x", "-P", str(ROOT)]):
         checked = subprocess.run(
-            [*command, str(script)], capture_output=True, text=True, timeout=60
+            [*command, str(script)], capture_output=True, text=True, timeout=600
         )
         assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
@@ -219,14 +219,14 @@ def test_of_several_processes_the_worst_end_counts(stub):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
-    body = f"trap 'kill $!; exit 75' TERM; sleep 60 & touch {tmp_path}/ready; wait"
+    body = f"trap 'kill $!; exit 75' TERM; sleep 900 & touch {tmp_path}/ready; wait"
     environment = os.environ | stub(body)
     process = subprocess.Popen(["bash", "launch/gpu_host.sh", *RUN], cwd=ROOT, env=environment)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not (tmp_path / "ready").exists() and time.monotonic() < end:
         time.sleep(0.1)
     process.send_signal(number)
-    assert (process.wait(30), stub.starts()) == (75, 1)
+    assert (process.wait(600), stub.starts()) == (75, 1)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (3, False)])

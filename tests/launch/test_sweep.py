@@ -128,7 +128,7 @@ def test_a_command_goes_on_after_the_signal_of_a_time_limit(tmp_path, monkeypatc
     assert job.result() == 0
 
 
-def wait_for(path, seconds=120):
+def wait_for(path, seconds=600):
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not come"

@@ -86,7 +86,7 @@ def once_saved(workdir, step, then):
     """What happens when the checkpoint of a step, which is written meanwhile, is complete."""
 
     def wait():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while step not in steps_saved(workdir):
             assert time.monotonic() < until
             time.sleep(0.01)
