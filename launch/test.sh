@@ -6,5 +6,5 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 cd -- "$repository"
-say "running: python -m pytest -n 2 $*"
-exec "$python" -m pytest -n 2 "$@"
+say "running: python -m pytest -n 2 --dist worksteal $*"
+exec "$python" -m pytest -n 2 --dist worksteal "$@"

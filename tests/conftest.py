@@ -55,3 +55,21 @@ def pytest_configure(config):
     if not folder.is_dir():
         raise pytest.UsageError(f"--golden={config.getoption('golden')} is not a folder")
     config.option.golden = str(folder.resolve())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_contact_sheets():
+    """A run begins with a picture, which takes seconds of each: here it has one pixel."""
+    from tests.tiny import blank_sheet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cassle_jax.training.loop.write_contact_sheet", blank_sheet)
+        yield
+
+
+@pytest.fixture
+def contact_sheets(monkeypatch):
+    """The picture as users have it."""
+    from cassle_jax.training.sheet import write_contact_sheet
+
+    monkeypatch.setattr("cassle_jax.training.loop.write_contact_sheet", write_contact_sheet)

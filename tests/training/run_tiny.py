@@ -4,14 +4,18 @@ import ast
 import logging
 import sys
 
+sys.modules["torch"] = None  # nothing here needs it, and tensorboardX would import it for seconds
+
 from cassle_jax import command
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
-from tests.tiny import TinyEncoder, tiny_config
+from cassle_jax.training import loop
+from tests.tiny import TinyEncoder, blank_sheet, tiny_config
 
 
 def main(workdir, *settings):
     ENCODERS["tiny"] = TinyEncoder
+    loop.write_contact_sheet = blank_sheet
     config = tiny_config("method=moco_v2")
     for setting in settings:
         name, value = setting.split("=")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
@@ -23,7 +24,7 @@ from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("CASSLE_KILLS", "2"))
-STEPS = 200 * KILLS
+STEPS = 100 * KILLS
 
 
 def values(state):
@@ -60,7 +61,6 @@ def test_what_a_run_leaves(uninterrupted):
     assert {"positive_similarity", "negative_similarity"} <= set(curves)
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
     assert kept == {15, 20, 24}
-    assert (workdir / "views.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "config.json").exists()
     assert list((workdir / "tensorboard").iterdir())
 
@@ -93,6 +93,14 @@ def test_sigterm_saves_and_the_same_call_continues(uninterrupted, tmp_path, monk
 def test_a_finished_run_is_left_alone(uninterrupted):
     config, workdir, expected = uninterrupted
     assert_identical(values(pretrain(config, workdir)), expected)
+
+
+def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets):
+    config = tiny_config()
+    config.steps = 1
+    pretrain(config, tmp_path)
+    with Image.open(tmp_path / "views.png") as picture:
+        assert picture.width > 8 * config.augment.size
 
 
 def test_a_learning_rate_that_explodes_stops_the_run_and_saves_nothing(tmp_path):
