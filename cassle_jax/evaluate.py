@@ -1,7 +1,6 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import HTML, write_report
+from cassle_jax.report.comparison import check_subjects
+from cassle_jax.report.evaluation_page import HTML, remove_report, write_report
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -99,7 +99,9 @@ def evaluate_command(
         for data in opened:
             bench = Bench(subject, data, store, mesh, settings or Settings())
             for name in plan[data.name]:
-                findings += _run(name, bench)
+                new = _run(name, bench)
+                check_subjects({subject.name: [[*findings, *new]]})  # what cannot be told, now
+                findings += new
 
     found: dict[str, list[list[Finding]]] = {}
     summary = f"{_summary(opened, limit)} {_of_settings(settings or Settings())}"
@@ -122,7 +124,7 @@ def evaluate_command(
     if jax.process_index():
         return folder / HTML
     page = write(folder, summary)
-    shutil.rmtree(folder / INCOMPLETE, ignore_errors=True)
+    remove_report(folder / INCOMPLETE)
     LOG.info("the page is %s", page)
     return page
 

@@ -79,7 +79,7 @@ start_slurm() {
   mkdir -p "$folder/state" "$folder/spool"
   head -c 1024 /dev/urandom >"$folder/munge.key"
   chmod 600 "$folder/munge.key"
-  cat >"$folder/slurm.conf" <<CONF
+  cat >"$SLURM_CONF" <<CONF
 ClusterName=cassle
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$controller_port
@@ -111,7 +111,6 @@ NodeName=localhost NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$node_port C
 PartitionName=low Nodes=localhost PriorityTier=1 Default=YES MaxTime=60
 PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF MaxTime=60
 CONF
-  export SLURM_CONF="$folder/slurm.conf"
   # In sessions of their own: Ctrl-C must leave them, so that they can end the jobs.
   setsid munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --num-threads=2 \
     --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" --seed-file="$folder/munge.seed" 2>/dev/null &
@@ -205,6 +204,8 @@ PYTHON
 
 install_slurm
 folder="$(mktemp -d)" daemons=()
+# From here on SLURM's commands know this cluster alone, whatever happens before it runs.
+export SLURM_CONF="$folder/slurm.conf"
 trap clean_up EXIT
 trap 'exit 1' INT TERM
 start_slurm

@@ -11,6 +11,7 @@ from PIL import Image
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
+from cassle_jax.evaluation.findings import Score
 from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.report.evaluation_page import read_report
@@ -110,6 +111,25 @@ def test_an_evaluation_that_ends_early_is_not_taken_for_a_whole_one(run, tmp_pat
     assert {finding.task for finding in findings} == {"k-NN (k = 1)"}
     evaluate(run, tmp_path, "knn")
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".html", ".json"]
+
+
+def test_what_cannot_be_reported_takes_nothing_else_with_it(run, tmp_path, monkeypatch):
+    kept = tmp_path / "report" / "incomplete" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+
+    def says_it_twice(bench):
+        return 2 * [Score("spectrum", "scenes", "RankMe", 1.0)]
+
+    spectrum = dataclasses.replace(TASKS["spectrum"], run=says_it_twice)
+    with monkeypatch.context() as patch:
+        patch.setitem(TASKS, "spectrum", spectrum)
+        with pytest.raises(ValueError, match="two findings for spectrum, scenes, RankMe"):
+            evaluate(run, tmp_path, "knn", "spectrum", runs=[f"a={run}"])
+    ((findings,),) = read_report(kept.parent / "report.json")[0].values()
+    assert {finding.task for finding in findings} == {"k-NN (k = 1)"}
+    evaluate(run, tmp_path, "knn")
+    assert list(kept.parent.iterdir()) == [kept]
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ class FewShotResult:
 
     def findings(self, dataset: str) -> list[Finding]:
         """The mean accuracy with its interval."""
-        metric = f"{self.ways}-way {self.shots}-shot accuracy"
-        score = Score("few-shot", dataset, metric, self.mean, self.interval)
-        return [score, *missed_optima("few-shot", dataset, self.converged)]
+        setting = f"{self.ways}-way {self.shots}-shot"
+        score = Score("few-shot", dataset, f"{setting} accuracy", self.mean, self.interval)
+        return [score, *missed_optima("few-shot", dataset, self.converged, f"{setting} fits")]
 
 
 class OneAgainstRest(NamedTuple):

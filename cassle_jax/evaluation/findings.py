@@ -36,10 +36,12 @@ class Score:
     higher_is_better: bool | None = True
 
 
-def missed_optima(task: str, dataset: str, converged: Bool[np.ndarray, " fits"]) -> list[Score]:
+def missed_optima(
+    task: str, dataset: str, converged: Bool[np.ndarray, " fits"], fits: str = "fits"
+) -> list[Score]:
     """How many of a protocol's fits did not get to their optimum; nothing where all did."""
     missed = float(np.sum(~converged))
-    name = "fits that did not converge"
+    name = f"{fits} that did not converge"
     return [Score(task, dataset, name, missed, higher_is_better=False)] if missed else []
 
 

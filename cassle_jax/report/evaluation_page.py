@@ -1,5 +1,6 @@
 """Writes what an evaluation found of one or several subjects as a page, as JSON and as CSV."""
 
+import contextlib
 import csv
 import io
 import json
@@ -34,6 +35,15 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 _SHORT_FACT = 64
+
+
+def remove_report(folder: str | PathLike[str]) -> None:
+    """Removes what `write_report` wrote, where it did, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    for name in (JSON, CSV, HTML):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or holds somebody's files
+        folder.rmdir()
 
 
 def write_report(

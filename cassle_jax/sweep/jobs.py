@@ -29,6 +29,7 @@ _WEEK_MINUTES = 7 * 24 * 60
 # again, or here in the same one. So many times, that is something else.
 _STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
 _MOST_STARTS = 100
+_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 # How often submitit requeues a job at its time limit: as often as it takes.
 _MOST_REQUEUES = 10_000
 
@@ -69,10 +70,15 @@ class Command:
         ):
             if leads:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            code, starts = self._run(lock, log), 1
+            code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             while code in _STOPPED and starts < _MOST_STARTS:
                 if job.cluster == "slurm":
-                    sys.exit(EXIT_PREEMPTED)  # with no result, as SLURM starts the job again
+                    # Left without a result. SLURM itself starts only those again that it had to
+                    # end, not one that was quicker than the time it gives.
+                    if leads:
+                        requeue = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+                        subprocess.run(requeue, capture_output=True, check=False)
+                    sys.exit(EXIT_PREEMPTED)
                 code, starts = self._run(lock, log), starts + 1
             if leads:
                 self._write_outcome(code)
@@ -81,7 +87,6 @@ class Command:
     def checkpoint(self) -> DelayedSubmission:
         """What submitit calls before it requeues a job: saves, and goes on in the next one."""
         if self._process:
-            # SLURM may have sent SIGTERM already, and a second one would kill it.
             self._process.send_signal(signal.SIGINT)
             self._wait()
         self._process = None
@@ -183,8 +188,10 @@ class Slurm:
     """
 
     def __init__(self, folder: Path, parallel: int, options: str):
-        if not shutil.which("sbatch") or not shutil.which("srun"):
-            raise ConfigError("where=slurm needs sbatch and srun, which are not here; use local")
+        if absent := [name for name in _PROGRAMS if not shutil.which(name)]:
+            raise ConfigError(
+                f"where=slurm needs {', '.join(absent)}, which cannot be found; use local"
+            )
         if parallel < 1:
             raise ConfigError(f"parallel={parallel} must be at least 1")
         # Without SLURM's accounting it warns at every look at the jobs.

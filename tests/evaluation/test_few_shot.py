@@ -5,6 +5,7 @@ from sklearn.multiclass import OneVsRestClassifier
 
 from cassle_jax.evaluation import few_shot as few_shot_module
 from cassle_jax.evaluation.few_shot import few_shot, fit_one_against_rest
+from cassle_jax.report.evaluation_page import write_report
 
 
 def clusters(rows: int, seed: int = 0, classes: int = 6, width: int = 40, scale: float = 1):
@@ -86,12 +87,17 @@ def test_the_interval_and_the_finding():
     assert (score.value, score.interval) == (first.mean, first.interval)
 
 
-def test_what_no_fit_can_solve_is_said():
+def test_what_no_fit_can_solve_is_said_of_every_number_of_shots(tmp_path):
     features, labels = clusters(150, scale=1e5)
-    with pytest.warns(UserWarning, match="4 of 4 episodes did not reach their optimum"):
-        result = few_shot(features, labels, episodes=4)
-    score = result.findings("CUB-200")[1]
-    assert (score.metric, score.value) == ("fits that did not converge", 4)
+    findings = []
+    for shots in (1, 5):
+        with pytest.warns(UserWarning, match="of 4 episodes did not reach their optimum"):
+            result = few_shot(features, labels, shots=shots, episodes=4)
+        findings += result.findings("CUB-200")
+    write_report(tmp_path, {"run": [findings]})
+    missed = {score.metric: score.value for score in findings[1::2]}
+    assert missed["5-way 1-shot fits that did not converge"] == 4
+    assert missed["5-way 5-shot fits that did not converge"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """launch/slurm.sbatch on a real SLURM, as launch/test_slurm.sh has it."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = 77
-SYSTEM_PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 
 
 @pytest.mark.skipif(
-    not (shutil.which("slurmctld", path=SYSTEM_PATH) or os.environ.get("CASSLE_SLURM")),
-    reason="SLURM is not installed here; CASSLE_SLURM=1 installs it",
+    not os.environ.get("CASSLE_SLURM"),
+    reason="CASSLE_SLURM=1 runs this, and installs SLURM where it is missing",
 )
 def test_two_tasks_stopped_preempted_and_requeued_end_bit_identical():
     # Each task is one process with one device, as on a cluster of CPUs.

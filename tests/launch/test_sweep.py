@@ -1,17 +1,20 @@
 """A sweep: which runs it has, what it refuses, what it runs again, and how it ends."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
 
 from cassle_jax.config import ConfigError
 from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.sweep import jobs
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.space import Asked, runs_of
 
@@ -126,6 +129,90 @@ def test_a_command_goes_on_after_the_signal_of_a_time_limit(tmp_path, monkeypatc
     assert (folder / "saved").exists()
     assert outcome_of(folder) == {"exit_code": 0, "last_line": ""}
     assert job.result() == 0
+
+
+@pytest.fixture
+def on_slurm(tmp_path, monkeypatch):
+    """A job of SLURM whose command saves and ends with 75, as after a signal."""
+    program(tmp_path, monkeypatch, "scontrol", f'echo "$@" >>{tmp_path}/asked')
+    job = SimpleNamespace(cluster="slurm", global_rank=0)
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return job, Command("tests.launch.saves_once", [str(tmp_path), "75"], tmp_path)
+
+
+def program(folder, monkeypatch, name, body):
+    """A shell script that is found as a program."""
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(("rank", "asked"), [(0, "requeue 7\n"), (1, "")])
+def test_a_run_that_saved_is_started_again_by_slurm(on_slurm, tmp_path, rank, asked):
+    job, command = on_slurm
+    job.global_rank = rank
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 75 and outcome_of(tmp_path) is None
+    assert ((tmp_path / "asked").read_text() if asked else "") == asked
+
+
+def test_a_run_that_never_gets_on_is_not_started_for_ever(on_slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "99")
+    assert on_slurm[1]() == 75
+    assert outcome_of(tmp_path)["exit_code"] == 75 and not (tmp_path / "asked").exists()
+
+
+class Waiting(submitit.Job):
+    """A job that leaves no result."""
+
+    job_id = ""
+
+    def __init__(self, job_id):
+        self.job_id = job_id
+
+    def __del__(self):
+        pass
+
+    def done(self):
+        return False
+
+
+def test_jobs_that_slurm_does_not_know_twice_have_ended(tmp_path, monkeypatch):
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        program(folder, monkeypatch, name, "true")
+    # Job 8_1 is missing once, 8_2 from the second look on; a look that fails says nothing.
+    program(
+        folder,
+        monkeypatch,
+        "squeue",
+        f"""echo >>{tmp_path}/looks; looks=$(wc -l <{tmp_path}/looks)
+[ $looks = 4 ] && exit 1
+echo 8_0
+[ $looks = 1 ] || [ $looks -ge 6 ] || echo 8_1
+[ $looks = 1 ] && echo 8_2
+[ $looks -lt 9 ] || exit 1""",
+    )
+    monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
+    cluster = Slurm(tmp_path / "jobs", 2, "")
+    waiting = iter([Waiting("8_0"), Waiting("8_1"), Waiting("8_2")])
+    monkeypatch.setattr(cluster._executor, "batch", contextlib.nullcontext)
+    monkeypatch.setattr(cluster._executor, "submit", lambda command: next(waiting))
+    commands, ended = [Command(name, [], tmp_path) for name in "abc"], []
+
+    def note(command):
+        ended.append((command, len((tmp_path / "looks").read_text().splitlines())))
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cluster.run(commands, note)
+    assert ended == [(commands[2], 3), (commands[1], 7)]
 
 
 def wait_for(path, seconds=600):
