@@ -18,7 +18,7 @@ for word; do
     *) stop "$word is unknown; use --keep or --sweep" ;;
   esac
 done
-steps=120
+steps=200
 PATH="$PATH:/usr/sbin:/sbin"
 export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=''
 # SLURM's own settings of a job this script may itself run in are none of the test's.
