@@ -73,12 +73,9 @@ class Command:
             code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             while code in _STOPPED and starts < _MOST_STARTS:
                 if job.cluster == "slurm":
-                    # Left without a result. SLURM itself starts only those again that it had to
-                    # end, not one that was quicker than the time it gives.
                     if leads:
-                        requeue = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-                        subprocess.run(requeue, capture_output=True, check=False)
-                    sys.exit(EXIT_PREEMPTED)
+                        _requeue(os.environ["SLURM_JOB_ID"])
+                    sys.exit(EXIT_PREEMPTED)  # with no result
                 code, starts = self._run(lock, log), starts + 1
             if leads:
                 self._write_outcome(code)
@@ -222,12 +219,27 @@ class Slurm:
             time.sleep(_POLL_SECONDS)
 
 
+def _requeue(job_id: str) -> None:
+    """Has SLURM start a job again whose command saved and ended.
+
+    By itself SLURM does so only with jobs it had to end, not with one that was quicker than the
+    time it gives. Who was cancelled, or is requeued already, runs no longer and is left alone.
+    """
+    if _queue(f"--jobs={job_id}", "--format=%T") == ["RUNNING"]:
+        subprocess.run(["scontrol", "requeue", job_id], capture_output=True, check=False)
+
+
 def _missing(jobs: Iterable[submitit.Job]) -> set[submitit.Job]:
     """Those that SLURM has neither waiting nor running; none where it does not answer."""
-    asked = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    queued = _queue("--me", "--array", "--format=%i")
+    return {job for job in jobs if queued is not None and job.job_id not in queued}
+
+
+def _queue(*options: str) -> list[str] | None:
+    """What squeue tells, a word a job; `None` where it does not answer."""
+    asked = ["squeue", "--noheader", *options]
     told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    queued = told.stdout.split()
-    return {job for job in jobs if not told.returncode and job.job_id not in queued}
+    return None if told.returncode else told.stdout.split()
 
 
 def _options(text: str) -> dict[str, str | int]:

@@ -149,14 +149,26 @@ def program(folder, monkeypatch, name, body):
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
-@pytest.mark.parametrize(("rank", "asked"), [(0, "requeue 7\n"), (1, "")])
-def test_a_run_that_saved_is_started_again_by_slurm(on_slurm, tmp_path, rank, asked):
+@pytest.mark.parametrize(
+    ("rank", "state", "asked"),
+    [
+        (0, "RUNNING", "requeue 7\n"),
+        (0, "COMPLETING", ""),  # cancelled, or requeued by SLURM
+        (1, "RUNNING", ""),
+    ],
+)
+def test_a_run_that_saved_is_started_again_by_slurm(
+    on_slurm, tmp_path, monkeypatch, rank, state, asked
+):
     job, command = on_slurm
     job.global_rank = rank
+    told = tmp_path / "asked"
+    told.touch()
+    program(tmp_path, monkeypatch, "squeue", f'[ "$2" = --jobs=7 ] && echo {state}')
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == 75 and outcome_of(tmp_path) is None
-    assert ((tmp_path / "asked").read_text() if asked else "") == asked
+    assert told.read_text() == asked
 
 
 def test_a_run_that_never_gets_on_is_not_started_for_ever(on_slurm, tmp_path, monkeypatch):
