@@ -221,7 +221,13 @@ def test_of_several_processes_the_worst_end_counts(stub):
 def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
     body = f"trap 'kill $!; exit 75' TERM; sleep 900 & touch {tmp_path}/ready; wait"
     environment = os.environ | stub(body)
-    process = subprocess.Popen(["bash", "launch/gpu_host.sh", *RUN], cwd=ROOT, env=environment)
+    process = subprocess.Popen(
+        ["bash", "launch/gpu_host.sh", *RUN],
+        cwd=ROOT,
+        env=environment,
+        # As in a terminal: what a script starts in the background ignores Ctrl-C, these tests, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 600
     while not (tmp_path / "ready").exists() and time.monotonic() < end:
         time.sleep(0.1)
