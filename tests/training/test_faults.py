@@ -247,7 +247,13 @@ def test_the_last_step_is_saved_when_room_is_made_meanwhile(
 ):
     workdir = disk.folder / "run"
     monkeypatch.setattr(checkpoints_module, "RETRY_SECONDS", 0.2)
-    at_step[24] = once_saved(workdir, 20, disk.fill)
+
+    def fill():
+        while 5 in steps_saved(workdir):  # 20 replaces it, and makes room
+            time.sleep(0.01)
+        disk.fill()
+
+    at_step[24] = once_saved(workdir, 20, fill)
 
     class Room(logging.Handler):
         """Is made once the run has told of its trouble."""
