@@ -57,6 +57,23 @@ def pytest_configure(config):
     config.option.golden = str(folder.resolve())
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For runs that are compared with each other only: XLA's optimisations are not worth it.
+
+    In the processes that a test starts, what is left of compiling is halved once more.
+    """
+    import jax
+
+    jax.devices()  # this process reads XLA_FLAGS now, and once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false", prepend=" ")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_contact_sheets():
     """A run begins with a picture, which takes seconds of each: here it has one pixel."""

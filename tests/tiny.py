@@ -36,6 +36,13 @@ class TinyEncoder(nn.Module):
         return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
+def on_one_device(environment):
+    """The environment of a process that is to have one device, not the tests' eight."""
+    flags = environment["XLA_FLAGS"].split()
+    kept = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
+    return {**environment, "XLA_FLAGS": " ".join(kept)}
+
+
 def blank_sheet(run, source, data, path):
     """In the place of `write_contact_sheet`, which takes seconds."""
     del run, source, data

@@ -32,7 +32,7 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
 from cassle_jax.training.starts import note_start, start_before
 from tests.interop.states import assert_same, encoder_state, encoder_variables, filled
-from tests.tiny import tiny_config
+from tests.tiny import on_one_device, tiny_config
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -447,11 +447,10 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path, arguments, m
 
 def command(*arguments):
     """The command on one device, whatever the run had."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "cassle_jax.export", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=on_one_device(os.environ),
         capture_output=True,
         text=True,
         timeout=600,

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import on_one_device
+
 ROOT = Path(__file__).parents[2]
 SKIPPED = 77
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.skipif(
     not os.environ.get("CASSLE_SLURM"),
     reason="CASSLE_SLURM=1 runs this, and installs SLURM where it is missing",
 )
 def test_two_tasks_stopped_preempted_and_requeued_end_bit_identical():
     # Each task is one process with one device, as on a cluster of CPUs.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["VIRTUAL_ENV"] = sys.prefix
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half the time goes into compiling
+    environment = {**on_one_device(os.environ), "VIRTUAL_ENV": sys.prefix}
     ended = subprocess.run(
         ["bash", "launch/test_slurm.sh"],
         cwd=ROOT,

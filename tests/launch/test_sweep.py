@@ -17,6 +17,9 @@ from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.space import Asked, runs_of
+from tests.tiny import on_one_device
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -235,11 +238,10 @@ def wait_for(path, seconds=600):
 
 
 def sweep(folder, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "launch/sweep.py", f"--config={TINY}", f"--to={folder}", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=on_one_device(os.environ),
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,7 +1,6 @@
 """Starts the tiny run as several processes on the loopback."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests.tiny import on_one_device
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
 
@@ -18,9 +19,7 @@ SECONDS = 300
 def start(workdir, count, *settings, each=None, module="tests.training.run_tiny", **variables):
     """`count` processes of one device; `each` gives the further settings of a process by index."""
     port = free_port()
-    environment = {**os.environ, **variables}
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environment["XLA_FLAGS"])
-    environment["XLA_FLAGS"] = flags.strip()
+    environment = {**on_one_device(os.environ), **variables}
     if count > 1:
         environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
         environment["JAX_NUM_PROCESSES"] = str(count)
