@@ -14,7 +14,6 @@ from cassle_jax.methods import METHODS, Encoded, Moment, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from cassle_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = Path(__file__).parents[1]
 OVERRIDES = {
     "data.source": "scenes",

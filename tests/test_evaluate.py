@@ -20,7 +20,6 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SMALL = Settings(analysed=32)
 
 

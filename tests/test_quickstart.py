@@ -7,8 +7,6 @@ from cassle_jax.data.scenes import FACTORS
 from cassle_jax.models import ENCODERS
 from tests.tiny import TinyEncoder, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

@@ -12,7 +12,6 @@ from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.transfer import transfer
 from tests.tiny import TinyEncoder
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 TINY = {
     "data.source": "scenes",
     "data.scenes": 64,

@@ -20,7 +20,6 @@ from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
 from tests.tiny import TinyEncoder
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROOT = Path(__file__).parents[2]
 TINY = dataclasses.replace(
     workload_for("cpu"),

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 SKIPPED = 77
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.skipif(
     not os.environ.get("CASSLE_SLURM"),
     reason="CASSLE_SLURM=1 runs this, and installs SLURM where it is missing",

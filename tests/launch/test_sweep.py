@@ -19,8 +19,6 @@ from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.space import Asked, runs_of
 from tests.tiny import on_one_device
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
 TINY = "tests/launch/tiny_run.py"

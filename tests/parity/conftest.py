@@ -1,4 +1,17 @@
-"""Prints, at the end, the largest errors of every file that was replayed."""
+"""Optimises what is replayed, and prints each file's largest errors at the end."""
+
+import os
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _optimized():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    others = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    jax.config.update("jax_disable_most_optimizations", others)
 
 
 def pytest_terminal_summary(terminalreporter, config):

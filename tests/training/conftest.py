@@ -1,4 +1,4 @@
-"""Makes the tiny encoder a choice of `encoder.name`, and programs that compile in half the time."""
+"""Makes the tiny encoder a choice of `encoder.name`."""
 
 import pytest
 
@@ -9,8 +9,3 @@ from tests.tiny import TinyEncoder
 @pytest.fixture(autouse=True)
 def _tiny_encoder(monkeypatch):
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quickly_compiled(quickly_compiled):
-    pass
