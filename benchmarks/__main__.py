@@ -9,13 +9,10 @@ that is installed failed. Other work on the machine slows contenders unequally, 
 most of all: they wait for each other.
 """
 
-import os
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
-
 import dataclasses
 import json
 import logging
+import os
 import platform
 import sys
 import tempfile
@@ -57,6 +54,7 @@ MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
     "memory": memory.measure,
     "limits": limits.measure,
 }
+BESIDE_PYTORCH = ("augmentation", "step", "linear")  # in one process, on one device
 PACKAGES = (
     "jax",
     "flax",
@@ -68,19 +66,24 @@ PACKAGES = (
     "stable-pretraining",
 )
 DRAWN_JPEGS = 512
+SECONDS = 1800.0
 BUSY = 0.5  # processes that ran on average in the last minute, above which the machine is not quiet
 
 
-def measured(names: Sequence[str], work: Workload) -> Iterator[list[Row]]:
+def measured(names: Sequence[str], work: Workload, seconds: float = SECONDS) -> Iterator[list[Row]]:
     """The rows of each measurement, printed as it ends; one that fails is a row that says why.
+
+    So does one that takes more than so many seconds.
 
     Each has the device and its memory for itself. This process never touches them: on TPUs no
     other could, and what one measurement leaves would be missing in the next.
     """
     for name in names:
         LOG.info("measuring %s", name)
+        # JAX takes most of an accelerator's memory when it starts there, or what it needs.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = str(name not in BESIDE_PYTORCH).lower()
         try:
-            rows = apart(MEASUREMENTS[name], work)
+            rows = apart(MEASUREMENTS[name], work, seconds=seconds)
         except RuntimeError as error:
             rows = [Row(name, "all of it", "", note=str(error), failed=True)]
         print_rows(rows)
@@ -169,6 +172,7 @@ if __name__ == "__main__":
     only_flag = flags.DEFINE_list("only", list(MEASUREMENTS), "Which measurements.")
     data_flag = flags.DEFINE_string("data", "", "A folder of JPEGs; drawn ones where it is empty.")
     to_flag = flags.DEFINE_string("to", "", "A JSON file of all that is measured.")
+    seconds_flag = flags.DEFINE_float("seconds", SECONDS, "The most a measurement may take.", 1.0)
     for number in ("size", "batch", "views_size", "views_batch", "canvas", "steps", "rounds"):
         flags.DEFINE_integer(number, None, f"The workload's; see benchmarks/workload.py: {number}.")
     for text in ("encoder", "dtype"):
@@ -198,7 +202,8 @@ if __name__ == "__main__":
             if load > BUSY:
                 LOG.warning("%.1f processes ran in the last minute: figures will be unfair", load)
             rows = []
-            for found in measured(only_flag.value, dataclasses.replace(work, jpegs=files)):
+            work = dataclasses.replace(work, jpegs=files)
+            for found in measured(only_flag.value, work, seconds_flag.value):
                 rows += found
                 if to_flag.value:
                     write(Path(to_flag.value).expanduser(), measured_on, rows)

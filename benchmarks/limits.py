@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from benchmarks.apart import apart
 from benchmarks.contest import Row
-from benchmarks.scaling import lower_step
+from benchmarks.scaling import Work, lower_step
 from benchmarks.scaling import work as work_of
 from benchmarks.training import steps
 from benchmarks.workload import Workload
@@ -19,12 +21,8 @@ _CALLS = 10  # one waits for them all: a single one is not much longer than the 
 def measure(work: Workload) -> list[Row]:
     """The device's peaks, what a step asks of them, and the share of it that this explains."""
     flops, bandwidth = peak_flops(work.dtype), peak_bandwidth()
-    # Lowered for one CPU, since accelerators do not count; of many devices, one's share.
-    share = work.batch // device_mesh().size
-    lowered = lower_step(
-        work.config("method=moco_v2", batch_size=share), device_mesh(jax.devices("cpu")[:1])
-    )
-    asked = work_of(lowered)
+    share = work.batch // device_mesh().size  # of many devices, one's
+    asked = apart(asked_of_one, work.config("method=moco_v2", batch_size=share))
     once = steps(work.config("method=moco_v2"), work)
     seconds = tuple(seconds_of(once) / work.steps for _ in range(work.rounds))
     least = max(asked.flops / flops, asked.bytes / bandwidth)
@@ -38,6 +36,12 @@ def measure(work: Workload) -> list[Row]:
         Row(name, "a step", "s", seconds),
         Row(name, "least time's share of a step", "", tuple(least / each for each in seconds)),
     ]
+
+
+def asked_of_one(config: ConfigDict) -> Work:
+    """What a step asks of one device, in a process of its own: a CPU's, as others do not count."""
+    jax.config.update("jax_platforms", "cpu")
+    return work_of(lower_step(config, device_mesh(jax.devices()[:1])))
 
 
 def peak_flops(dtype: str) -> float:

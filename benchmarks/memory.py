@@ -32,7 +32,7 @@ def measure(work: Workload) -> list[Row]:
         config = work.config("method=moco_v2", **settings)
         rows += _rows("memory, as compiled", name, compiled_bytes, config)
         rows += _rows("memory, most in use", name, peak_bytes, config, work)
-    return rows
+    return sorted(rows, key=lambda row: row.measurement)
 
 
 def _rows(measurement: str, name: str, bytes_of: Callable, *arguments: object) -> list[Row]:

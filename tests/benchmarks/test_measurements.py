@@ -34,12 +34,12 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SMALL_IMAGES", 64)
     for module in (augmentation, training, memory, limits):
         monkeypatch.setattr(module, "device_mesh", lambda *_: device_mesh(jax.devices()[:1]))
-    for module in (command_line, memory):
+    for module in (command_line, limits, memory):
         monkeypatch.setattr(module, "apart", here)
     return dataclasses.replace(TINY, jpegs=draw_jpegs(tmp_path, 16))
 
 
-def here(function, *arguments):
+def here(function, *arguments, seconds=0):
     """As `apart`, without the seconds a process takes to start."""
     try:
         return function(*arguments)
@@ -135,6 +135,15 @@ def test_what_runs_apart_ends_with_its_result_or_with_one_error():
         apart(os._exit, 137)
     with pytest.raises(RuntimeError, match=r"it took more than 0\.5 s"):
         apart(time.sleep, 600, seconds=0.5)
+
+
+def test_what_runs_apart_leaves_no_process(tmp_path):
+    started = tmp_path / "started"
+    assert apart(os.system, f"sleep 600 & echo $! > {started}") == 0
+    status, until = Path("/proc", started.read_text().strip(), "stat"), time.monotonic() + 60
+    while status.exists() and ") Z " not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
