@@ -50,7 +50,9 @@ def train(arguments, devices):
 def test_eight_devices_are_one(arguments):
     losses, state = train(arguments, 1)
     losses_of_eight, state_of_eight = train(arguments, 8)
-    np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-5)
+    # SimSiam's loss is a mean of cosines and may come near 0: their rounding is that of 1.
+    rounding = np.finfo(np.float32).eps
+    np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-5, atol=rounding)
     jax.tree.map(
         lambda eight, one: np.testing.assert_allclose(eight, one, atol=1e-5), state_of_eight, state
     )
