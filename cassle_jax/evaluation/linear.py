@@ -524,9 +524,11 @@ def _line_search(
         first_slope = jnp.where(step == 0, slope, first_slope)
         found |= (step > 0) & (jnp.abs(slope) <= 0.1 * jnp.abs(first_slope))
         short, far = jnp.where(slope < 0, length, short), jnp.where(slope < 0, far, length)
-        proposed = jnp.minimum(length - slope / curvature, 2 * jnp.maximum(length, 0.5))
+        longest = 2 * jnp.maximum(length, 0.5)
+        proposed = length - slope / curvature
         inside = (proposed > short) & (proposed < far)
-        proposed = jnp.where(inside, proposed, (short + far) / 2)
+        # The bound holds for the middle, too: where slopes are all rounding, `far` may be infinite.
+        proposed = jnp.minimum(jnp.where(inside, proposed, (short + far) / 2), longest)
         return step + 1, jnp.where(found, length, proposed), short, far, first_slope, found
 
     zero = jnp.zeros_like(squared)

@@ -102,6 +102,21 @@ def test_solutions_do_not_depend_on_lots_order_or_start():
     np.testing.assert_allclose(path.weights, started.weights, rtol=1e-2, atol=1e-2)
 
 
+def test_heavy_penalties_end_at_the_optimum_and_stay_there():
+    """Their optimum is one step away: then all slopes are rounding, and must not lead astray."""
+    heavy = PENALTIES[PENALTIES > 1]
+    for seed in range(6):
+        features, labels = blobs(120, seed=seed, classes=2, width=3)
+        witness = Witness(features, labels, 2)
+        path = fit_logistic(features, labels, 2, heavy)
+        for index, penalty in enumerate(heavy):
+            start = path.weights[index], path.biases[index]
+            again = fit_logistic(features, labels, 2, [penalty], start=start)
+            assert path.converged[index] and again.converged[0]
+            assert witness.excess(path, index) < 1e-6
+            assert witness.excess(again, 0) < 1e-6
+
+
 def test_metrics_are_those_of_scikit_learn_and_the_smallest_of_equals_is_taken():
     generator = np.random.default_rng(3)
     splits = []
