@@ -1,10 +1,9 @@
-"""VICReg against PyTorch's statistics, on one device and on eight, and in a training step."""
+"""VICReg against its paper's equations, on one device and on eight, and in a training step."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from cassle_jax.methods import VICReg, losses
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
@@ -23,8 +22,35 @@ def embeddings():
     return tuple(jnp.asarray(each + 3, jnp.float32) for each in draw)
 
 
-def witness(first, second):
-    """The three terms and the gradients of their sum, in double precision."""
+def papers_terms(first, second):
+    """Variance, invariance and covariance as eqs. 1 to 5 have them, in double precision."""
+    first, second = np.float64(first), np.float64(second)
+    count, width = first.shape
+    variance, covariance = 0.0, 0.0
+    for view in (first, second):
+        mean = sum(view) / count
+        c = sum(np.outer(row - mean, row - mean) for row in view) / (count - 1)
+        deviations = np.sqrt(np.diag(c) + 1e-4)
+        variance += np.maximum(0, 1 - deviations).sum() / width
+        covariance += sum(c[i, j] ** 2 for i in range(width) for j in range(width) if i != j)
+    # Of views and of a difference's units the paper takes sums, the authors' code means.
+    return variance / 2, ((first - second) ** 2).mean(), covariance / width
+
+
+def papers_gradients(*views, step=1e-6):
+    """The gradients of the sum of the terms, by central differences."""
+    gradients = np.zeros((2, *views[0].shape))
+    for place in np.ndindex(gradients.shape):
+        change = np.zeros_like(gradients)
+        change[place] = step
+        above, below = papers_terms(*(views + change)), papers_terms(*(views - change))
+        gradients[place] = (sum(above) - sum(below)) / (2 * step)
+    return gradients
+
+
+def pytorchs_terms_and_gradients(first, second):
+    """The same by PyTorch's statistics and its automatic differentiation."""
+    torch = pytest.importorskip("torch")
     views = [torch.tensor(np.float64(each), requires_grad=True) for each in (first, second)]
     hinges, off_diagonals = [], []
     for view in views:
@@ -41,15 +67,28 @@ def witness(first, second):
     return [term.item() for term in terms], [view.grad.numpy() for view in views]
 
 
-def test_the_terms_are_pytorchs_with_their_gradient(embeddings):
+def terms_and_gradients(first, second):
     def total(first, second):
         terms = losses.variance_invariance_covariance(first, second, None)
         return sum(terms), terms
 
-    (_, terms), gradients = compiled(jax.value_and_grad(total, (0, 1), has_aux=True))(*embeddings)
-    expected_terms, expected_gradients = witness(*embeddings)
-    assert min(expected_terms) > 0.05
-    np.testing.assert_allclose(terms, expected_terms, rtol=1e-5)
+    differentiate = compiled(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (_, terms), gradients = differentiate(first, second)
+    return terms, gradients
+
+
+def test_the_terms_are_the_papers_with_their_gradient(embeddings):
+    terms, gradients = terms_and_gradients(*embeddings)
+    expected = papers_terms(*embeddings)
+    assert min(expected) > 0.05
+    np.testing.assert_allclose(terms, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradients, papers_gradients(*embeddings), rtol=1e-4, atol=1e-6)
+
+
+def test_the_terms_are_pytorchs_with_their_gradient(embeddings):
+    expected, expected_gradients = pytorchs_terms_and_gradients(*embeddings)
+    terms, gradients = terms_and_gradients(*embeddings)
+    np.testing.assert_allclose(terms, expected, rtol=1e-5)
     np.testing.assert_allclose(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -94,7 +133,7 @@ def test_the_weighted_terms_are_logged_and_add_up_to_the_loss():
     first, second = (
         embed(state.params, state.batch_stats, view)[0].projection for view in views.views
     )
-    (variance, invariance, covariance), _ = witness(first, second)
+    variance, invariance, covariance = papers_terms(first, second)
     np.testing.assert_allclose(metrics["loss_variance"], 3 * variance, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss_invariance"], 5 * invariance, rtol=1e-4)
     np.testing.assert_allclose(metrics["loss_covariance"], 2 * covariance, rtol=1e-4)
