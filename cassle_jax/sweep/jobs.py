@@ -134,7 +134,7 @@ class Local:
     """
 
     def __init__(self, folder: Path, parallel: int):
-        gpus = _gpus()
+        gpus = visible_gpus()
         if parallel < 1 or len(gpus) % parallel:
             raise ConfigError(
                 f"parallel={parallel} cannot share the {len(gpus)} GPUs of this machine; use a "
@@ -252,7 +252,8 @@ def _options(text: str) -> dict[str, str | int]:
     return options
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs of this machine that are not hidden from this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [each for each in visible.split(",") if each]

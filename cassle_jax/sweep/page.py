@@ -34,7 +34,7 @@ def write_page(folder: Path, workdirs: Mapping[Run, Path], evaluation: Path | No
     subjects: dict[str, list[list[Finding]]] = {}
     facts: dict[str, dict[str, object]] = {}
     for run, workdir in workdirs.items():
-        subjects.setdefault(run.subject, []).append(_findings(run, workdir))
+        subjects.setdefault(run.subject, []).append(pretraining_findings(run.config, workdir))
         facts.setdefault(run.subject, {"config": flat_settings(run.config)})
     if evaluation:
         found, known = read_report(evaluation / JSON)
@@ -47,9 +47,9 @@ def write_page(folder: Path, workdirs: Mapping[Run, Path], evaluation: Path | No
     return write_report(folder, subjects, title="Sweep", summary=summary, provenance=facts)
 
 
-def _findings(run: Run, workdir: Path) -> list[Finding]:
+def pretraining_findings(config: ConfigDict, workdir: Path) -> list[Finding]:
     """The last value of each metric, and its course where there is one."""
-    dataset, curves = _dataset(run.config), read_metrics(workdir)
+    dataset, curves = _dataset(config), read_metrics(workdir)
     findings: list[Finding] = []
     for metric, (name, higher_is_better) in _METRICS.items():
         if metric not in curves:

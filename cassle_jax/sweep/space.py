@@ -75,21 +75,34 @@ def runs_of(asked: Asked) -> list[Run]:
     shown = _short_names(combined[0])
     runs: dict[str, Run] = {}
     for values in combined:
-        arguments = _arguments(asked, values)
-        config = _parsed(arguments[:1])
-        for name in values:
-            _check_name(name, config)
         name = ",".join(f"{shown[key]}={value}" for key, value in values.items())
         setting = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
-        run = Run(
-            _as_folder(name),
-            ", ".join(setting).replace("=", " ") or "all",
-            values,
-            arguments,
-            _parsed(arguments),
-        )
+        subject = ", ".join(setting).replace("=", " ") or "all"
+        run = run_of(asked.config, values, asked.overrides, name=as_folder(name), subject=subject)
         runs.setdefault(run.name, run)
     return list(runs.values())
+
+
+def run_of(
+    config: str, values: Values, overrides: Sequence[str] = (), *, name: str, subject: str
+) -> Run:
+    """One run, with its settings checked.
+
+    Args:
+      config: a configuration file with its arguments.
+      values: by name, of settings and of arguments of the file.
+      overrides: further ones, as `--config.name=value` each; `values` come after them.
+      name: of its folder.
+      subject: what it is called on the page.
+
+    Raises:
+      ConfigError: a name that is no setting, with the closest there is, or a value that cannot be.
+    """
+    arguments = _arguments(config, overrides, values)
+    known = parsed(arguments[:1])
+    for each in values:
+        _check_name(each, known)
+    return Run(name, subject, values, arguments, parsed(arguments))
 
 
 def _combinations(asked: Asked) -> list[Values]:
@@ -190,19 +203,19 @@ def _drawn(generator: np.random.Generator, name: str, values: Sequence[str]) -> 
     return str(round(value)) if whole else f"{value:.4g}"
 
 
-def _arguments(asked: Asked, values: Values) -> tuple[str, ...]:
+def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[str, ...]:
     """The arguments of the pretraining command; the file with its own arguments comes first."""
-    path, _, chosen = asked.config.partition(":")
+    path, _, chosen = config.partition(":")
     own = [chosen] if chosen else []
     own += [f"{name}={value}" for name, value in values.items() if name in ARGUMENTS]
     settings = [
         f"--config.{name}={value}" for name, value in values.items() if name not in ARGUMENTS
     ]
     file = Path(path).expanduser().resolve()
-    return (f"--config={file}:{','.join(own)}", *asked.overrides, *settings)
+    return (f"--config={file}:{','.join(own)}", *overrides, *settings)
 
 
-def _parsed(arguments: Sequence[str]) -> ConfigDict:
+def parsed(arguments: Sequence[str]) -> ConfigDict:
     """The configuration as the pretraining command would have it."""
     known, words = flags.FlagValues(), ["sweep", *arguments]
     flag = config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=words)
@@ -231,7 +244,7 @@ def _short_names(values: Values) -> dict[str, str]:
     return {name: name if [*last.values()].count(part) > 1 else part for name, part in last.items()}
 
 
-def _as_folder(name: str) -> str:
+def as_folder(name: str) -> str:
     """A folder's name; where something had to give way, with a hash that tells it from others."""
     plain = re.sub(r"[^\w.,=+-]", "_", name)
     if plain == name and len(name) <= _LONGEST_NAME:

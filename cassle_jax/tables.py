@@ -1,0 +1,313 @@
+r"""Runs a named experiment, a table of rows and seeds, and writes what its runs add up to.
+
+python -m cassle_jax.tables --table=small_images --to=runs/small_images --parallel=2 \
+    --set=data.path=/data/cifar10 --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10
+
+A table is a file in configs/tables/, or any other of its kind. Its runs go on where an earlier call
+of the same folder ended, also on another machine; `--call_minutes` ends a call in time.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from absl import flags
+
+from cassle_jax import command
+from cassle_jax.checks import check_at_least
+from cassle_jax.config import ConfigError, knows
+from cassle_jax.data import open_source
+from cassle_jax.data.datasets import DATASETS
+from cassle_jax.evaluation.tasks import TASKS, Settings
+from cassle_jax.report.evaluation_page import JSON, read_report
+from cassle_jax.storage import write_whole
+from cassle_jax.sweep.crew import Crew
+from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
+from cassle_jax.sweep.page import pretraining_findings
+from cassle_jax.sweep.results import write_results
+from cassle_jax.sweep.space import Run
+from cassle_jax.sweep.table import (
+    TOY_EVALUATION,
+    Table,
+    find_table,
+    folder_of,
+    pairs,
+    planned,
+    runs_of_table,
+)
+from cassle_jax.sweep.worker import RESULT, Evaluation, Job
+from cassle_jax.training.saved_config import changes, read_config
+
+LOG = logging.getLogger("cassle_jax.tables")  # its name as a command is __main__
+
+HELD = "table.json"
+_PAGE_SECONDS = 30.0
+
+
+def run_table(
+    table: Table,
+    to: Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    evaluation: Sequence[str] = (),
+    parallel: int = 1,
+    call_minutes: float = 0.0,
+    keep_weights: bool = False,
+    toy: bool = False,
+) -> Path:
+    """Runs what is missing of a table, and writes the page of all that finished.
+
+    The folder holds `runs/<row>-<seed>/`, the runs' workdirs, each with `log.txt`, `outcome.json`
+    and `evaluation/`; `results.json`, `results.csv` and `report.html`; and `compiled/`.
+
+    Args:
+      table: the experiment.
+      to: folder of everything; with what an earlier call left in it.
+      rows: parts of subjects: those rows alone; empty for all.
+      seeds: instead of the table's.
+      overrides: of all runs, `name=value` each.
+      datasets: to evaluate on instead of the table's.
+      evaluation: further options of the evaluation, `name=value` each.
+      parallel: how many runs at a time.
+      call_minutes: after which this call saves and ends; 0 for never.
+      keep_weights: whether checkpoints stay when a run is evaluated.
+      toy: at a size that takes seconds, on scenes.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ConfigError, DataError: what cannot work, before anything starts.
+      Stop: the call's time is over (75, the same call goes on), or some runs failed (1).
+    """
+    check_at_least(1, parallel=parallel)
+    check_at_least(0, call_minutes=call_minutes)
+    deadline = time.monotonic() + 60 * call_minutes
+    to = to.expanduser().resolve()
+    runs = runs_of_table(
+        table,
+        rows=rows,
+        seeds=seeds,
+        overrides=(f"compilation_cache={to / 'compiled'}", *overrides),
+        toy=toy,
+    )
+    wanted = _evaluation(table, datasets, evaluation, toy)
+    book = _Book(to, table, wanted)
+    missing = [run for run in _planned(runs) if book.is_missing(run)]
+    LOG.info("%d runs, of which %d are done", len(runs), len(runs) - len(missing))
+    jobs = [
+        Job(run.subject, run.arguments, book.workdir(run.name), wanted, keep_weights, toy)
+        for run in missing
+    ]
+    left = max(1.0, deadline - time.monotonic()) if call_minutes else 0.0
+    all_done = not jobs or Crew(parallel, left).run(jobs, book.ended)
+    page = book.write_page()
+    if not all_done:
+        raise command.Stop("the call ends here; the same one goes on", command.EXIT_PREEMPTED)
+    failed = [run for run in runs if book.outcome(run.name) != 0]
+    if failed:
+        raise command.Stop(
+            f"{len(failed)} of {len(runs)} runs failed; {book.why(failed[0].name)}", 1
+        )
+    LOG.info("the page is %s", page)
+    return page
+
+
+class _Book:
+    """How the runs in a table's folder stand.
+
+    Raises:
+      ConfigError: the folder is another table's, or its runs were evaluated otherwise.
+    """
+
+    def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
+        self._folder, self._table = folder, table
+        self._written = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = json.loads(json.dumps({"table": table.title, **_facts(evaluation)}))
+        path = folder / HELD
+        held = json.loads(path.read_text()) if path.exists() else facts
+        for name, value in facts.items():
+            if held.get(name) != value:
+                raise ConfigError(
+                    f"{name}={value!r} was {held.get(name)!r} when {folder} was begun; use the "
+                    "same, or another folder (--to)"
+                )
+        write_whole(path, json.dumps(facts, indent=1).encode())
+
+    def workdir(self, name: str) -> Path:
+        return self._folder / "runs" / name
+
+    def outcome(self, name: str) -> int | None:
+        """The exit code of a run; `None` where it has not ended."""
+        outcome = outcome_of(self.workdir(name))
+        return None if outcome is None else int(outcome["exit_code"])
+
+    def is_missing(self, run: Run) -> bool:
+        """Whether a run is to be run; one that diverged would do so again.
+
+        Raises:
+          ConfigError: it was run with other settings.
+        """
+        workdir = self.workdir(run.name)
+        if self.outcome(run.name) not in (0, command.EXIT_DIVERGED):
+            return True
+        if changed := changes(read_config(workdir), run.config):
+            raise ConfigError(
+                f"{workdir} holds a run with other settings ({'; '.join(changed.values())}); use "
+                "another folder (--to), or the settings it had"
+            )
+        return False
+
+    def why(self, name: str) -> str:
+        """A line on how a run failed."""
+        outcome = outcome_of(self.workdir(name)) or {"last_line": "it did not end"}
+        return f"{name}: {outcome['last_line']} (see {self.workdir(name) / LOG_FILE})"
+
+    def ended(self, job: Job, code: int) -> None:
+        """Tells of a run that ended, and writes the page now and then."""
+        name = job.workdir.name
+        outcome = outcome_of(job.workdir) or {}
+        LOG.info("%s", self.why(name) if code else f"{name}: done in {outcome['seconds']:.0f} s")
+        if time.monotonic() - self._written > _PAGE_SECONDS:
+            self.write_page()
+
+    def write_page(self) -> Path | None:
+        """Of all that finished, also of earlier calls; `None` where nothing did."""
+        found, facts, states = {}, {}, []
+        for row in self._table.rows:
+            for seed in self._seeds(row.subject):
+                name = folder_of(row.subject, seed)
+                outcome = outcome_of(self.workdir(name)) or {"exit_code": None, "last_line": ""}
+                states.append({"run": name, "row": row.subject, "seed": seed, **outcome})
+                if outcome["exit_code"] == 0:
+                    findings, known = self._findings(row.subject, self.workdir(name))
+                    found.setdefault(row.subject, {})[seed] = findings
+                    facts.setdefault(row.subject, known)
+        self._written = time.monotonic()
+        return write_results(self._folder, self._table, found, facts, states) if found else None
+
+    def _seeds(self, subject: str) -> list[int]:
+        """Those that a row has runs of."""
+        prefix = folder_of(subject, 0)[:-1]
+        names = (each.name for each in (self._folder / "runs").glob("*"))
+        ends = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        return sorted(int(end) for end in ends if end.isdecimal())
+
+    def _findings(self, subject: str, workdir: Path):
+        findings, facts = pretraining_findings(read_config(workdir), workdir), {}
+        report = workdir / RESULT / JSON
+        if report.exists():
+            its, known = read_report(report)
+            findings, facts = [*findings, *its[subject][0]], known.get(subject, {})
+        return findings, facts
+
+
+def _planned(runs: Sequence[Run]) -> list[Run]:
+    """The runs as they are run; their images are looked for before anything starts."""
+    images: dict[str, int] = {}
+    plans = []
+    for run in runs:
+        data = run.config.data
+        key = json.dumps(data.to_dict(), sort_keys=True, default=str)
+        if key not in images:
+            images[key] = len(open_source(data, data.train_split))
+        plans.append(planned(run, images[key]))
+    return plans
+
+
+def _evaluation(
+    table: Table, datasets: Sequence[str], options: Sequence[str], toy: bool
+) -> Evaluation:
+    """What the table and the command ask for together; checked.
+
+    Raises:
+      ConfigError: a name that is unknown, or a value that cannot be.
+    """
+    chosen = tuple(datasets) or table.datasets
+    if toy:
+        chosen = ("scenes",) if chosen else ()
+    for each in chosen:
+        if not each.startswith("folder:"):
+            knows("datasets", each.partition("=")[0], (*DATASETS, "scenes"))
+    for task in table.tasks:
+        knows("tasks", task, TASKS)
+    values = pairs((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
+    own = {"limit": int, "network": str, "batch": int}
+    kinds = own | get_type_hints(Settings)
+    for name in values:
+        knows("evaluation", name, kinds)
+    read = {name: _value(name, value, kinds[name]) for name, value in values.items()}
+    settings = Settings(**{name: value for name, value in read.items() if name not in own})
+    others = {name: value for name, value in read.items() if name in own}
+    return Evaluation(chosen, table.tasks, settings=settings, **others)
+
+
+def _value(name: str, text: str, kind: type):
+    try:
+        if members := get_args(kind):
+            return tuple(members[0](each) for each in text.split(","))
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"evaluation {name}={text!r} cannot be: {error}") from error
+
+
+def _facts(evaluation: Evaluation) -> dict[str, object]:
+    """What decides the figures of an evaluation; not where its images lie."""
+    facts = dataclasses.asdict(evaluation)
+    settings = facts.pop("settings")
+    names = [
+        each if each.startswith("folder:") else each.partition("=")[0]
+        for each in evaluation.datasets
+    ]
+    return {**facts, **settings, "datasets": names}
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[int]:
+    try:
+        return [int(each) for each in texts]
+    except ValueError as error:
+        raise ConfigError(f"{name}={','.join(texts)} is no list of whole numbers") from error
+
+
+if __name__ == "__main__":
+    table_flag = flags.DEFINE_string("table", None, "Name in configs/tables/, or path of a file.")
+    to_flag = flags.DEFINE_string("to", None, "Folder of everything.")
+    seeds_flag = flags.DEFINE_list("seeds", [], "Instead of the table's.")
+    rows_flag = flags.DEFINE_list("rows", [], "Parts of subjects: those rows alone.")
+    parallel_flag = flags.DEFINE_integer("parallel", 1, "How many runs at a time.")
+    call_flag = flags.DEFINE_float(
+        "call_minutes", 0, "After which this call saves and ends; 0: when all is done."
+    )
+    set_flag = flags.DEFINE_multi_string("set", [], "Of all runs: name=value; repeatable.")
+    datasets_flag = flags.DEFINE_list(
+        "datasets", [], "To evaluate on instead of the table's: name, or name=folder."
+    )
+    evaluation_flag = flags.DEFINE_multi_string(
+        "evaluation", [], "Of the evaluation: name=value, such as limit=1000; repeatable."
+    )
+    weights_flag = flags.DEFINE_boolean("keep_weights", False, "Keep the checkpoints.")
+    toy_flag = flags.DEFINE_boolean("toy", False, "At a size that takes seconds, on scenes.")
+    flags.mark_flags_as_required(["table", "to"])
+    command.run(
+        lambda: run_table(
+            find_table(table_flag.value),
+            Path(to_flag.value),
+            rows=rows_flag.value,
+            seeds=_numbers("seeds", seeds_flag.value),
+            overrides=set_flag.value,
+            datasets=datasets_flag.value,
+            evaluation=evaluation_flag.value,
+            parallel=parallel_flag.value,
+            call_minutes=call_flag.value,
+            keep_weights=weights_flag.value,
+            toy=toy_flag.value,
+        )
+    )

@@ -1,0 +1,276 @@
+"""A table: where it is found, which runs it has, how it goes on, and what it adds up to."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cassle_jax.config import ConfigError
+from cassle_jax.evaluation.findings import Score
+from cassle_jax.sweep.crew import shares
+from cassle_jax.sweep.results import lines_of
+from cassle_jax.sweep.table import Row, Table, find_table, planned, runs_of_table
+from cassle_jax.tables import run_table
+from tests.tiny import on_one_device
+
+ROOT = Path(__file__).parents[1]
+TINY = "tests/launch/tiny_run.py"
+TABLE = f'''
+from cassle_jax.sweep.table import Row, Table
+
+def get_table():
+    return Table(
+        title="Tiny",
+        question="Does it run?",
+        rows=(
+            Row("plain", "{TINY}:conditioning=none"),
+            Row("CASSLE", "{TINY}:conditioning=cassle"),
+            Row("hasty", "{TINY}:conditioning=none", ("optimizer.base_learning_rate=1e30",)),
+        ),
+        seeds=(0, 1),
+        datasets=("scenes",),
+        tasks=("knn",),
+        evaluation=("limit=32",),
+    )
+'''
+CONFIG = "configs/quickstart.py"
+
+
+def table(*rows, **settings):
+    return Table("A table", "Which is ahead?", rows, **settings)
+
+
+PAIR = table(Row("SimCLR, plain", f"{CONFIG}:method=simclr,conditioning=none"),
+             Row("SimCLR, CASSLE", f"{CONFIG}:method=simclr"),
+             Row("BYOL, plain", f"{CONFIG}:method=byol,conditioning=none"))  # fmt: skip
+
+
+def names(runs):
+    return [run.name for run in runs]
+
+
+def test_all_rows_of_a_seed_come_before_the_next():
+    runs = runs_of_table(PAIR, seeds=(3, 7), rows=("simclr",), overrides=("epochs=5",))
+    assert names(runs) == ["simclr-plain-3", "simclr-cassle-3", "simclr-plain-7", "simclr-cassle-7"]
+    assert [run.config.seed for run in runs] == [3, 3, 7, 7]
+    assert {run.config.epochs for run in runs} == {5}
+    assert names(runs_of_table(PAIR, rows=("plain",), seeds=(0,))) == [
+        "simclr-plain-0",
+        "byol-plain-0",
+    ]
+
+
+def test_the_rows_settings_come_before_the_commands():
+    one = table(
+        Row("a", CONFIG, ("epochs=3", "conditioning=none")), overrides=("epochs=2", "steps=9")
+    )
+    (run,) = runs_of_table(one, seeds=(0,), overrides=("steps=8",))
+    assert (run.config.epochs, run.config.steps) == (3, 8)
+    assert run.config.conditioning.descriptors == ()
+
+
+def test_at_toy_size_every_run_is_small_and_draws_its_images():
+    rows = (Row("a", "configs/imagenet_byol.py"), Row("b", "configs/imagenet_swav.py"))
+    for run in runs_of_table(table(*rows), seeds=(0,), toy=True):
+        assert (run.config.data.source, run.config.steps, run.config.encoder.width) == (
+            "scenes",
+            4,
+            8,
+        )
+        assert run.config.method.projector_out == 32
+
+
+def test_a_short_run_saves_seldom_and_warms_up_within_it():
+    rows = (Row("a", CONFIG), Row("b", CONFIG, ("checkpoint.every_steps=7",)))
+    overrides = ("steps=100", "optimizer.warmup_epochs=3")
+    first, second = (
+        planned(run, 1280).config
+        for run in runs_of_table(table(*rows), seeds=(0,), overrides=overrides)
+    )
+    assert (first.checkpoint.every_steps, second.checkpoint.every_steps) == (20, 7)
+    assert first.probe.every_epochs == 0
+    assert first.optimizer.warmup_epochs == 3.0  # asked for by name
+    (run,) = runs_of_table(table(rows[0]), seeds=(0,), overrides=("steps=20",))
+    assert planned(run, 12_800).config.optimizer.warmup_epochs == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Row("a", f"{CONFIG}:method=simclrr")], r"row 'a': method='simclrr' .* 'simclr'\?$"),
+        ([Row("a", CONFIG, ("sed=1",))], r"row 'a': sed is not a setting .* did you mean seed\?$"),
+        ([Row("a", CONFIG, ("sed",))], r"row 'a': 'sed' is not name=value$"),
+    ],
+)
+def test_what_cannot_be_names_its_row(rows, message):
+    with pytest.raises(ConfigError, match=message):
+        runs_of_table(table(*rows))
+
+
+def test_no_row_of_a_name_says_which_there_are():
+    with pytest.raises(ConfigError, match=r"rows=swav match none of SimCLR, plain, "):
+        runs_of_table(PAIR, rows=("swav",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("Row('a b', 'x'), Row('A-B', 'x')", "rows 'a b' and 'A-B' would have the same folder"),
+        ("Row('a=b', 'x'),", "row 'a=b': a subject is a name without '='"),
+        (
+            "Row('a', 'x', against='c'), Row('b', 'x')",
+            "against='c' of row 'a' is no .* 'a', 'b'",
+        ),
+        ("", "table 'T' has no rows"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(tmp_path, rows, message):
+    file = tmp_path / "table.py"
+    file.write_text(
+        "from cassle_jax.sweep.table import Row, Table\n"
+        f"def get_table(): return Table('T', 'Q', ({rows}))\n"
+    )
+    with pytest.raises(ConfigError, match=message):
+        find_table(str(file))
+
+
+def test_an_unknown_table_names_the_closest():
+    with pytest.raises(ConfigError, match=r"^table='small_image' is unknown.* 'small_images'\?$"):
+        find_table("small_image")
+    with pytest.raises(ConfigError, match=r"none\.py cannot be read: No such file"):
+        find_table("none.py")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"datasets": ("cifar1",)}, "datasets='cifar1' is unknown"),
+        ({"tasks": ("knnn",)}, "tasks='knnn' is unknown"),
+        ({"evaluation": ("limt=3",)}, "evaluation='limt' is unknown.*'limit'"),
+        ({"evaluation": ("limit=x",)}, "evaluation limit='x' cannot be"),
+        ({"overrides": ("data.source=folder", "data.path=/none")}, "/none"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_table(table(Row("a", CONFIG), **settings), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_processes_share_the_gpus_and_their_memory():
+    def told(gpus, parallel):
+        return [
+            (each["CUDA_VISIBLE_DEVICES"], each["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+            for each in shares(gpus, parallel)
+        ]
+
+    assert told(["0"], 2) == [("0", "0.450")] * 2
+    assert told(["0", "1", "2", "3"], 2) == [("0,1", "0.900"), ("2,3", "0.900")]
+    assert told(["4", "5"], 3) == [("4", "0.450"), ("5", "0.450"), ("4", "0.450")]
+
+
+def test_differences_are_taken_seed_by_seed():
+    def found(*values):
+        return {seed: [Score("knn", "d", "accuracy", v)] for seed, v in values}
+
+    lines = lines_of(
+        PAIR,
+        {
+            "SimCLR, plain": found((0, 0.5), (1, 0.7), (2, 0.6)),
+            "SimCLR, CASSLE": found((0, 0.6), (1, 0.8), (5, 0.1)),
+            "BYOL, plain": found((0, 0.3)),
+        },
+    )
+    plain, cassle, byol = (line.cells() for line in lines)
+    assert cassle["against"] == "SimCLR, plain" and cassle["mean"] == pytest.approx(0.5)
+    assert cassle["difference"] == pytest.approx(0.1) and cassle["paired_seeds"] == 2
+    assert cassle["difference_interval"] == pytest.approx(0.0, abs=1e-12)
+    assert plain["interval"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert plain["against"] == byol["against"] == "" and byol["interval"] is None
+
+
+def call(to, file, *arguments):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cassle_jax.tables",
+            f"--table={file}",
+            f"--to={to}",
+            "--set=compilation_cache=",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=on_one_device(os.environ),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process):
+    _, told = process.communicate(timeout=900)
+    return process.returncode, told
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A table of which a call was stopped once a run had begun, and another one went on."""
+    to = tmp_path_factory.mktemp("table")
+    file = to / "tiny.py"
+    file.write_text(TABLE)
+    first = call(to / "out", file, "--parallel=2")
+    until = time.monotonic() + 600
+    while not list((to / "out/runs").glob("*/log.txt")):
+        assert time.monotonic() < until and first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    return to / "out", file, end(first), end(call(to / "out", file, "--parallel=2"))
+
+
+def test_a_call_that_is_stopped_ends_with_75_and_the_next_one_goes_on(ran):
+    to, _, first, second = ran
+    assert first[0] == 75 and "the same one goes on" in first[1]
+    assert second[0] == 1, second[1]
+    assert not list(to.glob("runs/[!h]*/checkpoints"))
+    assert len(list(to.glob("runs/*/evaluation/report.json"))) == 4
+
+
+def test_a_run_that_diverged_is_told_and_stops_no_other(ran):
+    to, _, _, (_, told) = ran
+    assert "2 of 6 runs failed; hasty-0: the loss or the update of step" in told
+    runs = {each["run"]: each for each in json.loads((to / "results.json").read_text())["runs"]}
+    assert {name: each["exit_code"] for name, each in runs.items()} == {
+        "plain-0": 0, "plain-1": 0, "cassle-0": 0, "cassle-1": 0, "hasty-0": 3, "hasty-1": 3,
+    }  # fmt: skip
+
+
+def test_its_figures_are_means_of_the_seeds_and_differences_to_the_first_row(ran):
+    to, *_ = ran
+    with (to / "results.csv").open() as file:
+        lines = [each for each in csv.DictReader(file) if each["metric"] == "accuracy"]
+    assert [(each["row"], each["seeds"], each["against"]) for each in lines] == [
+        ("plain", "2", ""),
+        ("CASSLE", "2", "plain"),
+    ]
+    plain, cassle = (float(each["mean"]) for each in lines)
+    assert float(lines[1]["difference"]) == pytest.approx(cassle - plain)
+    page = (to / "report.html").read_text()
+    assert "Does it run?" in page and "ahead of the row compared with" in page
+
+
+def test_a_finished_table_is_not_run_again_nor_taken_for_another(ran):
+    to, file, *_ = ran
+    ends = {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
+    code, told = end(call(to, file))
+    assert code == 1 and "6 runs, of which 6 are done" in told
+    assert ends == {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
+    code, told = end(call(to, file, "--set=steps=2"))
+    assert code == 2 and "steps=2 was 3" in told
+    code, told = end(call(to, file, "--evaluation=neighbours=5"))
+    assert code == 2 and "neighbours=5 was 1" in told
