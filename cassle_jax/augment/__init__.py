@@ -7,7 +7,11 @@ Three pure functions of ONE image, batched by ``jax.vmap``: ``draw`` makes every
 from cassle_jax.augment.apply import View, apply, augment, denormalize
 from cassle_jax.augment.describe import (
     CASSLE_DESCRIPTORS,
+    COMPONENTS,
     DESCRIPTOR_SIZES,
+    LEAK_FREE_DESCRIPTORS,
+    PALETTE,
+    check_descriptors,
     concatenate,
     describe,
     descriptor_width,
@@ -27,9 +31,12 @@ from cassle_jax.augment.spec import (
 
 __all__ = [
     "CASSLE_DESCRIPTORS",
+    "COMPONENTS",
     "DESCRIPTOR_SIZES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LEAK_FREE_DESCRIPTORS",
+    "PALETTE",
     "STL10_MEAN",
     "STL10_STD",
     "AugmentSpec",
@@ -38,6 +45,7 @@ __all__ = [
     "apply",
     "augment",
     "center_view",
+    "check_descriptors",
     "concatenate",
     "denormalize",
     "describe",

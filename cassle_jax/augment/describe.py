@@ -4,15 +4,21 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32
 
+from cassle_jax.augment import operations
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.draw import ViewParams
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = [
     "CASSLE_DESCRIPTORS",
+    "COMPONENTS",
     "DESCRIPTOR_SIZES",
+    "LEAK_FREE_DESCRIPTORS",
+    "PALETTE",
+    "check_descriptors",
     "concatenate",
     "describe",
     "descriptor_width",
@@ -21,20 +27,42 @@ __all__ = [
     "identity_difference",
 ]
 
-DESCRIPTOR_SIZES = {
-    "blur": 1,
-    "color": 4,
-    "color_diff": 3,
-    "crop": 4,
-    "flip": 1,
-    "grayscale": 1,
-    "rotation": 4,
-    "solarize": 1,
+# Greys, then muted red, green and blue: far enough from 0 and 1 that the jitter clips few of them.
+PALETTE = np.float32(
+    [
+        (0.25, 0.25, 0.25),
+        (0.5, 0.5, 0.5),
+        (0.75, 0.75, 0.75),
+        (0.75, 0.25, 0.25),
+        (0.25, 0.75, 0.25),
+        (0.25, 0.25, 0.75),
+    ]
+)
+"""The reference colours of the descriptor ``palette``, RGB in [0, 1]."""
+
+_PALETTE_NAMES = ("dark", "grey", "light", "red", "green", "blue")
+
+COMPONENTS = {
+    "blur": ("sigma",),
+    "color": ("brightness", "contrast", "saturation", "hue"),
+    "color_diff": ("red", "green", "blue"),
+    "crop": ("row", "column", "height", "width"),
+    "flip": ("flipped",),
+    "grayscale": ("grey",),
+    "palette": tuple(f"{name}_{channel}" for name in _PALETTE_NAMES for channel in "rgb"),
+    "rotation": ("0", "90", "180", "270"),
+    "solarize": ("threshold",),
 }
+"""The numbers of every descriptor; ``color.hue`` names one of them."""
+
+DESCRIPTOR_SIZES = {name: len(components) for name, components in COMPONENTS.items()}
 """Every descriptor and how many numbers it has."""
 
 CASSLE_DESCRIPTORS = ("blur", "color", "color_diff", "crop", "grayscale")
 """What the published pretraining conditions on: 13 numbers."""
+
+LEAK_FREE_DESCRIPTORS = ("blur", "color", "crop", "grayscale", "palette")
+"""``palette`` in the place of ``color_diff``: 28 numbers, none computed from the image."""
 
 # What an image that was not augmented has where that is not 0.
 _NOT_APPLIED = {
@@ -69,6 +97,9 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
           1 - column where the view is flipped.
         flip: 1 or 0.
         grayscale: 1 or 0.
+        palette: the colours of ``PALETTE`` after the very jitter of the view, order of operations
+          included, minus the colours themselves; 0 if not applied. Unlike color_diff it says
+          nothing about the image.
         rotation: quarter turns, one-hot.
         solarize: threshold; 1 if not applied.
     """
@@ -82,6 +113,7 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
         "crop": jnp.stack([row, column, height, width]),
         "flip": params.flip.astype(jnp.float32)[None],
         "grayscale": params.grayscale.astype(jnp.float32)[None],
+        "palette": _palette_change(params),
         "rotation": jax.nn.one_hot(params.turns, 4, dtype=jnp.float32),
         "solarize": jnp.where(params.solarize, params.solarize_threshold, 1)[None],
     }
@@ -97,7 +129,8 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
 
     Returns:
       Differences by name, float32 vectors of ``DESCRIPTOR_SIZES`` numbers:
-        blur, color, color_diff, grayscale, solarize: the descriptor of view 1 minus that of view 2.
+        blur, color, color_diff, grayscale, palette, solarize: the descriptor of view 1 minus that
+          of view 2.
         crop: the boxes' centres and sizes, view 1 minus view 2, in view 1's frame: both columns are
           mirrored where view 1 is flipped, whether view 2 is or not.
         flip: 1 where both views are flipped or neither is, else 0.
@@ -107,7 +140,7 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
     omega_1, omega_2 = describe(view_1, spec), describe(view_2, spec)
     values = {
         name: omega_1[name] - omega_2[name]
-        for name in ("blur", "color", "color_diff", "grayscale", "solarize")
+        for name in ("blur", "color", "color_diff", "grayscale", "palette", "solarize")
     }
     direction = jnp.where(params_1.flip, jnp.array([1.0, -1.0, 1.0, 1.0]), jnp.ones(4))
     turns = (params_1.turns - params_2.turns) % 4
@@ -125,47 +158,58 @@ def concatenate(
 
     Args:
       descriptors: from ``describe`` or ``difference``, with any leading axes.
-      names: a subset of the descriptors, in any order.
+      names: descriptors, or components of them such as ``color.hue``, in any order.
 
     Returns:
       [..., descriptor_width(names)].
 
     Raises:
-      ValueError: if a name is not among the descriptors, appears twice, or there is none.
+      ValueError: what ``check_descriptors`` raises, or if there is no name.
     """
-    names = _checked(names, descriptors)
+    names = check_descriptors(names)
     if not names:
         raise ValueError("descriptors=() leaves nothing to concatenate; name at least one")
-    return jnp.concatenate([descriptors[name] for name in names], axis=-1)
+    return jnp.concatenate([_select(descriptors, name) for name in names], axis=-1)
+
+
+def _select(
+    descriptors: Mapping[str, Float32[Array, "*batch _"]], name: str
+) -> Float32[Array, "*batch _"]:
+    descriptor, _, component = name.partition(".")
+    values = descriptors[descriptor]
+    if not component:
+        return values
+    place = COMPONENTS[descriptor].index(component)
+    return values[..., place : place + 1]
 
 
 def descriptor_width(names: Iterable[str]) -> int:
     """How many numbers the conditioning vector of these descriptors has.
 
     Args:
-      names: a subset of ``DESCRIPTOR_SIZES``.
+      names: descriptors, or components of them.
 
     Returns:
       The sum of their sizes: 13 for ``CASSLE_DESCRIPTORS``.
 
     Raises:
-      ValueError: if a name is unknown or appears twice.
+      ValueError: what ``check_descriptors`` raises.
     """
-    return sum(DESCRIPTOR_SIZES[name] for name in _checked(names, DESCRIPTOR_SIZES))
+    return sum(1 if "." in name else DESCRIPTOR_SIZES[name] for name in check_descriptors(names))
 
 
 def identity_descriptor(names: Iterable[str]) -> Float32[Array, " width"]:
     """The conditioning vector of an image that was not augmented.
 
     Args:
-      names: a subset of ``DESCRIPTOR_SIZES``.
+      names: descriptors, or components of them.
 
     Returns:
       [descriptor_width(names)]: crop (0.5, 0.5, 1, 1), solarize 1, rotation in its first class,
       everything else 0.
 
     Raises:
-      ValueError: if a name is unknown, appears twice, or there is none.
+      ValueError: what ``check_descriptors`` raises, or if there is no name.
     """
     return _constant(_NOT_APPLIED, names)
 
@@ -174,13 +218,13 @@ def identity_difference(names: Iterable[str]) -> Float32[Array, " width"]:
     """The concatenated differences of two views that were augmented alike.
 
     Args:
-      names: a subset of ``DESCRIPTOR_SIZES``.
+      names: descriptors, or components of them.
 
     Returns:
       [descriptor_width(names)]: flip 1, rotation in its first class, everything else 0.
 
     Raises:
-      ValueError: if a name is unknown, appears twice, or there is none.
+      ValueError: what ``check_descriptors`` raises, or if there is no name.
     """
     return _constant(_ALIKE, names)
 
@@ -192,13 +236,39 @@ def _constant(
     return concatenate({n: jnp.array(values.get(n, (0.0,) * size)) for n, size in sizes}, names)
 
 
-def _checked(names: Iterable[str], known: Iterable[str]) -> list[str]:
+def check_descriptors(names: Iterable[str]) -> list[str]:
+    """The names in alphabetical order, the order of their numbers in the conditioning vector.
+
+    Args:
+      names: descriptors, or components of them such as ``color.hue``.
+
+    Raises:
+      ValueError: if a name is unknown, or what it names is named twice (``color`` and
+        ``color.hue``, say).
+    """
     names = sorted(names)
-    if set(names) - set(known) or len(set(names)) < len(names):
-        raise ValueError(
-            f"descriptors={names} has an unknown or repeated name; use a subset of {sorted(known)}"
-        )
+    for name in names:
+        descriptor, dot, _ = name.partition(".")
+        known = list(COMPONENTS)
+        if dot and descriptor in COMPONENTS:
+            known = [f"{descriptor}.{each}" for each in COMPONENTS[descriptor]]
+        if name not in known:
+            raise ValueError(
+                f"descriptors={names} has the unknown name {name!r}; use any of {', '.join(known)}"
+            )
+        if names.count(name) > 1 or (dot and descriptor in names):
+            raise ValueError(
+                f"descriptors={names} names {name!r} twice; name each once, either a descriptor "
+                "or its components"
+            )
     return names
+
+
+def _palette_change(params: ViewParams) -> Float32[Array, "18"]:
+    """What the jitter does to the reference colours, as one column of pixels."""
+    colours = jnp.asarray(PALETTE)
+    jittered = operations.color_jitter(colours[:, :, None], params)[:, :, 0]
+    return (jittered - colours).reshape(-1)
 
 
 def _box(params: ViewParams) -> Float32[Array, "4"]:

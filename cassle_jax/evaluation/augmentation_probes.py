@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from cassle_jax.augment import AugmentSpec, describe
+from cassle_jax.augment import COMPONENTS, AugmentSpec, describe
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.findings import Chart, Finding, Score
 from cassle_jax.evaluation.views import (
@@ -25,15 +25,9 @@ from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
-# For each descriptor, the names of its components; a class has one, whatever its width.
-_COMPONENTS = {
-    "blur": ("σ",),
-    "color": ("brightness", "contrast", "saturation", "hue"),
-    "color_diff": ("red", "green", "blue"),
-    "crop": ("row", "column", "height", "width"),
-    "solarize": ("threshold",),
-}
 _CLASSES = ("flip", "grayscale", "rotation")
+# Says in more numbers what `color` says.
+_REDUNDANT = ("palette",)
 
 _HELD_OUT_OF = 4
 _FEWEST_IMAGES = 13
@@ -207,12 +201,14 @@ def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every component by its name, [N]: a number, or a class."""
     factors = {}
     for name, values in descriptors.items():
+        if name in _REDUNDANT:
+            continue
         if name in _CLASSES:
             # The quarter turns are one-hot; flip and grayscale are 0 or 1.
             is_one_hot = values.shape[1] > 1
             factors[name] = values.argmax(axis=1) if is_one_hot else values[:, 0].astype(int)
             continue
-        for component, column in zip(_COMPONENTS[name], values.T, strict=True):
+        for component, column in zip(COMPONENTS[name], values.T, strict=True):
             factors[f"{name} {component}"] = column
     return factors
 

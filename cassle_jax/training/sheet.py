@@ -61,9 +61,10 @@ def first_views(
 
     run_key, _, _ = seed_keys(run.seed)
     views = jax.device_get(draw(run_key, batch["image"], batch["size"]))
-    never_drawn = [name for name in ("solarize", "rotation") if not run.draws(name)]
+    # What `palette` says of the jitter, `color` says for a reader.
+    hidden = ["palette", *(name for name in ("solarize", "rotation") if not run.draws(name))]
     for _, descriptors in views:
-        for name in never_drawn:
+        for name in hidden:
             del descriptors[name]
     return images, *views
 

@@ -11,6 +11,7 @@ import pytest
 from cassle_jax.augment import (
     CASSLE_DESCRIPTORS,
     DESCRIPTOR_SIZES,
+    PALETTE,
     AugmentSpec,
     View,
     concatenate,
@@ -153,20 +154,55 @@ def test_concatenation_is_alphabetical(pair):
 def test_widths():
     assert descriptor_width(CASSLE_DESCRIPTORS) == 13
     assert descriptor_width(()) == 0
-    assert descriptor_width(DESCRIPTOR_SIZES) == 19
+    assert descriptor_width(DESCRIPTOR_SIZES) == 19 + 18  # with the six colours of the palette
 
 
-@pytest.mark.parametrize("names", [("crop", "zoom"), ("crop", "crop")])
-def test_unknown_and_repeated_names(names):
-    message = r"descriptors=\['crop', .*unknown or repeated name; use a subset of \['blur', "
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("crop", "zoom"), r"unknown name 'zoom'; use any of blur, color, "),
+        (("color.tint",), r"unknown name 'color.tint'; use any of color.brightness, "),
+        (("crop", "crop"), r"names 'crop' twice; name each once"),
+        (("color", "color.hue"), r"names 'color.hue' twice; name each once"),
+    ],
+)
+def test_unknown_and_repeated_names(names, message):
     for function in (descriptor_width, identity_descriptor, identity_difference):
         with pytest.raises(ValueError, match=message):
             function(names)
 
 
+def test_components_are_the_numbers_of_their_descriptors(pair):
+    omega = _describe()(pair[0])
+    vector = concatenate(omega, ("grayscale", "color.saturation", "color.hue", "crop.row"))
+    expected = [omega["color"][:, 3], omega["color"][:, 2], omega["crop"][:, 0]]
+    np.testing.assert_array_equal(vector[:, :3], np.stack(expected, axis=1))
+    assert descriptor_width(("color.hue", "crop")) == vector.shape[1] + 1 == 5
+    np.testing.assert_array_equal(identity_descriptor(("crop.height", "flip")), [1, 0])
+
+
+def test_the_palette_is_what_the_jitter_does_to_its_colours(make_params):
+    """Brightness and contrast by hand, in both orders; the mean grey is the palette's own."""
+    weights = np.array([0.2989, 0.587, 0.114])
+    for order in ((0, 1, 2, 3), (3, 1, 2, 0)):
+        params = make_params(
+            1, jitter=True, brightness=1.3, contrast=0.7, jitter_order=np.array(order)
+        )
+        colours = PALETTE.astype(np.float64)
+        for operation in order:
+            if operation == 0:
+                colours = np.clip(1.3 * colours, 0, 1)
+            if operation == 1:
+                colours = np.clip(0.7 * colours + 0.3 * (colours @ weights).mean(), 0, 1)
+        found = _describe()(_view(params))["palette"][0]
+        np.testing.assert_allclose(found, (colours - PALETTE).ravel(), rtol=0, atol=1e-6)
+    untouched = _describe()(_view(make_params(1, brightness=1.3)))["palette"]
+    np.testing.assert_array_equal(untouched, np.zeros((1, 18)))
+
+
 def test_names_that_are_not_there(pair):
     differences = _difference()(*pair)
-    with pytest.raises(ValueError, match=r"descriptors=\['zoom'\] has an unknown"):
+    with pytest.raises(ValueError, match=r"descriptors=\['zoom'\] has the unknown"):
         concatenate(differences, ("zoom",))
     with pytest.raises(ValueError, match="leaves nothing to concatenate"):
         concatenate(differences, ())

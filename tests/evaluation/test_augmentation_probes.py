@@ -96,10 +96,10 @@ def test_scores_are_those_of_scikit_learn():
         )
         for penalty in (1.0, 1e-1, 1e-2, 1e-3)
     ]
-    assert list(read) == ["blur σ", "flip"]
-    assert min(abs(read["blur σ"].from_augmented - each) for each in r2) < 1e-4
+    assert list(read) == ["blur sigma", "flip"]
+    assert min(abs(read["blur sigma"].from_augmented - each) for each in r2) < 1e-4
     assert min(abs(read["flip"].from_augmented - each) for each in accuracy) < 1e-6
-    assert 0.1 < read["blur σ"].from_augmented < 0.9
+    assert 0.1 < read["blur sigma"].from_augmented < 0.9
     assert read["flip"].constant == pytest.approx(
         max(flip[held_out].mean(), 1 - flip[held_out].mean())
     )
