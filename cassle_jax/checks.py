@@ -28,6 +28,15 @@ def check_fraction(usual: float, **settings: Real) -> None:
             )
 
 
+def check_share(**settings: Real) -> None:
+    """Raises ValueError unless each setting is in [0, 1); `__` in a name is a dot."""
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{name.replace('__', '.')}={value} is not a share; use 0 or more, and less than 1"
+            )
+
+
 def check_one_of(choices: Sequence[str], **settings: str) -> None:
     """Raises ValueError unless each setting is one of the choices; `__` in a name is a dot."""
     for name, value in settings.items():

@@ -13,7 +13,12 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTOR_SIZES, AugmentSpec
+from cassle_jax.augment import (
+    CASSLE_DESCRIPTORS,
+    COMPONENTS,
+    LEAK_FREE_DESCRIPTORS,
+    AugmentSpec,
+)
 from cassle_jax.methods import METHODS
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning
@@ -37,8 +42,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         argument `method` may then have.
       arguments: comma-separated `name=value`:
         `method`: a name in `METHODS` (default `moco_v2`).
-        `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `none` for the
-        plain method, or descriptor names joined by `+`.
+        `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `leak_free`
+        (palette in the place of color_diff, which gives the image's mean colour away), `none` for
+        the plain method, or names of descriptors and components (color.hue) joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
         `follow`: `paper` (default), or `published` for what the published CASSLE code does where it
@@ -189,11 +195,12 @@ def _parse(arguments: str, recipe_of: str) -> dict[str, str]:
 
 
 def _descriptors(value: str) -> tuple[str, ...]:
-    named = {"cassle": CASSLE_DESCRIPTORS, "none": ()}
+    named = {"cassle": CASSLE_DESCRIPTORS, "leak_free": LEAK_FREE_DESCRIPTORS, "none": ()}
     if value in named:
         return named[value]
+    components = [f"{name}.{part}" for name, parts in COMPONENTS.items() for part in parts]
     for name in value.split("+"):
-        knows("conditioning", name, (*named, *DESCRIPTOR_SIZES))
+        knows("conditioning", name, (*named, *(components if "." in name else COMPONENTS)))
     return tuple(sorted(value.split("+")))
 
 

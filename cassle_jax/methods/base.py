@@ -21,6 +21,9 @@ Passes = tuple[tuple[int, ...], ...]
 # The learning-rate group of parameters that stay as they are.
 FROZEN = "frozen"
 
+# What the names of the plain branch's heads begin with, where a run has one.
+PLAIN = "plain_"
+
 # The networks that `Networks.encode` uses; all others are heads.
 ENCODING = ("encoder", "image_conditioner")
 
@@ -126,7 +129,8 @@ class Networks(nn.Module):
 
     Attributes:
       factories: for each name, what builds the module. `encoder` and `projector` must be there;
-        `predictor`, `image_conditioner` and `augself_…` may.
+        `predictor`, `image_conditioner` and `augself_…` may, and so may the plain branch's
+        `plain_projector` and `plain_predictor`.
     """
 
     factories: Mapping[str, Callable[[], nn.Module]]
@@ -135,6 +139,16 @@ class Networks(nn.Module):
         """Builds the modules."""
         for name, factory in self.factories.items():
             setattr(self, name, factory())
+
+    @property
+    def branches(self) -> dict[str, "Networks"]:
+        """The networks as each branch has them, its own heads as `projector` and `predictor`.
+
+        The branch "" has the conditioned heads, and `PLAIN`, where there is one, those without ω.
+        """
+        plain = branch_of(self.factories, PLAIN)
+        both = {"": Networks(branch_of(self.factories, "")), PLAIN: Networks(plain)}
+        return both if f"{PLAIN}projector" in self.factories else {"": self}
 
     def encode(self, view: ViewBatch, *, train: bool) -> Float[Array, "B F"]:
         """The encoder's features y of a view."""
@@ -204,6 +218,23 @@ class Networks(nn.Module):
             )
             embedded |= _split(encoded, indices)
         return embedded
+
+
+def branch_of(tree: Mapping[str, PyTree], branch: str) -> dict[str, PyTree]:
+    """Values by network as a branch of heads has them, see `Networks.branches`."""
+    heads = {name.removeprefix(PLAIN): tree[name] for name in tree if name.startswith(PLAIN)}
+    shared = {name: value for name, value in tree.items() if not name.startswith(PLAIN)}
+    return shared | heads if branch else shared
+
+
+def with_branch(
+    tree: Mapping[str, PyTree], branch: str, values: Mapping[str, PyTree]
+) -> dict[str, PyTree]:
+    """`tree` with what `branch_of(tree, branch)` has become; the plain branch changes its heads."""
+    if not branch:
+        return {**tree, **values}
+    heads = [name for name in tree if name.startswith(PLAIN)]
+    return {**tree, **{name: values[name.removeprefix(PLAIN)] for name in heads}}
 
 
 def _each(items: Sequence | Mapping, indices: tuple[int, ...]) -> list:
@@ -295,7 +326,7 @@ class Method:
         raise NotImplementedError
 
     def after_update(self, params: PyTree) -> PyTree:
-        """Constraints on the parameters, applied after each optimiser step."""
+        """Constraints on the parameters, applied after each optimiser step to each branch's."""
         return params
 
     def parameter_group(self, path: tuple[str, ...], array: Array) -> str:

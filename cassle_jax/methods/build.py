@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from cassle_jax.augment import (
     CASSLE_DESCRIPTORS,
-    DESCRIPTOR_SIZES,
     AugmentSpec,
     View,
+    check_descriptors,
     concatenate,
     describe,
     descriptor_width,
@@ -22,10 +22,13 @@ from cassle_jax.augment import (
     identity_descriptor,
     identity_difference,
 )
-from cassle_jax.checks import check_at_least, check_one_of
+from cassle_jax.checks import check_at_least, check_one_of, check_share
 from cassle_jax.methods.augself import AugSelf
-from cassle_jax.methods.base import HeadShape, Method, Networks
+from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
+
+# Folded into a step's key for the draws of `Conditioning.given`; views take small numbers.
+_GIVEN = 0x67697665
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Conditioning:
     """What the projector is told of each view, and how it takes it in (CASSLE, section 3).
 
     Attributes:
-      descriptors: names of the descriptors that make up ω; empty for the plain method.
+      descriptors: names of the descriptors that make up ω, or of components such as `color.hue`;
+        empty for the plain method.
       relative: whether ω is how the view differs from the other one (from the first, for a third
         view and further) instead of how it was augmented itself.
       into: the heads that are conditioned: `projector` (CASSLE), `predictor` or `both`.
@@ -42,6 +46,13 @@ class Conditioning:
       depth: number of layers of the MLP on ω.
       width: of the MLP's hidden layers.
       hypernetwork_bn: whether the generated projector has BatchNorm between its layers.
+      dropout: share of the images whose views are projected without ω, from 0 to below 1. A learnt
+        vector then stands where γ(ω) would.
+      start_epoch: epochs before any image is projected with ω.
+      ramp_epochs: epochs from there on over which the share of images with ω rises from 0.
+      plain_branch: weight, from 0 to below 1, of the loss through a second projector (and
+        predictor) without ω on the same encoder; the loss with ω weighs the rest. 0 for no such
+        branch, as in the paper.
     """
 
     descriptors: Sequence[str] = CASSLE_DESCRIPTORS
@@ -52,39 +63,97 @@ class Conditioning:
     depth: int = 6
     width: int = 64
     hypernetwork_bn: bool = False
+    dropout: float = 0.0
+    start_epoch: float = 0.0
+    ramp_epochs: float = 0.0
+    plain_branch: float = 0.0
 
     def __post_init__(self):
         check_at_least(1, conditioning__depth=self.depth, conditioning__width=self.width)
+        check_at_least(
+            0,
+            conditioning__start_epoch=self.start_epoch,
+            conditioning__ramp_epochs=self.ramp_epochs,
+        )
+        check_share(
+            conditioning__dropout=self.dropout, conditioning__plain_branch=self.plain_branch
+        )
         check_one_of(("projector", "predictor", "both"), conditioning__into=self.into)
         object.__setattr__(self, "descriptors", tuple(self.descriptors))  # JSON has lists
-        unknown = [name for name in self.descriptors if name not in DESCRIPTOR_SIZES]
-        if unknown:
-            raise ValueError(
-                f"conditioning.descriptors has {unknown[0]!r}; use any of "
-                + ", ".join(sorted(DESCRIPTOR_SIZES))
-            )
+        try:
+            check_descriptors(self.descriptors)
+        except ValueError as error:
+            raise ValueError(f"conditioning.{error}") from None
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuses options that would do nothing, or that the treatment cannot have."""
+        options = ("dropout", "start_epoch", "ramp_epochs", "plain_branch")
+        for name in (each for each in options if getattr(self, each) > 0):
+            setting = f"conditioning.{name}={getattr(self, name):g}"
+            if not self.descriptors:
+                raise ValueError(
+                    f"{setting} does nothing without descriptors; name some in "
+                    "conditioning.descriptors, or use 0"
+                )
+            if name != "plain_branch" and self.treatment == "hypernetwork":
+                raise ValueError(
+                    f"{setting} needs a projector that works without ω, which a hypernetwork "
+                    "does not make; use conditioning.treatment='mlp'"
+                )
+            if name == "plain_branch" and self.injection == "image":
+                raise ValueError(
+                    f"{setting} needs an encoder without ω; use conditioning.injection='concat'"
+                )
+
+    @property
+    def optional(self) -> bool:
+        """Whether some images are projected without ω, see `given`."""
+        return self.dropout > 0 or self.start_epoch > 0 or self.ramp_epochs > 0
 
     @property
     def size(self) -> int:
-        """Width of ω; 0 for the plain method."""
-        return descriptor_width(self.descriptors)
+        """Width of ω, with the flag `given` where it is optional; 0 for the plain method."""
+        return descriptor_width(self.descriptors) + self.optional
 
     @property
     def neutral(self) -> Float[Array, " D"]:
         """ω of an image as it is."""
         if not self.descriptors:
             return jnp.zeros(0)
-        identity = identity_difference if self.relative else identity_descriptor
-        return identity(self.descriptors)
+        identity = (identity_difference if self.relative else identity_descriptor)(self.descriptors)
+        return jnp.append(identity, 1.0) if self.optional else identity
+
+    def given(
+        self, key: PRNGKeyArray, positions: Int[Array, " B"], epoch: float | Float[Array, ""]
+    ) -> Bool[Array, " B"]:
+        """Which images' views are projected with ω in a step.
+
+        Args:
+          key: of the step.
+          positions: of the images in the global batch; each draw depends on its position alone.
+          epoch: epochs passed before the step.
+        """
+        if not self.optional:
+            return jnp.ones(len(positions), bool)
+        since = epoch - self.start_epoch
+        ramp = jnp.clip(since / self.ramp_epochs, 0, 1) if self.ramp_epochs else since >= 0
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, _GIVEN)))(positions)
+        return jax.vmap(jax.random.uniform)(keys) < (1 - self.dropout) * ramp
 
     def describe(
-        self, views: Sequence[View], specs: Sequence[AugmentSpec]
+        self,
+        views: Sequence[View],
+        specs: Sequence[AugmentSpec],
+        given: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B D"], ...]:
         """ω of every view, with a leading batch axis.
 
         Args:
           views: of the same images, with a leading batch axis.
           specs: what each was made with.
+          given: which images are projected with ω; `None` for all. Where ω is optional, this is
+            its last column.
         """
         if not self.descriptors:
             return tuple(jnp.zeros((len(view.image), 0)) for view in views)
@@ -99,7 +168,13 @@ class Conditioning:
                 jax.vmap(partial(describe, spec=spec))(view)
                 for view, spec in zip(views, specs, strict=True)
             ]
-        return tuple(concatenate(each, self.descriptors) for each in values)
+        omegas = tuple(concatenate(each, self.descriptors) for each in values)
+        if not self.optional:
+            return omegas
+        if given is None:
+            given = jnp.ones(len(omegas[0]), bool)
+        flag = given[:, None].astype(omegas[0].dtype)
+        return tuple(jnp.concatenate([omega, flag], axis=1) for omega in omegas)
 
 
 def build_networks(
@@ -138,30 +213,34 @@ def build_networks(
                 f"conditioning.into={conditioning.into!r}; use conditioning.into='projector'"
             )
 
-    def head(name: str, shape: HeadShape):
+    def head(shape: HeadShape, *, conditioned: bool):
         return partial(
             ConditionedProjector,
             **dataclasses.asdict(shape),
-            treatment=conditioning.treatment if name in told else "none",
-            injection=conditioning.injection if name in told else "none",
+            treatment=conditioning.treatment if conditioned else "none",
+            injection=conditioning.injection if conditioned else "none",
             condition_depth=conditioning.depth,
             condition_width=conditioning.width,
             hypernetwork_bn=conditioning.hypernetwork_bn,
+            optional=conditioning.optional,
             axis_name=axis_name,
             dtype=dtype,
         )
 
-    factories = {"encoder": encoder, "projector": head("projector", projector)}
-    if isinstance(predictor, HeadShape):
-        factories["predictor"] = head("predictor", predictor)
-    elif predictor is not None:
-        factories["predictor"] = predictor
+    factories = {"encoder": encoder}
+    for branch in ("", PLAIN) if conditioning.plain_branch else ("",):
+        for name, shape in (("projector", projector), ("predictor", predictor)):
+            if isinstance(shape, HeadShape):
+                shape = head(shape, conditioned=not branch and name in told)
+            if shape is not None:
+                factories[branch + name] = shape
     if told and conditioning.injection == "image" and conditioning.treatment != "none":
         factories["image_conditioner"] = partial(
             ImageConditioner,
             treatment=conditioning.treatment,
             condition_depth=conditioning.depth,
             condition_width=conditioning.width,
+            optional=conditioning.optional,
             axis_name=axis_name,
             dtype=dtype,
         )
@@ -188,6 +267,6 @@ def _check_fits(conditioning: Conditioning, input_width: int) -> None:
     check_conditioning(
         conditioning.treatment,
         conditioning.injection,
-        descriptor_width=conditioning.size,
+        descriptor_width=descriptor_width(conditioning.descriptors),
         feature_width=input_width,
     )

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 
 from cassle_jax import augment
 from cassle_jax.augment import AugmentSpec
@@ -62,6 +62,7 @@ def training_views(
     specs: Sequence[AugmentSpec],
     conditioning: Conditioning,
     predicted: Sequence[str],
+    given: Bool[Array, " B"] | None = None,
 ) -> TrainingViews:
     """What the networks train on: the views' images, their ω, and AugSelf's targets.
 
@@ -70,10 +71,11 @@ def training_views(
       specs: what each was made with.
       conditioning: says what makes up ω.
       predicted: names of the differences AugSelf predicts between the first two views.
+      given: which images are projected with ω, from `Conditioning.given`; `None` for all.
     """
     batches = tuple(
         ViewBatch(view.image, omega)
-        for view, omega in zip(views, conditioning.describe(views, specs), strict=True)
+        for view, omega in zip(views, conditioning.describe(views, specs, given), strict=True)
     )
     if not predicted:
         return TrainingViews(batches)

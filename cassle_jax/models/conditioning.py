@@ -82,6 +82,8 @@ class ConditionedProjector(nn.Module):
         condition_depth: number of Linear layers of γ or of the hypernetwork.
         condition_width: width of γ's hidden layers, and of its result where that is concatenated.
         hypernetwork_bn: BatchNorm before each ReLU of the projector a hypernetwork made.
+        optional: the descriptor's last column says whether ω is given, 1 or 0; where it is not, a
+            learnt vector enters in its place. Not for a hypernetwork.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         dtype: dtype the layers compute in; parameters are float32.
 
@@ -99,6 +101,7 @@ class ConditionedProjector(nn.Module):
     condition_depth: int = 6
     condition_width: int = 64
     hypernetwork_bn: bool = False
+    optional: bool = False
     axis_name: str | None = None
     dtype: DTypeLike = jnp.float32
 
@@ -123,7 +126,7 @@ class ConditionedProjector(nn.Module):
             self.treatment,
             self.injection,
             feature_width=features.shape[-1],
-            descriptor_width=descriptor.shape[-1],
+            descriptor_width=descriptor.shape[-1] - self.optional,
         )
         if self.treatment == "hypernetwork":
             return self._hypernetwork(features, descriptor, train)
@@ -141,10 +144,15 @@ class ConditionedProjector(nn.Module):
         )(features, train)
 
     def _inject(self, features, descriptor, train):
+        if self.optional:
+            descriptor, given = descriptor[:, :-1], descriptor[:, -1:]
         if self.treatment == "mlp":
             concat = self.injection == "concat"
             width = self.condition_width if concat else features.shape[-1]
             descriptor = self._condition(width, name="condition")(descriptor, train)
+        if self.optional:
+            neutral = "ones" if self.injection == "multiply" else "zeros"
+            descriptor = where_given(self, descriptor, given, neutral)
         match self.injection:
             case "concat":
                 return jnp.concatenate([features, descriptor], axis=-1)
@@ -192,6 +200,7 @@ class ImageConditioner(nn.Module):
         treatment: 'mlp' (an MLP ending in a BatchNorm maps ω first) or 'raw' (ω itself).
         condition_depth: number of γ's Linear layers.
         condition_width: width of γ, which is the number of channels added.
+        optional: as `ConditionedProjector`'s.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         dtype: dtype γ's layers compute in; parameters are float32.
 
@@ -202,6 +211,7 @@ class ImageConditioner(nn.Module):
     treatment: str = "mlp"
     condition_depth: int = 6
     condition_width: int = 64
+    optional: bool = False
     axis_name: str | None = None
     dtype: DTypeLike = jnp.float32
 
@@ -217,9 +227,12 @@ class ImageConditioner(nn.Module):
         Raises:
             ValueError: for a treatment other than 'mlp' and 'raw', or a descriptor without entries.
         """
-        check_conditioning(self.treatment, "image", descriptor_width=descriptor.shape[-1])
+        width = descriptor.shape[-1] - self.optional
+        check_conditioning(self.treatment, "image", descriptor_width=width)
         if self.treatment == "none":
             raise ValueError("treatment='none' leaves the images as they are; use 'mlp' or 'raw'")
+        if self.optional:
+            descriptor, given = descriptor[:, :-1], descriptor[:, -1:]
         if self.treatment == "mlp":
             descriptor = condition_network(
                 self.condition_width,
@@ -229,9 +242,26 @@ class ImageConditioner(nn.Module):
                 self.dtype,
                 "condition",
             )(descriptor, train)
+        if self.optional:
+            descriptor = where_given(self, descriptor, given)
         shape = (*images.shape[:-1], descriptor.shape[-1])
         channels = jnp.broadcast_to(descriptor[:, None, None, :], shape)
         return jnp.concatenate([images, channels.astype(images.dtype)], axis=-1)
+
+
+def where_given(
+    module: nn.Module,
+    conditioned: Float[Array, "batch width"],
+    given: Float[Array, "batch 1"],
+    initial: str = "zeros",
+) -> Float[Array, "batch width"]:
+    """γ(ω) in the rows where ω is given, and a learnt vector, `ungiven`, in the others.
+
+    γ sees the ω of all rows, so that its BatchNorm never meets a constant.
+    """
+    start = getattr(nn.initializers, initial)
+    ungiven = module.param("ungiven", start, (conditioned.shape[-1],), jnp.float32)
+    return jnp.where(given > 0.5, conditioned, ungiven.astype(conditioned.dtype))
 
 
 def condition_network(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from cassle_jax.checks import check_at_least, check_fraction, check_one_of, check_positive
 from cassle_jax.methods import Method, Moment
-from cassle_jax.methods.base import FROZEN, PyTree, Schedule
+from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule
 
 # LARS's η; all recipes use it (You et al., 2017).
 TRUST_COEFFICIENT = 0.001
@@ -146,6 +146,6 @@ def parameter_groups(method: Method, params: PyTree, frozen: Collection[str] = (
         names = tuple(entry.key for entry in path)
         if names[0] == "encoder" and names[1] in frozen:
             return FROZEN
-        return method.parameter_group(names, array)
+        return method.parameter_group((names[0].removeprefix(PLAIN), *names[1:]), array)
 
     return jax.tree_util.tree_map_with_path(group, params)

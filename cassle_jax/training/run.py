@@ -206,7 +206,8 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         clock=clock,
     )
     for name in ("solarize", "rotation"):
-        if name in (*conditioning.descriptors, *augself.names) and not run.draws(name):
+        described = [each.partition(".")[0] for each in conditioning.descriptors]
+        if name in (*described, *augself.names) and not run.draws(name):
             raise ConfigError(
                 f"augment.{name}=0 never draws what conditioning.descriptors or augself name; "
                 f"use augment.{name}=0.5, or leave {name} out"

@@ -1,5 +1,7 @@
 """Everything a run carries from one step to the next, and how it begins."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,10 +9,12 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from cassle_jax.methods import Method, Networks, ViewBatch
-from cassle_jax.methods.base import PyTree
+from cassle_jax.methods.base import PLAIN, PyTree
 
 # The networks that a momentum copy is kept of, where a method has one.
-TARGET_NETWORKS = ("encoder", "projector", "image_conditioner")
+TARGET_NETWORKS = ("encoder", "projector", "image_conditioner", f"{PLAIN}projector")
+
+_MEMORY = {"": "conditioned", PLAIN: "plain"}
 
 
 @struct.dataclass
@@ -27,7 +31,7 @@ class TrainState:
       batch_stats: running BatchNorm statistics of the trained networks, float32.
       target_params: of the momentum networks; empty without them.
       target_batch_stats: of the momentum networks, which train on their own statistics.
-      memory: what the method carries, such as a queue.
+      memory: what the method carries, such as a queue; by branch where there is a plain one.
       opt_state: the optimiser's.
       diverged_at: the first step whose loss or update was not finite; -1 while there is none.
     """
@@ -54,11 +58,29 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
 
     def run_all(networks):
         features = networks.embed(view, train=True).features
+        if f"{PLAIN}projector" in networks.factories:
+            projection = networks.plain_projector(features, view.descriptor, True)
+            if f"{PLAIN}predictor" in networks.factories:
+                networks.plain_predictor(projection, view.descriptor, True)
         for name in networks.factories:
             if name.startswith("augself_"):
                 getattr(networks, name)(jnp.concatenate([features, features], axis=1), True)
 
     return networks.init(key, method=run_all)
+
+
+def joined(memories: dict[str, PyTree]) -> PyTree:
+    """The memories of the branches of heads as a state has them: of a single branch, its own."""
+    if len(memories) == 1:
+        return memories[""]
+    return {_MEMORY[branch]: memory for branch, memory in memories.items()}
+
+
+def of_branches(memory: PyTree, branches: Sequence[str]) -> dict[str, PyTree]:
+    """The memory of each of the branches; undoes `joined`."""
+    if len(branches) == 1:
+        return {"": memory}
+    return {branch: memory[_MEMORY[branch]] for branch in branches}
 
 
 def seed_keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
@@ -79,9 +101,9 @@ def create_state(
     """
     run_key, network_key, memory_key = seed_keys(seed)
     variables = initial_variables(networks, view, network_key)
-    return state_from_variables(
-        variables, method.initial_memory(memory_key), method, optimizer, run_key
-    )
+    # A branch without ω has a memory of its own, which may begin like the other's.
+    memories = {branch: method.initial_memory(memory_key) for branch in networks.branches}
+    return state_from_variables(variables, joined(memories), method, optimizer, run_key)
 
 
 def state_from_variables(

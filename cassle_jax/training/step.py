@@ -11,14 +11,23 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cassle_jax.methods import AugSelf, Method, Networks, Step, TrainingViews
-from cassle_jax.methods.base import ENCODING, Passes, PyTree, Schedule
+from cassle_jax.methods.base import (
+    ENCODING,
+    PLAIN,
+    Encoded,
+    Passes,
+    PyTree,
+    Schedule,
+    branch_of,
+    with_branch,
+)
 from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.methods.views import augmented_views, batch_positions, training_views
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 from cassle_jax.training.chunks import in_chunks
 from cassle_jax.training.optimizer import Clock
 from cassle_jax.training.run import Run
-from cassle_jax.training.state import TrainState
+from cassle_jax.training.state import TrainState, joined, of_branches
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -48,6 +57,7 @@ def make_update(
     clock: Clock,
     axis_name: str | None,
     chunks: int = 1,
+    plain_branch: float = 0.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of one step, written for one device of `axis_name`.
 
@@ -62,11 +72,14 @@ def make_update(
       chunks: how many parts the batch passes the encoder in, for memory. Heads, loss and gradient
         are those of the whole batch; only the encoder's BatchNorm (and the image conditioner's)
         normalises by its chunk, of all devices, and its running statistics take the chunks' mean.
+      plain_branch: weight of the loss of the branch of heads without ω, where there is one.
 
     Returns:
       A function of the state, this device's share of the batch, and what makes training views of
       any rows of it (by default they are such views). Its metrics are means over the global batch.
     """
+    branches = networks.branches
+    weights = {"": 1.0 - plain_branch, PLAIN: plain_branch}
 
     def mean(tree: PyTree) -> PyTree:
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
@@ -79,11 +92,13 @@ def make_update(
             {name: params[name] for name in target},
         )
 
-    def apply(function: Callable, params: PyTree, batch_stats: PyTree):
-        result, changed = nn.apply(function, networks, mutable=["batch_stats"])(
-            {"params": params, "batch_stats": batch_stats}
+    def apply(function: Callable, params: PyTree, batch_stats: PyTree, branch: str = ""):
+        own = branch_of(batch_stats, branch)
+        result, changed = nn.apply(function, branches[branch], mutable=["batch_stats"])(
+            {"params": branch_of(params, branch), "batch_stats": own}
         )
-        return result, {**batch_stats, **changed.get("batch_stats", {})}
+        own |= changed.get("batch_stats", {})
+        return result, with_branch(batch_stats, branch, own)
 
     def encode(params, target_params, state: TrainState, views: TrainingViews):
         def features(passes: Passes, params: PyTree, batch_stats: PyTree):
@@ -106,7 +121,30 @@ def make_update(
                 features.target, features.descriptors, method.target_passes, predict=False
             )
 
-        return apply(project, target_params, batch_stats)
+        target = {}
+        for branch in branches:
+            target[branch], batch_stats = apply(project, target_params, batch_stats, branch)
+        return target, batch_stats
+
+    def step_of(branch, online, target, state: TrainState):
+        memory = of_branches(state.memory, tuple(branches))[branch]
+        return Step(online, target, memory, clock.at(state.step), axis_name)
+
+    def losses_of(branch, features: _Features, target: dict[int, Encoded], state, params, stats):
+        def losses(networks: Networks):
+            online = networks.project_passes(
+                features.online, features.descriptors, method.head_passes or method.online_passes
+            )
+            step = step_of(branch, online, target, state)
+            predicted = {}
+            if not branch:
+                first, second = step.pair
+                predicted = augself.losses(
+                    networks, first.features, second.features, features.differences
+                )
+            return online, method.loss(step, networks), predicted
+
+        return apply(losses, params, stats, branch)
 
     def objective(params, target_params, state, inputs, make_views):
         features, (batch_stats, target_batch_stats) = in_chunks(
@@ -116,28 +154,19 @@ def make_update(
             features, target_params, {**state.target_batch_stats, **target_batch_stats}
         )
 
-        def losses(networks: Networks):
-            online = networks.project_passes(
-                features.online, features.descriptors, method.head_passes or method.online_passes
+        batch_stats = {**state.batch_stats, **batch_stats}
+        online, total, parts = {}, jnp.zeros(()), {}
+        for branch in branches:
+            (online[branch], loss, predicted), batch_stats = losses_of(
+                branch, features, target[branch], state, params, batch_stats
             )
-            step = Step(online, target, state.memory, clock.at(state.step), axis_name)
-            first, second = step.pair
-            predicted = augself.losses(
-                networks, first.features, second.features, features.differences
-            )
-            return online, method.loss(step, networks), predicted
-
-        (online, loss, predicted), batch_stats = apply(
-            losses, params, {**state.batch_stats, **batch_stats}
-        )
-        parts = {}
-        if isinstance(loss, Mapping):
-            parts |= {f"loss_{name}": value for name, value in loss.items()}
-            loss = sum(loss.values())
-        total = loss + augself.total(predicted)
-        if predicted:
-            parts |= {"loss_method": loss}
+            if isinstance(loss, Mapping):
+                parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
+                loss = sum(loss.values())
+            if predicted or len(branches) > 1:
+                parts |= {f"loss_{branch}method": loss}
             parts |= {f"loss_augself_{name}": value for name, value in predicted.items()}
+            total += weights[branch] * loss + augself.total(predicted)
         seen = online, target, batch_stats, target_batch_stats
         return total, (seen, {"loss": total, **parts})
 
@@ -156,15 +185,18 @@ def make_update(
         online, target, batch_stats, target_batch_stats = seen
         gradient, parts = mean((gradient, parts))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = method.after_update(optax.apply_updates(state.params, updates))
+        params = optax.apply_updates(state.params, updates)
+        for branch in branches:
+            constrained = method.after_update(branch_of(params, branch))
+            params = with_branch(params, branch, constrained)
 
         if method.target_passes and not method.target_first:
             target_params = follow(target_params, params, state.step)
 
         norms = jnp.stack([parts["loss"], optax.tree.norm(gradient), optax.tree.norm(updates)])
         diverged = jnp.where(jnp.isfinite(norms).all(), -1, state.step)
-        step = Step(online, target, state.memory, clock.at(state.step), axis_name)
-        first, second = step.pair
+        steps = {name: step_of(name, online[name], target[name], state) for name in branches}
+        first, second = steps[""].pair
         metrics = {
             **parts,
             **pair_similarities(first.projection, second.projection, axis_name),
@@ -177,7 +209,7 @@ def make_update(
             batch_stats=batch_stats,
             target_params=target_params,
             target_batch_stats=target_batch_stats,
-            memory=method.update_memory(step),
+            memory=joined({name: method.update_memory(step) for name, step in steps.items()}),
             opt_state=opt_state,
             diverged_at=jnp.where(state.diverged_at < 0, diverged, state.diverged_at),
         )
@@ -202,16 +234,19 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
         run.clock,
         AXIS,
         run.chunks,
+        run.conditioning.plain_branch,
     )
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
+        epoch = run.clock.at(state.step).epoch
         inputs = batch["image"], batch["size"], batch_positions(len(batch["image"]), AXIS)
 
         def make_views(rows):
             images, sizes, positions = rows
             views = augmented_views(key, images, sizes, run.views, positions=positions)
-            return training_views(views, run.views, run.conditioning, run.augself.names)
+            given = run.conditioning.given(key, positions, epoch)
+            return training_views(views, run.views, run.conditioning, run.augself.names, given)
 
         return update(state, inputs, make_views)
 
