@@ -56,9 +56,9 @@ def parallel(
     return jax.jit(mapped, donate_argnums=tuple(donate))
 
 
-def on_every_device(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
-    """What `make` computes, the same on every device of every process."""
-    return jax.jit(make, out_shardings=NamedSharding(mesh, REPLICATED))()
+def on_every_device(make: Callable[..., PyTree], mesh: Mesh, *arguments: np.ndarray) -> PyTree:
+    """What `make` computes of host arrays, the same on every device of every process."""
+    return jax.jit(make, out_shardings=NamedSharding(mesh, REPLICATED))(*arguments)
 
 
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -115,7 +115,7 @@ class _Loop:
             keep_every_steps=config.checkpoint.keep_every_steps,
         )
         opened.callback(self.checkpoints.close)
-        self.state = on_every_device(run.initial_state, mesh)
+        self.state = on_every_device(run.initial_state, mesh, run.seed_words)
         self.step, self.data_state = 0, None
         restored = self.checkpoints.restore(self.state)
         if restored is None:

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
@@ -57,13 +60,19 @@ class Run:
         """Whether any view can get the augmentation, such as `solarize`."""
         return any(getattr(spec, augmentation) > 0 for spec in self.views)
 
-    def initial_state(self) -> TrainState:
-        """The state before the first step."""
+    @property
+    def seed_words(self) -> UInt32[np.ndarray, "2"]:
+        """The seed, as a compiled program takes it that is to suit all seeds."""
+        return np.asarray(jax.random.key_data(jax.random.key(self.seed)))
+
+    def initial_state(self, seed_words: UInt32[Array, "2"] | None = None) -> TrainState:
+        """The state before the first step; of the run's own seed where no other is given."""
         size = self.augment.size
         view = ViewBatch(
             jnp.zeros((2, size, size, 3)), jnp.zeros((2, self.conditioning.size), jnp.float32)
         )
-        return create_state(self.networks, self.method, self.optimizer, view, self.seed)
+        seed = self.seed if seed_words is None else jax.random.wrap_key_data(seed_words)
+        return create_state(self.networks, self.method, self.optimizer, view, seed)
 
 
 def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:

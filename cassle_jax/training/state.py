@@ -83,9 +83,10 @@ def of_branches(memory: PyTree, branches: Sequence[str]) -> dict[str, PyTree]:
     return {branch: memory[_MEMORY[branch]] for branch in branches}
 
 
-def seed_keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
     """The keys of a run's steps, of its initial parameters and of its initial memory."""
-    return tuple(jax.random.split(jax.random.key(seed), 3))
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    return tuple(jax.random.split(key, 3))
 
 
 def create_state(
@@ -93,11 +94,11 @@ def create_state(
     method: Method,
     optimizer: optax.GradientTransformation,
     view: ViewBatch,
-    seed: int,
+    seed: int | PRNGKeyArray,
 ) -> TrainState:
     """The state before the first step: a function of the seed and the shapes alone.
 
-    Momentum networks start as copies of the trained ones.
+    Momentum networks start as copies of the trained ones. The seed may be its key.
     """
     run_key, network_key, memory_key = seed_keys(seed)
     variables = initial_variables(networks, view, network_key)
