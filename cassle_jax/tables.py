@@ -10,21 +10,33 @@ of the same folder ended, also on another machine; `--call_minutes` ends a call 
 import dataclasses
 import json
 import logging
+import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from cassle_jax import command
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import open_source
 from cassle_jax.data.datasets import DATASETS
 from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.report.evaluation_page import JSON, read_report
 from cassle_jax.storage import write_whole
+from cassle_jax.sweep.budget import (
+    MEASURED,
+    MEASURED_RUN,
+    Plan,
+    make_plan,
+    read_plan,
+    to_measure,
+)
+from cassle_jax.sweep.cost import RATE, cost_table, images_of
 from cassle_jax.sweep.crew import Crew
 from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
 from cassle_jax.sweep.page import pretraining_findings
@@ -33,6 +45,7 @@ from cassle_jax.sweep.space import Run
 from cassle_jax.sweep.table import (
     TOY_EVALUATION,
     Table,
+    changed,
     find_table,
     folder_of,
     pairs,
@@ -46,6 +59,7 @@ LOG = logging.getLogger("cassle_jax.tables")  # its name as a command is __main_
 
 HELD = "table.json"
 _PAGE_SECONDS = 30.0
+_GOES_ON = "the call ends here; the same one goes on"
 
 
 def run_table(
@@ -58,6 +72,7 @@ def run_table(
     datasets: Sequence[str] = (),
     evaluation: Sequence[str] = (),
     parallel: int = 1,
+    minutes: float = 0.0,
     call_minutes: float = 0.0,
     keep_weights: bool = False,
     toy: bool = False,
@@ -76,6 +91,8 @@ def run_table(
       datasets: to evaluate on instead of the table's.
       evaluation: further options of the evaluation, `name=value` each.
       parallel: how many runs at a time.
+      minutes: for all runs together, from which their number of steps follows when the folder is
+        new, at most their own; 0 for their own.
       call_minutes: after which this call saves and ends; 0 for never.
       keep_weights: whether checkpoints stay when a run is evaluated.
       toy: at a size that takes seconds, on scenes.
@@ -88,36 +105,80 @@ def run_table(
       Stop: the call's time is over (75, the same call goes on), or some runs failed (1).
     """
     check_at_least(1, parallel=parallel)
-    check_at_least(0, call_minutes=call_minutes)
-    deadline = time.monotonic() + 60 * call_minutes
+    check_at_least(0, call_minutes=call_minutes, minutes=minutes)
     to = to.expanduser().resolve()
-    runs = runs_of_table(
-        table,
-        rows=rows,
-        seeds=seeds,
-        overrides=(f"compilation_cache={to / 'compiled'}", *overrides),
-        toy=toy,
-    )
+
+    def expanded(*more: str) -> list[Run]:
+        own = (f"compilation_cache={to / 'compiled'}", *overrides, *more)
+        runs = runs_of_table(table, rows=rows, seeds=seeds, overrides=own, toy=toy)
+        return [run for run, _ in _planned(runs, _opened)]
+
+    runs = expanded()
     wanted = _evaluation(table, datasets, evaluation, toy)
     book = _Book(to, table, wanted)
-    missing = [run for run in _planned(runs) if book.is_missing(run)]
+    call = _Call(parallel, time.monotonic() + 60 * call_minutes if call_minutes else math.inf)
+    plan = read_plan(to, minutes)
+    if minutes and not plan:
+        plan = _measured(to, minutes, runs, wanted, call, toy)
+    if plan:
+        runs = expanded(f"steps={min([plan.steps, *(run.config.steps for run in runs)])}")
+    missing = [run for run in runs if book.is_missing(run)]
     LOG.info("%d runs, of which %d are done", len(runs), len(runs) - len(missing))
     jobs = [
         Job(run.subject, run.arguments, book.workdir(run.name), wanted, keep_weights, toy)
         for run in missing
     ]
-    left = max(1.0, deadline - time.monotonic()) if call_minutes else 0.0
-    all_done = not jobs or Crew(parallel, left).run(jobs, book.ended)
+    all_done = call.work(jobs, book.ended)
     page = book.write_page()
     if not all_done:
-        raise command.Stop("the call ends here; the same one goes on", command.EXIT_PREEMPTED)
-    failed = [run for run in runs if book.outcome(run.name) != 0]
-    if failed:
-        raise command.Stop(
-            f"{len(failed)} of {len(runs)} runs failed; {book.why(failed[0].name)}", 1
-        )
+        raise command.Stop(_GOES_ON, command.EXIT_PREEMPTED)
+    if failed := [run.name for run in runs if book.outcome(run.name) != 0]:
+        raise command.Stop(f"{len(failed)} of {len(runs)} runs failed; {book.why(failed[0])}", 1)
     LOG.info("the page is %s", page)
     return page
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of the command.
+
+    Attributes:
+      parallel: how many runs at a time.
+      until: when it ends, on `time.monotonic`'s clock.
+    """
+
+    parallel: int
+    until: float
+
+    def work(self, jobs: Sequence[Job], ended: Callable[[Job, int], None]) -> bool:
+        """Whether all of these ended within this call."""
+        left = 0.0 if self.until == math.inf else max(1.0, self.until - time.monotonic())
+        return not jobs or Crew(self.parallel, left).run(jobs, ended)
+
+
+def _measured(
+    to: Path, minutes: float, runs: Sequence[Run], evaluation: Evaluation, call: _Call, toy: bool
+) -> Plan:
+    """Measures a step of every group of rows, and one evaluation; keeps the plan they give."""
+    chosen = {to / MEASURED / run.name: run for run in to_measure(runs, call.parallel)}
+    jobs = []
+    for workdir, run in chosen.items():
+        short = changed(run, MEASURED_RUN)
+        its = Evaluation() if jobs else evaluation
+        jobs.append(Job(run.subject, short.arguments, workdir, its, False, toy))
+    missing = [job for job in jobs if (outcome_of(job.workdir) or {}).get("exit_code") != 0]
+
+    def ended(job: Job, code: int) -> None:
+        LOG.info("%s: measured", job.workdir.name)
+        if code:
+            reason = outcome_of(job.workdir)["last_line"]
+            raise command.Stop(f"{job.subject} failed when measured: {reason}", code)
+
+    if not call.work(missing, ended):
+        raise command.Stop(_GOES_ON, command.EXIT_PREEMPTED)
+    plan = make_plan(to, minutes, runs, chosen, call.parallel)
+    shutil.rmtree(to / MEASURED)
+    return plan
 
 
 class _Book:
@@ -159,9 +220,9 @@ class _Book:
         workdir = self.workdir(run.name)
         if self.outcome(run.name) not in (0, command.EXIT_DIVERGED):
             return True
-        if changed := changes(read_config(workdir), run.config):
+        if differing := changes(read_config(workdir), run.config):
             raise ConfigError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed.values())}); use "
+                f"{workdir} holds a run with other settings ({'; '.join(differing.values())}); use "
                 "another folder (--to), or the settings it had"
             )
         return False
@@ -181,7 +242,7 @@ class _Book:
 
     def write_page(self) -> Path | None:
         """Of all that finished, also of earlier calls; `None` where nothing did."""
-        found, facts, states = {}, {}, []
+        found, facts, states, steps = {}, {}, [], set()
         for row in self._table.rows:
             for seed in self._seeds(row.subject):
                 name = folder_of(row.subject, seed)
@@ -191,8 +252,13 @@ class _Book:
                     findings, known = self._findings(row.subject, self.workdir(name))
                     found.setdefault(row.subject, {})[seed] = findings
                     facts.setdefault(row.subject, known)
+                    steps.add(read_config(self.workdir(name)).steps)
         self._written = time.monotonic()
-        return write_results(self._folder, self._table, found, facts, states) if found else None
+        if not found:
+            return None
+        lengths = " to ".join(map(str, sorted({min(steps), max(steps)})))
+        note = f"Each run is pretrained for {lengths} steps."
+        return write_results(self._folder, self._table, found, facts, states, note)
 
     def _seeds(self, subject: str) -> list[int]:
         """Those that a row has runs of."""
@@ -210,17 +276,36 @@ class _Book:
         return findings, facts
 
 
-def _planned(runs: Sequence[Run]) -> list[Run]:
-    """The runs as they are run; their images are looked for before anything starts."""
+def _planned(runs: Sequence[Run], count: Callable[[ConfigDict], int]) -> list[tuple[Run, int]]:
+    """The runs as they are run, each with the number of its training images."""
     images: dict[str, int] = {}
     plans = []
     for run in runs:
-        data = run.config.data
-        key = json.dumps(data.to_dict(), sort_keys=True, default=str)
+        key = json.dumps(run.config.data.to_dict(), sort_keys=True, default=str)
         if key not in images:
-            images[key] = len(open_source(data, data.train_split))
-        plans.append(planned(run, images[key]))
+            images[key] = count(run.config)
+        plans.append((planned(run, images[key]), images[key]))
     return plans
+
+
+def _opened(config: ConfigDict) -> int:
+    return len(open_source(config.data, config.data.train_split))
+
+
+def dry_run(
+    table: Table,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    toy: bool = False,
+    rate: float = RATE,
+) -> str:
+    """What a table would run, and what that would cost; see `run_table` and `cost_table`."""
+    check_positive(rate=rate)
+    runs = runs_of_table(table, rows=rows, seeds=seeds, overrides=overrides, toy=toy)
+    plans = _planned(runs, images_of)
+    return cost_table([run for run, _ in plans], [images for _, images in plans], rate)
 
 
 def _evaluation(
@@ -279,10 +364,13 @@ def _numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 if __name__ == "__main__":
     table_flag = flags.DEFINE_string("table", None, "Name in configs/tables/, or path of a file.")
-    to_flag = flags.DEFINE_string("to", None, "Folder of everything.")
+    to_flag = flags.DEFINE_string("to", "", "Folder of everything; runs/<table>.")
     seeds_flag = flags.DEFINE_list("seeds", [], "Instead of the table's.")
     rows_flag = flags.DEFINE_list("rows", [], "Parts of subjects: those rows alone.")
     parallel_flag = flags.DEFINE_integer("parallel", 1, "How many runs at a time.")
+    minutes_flag = flags.DEFINE_float(
+        "minutes", 0, "For all runs together; sets their length. 0: as long as the table says."
+    )
     call_flag = flags.DEFINE_float(
         "call_minutes", 0, "After which this call saves and ends; 0: when all is done."
     )
@@ -295,19 +383,34 @@ if __name__ == "__main__":
     )
     weights_flag = flags.DEFINE_boolean("keep_weights", False, "Keep the checkpoints.")
     toy_flag = flags.DEFINE_boolean("toy", False, "At a size that takes seconds, on scenes.")
-    flags.mark_flags_as_required(["table", "to"])
-    command.run(
-        lambda: run_table(
-            find_table(table_flag.value),
-            Path(to_flag.value),
-            rows=rows_flag.value,
-            seeds=_numbers("seeds", seeds_flag.value),
-            overrides=set_flag.value,
+    dry_flag = flags.DEFINE_boolean("dry_run", False, "Print runs, steps and GPU hours alone.")
+    rate_flag = flags.DEFINE_float(
+        "rate", RATE, "For --dry_run: images/s of a ResNet-50 at 224 px with MoCo-v2."
+    )
+    flags.mark_flags_as_required(["table"])
+
+    def main() -> None:
+        """Runs the table that the flags name, or says what that would cost."""
+        table = find_table(table_flag.value)
+        which = {
+            "rows": rows_flag.value,
+            "seeds": _numbers("seeds", seeds_flag.value),
+            "overrides": set_flag.value,
+            "toy": toy_flag.value,
+        }
+        if dry_flag.value:
+            print(dry_run(table, **which, rate=rate_flag.value))
+            return
+        run_table(
+            table,
+            Path(to_flag.value or f"runs/{Path(table_flag.value).stem}"),
+            **which,
             datasets=datasets_flag.value,
             evaluation=evaluation_flag.value,
             parallel=parallel_flag.value,
+            minutes=minutes_flag.value,
             call_minutes=call_flag.value,
             keep_weights=weights_flag.value,
-            toy=toy_flag.value,
         )
-    )
+
+    command.run(main)

@@ -13,10 +13,12 @@ import pytest
 
 from cassle_jax.config import ConfigError
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.sweep.budget import steps_within, to_measure
+from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.crew import shares
 from cassle_jax.sweep.results import lines_of
 from cassle_jax.sweep.table import Row, Table, find_table, planned, runs_of_table
-from cassle_jax.tables import run_table
+from cassle_jax.tables import dry_run, run_table
 from tests.tiny import on_one_device
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +197,50 @@ def test_differences_are_taken_seed_by_seed():
     assert plain["against"] == byol["against"] == "" and byol["interval"] is None
 
 
+def test_of_each_group_the_last_row_is_measured_with_as_many_beside_it_as_there_will_be():
+    runs = runs_of_table(PAIR, seeds=(0, 1))
+    assert names(to_measure(runs, 3)) == [
+        "simclr-cassle-1.0",
+        "byol-plain-1.1",
+        "simclr-cassle-1.2",
+    ]
+
+
+def test_a_budget_is_what_all_runs_take_but_a_tenth():
+    # 2 at a time: 100 s are gone, 4 runs spend 50 s each beside their steps, 0.2 s for all a step.
+    assert steps_within(10.0, 100.0, 4, 50.0, 0.2, parallel=2) == pytest.approx(3400, abs=1)
+    with pytest.raises(ConfigError, match=r"minutes=1 is too short for 4 runs, 2 at .* use 4 or m"):
+        steps_within(1.0, 100.0, 4, 50.0, 0.2, parallel=2)
+
+
+def test_a_dry_run_counts_steps_and_hours_of_images_that_are_not_here():
+    rows = (
+        Row("MoCo-v2", "configs/imagenet100.py"),
+        Row("SimCLR", "configs/imagenet100.py:method=simclr"),
+    )
+    told = dry_run(table(*rows, seeds=(0, 1)), rate=3780.0)
+    # 500 epochs of 494 batches of 256; SimCLR trains on both views.
+    hours = 500 * 494 * 256 / 3780 / 3600
+    assert told.splitlines() == [
+        f"MoCo-v2  2 × 247000 steps of 256 images (500 epochs): {hours:.3g} GPU hours each",
+        f"SimCLR   2 × 247000 steps of 256 images (500 epochs): {1.5 * hours:.3g} GPU hours each",
+        f"4 runs, {5 * hours:.3g} GPU hours without evaluation, where a ResNet-50 at 224 px with "
+        "MoCo-v2 makes 3780 images/s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "work"),
+    [
+        (Row("a", "configs/imagenet100.py:method=byol"), 2.0),  # both views, by both networks
+        (Row("a", "configs/stl10.py"), 1.82 / 4.1 * (96 / 224) ** 2),
+    ],
+)
+def test_hours_grow_with_what_is_multiplied(row, work):
+    (run,) = runs_of_table(table(row), seeds=(0,), overrides=("steps=1000",))
+    assert hours_of(run.config, 1.0) == pytest.approx(256_000 / 3600 * work)
+
+
 def call(to, file, *arguments):
     return subprocess.Popen(
         [
@@ -274,3 +320,16 @@ def test_a_finished_table_is_not_run_again_nor_taken_for_another(ran):
     assert code == 2 and "steps=2 was 3" in told
     code, told = end(call(to, file, "--evaluation=neighbours=5"))
     assert code == 2 and "neighbours=5 was 1" in told
+
+
+def test_with_a_budget_a_step_is_measured_first_and_the_plan_stays(tmp_path):
+    file, to = tmp_path / "tiny.py", tmp_path / "out"
+    file.write_text(TABLE)
+    code, told = end(call(to, file, "--minutes=600", "--rows=plain", "--seeds=0"))
+    assert code == 0, told
+    assert "plain-0.0: measured" in told and not (to / "measured").exists()
+    plan = json.loads((to / "plan.json").read_text())
+    assert plan["minutes"] == 600 and plan["steps"] > 3
+    assert "Each run is pretrained for 3 steps." in (to / "report.html").read_text()  # its own
+    code, told = end(call(to, file, "--minutes=700", "--rows=plain", "--seeds=0"))
+    assert code == 2 and "minutes=700 was 600" in told

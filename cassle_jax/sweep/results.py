@@ -60,6 +60,7 @@ def write_results(
     found: Found,
     facts: Mapping[str, Mapping[str, object]],
     runs: Sequence[Mapping[str, object]],
+    note: str = "",
 ) -> Path:
     """Writes `results.json`, `results.csv` and the page of all that finished.
 
@@ -72,6 +73,7 @@ def write_results(
       found: of every run that finished.
       facts: by subject, of its first run.
       runs: how each run of the table stands.
+      note: for the page's summary.
 
     Returns:
       The path of the page.
@@ -98,9 +100,8 @@ def write_results(
                     interval=None,
                 ),
             ]
-    return write_report(
-        folder, subjects, title=table.title, summary=_summary(table, found), provenance=facts
-    )
+    summary = f"{_summary(table, found)} {note}".rstrip()
+    return write_report(folder, subjects, title=table.title, summary=summary, provenance=facts)
 
 
 def lines_of(table: Table, found: Found) -> Iterator[Line]:

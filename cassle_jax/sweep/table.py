@@ -111,8 +111,12 @@ class Table:
         return "" if chosen == row.subject else chosen
 
 
-def find_table(name: str) -> Table:
+def find_table(name: str, **arguments: object) -> Table:
     """The table of a name in `configs/tables/`, or of a file.
+
+    Args:
+      name: of it.
+      arguments: of its function `get_table`.
 
     Raises:
       ConfigError: there is none, with the closest names; or it cannot be.
@@ -129,11 +133,12 @@ def find_table(name: str) -> Table:
             )
         path = TABLES / f"{name}.py"
     try:
-        table = runpy.run_path(str(path))["get_table"]()
+        known = runpy.run_path(str(path))
     except OSError as error:
         raise ConfigError(f"table={name} cannot be read: {error.strerror}") from error
-    except KeyError as error:
-        raise ConfigError(f"table={name} has no function get_table") from error
+    if "get_table" not in known:
+        raise ConfigError(f"table={name} has no function get_table")
+    table = known["get_table"](**arguments)
     _check(table)
     return table
 
@@ -194,7 +199,8 @@ def runs_of_table(
 def planned(run: Run, images: int) -> Run:
     """A run with what a short one needs, in all that its own values leave open.
 
-    It probes nothing on the way, saves a few times, and has a warm-up that ends within it.
+    It knows its number of steps, probes nothing on the way, saves a few times, and has a warm-up
+    that ends within it.
 
     Args:
       run: of a table.
@@ -204,14 +210,19 @@ def planned(run: Run, images: int) -> Run:
     an_epoch = max(1, images // config.batch_size)
     steps = config.steps or config.epochs * an_epoch
     warmup = min(float(config.optimizer.warmup_epochs), 0.1 * steps / an_epoch)
-    wanted = {"probe.every_epochs": 0, "checkpoint.keep": 1}
+    wanted = {"steps": steps, "probe.every_epochs": 0, "checkpoint.keep": 1}
     if steps < _SHORT_RUN:
         wanted["checkpoint.every_steps"] = max(1, steps // _SAVES)
         wanted["log.every_steps"] = max(1, steps // _LOGS)
     if warmup < config.optimizer.warmup_epochs:
         wanted["optimizer.warmup_epochs"] = warmup
-    values = {name: str(value) for name, value in wanted.items()} | run.values
+    return changed(run, {name: value for name, value in wanted.items() if name not in run.values})
+
+
+def changed(run: Run, settings: Mapping[str, object]) -> Run:
+    """A run with further settings."""
     file = run.arguments[0].removeprefix("--config=")
+    values = run.values | {name: str(value) for name, value in settings.items()}
     return run_of(file, values, name=run.name, subject=run.subject)
 
 
