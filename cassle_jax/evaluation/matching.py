@@ -1,6 +1,10 @@
-"""Matches images by their embeddings, the projector told the right ω, another image's, or none."""
+"""Matches images by their embeddings, the projector told the right ω, another image's, or none.
+
+And by ω alone: the projector told the right ω, of features that say nothing of the image.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -24,9 +28,12 @@ from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
 FEATURES, RIGHT, WRONG, NONE = "features", "right ω", "wrong ω", "no ω"
+MEAN, ANOTHER = "ω alone (mean features)", "ω alone (another image's features)"
+CHANCE = "chance"
 TEMPERATURE = 0.2
 
 _ROWS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 64  # for each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,8 @@ class Matching:
     Attributes:
       agreements: of the encoder's `FEATURES`, and of the projections by what the projector is told:
         `RIGHT`, `WRONG` and `NONE`; of a projector that takes no ω the last alone, and none where
-        there is no projector.
+        there is no projector. `MEAN` and `ANOTHER` are how well ω alone matches: the projector is
+        told the right ω, of features that are those of all images on average or another image's.
       images: number of images; a view is looked for among all of them.
     """
 
@@ -68,16 +76,22 @@ class Matching:
     images: int
 
     def findings(self, dataset: str) -> list[Finding]:
-        """InfoNCE and accuracy as scores and as bars."""
+        """InfoNCE and accuracy as scores and as bars, beside those of chance.
+
+        Chance is what equal embeddings of all images get. By ω alone, InfoNCE is above it where
+        embeddings differ with what no image has in common in its views. Accuracy is above it only
+        where ω tells images apart.
+        """
         scores, charts = [], []
-        for metric, better, value in (
-            ("InfoNCE", False, lambda agreement: agreement.info_nce),
-            ("accuracy", True, lambda agreement: agreement.accuracy),
+        for metric, better, value, chance in (
+            ("InfoNCE", False, lambda agreement: agreement.info_nce, math.log(self.images)),
+            ("accuracy", True, lambda agreement: agreement.accuracy, 1 / self.images),
         ):
             points = tuple((name, value(each)) for name, each in self.agreements.items())
+            points += ((CHANCE, chance),)
             scores += [
                 Score("matching", dataset, f"{metric}, {name}", found,
-                      higher_is_better=None if name == WRONG else better)
+                      higher_is_better=better if name in (FEATURES, RIGHT, NONE) else None)
                 for name, found in points
             ]  # fmt: skip
             charts.append(
@@ -109,7 +123,11 @@ def view_matcher(
     the batch's size nor the images' order nor the number of devices counts. Compare numbers of
     equally many images only: more are harder to tell apart. Features are told, if anything, ω.
 
-    The host keeps the embeddings of all images.
+    What ω does by itself is seen where the features are replaced: all by their mean, or those of
+    either view by another image's (`donors_of_each`; from 4 images on). It is left out where ω
+    enters the encoder with the image, as then no features are without it.
+
+    The host keeps the features and embeddings of all images.
 
     Args:
       networks: of the run; without a projector, features alone are matched.
@@ -138,6 +156,7 @@ def view_matcher(
         return jnp.stack(views(keys, batch)[1], axis=1)
 
     def embed(variables, keys, batch):
+        """ω of the views, and all embeddings by name."""
         images, right = views(keys, batch)
         told = {NONE: right}
         if "wrong" in batch:
@@ -151,25 +170,38 @@ def view_matcher(
         if has_projector(variables):
             for name, view in told.items():
                 embeddings[name] = project(networks, variables, view, features)
-        return {name: jnp.stack(jnp.split(each, 2), axis=1) for name, each in embeddings.items()}
+        pairs = {name: jnp.stack(jnp.split(each, 2), axis=1) for name, each in embeddings.items()}
+        return jnp.stack(right, axis=1), pairs
+
+    def project_pairs(variables, batch):
+        pairs = batch["features"], batch["omega"]
+        rows = (each.reshape(-1, each.shape[-1]) for each in pairs)
+        found = networks.apply(variables, *rows, train=False, predict=False, method="project")
+        return found.projection.reshape(*pairs[0].shape[:2], -1)
 
     describe = parallel(describe, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
     embed = parallel(embed, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=SHARDED)
+    project_pairs = parallel(project_pairs, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
 
     def match(variables: PyTree, batches: Callable[[], Iterable[Batch]], seed: int = 0) -> Matching:
         circle_key, *keys = jax.random.split(protocol_key("matching", seed), 3)
         keys = jnp.stack(keys)
         told_wrong = has_projector(variables) and takes_descriptor(conditioning)
-        found = of_all_images(
-            partial(embed, variables, keys),
+        index, (omega, found) = of_all_images(
+            lambda batch: (batch["index"], embed(variables, keys, batch)),
             told_of_another(partial(describe, keys), batches, circle_key, mesh)
             if told_wrong
             else batches(),
             mesh,
         )
-        images = len(found[FEATURES])
+        images = len(index)
         check_two(images)
-        order = [name for name in (FEATURES, RIGHT, WRONG, NONE) if name in found]
+        if told_wrong and not told_with_image(networks):
+            for name, features in _replaced(found[FEATURES], circle_key, index).items():
+                rows = rows_of({"features": features, "omega": omega}, mesh)
+                found[name] = of_all_images(partial(project_pairs, variables), rows, mesh)
+        names = (FEATURES, RIGHT, WRONG, NONE, MEAN, ANOTHER)
+        order = [name for name in names if name in found]
         return Matching(
             {name: _both_ways(found[name], temperature, name) for name in order}, images
         )
@@ -181,6 +213,11 @@ def takes_descriptor(conditioning: Conditioning) -> bool:
     """Whether the projector's result depends on ω."""
     used = is_conditioned(conditioning.treatment, conditioning.injection)
     return used and bool(conditioning.descriptors) and conditioning.into != "predictor"
+
+
+def told_with_image(networks: Networks) -> bool:
+    """Whether ω enters the encoder, with the image."""
+    return "image_conditioner" in networks.factories
 
 
 def has_projector(variables: PyTree) -> bool:
@@ -201,8 +238,7 @@ def project(
     """
 
     def projection(bound: Networks) -> Float[Array, "B D"]:
-        told = "image_conditioner" in bound.factories
-        y = bound.encode(view, train=False) if told else features
+        y = bound.encode(view, train=False) if told_with_image(bound) else features
         return bound.projector(y, view.descriptor, False)
 
     return networks.apply(variables, method=projection)
@@ -222,11 +258,58 @@ def another_of_each(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.n
       ValueError: If there are fewer than two images.
     """
     check_two(len(index))
-    of_image = jax.vmap(lambda each: jax.random.bits(jax.random.fold_in(key, each)))
-    circle = np.lexsort((index, np.asarray(of_image(index))))
+    circle = _circle(key, index)
     another = np.empty_like(circle)
     another[circle] = np.roll(circle, -1)
     return another
+
+
+def donors_of_each(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N 2"]:
+    """For each image the rows of two other ones, whose features replace those of its two views.
+
+    One half of the images gives to first views and the other half to second ones. So no first view
+    has the same image's features as any second view, and features neither help to match nor
+    mislead.
+
+    Args:
+      key: random key.
+      index: of the images in their dataset, each once; 4 at least.
+    """
+    circle = _circle(key, index)
+    donors = np.empty((len(circle), 2), circle.dtype)
+    middle = len(circle) // 2
+    for view, (start, half) in enumerate(((0, circle[:middle]), (middle, circle[middle:]))):
+        # Within its own half the next in the circle, as for `another_of_each`.
+        donors[circle, view] = half[(np.arange(len(circle)) - start + 1) % len(half)]
+    return donors
+
+
+def _circle(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """The rows of the images in an order drawn by key."""
+    of_image = jax.vmap(lambda each: jax.random.bits(jax.random.fold_in(key, each)))
+    return np.lexsort((index, np.asarray(of_image(index))))
+
+
+def _replaced(
+    features: Float[np.ndarray, "N 2 F"], key: PRNGKeyArray, index: Int[np.ndarray, " N"]
+) -> dict[str, Float[np.ndarray, "N 2 F"]]:
+    """Features that say nothing of the own image, by their name."""
+    mean = features.mean(axis=0, dtype=np.float64).astype(features.dtype)
+    replaced = {MEAN: np.broadcast_to(mean, features.shape)}
+    if len(index) >= 4:
+        replaced[ANOTHER] = features[donors_of_each(key, index), [0, 1]]
+    return replaced
+
+
+def rows_of(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Iterable[Batch]:
+    """Arrays that every process holds whole, as batches of which each process has its share."""
+    count = len(next(iter(arrays.values())))
+    size = _PAIRS_AT_ONCE * mesh.size
+    share = size // jax.process_count()
+    for start in range(jax.process_index() * share, jax.process_index() * share + count, size):
+        rows = start + np.arange(share)
+        mask = rows < count
+        yield {name: each[rows * mask] for name, each in arrays.items()} | {"mask": mask}
 
 
 def told_of_another(

@@ -7,11 +7,15 @@ import pytest
 
 from cassle_jax.evaluation.findings import Score, from_json, to_json
 from cassle_jax.evaluation.matching import (
+    ANOTHER,
+    CHANCE,
     FEATURES,
+    MEAN,
     NONE,
     RIGHT,
     WRONG,
     another_of_each,
+    donors_of_each,
     takes_descriptor,
     told_of_another,
     view_matcher,
@@ -60,6 +64,34 @@ def test_a_projector_that_undoes_the_jitter_matches_with_the_right_descriptor_al
     assert right.info_nce < none.info_nce < wrong.info_nce
     assert right.accuracy > max(none.accuracy, wrong.accuracy)
     assert told.images == len(IMAGES)
+
+
+def deaf_to(rows):
+    """What matching finds where the projector's weights of some of its inputs are 0."""
+    measure, variables = matcher(COLOR_DIFF)
+
+    def silence(kernel):
+        silenced = np.array(kernel)
+        silenced[rows] = 0
+        return silenced
+
+    return measure(jax.tree.map(silence, variables), lambda: batches_of(IMAGES, 16)).agreements
+
+
+def test_a_projector_that_hears_the_descriptor_alone_matches_alike_whatever_the_features(told):
+    found = deaf_to(slice(0, 3))
+    right = dataclasses.astuple(found[RIGHT])
+    assert right != dataclasses.astuple(told.agreements[RIGHT])
+    for name in (MEAN, ANOTHER):
+        assert dataclasses.astuple(found[name]) == pytest.approx(right, rel=1e-5), name
+
+
+def test_a_projector_that_is_deaf_to_the_descriptor_matches_mean_features_by_chance():
+    found = deaf_to(slice(3, 6))
+    assert found[MEAN].info_nce == pytest.approx(np.log(len(IMAGES)), rel=1e-5)
+    assert found[MEAN].difference == pytest.approx(0, abs=1e-5)
+    assert found[RIGHT].info_nce < found[MEAN].info_nce < found[ANOTHER].info_nce
+    assert found[RIGHT].accuracy > max(1 / len(IMAGES), found[ANOTHER].accuracy)
 
 
 def test_a_projector_without_a_descriptor_is_told_nothing(told):
@@ -149,6 +181,24 @@ def test_another_is_never_oneself_and_everybody_is_anothers_once(count):
         assert (another != np.roll(np.arange(count), 1)).any()
 
 
+@pytest.mark.parametrize("count", [4, 5, 9, 50])
+def test_no_two_views_have_the_features_of_the_same_image(count):
+    index = np.arange(count) * 7
+    donors = donors_of_each(jax.random.key(0), index)
+    assert (donors != np.arange(count)[:, None]).all()
+    assert not set(donors[:, 0]) & set(donors[:, 1])
+    assert len(set(donors.ravel())) == count
+    order = np.random.default_rng(1).permutation(count)
+    shuffled = index[order][donors_of_each(jax.random.key(0), index[order])]
+    np.testing.assert_array_equal(shuffled, index[donors][order])
+
+
+def test_three_images_have_no_donors_and_those_that_see_the_descriptor_nothing_of_omega_alone():
+    assert list(match(images=IMAGES[:3]).agreements) == [FEATURES, RIGHT, WRONG, NONE, MEAN]
+    with_image = dataclasses.replace(COLOR_DIFF, injection="image")
+    assert list(match(with_image).agreements) == [FEATURES, RIGHT, WRONG, NONE]
+
+
 def test_images_are_told_what_another_one_has():
     def describe(batch):
         return batch["index"].astype(float)[:, None]
@@ -174,9 +224,16 @@ def test_findings_survive_json_and_say_which_way_is_up(told):
     assert scores[f"accuracy, {RIGHT}"].value == 1
     assert scores[f"accuracy, {RIGHT}"].higher_is_better
     assert scores[f"InfoNCE, {NONE}"].higher_is_better is False
-    assert scores[f"InfoNCE, {WRONG}"].higher_is_better is None
+    assert scores[f"InfoNCE, {CHANCE}"].value == pytest.approx(np.log(14))
+    assert scores[f"accuracy, {CHANCE}"].value == pytest.approx(1 / 14)
+    assert scores[f"InfoNCE, {MEAN}"].value == told.agreements[MEAN].info_nce
+    for name in (WRONG, MEAN, ANOTHER, CHANCE):
+        assert scores[f"InfoNCE, {name}"].higher_is_better is None
     charts = [each for each in findings if not isinstance(each, Score)]
     assert all(chart.is_bars and "among 14 images" in chart.title for chart in charts)
+    names = [FEATURES, RIGHT, WRONG, NONE, MEAN, ANOTHER, CHANCE]
+    assert all([name for name, _ in chart.series[metric]] == names
+               for chart, metric in zip(charts, ("InfoNCE", "accuracy"), strict=True))  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_refused():

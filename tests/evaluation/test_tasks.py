@@ -28,7 +28,8 @@ def bench():
     [
         ("invariance", {f"difference under {name}, features" for name in
                         ("crop", "flip", "jitter", "grayscale", "blur")}),
-        ("matching", {"InfoNCE, features", "accuracy, features"}),
+        ("matching", {f"{metric}, {of}" for metric in ("InfoNCE", "accuracy")
+                      for of in ("features", "chance")}),
     ],
 )  # fmt: skip
 def test_an_encoder_without_a_projector_is_analysed_and_told_so(bench, caplog, task, metrics):
