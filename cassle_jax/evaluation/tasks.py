@@ -21,8 +21,9 @@ from cassle_jax.evaluation.findings import Chart, Finding, Pixels, Score
 from cassle_jax.evaluation.fine_tune import fine_tune
 from cassle_jax.evaluation.invariance import invariance_meter
 from cassle_jax.evaluation.knn import knn_evaluation
+from cassle_jax.evaluation.leak import leak_of, pictures_of
 from cassle_jax.evaluation.linear import linear_evaluation
-from cassle_jax.evaluation.matching import view_matcher
+from cassle_jax.evaluation.matching import takes_descriptor, told_with_image, view_matcher
 from cassle_jax.evaluation.neighbours import nearest
 from cassle_jax.evaluation.regression import regression
 from cassle_jax.evaluation.sgd_probe import sgd_probe
@@ -43,7 +44,7 @@ class Settings:
     """What a user may choose of the protocols.
 
     Attributes:
-      analysed: images that invariance, matching and augmentation probes look at; 0 for all.
+      analysed: images that invariance, matching, leak and augmentation probes look at; 0 for all.
       shots: images of a class that few-shot fits to, one result each.
       ways: classes of an episode.
       episodes: of few-shot.
@@ -246,8 +247,20 @@ def _matching(bench: Bench) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
         LOG.info("matching of %s: no projector, so by its features alone", subject.name)
+    elif takes_descriptor(subject.conditioning) and told_with_image(subject.networks):
+        LOG.info("matching of %s: ω enters with the image, so not by ω alone", subject.name)
     matcher = bench.once(view_matcher, subject.networks, subject.conditioning, subject.views)
     found = matcher(bench.store.variables, bench.analysed, bench.settings.seed)
+    return found.findings(bench.data.name)
+
+
+def _leak(bench: Bench) -> list[Finding]:
+    subject = bench.subject
+    if not subject.conditioning.descriptors:
+        LOG.info("leak of %s: left out, as it has no ω", subject.name)
+        return []
+    pictures = pictures_of(bench.analysed(), bench.mesh)
+    found = leak_of(subject.conditioning, subject.views, *pictures, seed=bench.settings.seed)
     return found.findings(bench.data.name)
 
 
@@ -357,6 +370,7 @@ TASKS: Mapping[str, Task] = {
     "invariance": _task(_invariance, _ANY),
     "matching": _task(_matching, _ANY),
     "augmentation_probes": _task(_augmentation_probes, _ANY),
+    "leak": _task(_leak, _ANY, usual=""),
     "sgd_probe": _task(_sgd_probe, "classification", usual=""),
     "fine_tune": _task(_fine_tune, "classification", usual=""),
 }

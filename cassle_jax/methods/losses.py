@@ -66,7 +66,7 @@ def nt_xent(
     first: Float[Array, "B D"],
     second: Float[Array, "B D"],
     *,
-    temperature: float,
+    temperature: float | Float[Array, ""],
     axis_name: str | None,
 ) -> Float[Array, ""]:
     """The normalised temperature-scaled cross entropy of SimCLR.

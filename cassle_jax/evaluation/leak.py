@@ -1,0 +1,257 @@
+"""Measures how much of a contrastive objective ω can solve, the image unseen.
+
+A descriptor that is computed from the image may give the image away. Then the two ω of an image's
+views find each other, whatever the encoder makes of the views.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from scipy.special import stdtrit
+
+from cassle_jax.augment import AugmentSpec, apply, draw
+from cassle_jax.augment.resample import crop_and_resize
+from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.views import Batch, of_all_images, protocol_key
+from cassle_jax.methods.build import Conditioning
+from cassle_jax.methods.losses import nt_xent
+from cassle_jax.models import MLP
+from cassle_jax.parallel import SHARDED, parallel
+
+BATCH, TEMPERATURE = 128, 0.2
+
+# Means over a view, of which descriptors are made, hardly depend on its size.
+_PICTURE, _VIEW = 32, 16
+_LEARNING_RATE = 3e-3
+# How much of the embeddings, beside a constant, there may be in the end; of 0 they are all equal.
+_SHARES = np.linspace(0, 1, 17) ** 2
+_DRAWS = 8  # views of each held-out image
+_FEWEST_IMAGES = 8  # two held-out batches of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+    """How well an MLP that sees ω and no image tells which views are of the same image.
+
+    Attributes:
+      nt_xent: on held-out images; `chance` where ω says nothing of its image.
+      interval: half the width of its 95 % interval over held-out batches (Student's t).
+      batch: images among whose views the other view is looked for.
+      temperature: of the loss.
+      train_images: number of images that the MLP has learnt from.
+      test_images: number of images held out.
+    """
+
+    nt_xent: float
+    interval: float
+    batch: int
+    temperature: float
+    train_images: int
+    test_images: int
+
+    @property
+    def chance(self) -> float:
+        """NT-Xent of equal embeddings: log of the number of views that may be the other one."""
+        return math.log(2 * self.batch - 1)
+
+    def findings(self, dataset: str) -> list[Finding]:
+        """NT-Xent and what chance gets, as scores and as bars."""
+        values = ("ω alone", self.nt_xent, self.interval), ("chance", self.chance, None)
+        title = (
+            f"NT-Xent of an MLP that sees ω and no image, among {2 * self.batch} views at "
+            f"temperature {self.temperature:g}"
+        )
+        bars = {"NT-Xent": tuple((name, value) for name, value, _ in values)}
+        return [
+            *(
+                Score("leak", dataset, f"NT-Xent, {name}", *value, higher_is_better=None)
+                for name, *value in values
+            ),
+            Chart("leak", dataset, title, "seen", "NT-Xent", bars),
+        ]
+
+
+def leak_of(
+    conditioning: Conditioning,
+    specs: Sequence[AugmentSpec],
+    images: UInt8[np.ndarray, "N H W 3"] | Float[np.ndarray, "N H W 3"],
+    sizes: Int[np.ndarray, "N 2"] | None = None,
+    *,
+    batch: int = BATCH,
+    temperature: float = TEMPERATURE,
+    steps: int = 1000,
+    seed: int = 0,
+) -> Leak:
+    """Trains an MLP on the ω of pairs of views, and measures its NT-Xent on other images.
+
+    A half of the images teaches, with views drawn anew at every step; the other half is held out.
+    The MLP has three layers, two of them hidden and 256 wide. In the end its embeddings may take in
+    a constant, as much as more views of the first half want, for an MLP that has learnt nothing to
+    be at chance and not above. A loss below chance proves that ω gives something of the image away.
+    A loss at chance says that this MLP has found nothing. By default it takes about half a
+    minute of a CPU core, a half of it to compile.
+
+    Args:
+      conditioning: says what makes up ω.
+      specs: how the run augments each view; the first two are compared.
+      images: whole pictures, each resized to a square or not; see `pictures_of`.
+      sizes: height and width of each before, which decide what crops are drawn; `None` for those
+        that they have.
+      batch: images of a step and of a held-out batch; fewer where a half does not hold two batches.
+      temperature: of the loss.
+      steps: of training.
+      seed: of the MLP's initial values, the images of a step and their augmentation.
+
+    Raises:
+      ValueError: fewer than 8 images, no descriptors, or a setting out of its range.
+    """
+    check_at_least(1, steps=steps)
+    check_at_least(2, batch=batch)
+    check_positive(temperature=temperature)
+    if not conditioning.descriptors:
+        raise ValueError("there are no descriptors, so there is no ω that could give images away")
+    if len(images) < _FEWEST_IMAGES:
+        raise ValueError(f"{len(images)} images are too few; {_FEWEST_IMAGES} is the least")
+    if sizes is None:
+        sizes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
+    batch = min(batch, len(images) // 4)
+    order_key, key = jax.random.split(protocol_key("leak", seed))
+    ends = steps, steps + math.ceil(steps / 10)
+    teach, test = _batches(np.asarray(jax.random.key_data(order_key)), len(images), batch, ends[1])
+    rows = np.concatenate([teach, *[test] * _DRAWS])
+    keys = jax.random.split(key, len(rows))
+    omega = _drawn(conditioning, tuple(specs[:2]))(keys, images, sizes, rows)
+    losses = _held_out_losses(*jnp.split(omega, ends), jax.random.key(seed), temperature)
+    # The draws of the same images are no batches of their own.
+    of_batch = np.asarray(losses, np.float64).reshape(_DRAWS, len(test)).mean(axis=0)
+    error = of_batch.std(ddof=1) / math.sqrt(len(test))
+    return Leak(
+        nt_xent=float(of_batch.mean()),
+        interval=float(stdtrit(len(test) - 1, 0.975) * error),
+        batch=batch,
+        temperature=temperature,
+        train_images=len(images) // 2,
+        test_images=test.size,
+    )
+
+
+def pictures_of(
+    batches: Iterable[Batch], mesh: Mesh
+) -> tuple[Float[np.ndarray, "N side side 3"], Int[np.ndarray, "N 2"]]:
+    """Small squares of all images, each the whole picture, and the sizes that they had.
+
+    They are in the order of `index`, whatever the batches.
+    """
+
+    def resize(image, size):
+        whole, unmirrored = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array(False)
+        return crop_and_resize(image, whole, unmirrored, _PICTURE, size).transpose(0, 2, 1)
+
+    def resize_all(batch):
+        return batch["index"], jax.vmap(resize)(batch["image"], batch["size"]), batch["size"]
+
+    resize_all = parallel(resize_all, mesh, inputs=(SHARDED,), outputs=SHARDED)
+    index, pictures, sizes = of_all_images(resize_all, batches, mesh)
+    order = np.argsort(index)
+    return pictures[order], sizes[order]
+
+
+def _batches(
+    seed: np.ndarray, images: int, batch: int, steps: int
+) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "_ batch"]]:
+    """The images of every training step, and those held out, each of which is in one batch."""
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(images)
+    taught, held_out = order[: images // 2], order[images // 2 :]
+    teach = np.stack([draw.choice(taught, batch, replace=False) for _ in range(steps)])
+    count = len(held_out) // batch
+    return teach, held_out[: count * batch].reshape(count, batch)
+
+
+def _drawn(conditioning: Conditioning, specs: Sequence[AugmentSpec]):
+    """The compiled function that gives both ω of each image of many batches, [batches, B, 2, D]."""
+    # The views themselves are left out of the compiled program, but for what ω is computed from.
+    specs = [
+        dataclasses.replace(spec, size=min(spec.size, _VIEW), kernel_size=3, jitter_order="image")
+        for spec in specs
+    ]
+
+    def view_of(spec, key, image, size):
+        return apply(image, draw(key, size, spec), spec)
+
+    @jax.jit
+    def omega(keys, images, sizes, rows):
+        def of_batch(key_and_rows):
+            key, rows = key_and_rows
+            keys = jax.random.split(key, (len(specs), len(rows)))
+            views = [
+                jax.vmap(partial(view_of, spec))(each, images[rows], sizes[rows])
+                for each, spec in zip(keys, specs, strict=True)
+            ]
+            return jnp.stack(conditioning.describe(views, specs), axis=1)
+
+        return jax.lax.map(of_batch, (keys, rows))
+
+    return omega
+
+
+@partial(jax.jit, static_argnames="temperature")
+def _held_out_losses(
+    taught: Float[Array, "steps B 2 D"],
+    chosen_by: Float[Array, "choices B 2 D"],
+    held_out: Float[Array, "batches B 2 D"],
+    key: PRNGKeyArray,
+    temperature: float,
+) -> Float[Array, " batches"]:
+    """NT-Xent of every held-out batch, after a step of AdamW on each batch of the first.
+
+    The second batches choose how much of the embeddings a constant is to be.
+    """
+    mean, deviation = taught.mean((0, 1, 2)), taught.std((0, 1, 2))
+    taught, chosen_by, held_out = (
+        (each - mean) / jnp.where(deviation > 0, deviation, 1)
+        for each in (taught, chosen_by, held_out)
+    )
+    # Without the last BatchNorm it takes longer to leave the embeddings that are all equal.
+    network = MLP(hidden=256, out=64, depth=3, last_bn=True)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(taught)))
+
+    def loss(params, batch_stats, omega, *, train, share=1.0):
+        embeddings, changed = network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            omega.reshape(-1, omega.shape[-1]),
+            train,
+            mutable=["batch_stats"] if train else [],
+        )
+        first, second = jnp.moveaxis(embeddings.reshape(*omega.shape[:2], -1), 1, 0)
+        # With a constant, cosines c become share · c + (1 - share): as at another temperature.
+        loss = nt_xent(first, second, temperature=temperature / share, axis_name=None)
+        return loss, changed.get("batch_stats", batch_stats)
+
+    def step(state, omega):
+        params, batch_stats, opt_state = state
+        gradient, batch_stats = jax.grad(partial(loss, train=True), has_aux=True)(
+            params, batch_stats, omega
+        )
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), batch_stats, opt_state), None
+
+    variables = network.init(key, taught[0, :, 0], True)
+    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    (*learnt, _), _ = jax.lax.scan(step, state, taught)
+
+    def losses(batches, share):
+        return jax.lax.map(lambda omega: loss(*learnt, omega, train=False, share=share)[0], batches)
+
+    shares = jnp.asarray(_SHARES, jnp.float32)
+    of_share = jax.lax.map(lambda share: losses(chosen_by, share).mean(), shares)
+    return losses(held_out, shares[jnp.argmin(of_share)])
