@@ -16,6 +16,7 @@ __all__ = [
     "CASSLE_DESCRIPTORS",
     "COMPONENTS",
     "DESCRIPTOR_SIZES",
+    "FROM_IMAGE",
     "LEAK_FREE_DESCRIPTORS",
     "PALETTE",
     "check_descriptors",
@@ -57,6 +58,9 @@ COMPONENTS = {
 
 DESCRIPTOR_SIZES = {name: len(components) for name, components in COMPONENTS.items()}
 """Every descriptor and how many numbers it has."""
+
+FROM_IMAGE = frozenset({"color_diff"})
+"""The descriptors that are computed from the image; all others from what was drawn for it."""
 
 CASSLE_DESCRIPTORS = ("blur", "color", "color_diff", "crop", "grayscale")
 """What the published pretraining conditions on: 13 numbers."""

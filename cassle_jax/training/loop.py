@@ -11,9 +11,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cassle_jax.augment import FROM_IMAGE
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree
+from cassle_jax.methods.build import Conditioning
+from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.storage import on_object_store
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
@@ -162,6 +165,7 @@ class _Loop:
                     LOG.warning("continuing with changed settings: %s", "; ".join(changes))
                 note_start(workdir, step=self.step, images=len(source), mesh=mesh, changes=changes)
                 if self.step == 0:
+                    _warn_of_leaks(run.conditioning)
                     write_contact_sheet(run, source, config.data, workdir / "views.png")
                     LOG.info("what the network sees is in %s; compiling", workdir / "views.png")
                 self.writer = MetricsWriter(workdir, self.step)
@@ -268,6 +272,19 @@ def _known_path(workdir: epath.PathLike) -> epath.Path:
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
     return epath.Path(workdir)
+
+
+def _warn_of_leaks(conditioning: Conditioning) -> None:
+    """Says what ω gives away where one of its descriptors is computed from the image."""
+    leaking = [name for name in conditioning.descriptors if name.partition(".")[0] in FROM_IMAGE]
+    if leaking and is_conditioned(conditioning.treatment, conditioning.injection):
+        LOG.warning(
+            "conditioning.descriptors has %s, which is computed from the image: beside what is "
+            "known of the jitter it gives the image's mean colour away, so that ω alone solves a "
+            "part of the objective; palette says what the jitter does and nothing of the image "
+            "(--config=…:conditioning=leak_free)",
+            ", ".join(leaking),
+        )
 
 
 def _take_workdir(

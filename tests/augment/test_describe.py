@@ -11,9 +11,12 @@ import pytest
 from cassle_jax.augment import (
     CASSLE_DESCRIPTORS,
     DESCRIPTOR_SIZES,
+    FROM_IMAGE,
+    LEAK_FREE_DESCRIPTORS,
     PALETTE,
     AugmentSpec,
     View,
+    augment,
     concatenate,
     describe,
     descriptor_width,
@@ -54,6 +57,19 @@ def test_sizes(pair):
     omega = _describe()(pair[0])
     assert {name: vector.shape[1] for name, vector in omega.items()} == DESCRIPTOR_SIZES
     assert all(vector.dtype == jnp.float32 for vector in omega.values())
+
+
+def test_alike_draws_have_alike_descriptors_but_for_those_computed_from_the_image():
+    images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+    spec = dataclasses.replace(SPEC, jitter=1)
+
+    def omega(image):
+        return describe(augment(jax.random.key(0), image, spec), spec)
+
+    one, other = (jax.jit(omega)(image) for image in images)
+    differing = {name for name in one if not np.array_equal(one[name], other[name])}
+    assert differing == FROM_IMAGE
+    assert not FROM_IMAGE & set(LEAK_FREE_DESCRIPTORS)
 
 
 def test_a_view_without_augmentation_has_the_identity_descriptor(make_params):

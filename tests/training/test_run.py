@@ -11,6 +11,7 @@ import pytest
 from cassle_jax.config import ConfigError
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh
+from cassle_jax.training.loop import pretrain
 from cassle_jax.training.run import augment_spec, build_run, compute_dtype
 from tests.methods.one_device import compiled
 from tests.tiny import tiny_config
@@ -221,3 +222,21 @@ def test_what_is_never_drawn_cannot_be_told_or_predicted(name):
     with pytest.raises(ConfigError, match=rf"augment\.{name}=0 never draws"):
         build({"conditioning.descriptors": ("crop", name)})
     build({"conditioning.descriptors": ("crop", name), f"augment.{name}": 0.5})
+
+
+def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step(
+    tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("cassle_jax.training.loop._Loop.train", lambda loop, stop: loop.state)
+
+    def warnings(conditioning):
+        config = tiny_config(f"method=simclr,conditioning={conditioning}")
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="cassle_jax"):
+            pretrain(config, tmp_path / conditioning)
+        return [each for each in caplog.messages if "computed from the image" in each]
+
+    (told,) = warnings("cassle")
+    assert "conditioning.descriptors has color_diff" in told
+    assert "mean colour" in told and "palette" in told and "leak_free" in told
+    assert not warnings("leak_free")
