@@ -53,6 +53,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("pytorch"):
+        pytest.importorskip("torch")
+
+
 def pytest_configure(config):
     # Absolute, as the processes of pytest-xdist get it from here.
     folder = config.invocation_params.dir / config.getoption("golden")

@@ -80,16 +80,20 @@ def test_memory_and_limits(work):
     assert share == pytest.approx(rows["least time for them"].values[0] / rows["a step"].values[0])
 
 
+@pytest.mark.pytorch
 def test_the_published_step_runs(work):
-    torch = pytest.importorskip("torch")
+    import torch
+
     pytest.importorskip("torchvision")
     pytest.importorskip("kornia")
     torch.manual_seed(0)
     published.step(dataclasses.replace(work, encoder="resnet18", size=32), tuned=False)()
 
 
+@pytest.mark.pytorch
 def test_a_blur_by_rows_and_columns_is_the_published_one():
-    torch = pytest.importorskip("torch")
+    import torch
+
     pytest.importorskip("kornia")
     images = torch.rand(4, 3, 40, 40)
     blurred = []

@@ -60,8 +60,10 @@ def test_the_optimum_of_colours_that_overlap_is_scikit_learns():
     np.testing.assert_allclose(centred, exact.coef_.T, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.pytorch
 def test_every_step_is_pytorchs_sgd_on_features_of_evaluation_mode():
-    torch = pytest.importorskip("torch")
+    import torch
+
     pictures, labels = colours(16, CLASSES)
     steps, rate = 20, 3.0
     subject, mesh = tiny_subject(width=4), devices(1)

@@ -1,7 +1,6 @@
 """A run, or a file, is written in every format, and comes back exactly with its model card."""
 
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -31,7 +30,13 @@ from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
 from cassle_jax.training.starts import note_start, start_before
-from tests.interop.states import assert_same, encoder_state, encoder_variables, filled
+from tests.interop.states import (
+    ENCODERS,
+    assert_same,
+    encoder_state,
+    encoder_variables,
+    filled,
+)
 from tests.tiny import on_one_device, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -173,18 +178,25 @@ def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "formats"),
     [
-        ("resnet18", "cassle torchvision detectron2 torch"),
-        ("resnet34", "cassle torchvision detectron2 torch"),
-        ("resnet50", "cassle torchvision detectron2 torch"),
-        ("wide", "cassle torchvision timm detectron2 torch"),
-        ("small_images", "cassle torchvision torch"),
-        ("vit", "cassle torchvision timm torch"),
+        ("resnet18", "cassle torchvision detectron2"),
+        ("resnet34", "cassle torchvision detectron2"),
+        ("resnet50", "cassle torchvision detectron2"),
+        ("wide", "cassle torchvision timm detectron2"),
+        ("small_images", "cassle torchvision"),
+        ("vit", "cassle torchvision timm"),
     ],
 )
 def test_every_encoder_comes_back_exactly_from_every_format(tmp_path, name, formats):
-    formats = formats.split()
-    if importlib.util.find_spec("torch") is None:
-        formats.remove("torch")
+    assert_comes_back(tmp_path, name, formats.split())
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_comes_back_exactly_from_pytorchs_own_file(tmp_path, name):
+    assert_comes_back(tmp_path, name, ["torch"])
+
+
+def assert_comes_back(tmp_path, name, formats):
     state = encoder_state(name)
     normal = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
     card = {"input": normal, "versions": {}, "converted_from": {"file": "", "sha256": ""}}

@@ -13,6 +13,7 @@ from cassle_jax.interop.weights import Weights, load_weights
 from tests.interop.states import ENCODERS, SIZE, assert_same, encoder_variables, filled
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.pytorch
 
 CARD = {
     "input": {"size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3},

@@ -107,9 +107,11 @@ def test_what_else_a_checkpoint_holds_arrives_too(checkpoint):
     }
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_is_read_is_what_pytorch_reads(tmp_path, zipped):
-    torch = pytest.importorskip("torch")
+    import torch
+
     path = tmp_path / "file.pth"
     torch.save(odd_tensors(torch), path, _use_new_zipfile_serialization=zipped)
     theirs = torch.load(path, weights_only=True)["state_dict"]
@@ -429,8 +431,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_torch_file(tmp_path / "none.pth")
 
 
+@pytest.mark.pytorch
 def test_a_whole_model_is_refused(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
     with pytest.raises(WeightsError, match=r"asks for torch\.nn\.modules\.linear\.Linear"):
         read_torch_file(tmp_path / "model.pth")

@@ -75,10 +75,11 @@ def test_a_runs_networks_come_back_as_they_were(variables, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, variables)
 
 
-@pytest.mark.parametrize("torch_file", [True, False])
+@pytest.mark.parametrize("torch_file", [pytest.param(True, marks=pytest.mark.pytorch), False])
 def test_a_published_checkpoint_is_read_with_its_heads(published, variables, tmp_path, torch_file):
     if torch_file:
-        torch = pytest.importorskip("torch")
+        import torch
+
         path = tmp_path / "ckpt-200.pth"
         nested = {n: {k: torch.tensor(v) for k, v in s.items()} for n, s in published.items()}
         torch.save({**nested, "ss_predictor": {"crop": nested["projector"]}, "epoch": 200}, path)

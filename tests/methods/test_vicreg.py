@@ -50,7 +50,8 @@ def papers_gradients(*views, step=1e-6):
 
 def pytorchs_terms_and_gradients(first, second):
     """The same by PyTorch's statistics and its automatic differentiation."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     views = [torch.tensor(np.float64(each), requires_grad=True) for each in (first, second)]
     hinges, off_diagonals = [], []
     for view in views:
@@ -85,6 +86,7 @@ def test_the_terms_are_the_papers_with_their_gradient(embeddings):
     np.testing.assert_allclose(gradients, papers_gradients(*embeddings), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.pytorch
 def test_the_terms_are_pytorchs_with_their_gradient(embeddings):
     expected, expected_gradients = pytorchs_terms_and_gradients(*embeddings)
     terms, gradients = terms_and_gradients(*embeddings)

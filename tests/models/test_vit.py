@@ -62,8 +62,10 @@ def test_sizes_are_timms_without_the_classifier(width, parameters):
     assert sum(math.prod(shape) for shape in leaves) == parameters
 
 
+@pytest.mark.pytorch
 def test_a_block_is_pytorchs_pre_norm_layer():
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(
         16, 4, 64, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, norm_first=True,
@@ -107,9 +109,11 @@ def test_positions_are_sines_and_cosines_of_the_row_then_the_column(tiny):
     np.testing.assert_allclose(stored[0, 1:], sin_cos_positions(4, 16), atol=1e-6)
 
 
+@pytest.mark.pytorch
 @pytest.mark.parametrize("grid", [(5, 5), (6, 9), (2, 3)])
 def test_positions_are_resized_as_pytorch_does(grid):
-    torch = pytest.importorskip("torch")
+    import torch
+
     positions = np.random.default_rng(0).standard_normal((1, 17, 8)).astype(np.float32)
     resized = resize_positions(jnp.asarray(positions), *grid)
     expected = torch.nn.functional.interpolate(
