@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / ".ci" / "run"])
 RUN = ["--config=configs/cifar10.py:method=simclr,conditioning=none", "--workdir=runs/it's here"]
 POD = ["--name=pod", "--zone=us-west4-a"]
 
