@@ -1,0 +1,32 @@
+"""The transfer table's set-up with more kinds of conditioning: where one is chosen.
+
+python -m cassle_jax.tables --table=choice --to=runs/choice --parallel=8 \\
+    --set=data.path=/data/tiny_imagenet --set=data.classes=/data/tiny_imagenet/pretrain.txt \\
+    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/held_out
+"""
+
+from cassle_jax.sweep.table import Table
+from configs.tables.short_transfer import BASE, COMPARED, VARIANTS, row
+
+RATES = {" at half the rate": "0.001", " at twice the rate": "0.004"}
+
+
+def get_table():
+    return Table(
+        title="Which conditioning",
+        question="Which conditioning is ahead of plain? It is chosen here, with a seed that the "
+        "transfer table does not use.",
+        rows=(
+            *(row("SimCLR", variant) for variant in VARIANTS),
+            *(row("MoCo-v2", variant) for variant in COMPARED),
+            *(
+                row("SimCLR", variant, f"optimizer.base_learning_rate={rate}", name=name)
+                for name, rate in RATES.items()
+                for variant in ("plain", "CASSLE", "leak-free + plain branch")
+            ),
+        ),
+        seeds=(100,),
+        datasets=("flowers17", "cifar10", "tiny_imagenet"),
+        tasks=("linear", "knn"),
+        overrides=BASE,
+    )

@@ -1,0 +1,74 @@
+"""CIFAR-10 at 32 pixels, a slim ResNet-18: where conditioning helps, by one factor at a time.
+
+nice python -m cassle_jax.tables --table=map --to=runs/map --parallel=2 \\
+    --set=data.path=/data/cifar10 --datasets=cifar10=/data/cifar10,flowers17=/data/flowers17
+
+A run of the base cell takes eight minutes on two CPU cores, and seconds on a GPU.
+"""
+
+from cassle_jax.sweep.table import Row, Table
+
+VARIANTS = {
+    "plain": "conditioning=none",
+    "CASSLE": "conditioning=cassle",
+    "CASSLE + plain branch": "conditioning=cassle;conditioning.plain_branch=0.5",
+}
+BASE = (
+    "data.source=folder",
+    "epochs=12",
+    "batch_size=256",
+    "encoder.small_images=False",
+    "encoder.width=8",
+    "optimizer.name=adamw",
+    "optimizer.base_learning_rate=0.004",
+    "optimizer.weight_decay=1e-4",
+    "optimizer.warmup_epochs=1.0",
+    "checkpoint.every_steps=100000",
+)
+METHODS = {
+    "simclr": ("method.projector_hidden=256",),
+    "moco_v2": ("method.projector_hidden=256", "method.momentum=0.99", "method.queue_size=16384"),
+    "barlow_twins": (
+        "method.projector_hidden=512",
+        "method.projector_out=512",
+        "method.vector_rate=1.0",
+    ),
+}
+# cell: method, what differs from the base; the learning rate of a batch is the base's, √-scaled
+CELLS = {
+    "SimCLR": ("simclr", ()),
+    "SimCLR, batch 128": ("simclr", ("batch_size=128", "optimizer.base_learning_rate=0.0057")),
+    "SimCLR, batch 1024": ("simclr", ("batch_size=1024", "optimizer.base_learning_rate=0.002")),
+    "SimCLR, 48 epochs": ("simclr", ("epochs=48",)),
+    "SimCLR, width 32": ("simclr", ("encoder.width=32",)),
+    "SimCLR, 64 pixels": ("simclr", ("augment.size=64", "data.canvas=64")),
+    "SimCLR, colour 0.5": ("simclr", ("augment.color_strength=0.5",)),
+    "SimCLR, colour 2": ("simclr", ("augment.color_strength=2.0",)),
+    "SimCLR, rate × 1/2": ("simclr", ("optimizer.base_learning_rate=0.002",)),
+    "SimCLR, rate × 2": ("simclr", ("optimizer.base_learning_rate=0.008",)),
+    "MoCo-v2, queue 1024": ("moco_v2", ("method.queue_size=1024",)),
+    "MoCo-v2": ("moco_v2", ()),
+    "MoCo-v2, queue 65536": ("moco_v2", ("method.queue_size=65536",)),
+    "Barlow Twins": ("barlow_twins", ()),
+}
+
+
+def get_table():
+    return Table(
+        title="The map",
+        question="Where are features ahead that a conditioned projector trained, and where behind? "
+        "Ahead where the difference to plain is above 0 by more than its interval.",
+        rows=tuple(
+            Row(
+                f"{cell}, {variant}",
+                f"configs/cifar10.py:method={method}",
+                (*METHODS[method], *differs, *settings.split(";")),
+            )
+            for cell, (method, differs) in CELLS.items()
+            for variant, settings in VARIANTS.items()
+        ),
+        seeds=(0,),
+        datasets=("cifar10", "flowers17"),
+        tasks=("linear", "knn"),
+        overrides=BASE,
+    )
