@@ -80,7 +80,7 @@ def evaluate_command(
         _check_settings(settings or Settings(), limit)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    opened = [_open_dataset(each, data_dir) for each in datasets]
+    opened = [open_evaluated(each, data_dir) for each in datasets]
     names = [data.name for data in opened]
     for name in names:
         if names.count(name) > 1:
@@ -149,7 +149,12 @@ def _shared_facts(
     }
 
 
-def _open_dataset(described: str, data_dir: str) -> EvaluationData:
+def open_evaluated(described: str, data_dir: str) -> EvaluationData:
+    """A dataset as the command names it: in the table, `scenes`, `folder:<path>`, or with its path.
+
+    Raises:
+      DataError: it is not there, or not whole.
+    """
     if described == "scenes":
         parts = (open_scenes(SCENES, SCENE_PIXELS, s) for s in ("train", "validation", "test"))
         train, val, test = parts

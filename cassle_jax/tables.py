@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -25,7 +25,9 @@ from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import open_source
 from cassle_jax.data.datasets import DATASETS
+from cassle_jax.evaluate import open_evaluated
 from cassle_jax.evaluation.tasks import TASKS, Settings
+from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.budget import (
@@ -53,7 +55,7 @@ from cassle_jax.sweep.table import (
     runs_of_table,
 )
 from cassle_jax.sweep.worker import RESULT, Evaluation, Job
-from cassle_jax.training.saved_config import changes, read_config
+from cassle_jax.training.saved_config import changes, holds_run, read_config
 
 LOG = logging.getLogger("cassle_jax.tables")  # its name as a command is __main__
 
@@ -70,7 +72,9 @@ def run_table(
     seeds: Sequence[int] = (),
     overrides: Sequence[str] = (),
     datasets: Sequence[str] = (),
+    data_dir: str = "",
     evaluation: Sequence[str] = (),
+    weights_of: Sequence[str] = (),
     parallel: int = 1,
     minutes: float = 0.0,
     call_minutes: float = 0.0,
@@ -89,7 +93,10 @@ def run_table(
       seeds: instead of the table's.
       overrides: of all runs, `name=value` each.
       datasets: to evaluate on instead of the table's.
+      data_dir: of tensorflow-datasets, for evaluation.
       evaluation: further options of the evaluation, `name=value` each.
+      weights_of: folders of other tables; of a finished run there that has a run's settings and
+        kept its weights, these are taken instead of pretraining anew.
       parallel: how many runs at a time.
       minutes: for all runs together, from which their number of steps follows when the folder is
         new, at most their own; 0 for their own.
@@ -114,7 +121,7 @@ def run_table(
         return [run for run, _ in _planned(runs, _opened)]
 
     runs = expanded()
-    wanted = _evaluation(table, datasets, evaluation, toy)
+    wanted = evaluation_of(table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy)
     book = _Book(to, table, wanted)
     call = _Call(parallel, time.monotonic() + 60 * call_minutes if call_minutes else math.inf)
     plan = read_plan(to, minutes)
@@ -124,8 +131,18 @@ def run_table(
         runs = expanded(f"steps={min([plan.steps, *(run.config.steps for run in runs)])}")
     missing = [run for run in runs if book.is_missing(run)]
     LOG.info("%d runs, of which %d are done", len(runs), len(runs) - len(missing))
+    others = [Path(each).expanduser().resolve() for each in weights_of]
     jobs = [
-        Job(run.subject, run.arguments, book.workdir(run.name), wanted, keep_weights, toy)
+        Job(
+            run.subject,
+            run.arguments,
+            book.workdir(run.name),
+            wanted,
+            keep_weights,
+            table.export,
+            _same_run(run, others),
+            toy,
+        )
         for run in missing
     ]
     all_done = call.work(jobs, book.ended)
@@ -165,7 +182,7 @@ def _measured(
     for workdir, run in chosen.items():
         short = changed(run, MEASURED_RUN)
         its = Evaluation() if jobs else evaluation
-        jobs.append(Job(run.subject, short.arguments, workdir, its, False, toy))
+        jobs.append(Job(run.subject, short.arguments, workdir, its, False, toy=toy))
     missing = [job for job in jobs if (outcome_of(job.workdir) or {}).get("exit_code") != 0]
 
     def ended(job: Job, code: int) -> None:
@@ -308,22 +325,56 @@ def dry_run(
     return cost_table([run for run, _ in plans], [images for _, images in plans], rate)
 
 
-def _evaluation(
-    table: Table, datasets: Sequence[str], options: Sequence[str], toy: bool
-) -> Evaluation:
-    """What the table and the command ask for together; checked.
+def _same_run(run: Run, folders: Sequence[Path]) -> Path | None:
+    """Where a finished run with the same settings kept its weights; `None` where none did.
 
     Raises:
-      ConfigError: a name that is unknown, or a value that cannot be.
+      ConfigError: a folder that holds no runs.
     """
-    chosen = tuple(datasets) or table.datasets
+    for folder in folders:
+        if not (folder / "runs").is_dir():
+            raise ConfigError(f"weights_of={folder} holds no runs; give the folder of a table")
+        for workdir in sorted((folder / "runs").iterdir()):
+            finished = (outcome_of(workdir) or {}).get("exit_code") == 0
+            if finished and holds_run(workdir) and not changes(read_config(workdir), run.config):
+                return workdir
+    return None
+
+
+def evaluation_of(
+    table: Table,
+    *,
+    datasets: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    data_dir: str = "",
+    options: Sequence[str] = (),
+    toy: bool = False,
+) -> Evaluation:
+    """How a table's runs are evaluated; its datasets are looked for.
+
+    Args:
+      table: the experiment.
+      datasets: instead of the table's.
+      tasks: instead of the table's.
+      data_dir: of tensorflow-datasets.
+      options: further ones, `name=value` each.
+      toy: whether on scenes, a few of them.
+
+    Raises:
+      ConfigError, DataError: a name that is unknown, a value that cannot be, or a dataset that is
+        not there.
+    """
+    chosen, tasks = tuple(datasets) or table.datasets, tuple(tasks) or table.tasks
     if toy:
         chosen = ("scenes",) if chosen else ()
     for each in chosen:
         if not each.startswith("folder:"):
             knows("datasets", each.partition("=")[0], (*DATASETS, "scenes"))
-    for task in table.tasks:
+        open_evaluated(each, data_dir)
+    for task in tasks:
         knows("tasks", task, TASKS)
+    for each in table.export:
+        knows("export", each, FORMATS)
     values = pairs((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
     own = {"limit": int, "network": str, "batch": int}
     kinds = own | get_type_hints(Settings)
@@ -332,10 +383,10 @@ def _evaluation(
     read = {name: _value(name, value, kinds[name]) for name, value in values.items()}
     settings = Settings(**{name: value for name, value in read.items() if name not in own})
     others = {name: value for name, value in read.items() if name in own}
-    return Evaluation(chosen, table.tasks, settings=settings, **others)
+    return Evaluation(chosen, tasks, data_dir, settings=settings, **others)
 
 
-def _value(name: str, text: str, kind: type):
+def _value(name: str, text: str, kind: Any) -> Any:
     try:
         if members := get_args(kind):
             return tuple(members[0](each) for each in text.split(","))
@@ -348,6 +399,7 @@ def _facts(evaluation: Evaluation) -> dict[str, object]:
     """What decides the figures of an evaluation; not where its images lie."""
     facts = dataclasses.asdict(evaluation)
     settings = facts.pop("settings")
+    del facts["data_dir"]
     names = [
         each if each.startswith("folder:") else each.partition("=")[0]
         for each in evaluation.datasets
@@ -378,6 +430,10 @@ if __name__ == "__main__":
     datasets_flag = flags.DEFINE_list(
         "datasets", [], "To evaluate on instead of the table's: name, or name=folder."
     )
+    data_dir_flag = flags.DEFINE_string("data_dir", "", "Of tensorflow-datasets, to evaluate on.")
+    others_flag = flags.DEFINE_list(
+        "weights_of", [], "Folders of tables: runs there that are the same lend their weights."
+    )
     evaluation_flag = flags.DEFINE_multi_string(
         "evaluation", [], "Of the evaluation: name=value, such as limit=1000; repeatable."
     )
@@ -406,7 +462,9 @@ if __name__ == "__main__":
             Path(to_flag.value or f"runs/{Path(table_flag.value).stem}"),
             **which,
             datasets=datasets_flag.value,
+            data_dir=data_dir_flag.value,
             evaluation=evaluation_flag.value,
+            weights_of=others_flag.value,
             parallel=parallel_flag.value,
             minutes=minutes_flag.value,
             call_minutes=call_flag.value,

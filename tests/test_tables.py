@@ -333,3 +333,24 @@ def test_with_a_budget_a_step_is_measured_first_and_the_plan_stays(tmp_path):
     assert "Each run is pretrained for 3 steps." in (to / "report.html").read_text()  # its own
     code, told = end(call(to, file, "--minutes=700", "--rows=plain", "--seeds=0"))
     assert code == 2 and "minutes=700 was 600" in told
+
+
+def test_weights_of_the_same_run_in_another_table_are_taken(tmp_path):
+    file, first, second = tmp_path / "tiny.py", tmp_path / "first", tmp_path / "second"
+    file.write_text(TABLE)
+    one = ("--rows=plain", "--seeds=0")
+    code, told = end(call(first, file, *one, "--keep_weights"))
+    assert code == 0, told
+    code, told = end(call(second, file, *one, f"--weights_of={first}"))
+    assert code == 0, told
+    log = (second / "runs/plain-0/log.txt").read_text()
+    assert f"the weights are those of {first / 'runs/plain-0'}" in log and "pretrain" not in log
+    assert not (second / "runs/plain-0/checkpoints").exists()
+    assert (first / "runs/plain-0/checkpoints").exists()
+    accuracies = [
+        [line for line in (to / "results.csv").read_text().splitlines() if "accuracy" in line]
+        for to in (first, second)
+    ]
+    assert accuracies[0] == accuracies[1] != []
+    code, told = end(call(second, file, f"--weights_of={tmp_path}"))
+    assert code == 2 and "holds no runs; give the folder of a table" in told

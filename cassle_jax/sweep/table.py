@@ -40,7 +40,15 @@ TOY = {
     "method.prototypes": "16",
     "method.queue_size": "64",
 }
-TOY_EVALUATION = ("limit=64", "analysed=32", "episodes=20", "probe_epochs=1", "fine_tune_epochs=1")
+TOY_EVALUATION = (
+    "limit=64",
+    "shots=1",
+    "ways=2",
+    "analysed=32",
+    "episodes=20",
+    "probe_epochs=1",
+    "fine_tune_epochs=1",
+)
 
 # A run of fewer steps than that saves so many times; a longer one as often as its configuration
 # says.
@@ -80,6 +88,7 @@ class Table:
       datasets: to evaluate on, as the evaluation command takes them; none for no evaluation.
       tasks: of the evaluation; empty for the usual ones.
       evaluation: further options of it, `name=value` each, such as `episodes=600` and `limit=1000`.
+      export: formats that the weights of every run are written in, such as `detectron2`.
       overrides: of all rows, `name=value` each.
       toy: the same, of a run at toy size.
     """
@@ -91,6 +100,7 @@ class Table:
     datasets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
+    export: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     toy: tuple[str, ...] = ()
 

@@ -20,15 +20,17 @@ from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.tasks import Settings
+from cassle_jax.export import export_command
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.jobs import LOG_FILE, OUTCOME
 from cassle_jax.sweep.space import parsed
+from cassle_jax.training.saved_config import write_config
 
 LOG = logging.getLogger(__name__)
 
-RESULT = "evaluation"
+RESULT, EXPORTED = "evaluation", "exported"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Evaluation:
     Attributes:
       datasets: as the evaluation command's; none for no evaluation.
       tasks: the same; empty for the usual ones.
+      data_dir: of tensorflow-datasets.
       limit: of the images of each part; 0 for all.
       network: `online`, or `momentum`.
       batch: images of all devices together.
@@ -46,6 +49,7 @@ class Evaluation:
 
     datasets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    data_dir: str = ""
     limit: int = 0
     network: str = "online"
     batch: int = 256
@@ -62,6 +66,9 @@ class Job:
       workdir: of the run; gets the log, the report, and how it ended.
       evaluation: of the run.
       keep_weights: whether its checkpoints stay once it is evaluated.
+      export: formats that its weights are written in, to `exported` in the workdir.
+      weights: workdir of a run with the same settings, whose weights it takes instead of
+        pretraining; `None` for none.
       toy: whether programs are compiled quickly rather than well.
     """
 
@@ -70,6 +77,8 @@ class Job:
     workdir: Path
     evaluation: Evaluation
     keep_weights: bool
+    export: tuple[str, ...] = ()
+    weights: Path | None = None
     toy: bool = False
 
 
@@ -88,7 +97,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
     _log_to(job.workdir / LOG_FILE)
     code, line, start = 0, "", time.monotonic()
     try:
-        _run(job)
+        pretrain_and_evaluate(job)
     except command.Stop as stop:
         code, line = stop.code, str(stop)
     except KeyboardInterrupt:
@@ -111,30 +120,44 @@ def note_end(workdir: Path, code: int, line: str, seconds: float) -> None:
     write_whole(workdir / OUTCOME, json.dumps(outcome).encode())
 
 
-def _run(job: Job) -> None:
-    """Pretrains and evaluates, each where that is not done already."""
-    config, wanted, report = parsed(job.arguments), job.evaluation, job.workdir / RESULT
+def pretrain_and_evaluate(job: Job) -> None:
+    """What a run consists of, each part where it is not done already."""
+    config, report = parsed(job.arguments), job.workdir / RESULT
     set_up_devices(config)
     # Runs of a table compile the same programs, also the small ones, of which there are many.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
     if not (report / JSON).exists():
-        LOG.info("python -m cassle_jax.pretrain %s", " ".join(job.arguments))
-        pretrain_command(config, job.workdir)
-        if wanted.datasets:
-            evaluate_command(
-                runs=[f"{job.subject}={job.workdir}"],
-                datasets=wanted.datasets,
-                to=str(report),
-                tasks=wanted.tasks,
-                limit=wanted.limit,
-                network=wanted.network,
-                batch=wanted.batch,
-                settings=wanted.settings,
-            )
+        if job.weights:
+            LOG.info("the weights are those of %s", job.weights)
+            write_config(config, job.workdir)
+        else:
+            LOG.info("python -m cassle_jax.pretrain %s", " ".join(job.arguments))
+            pretrain_command(config, job.workdir)
+        source = job.weights or job.workdir
+        if job.export:
+            folder = job.workdir / EXPORTED
+            export_command(run=str(source), to=str(folder), formats=job.export)
+        if job.evaluation.datasets:
+            _evaluate(job, source, report)
     if not job.keep_weights:
         shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
+
+
+def _evaluate(job: Job, source: Path, report: Path) -> None:
+    wanted = job.evaluation
+    evaluate_command(
+        runs=[f"{job.subject}={source}"],
+        datasets=wanted.datasets,
+        to=str(report),
+        tasks=wanted.tasks,
+        network=wanted.network,
+        data_dir=wanted.data_dir,
+        batch=wanted.batch,
+        limit=wanted.limit,
+        settings=wanted.settings,
+    )
 
 
 def _log_to(path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What the paper's tables share: its methods, their variants, and the sets it evaluates on."""
+
+from collections.abc import Mapping
+
+from cassle_jax.sweep.table import Row
+
+METHODS = {
+    "MoCo-v2": "moco_v2",
+    "SimCLR": "simclr",
+    "Barlow Twins": "barlow_twins",
+    "MoCo-v3": "moco_v3",
+    "BYOL": "byol",
+    "SimSiam": "simsiam",
+}
+VARIANTS = {
+    "plain": "conditioning=none",
+    "AugSelf": "conditioning=none,augself=main",
+    "CASSLE": "conditioning=cassle",
+}
+# Base learning rates of the authors' own logged runs, where they are not 0.03. MoCo-v3 has AdamW
+# with the rate of its own paper.
+LEARNING_RATES = {
+    "Barlow Twins": dict.fromkeys(VARIANTS, 0.05),
+    "SimSiam": dict.fromkeys(VARIANTS, 0.05),
+    "BYOL": {"CASSLE": 0.05},
+}
+# In the order of the paper's table.
+LINEAR = (
+    "aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers102", "food101",
+    "mit67", "pets", "sun397",
+)  # fmt: skip
+MORE_LINEAR = ("cub200", "300w")
+IMAGENET100 = "configs/imagenet100.py:follow=published"
+
+
+def rows_of(config: str, methods: Mapping[str, str] = METHODS) -> tuple[Row, ...]:
+    """Plain, AugSelf and CASSLE of every method.
+
+    Args:
+      config: a configuration file with its arguments, but for method and variant.
+      methods: by what they are called.
+    """
+    return tuple(
+        Row(f"{method}, {variant}", f"{config},method={name},{arguments}", _rate(method, variant))
+        for method, name in methods.items()
+        for variant, arguments in VARIANTS.items()
+    )
+
+
+def moco_rows() -> tuple[Row, ...]:
+    """The three variants of MoCo-v2 on ImageNet-100, which several tables look at."""
+    return rows_of(IMAGENET100, {"MoCo-v2": "moco_v2"})
+
+
+def _rate(method: str, variant: str) -> tuple[str, ...]:
+    rate = LEARNING_RATES.get(method, {}).get(variant)
+    return (f"optimizer.base_learning_rate={rate}",) if rate else ()

@@ -1,0 +1,71 @@
+"""Every table there is can be run: its rows are whole runs, and its tasks work at toy size."""
+
+import jax
+import pytest
+
+from cassle_jax.config import flat_settings
+from cassle_jax.models import ENCODERS
+from cassle_jax.parallel import device_mesh
+from cassle_jax.report.evaluation_page import JSON, read_report
+from cassle_jax.sweep import worker
+from cassle_jax.sweep.table import TABLES, find_table, planned, runs_of_table
+from cassle_jax.sweep.worker import EXPORTED, RESULT, Job, pretrain_and_evaluate
+from cassle_jax.tables import evaluation_of
+from cassle_jax.training.run import build_run
+from tests.tiny import TinyEncoder
+
+NAMES = sorted(path.stem for path in TABLES.glob("*.py"))
+TINY = ("encoder.name=tiny", "encoder.width=24", "encoder.small_images=False", "steps=2")
+# What the report calls the tasks that scenes are for.
+REPORTED = {
+    "few_shot": "few-shot",
+    "invariance": "invariance",
+    "knn": "k-NN",
+    "linear": "linear",
+    "matching": "matching",
+    "spectrum": "spectrum",
+}
+
+
+def tasks_by_table():
+    """Of every table the tasks that none before it has."""
+    own, seen = {}, set()
+    for name in NAMES:
+        tasks = set(find_table(name).tasks) & REPORTED.keys()
+        own[name] = tuple(sorted(tasks - seen))
+        seen |= tasks
+    return own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_is_a_run(name):
+    mesh, table = device_mesh(), find_table(name)
+    for run in runs_of_table(table, seeds=(0,)):
+        build_run(planned(run, 100_000).config, mesh, 100_000)
+    for run in runs_of_table(table, seeds=(0,), toy=True):
+        build_run(planned(run, 64).config, mesh, 64)
+        assert flat_settings(run.config)["data.source"] == "scenes"
+
+
+@pytest.mark.parametrize(("name", "tasks"), [each for each in tasks_by_table().items() if each[1]])
+def test_a_row_of_it_runs_at_toy_size(name, tasks, tmp_path, monkeypatch):
+    exports = []
+    monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
+    monkeypatch.setattr(worker, "export_command", lambda **asked: exports.append(asked))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the process is not its own
+    table = find_table(name)
+    run = planned(
+        runs_of_table(
+            table, seeds=(0,), rows=("CASSLE",), toy=True, overrides=(*TINY, "compilation_cache=")
+        )[-1],
+        64,
+    )
+    evaluation = evaluation_of(table, tasks=tasks, toy=True)
+    job = Job(run.subject, run.arguments, tmp_path, evaluation, False, table.export)
+    pretrain_and_evaluate(job)
+    (findings,) = read_report(tmp_path / RESULT / JSON)[0][run.subject]
+    found = {finding.task for finding in findings}
+    assert all(any(REPORTED[task] in each for each in found) for task in tasks)
+    wanted = {"run": str(tmp_path), "to": str(tmp_path / EXPORTED), "formats": table.export}
+    assert exports == ([wanted] if table.export else [])
+    assert not (tmp_path / "checkpoints").exists()
