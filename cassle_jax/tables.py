@@ -60,7 +60,7 @@ from cassle_jax.training.saved_config import changes, holds_run, read_config
 LOG = logging.getLogger("cassle_jax.tables")  # its name as a command is __main__
 
 HELD = "table.json"
-_PAGE_SECONDS = 30.0
+_PAGE_SECONDS = 10.0
 _GOES_ON = "the call ends here; the same one goes on"
 
 

@@ -16,7 +16,7 @@ from cassle_jax.evaluation.findings import Score
 from cassle_jax.sweep.budget import steps_within, to_measure
 from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.crew import shares
-from cassle_jax.sweep.results import lines_of
+from cassle_jax.sweep.results import lines_of, with_means
 from cassle_jax.sweep.table import Row, Table, find_table, planned, runs_of_table
 from cassle_jax.tables import dry_run, run_table
 from tests.tiny import on_one_device
@@ -195,6 +195,19 @@ def test_differences_are_taken_seed_by_seed():
     assert cassle["difference_interval"] == pytest.approx(0.0, abs=1e-12)
     assert plain["interval"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
     assert plain["against"] == byol["against"] == "" and byol["interval"] is None
+
+
+def test_a_metric_of_several_datasets_gets_their_mean():
+    scores = [
+        Score("knn", "a", "accuracy", 0.2),
+        Score("knn", "b", "accuracy", 0.6),
+        Score("knn", "b", "mean per class", 0.5),
+        Score("spectrum", "a", "RankMe", 9.0, higher_is_better=None),
+        Score("spectrum", "b", "RankMe", 7.0, higher_is_better=None),
+    ]
+    (mean,) = with_means(scores)[5:]
+    assert (mean.task, mean.dataset, mean.metric) == ("knn", "mean of 2", "accuracy")
+    assert mean.value == pytest.approx(0.4)
 
 
 def test_of_each_group_the_last_row_is_measured_with_as_many_beside_it_as_there_will_be():

@@ -64,8 +64,9 @@ def write_results(
 ) -> Path:
     """Writes `results.json`, `results.csv` and the page of all that finished.
 
-    On the page every task is followed by what each row is ahead of the one it is compared with: the
-    mean over seeds that both have, ± half the 95 % interval of the differences (Student's t).
+    A metric that several datasets have gets a line with its mean over them. On the page every task
+    is followed by what each row is ahead of the one it is compared with: the mean over seeds that
+    both have, ± half the 95 % interval of the differences (Student's t).
 
     Args:
       folder: where the files go.
@@ -78,6 +79,10 @@ def write_results(
     Returns:
       The path of the page.
     """
+    found = {
+        subject: {seed: with_means(findings) for seed, findings in seeds.items()}
+        for subject, seeds in found.items()
+    }
     lines = list(lines_of(table, found))
     held = {
         "title": table.title,
@@ -102,6 +107,21 @@ def write_results(
             ]
     summary = f"{_summary(table, found)} {note}".rstrip()
     return write_report(folder, subjects, title=table.title, summary=summary, provenance=facts)
+
+
+def with_means(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings, and of each metric that several datasets have its mean over them."""
+    values: dict[tuple[str, str, bool], list[float]] = {}
+    for each in findings:
+        if isinstance(each, Score) and each.higher_is_better is not None:
+            key = each.task, each.metric, each.higher_is_better
+            values.setdefault(key, []).append(float(each.value))
+    means = [
+        Score(task, f"mean of {len(its)}", metric, sum(its) / len(its), higher_is_better=better)
+        for (task, metric, better), its in values.items()
+        if len(its) > 1
+    ]
+    return [*findings, *means]
 
 
 def lines_of(table: Table, found: Found) -> Iterator[Line]:
@@ -150,7 +170,9 @@ def _csv(lines: Sequence[Line]) -> str:
 
 def _summary(table: Table, found: Found) -> str:
     against = {row.subject: table.against(row) for row in table.rows}
-    compared = "; ".join(f"{row} with {other}" for row, other in against.items() if other)
+    compared = "; ".join(
+        f"{row} with {other}" for row, other in against.items() if {row, other} <= found.keys()
+    )
     seeds = ", ".join(f"{subject}: {len(each)}" for subject, each in found.items())
     return (
         f"{table.question}\n\nSeeds of each row: {seeds}. Means ± half their 95 % intervals. "
