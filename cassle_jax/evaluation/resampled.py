@@ -1,0 +1,90 @@
+"""Linear evaluation over random splits: what a small dataset says with less noise than one split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.evaluation.linear import Split, linear_evaluation
+
+TASK = "linear, random splits"
+
+
+@dataclass(frozen=True)
+class ResampledResult:
+    """What linear evaluation found on every split.
+
+    Attributes:
+      accuracies: of the test rows, in the dataset's metric, one per split.
+      converged: whether every fit of a split got there.
+    """
+
+    accuracies: tuple[float, ...]
+    converged: tuple[bool, ...]
+
+    def findings(self, dataset: str, metric: str) -> list[Finding]:
+        """The mean over the splits, and half its 95 % interval: of the splits, not of seeds."""
+        values = np.array(self.accuracies)
+        spread = values.std(ddof=1) / np.sqrt(len(values))
+        half = float(stats.t.ppf(0.975, len(values) - 1) * spread)
+        name = metric.replace("_", " ")
+        score = Score(TASK, dataset, name, float(values.mean()), half)
+        return [score, *missed_optima(TASK, dataset, np.array(self.converged))]
+
+
+def resampled_linear_evaluation(
+    parts: Sequence[Split],
+    *,
+    classes: int,
+    metric: str = "accuracy",
+    splits: int = 5,
+    seed: int = 0,
+) -> ResampledResult:
+    """Linear evaluation on random splits of all rows, each with the sizes of the given parts.
+
+    The rows of a class are shuffled and cut in the parts' proportions, so a part holds the same
+    share of every class. The splits depend on the labels and the seed alone: encoders that are
+    compared meet the same ones.
+
+    Args:
+      parts: features and labels (from 0) of the training, validation and test rows.
+      classes: how many there are.
+      metric: as `linear_evaluation`'s.
+      splits: how many, 2 or more.
+      seed: of the splits.
+
+    Raises:
+      ValueError: fewer than 2 splits, or what `linear_evaluation` raises.
+    """
+    if splits < 2:
+        raise ValueError(f"splits={splits} gives no interval; use 2 or more")
+    features, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    shares = np.cumsum([len(part[1]) for part in parts]) / len(labels)
+    results = []
+    for split in range(splits):
+        places = split_by_class(labels, shares[:-1], np.random.default_rng([seed, split]))
+        drawn = [(features[rows], labels[rows]) for rows in places]
+        results.append(linear_evaluation(*drawn, classes=classes, metric=metric))
+    accuracy = "test_accuracy" if metric == "accuracy" else "test_class_average"
+    return ResampledResult(
+        tuple(float(getattr(result, accuracy)) for result in results),
+        tuple(bool(result.converged.all()) for result in results),
+    )
+
+
+def split_by_class(
+    labels: Int[np.ndarray, " rows"],
+    cuts: Float[np.ndarray, " cuts"],
+    generator: np.random.Generator,
+) -> list[Int[np.ndarray, " part"]]:
+    """The rows of every part: each class shuffled and cut at these shares of it."""
+    parts: list[list[np.ndarray]] = [[] for _ in range(len(cuts) + 1)]
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        pieces = np.split(rows, np.rint(cuts * len(rows)).astype(int))
+        for part, piece in zip(parts, pieces, strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
