@@ -1,4 +1,4 @@
-"""Linear evaluation over random splits: what a small dataset says with less noise than one split."""
+"""Linear evaluation over random splits, for datasets so small that one split is mostly noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
-from cassle_jax.evaluation.linear import Split, linear_evaluation
+from cassle_jax.evaluation.linear import PENALTIES, Split, linear_evaluation
 
 TASK = "linear, random splits"
 
@@ -39,6 +39,7 @@ def resampled_linear_evaluation(
     parts: Sequence[Split],
     *,
     classes: int,
+    penalties: Sequence[float] | np.ndarray = PENALTIES,
     metric: str = "accuracy",
     splits: int = 5,
     seed: int = 0,
@@ -52,6 +53,7 @@ def resampled_linear_evaluation(
     Args:
       parts: features and labels (from 0) of the training, validation and test rows.
       classes: how many there are.
+      penalties: the values of w to try.
       metric: as `linear_evaluation`'s.
       splits: how many, 2 or more.
       seed: of the splits.
@@ -67,7 +69,9 @@ def resampled_linear_evaluation(
     for split in range(splits):
         places = split_by_class(labels, shares[:-1], np.random.default_rng([seed, split]))
         drawn = [(features[rows], labels[rows]) for rows in places]
-        results.append(linear_evaluation(*drawn, classes=classes, metric=metric))
+        results.append(
+            linear_evaluation(*drawn, classes=classes, penalties=penalties, metric=metric)
+        )
     accuracy = "test_accuracy" if metric == "accuracy" else "test_class_average"
     return ResampledResult(
         tuple(float(getattr(result, accuracy)) for result in results),

@@ -26,6 +26,7 @@ from cassle_jax.evaluation.linear import linear_evaluation
 from cassle_jax.evaluation.matching import takes_descriptor, told_with_image, view_matcher
 from cassle_jax.evaluation.neighbours import nearest
 from cassle_jax.evaluation.regression import regression
+from cassle_jax.evaluation.resampled import resampled_linear_evaluation
 from cassle_jax.evaluation.sgd_probe import sgd_probe
 from cassle_jax.evaluation.spectrum import alignment_and_uniformity, lidar, spectrum
 from cassle_jax.evaluation.store import Features, FeatureStore, uncropped_side
@@ -142,6 +143,15 @@ def _linear(bench: Bench) -> list[Finding]:
     parts = [(part.features, part.labels) for part in bench.cropped()]
     metric = bench.data.metric
     result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)
+    return result.findings(bench.data.name, metric)
+
+
+def _linear_resampled(bench: Bench) -> list[Finding]:
+    parts = [(part.features, part.labels) for part in (bench.train, bench.val, bench.test)]
+    metric = bench.data.metric
+    result = resampled_linear_evaluation(
+        parts, classes=bench.data.classes, metric=metric, seed=bench.settings.seed
+    )
     return result.findings(bench.data.name, metric)
 
 
@@ -361,6 +371,7 @@ _ANY = "classification regression few-shot"
 
 TASKS: Mapping[str, Task] = {
     "linear": _task(_linear, "classification"),
+    "linear_resampled": _task(_linear_resampled, "classification", usual=""),
     "knn": _task(_knn, "classification"),
     "few_shot": _task(_few_shot, "few-shot classification", usual="few-shot"),
     "regression": _task(_regression, "regression"),
