@@ -43,8 +43,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
       arguments: comma-separated `name=value`:
         `method`: a name in `METHODS` (default `moco_v2`).
         `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `leak_free`
-        (palette in the place of color_diff, which gives the image's mean colour away), `none` for
-        the plain method, or names of descriptors and components (color.hue) joined by `+`.
+        (palette in the place of color_diff, which gives the image's mean colour away), `branched`
+        (leak_free, with half of the loss through a plain projector beside the conditioned one;
+        docs/evidence.md), `none` for the plain method, or names of descriptors and components (color.hue) joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
         `follow`: `paper` (default), or `published` for what the published CASSLE code does where it
@@ -85,9 +86,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "networks": "all",  # that the file has, or only its encoder
         }
     )
-    config.conditioning = _from_dataclass(
-        Conditioning(descriptors=_descriptors(chosen["conditioning"]))
-    )
+    config.conditioning = _from_dataclass(_conditioning(chosen["conditioning"]))
     config.augself = ConfigDict({"hidden": 512, **dict.fromkeys(PREDICTED, 0.0)})
     config.augself.update(_augself_weights(chosen["augself"]))
     config.augment = _from_dataclass(AugmentSpec(size=32))
@@ -194,14 +193,19 @@ def _parse(arguments: str, recipe_of: str) -> dict[str, str]:
     return chosen
 
 
-def _descriptors(value: str) -> tuple[str, ...]:
-    named = {"cassle": CASSLE_DESCRIPTORS, "leak_free": LEAK_FREE_DESCRIPTORS, "none": ()}
+def _conditioning(value: str) -> Conditioning:
+    named = {
+        "cassle": Conditioning(CASSLE_DESCRIPTORS),
+        "leak_free": Conditioning(LEAK_FREE_DESCRIPTORS),
+        "branched": Conditioning(LEAK_FREE_DESCRIPTORS, plain_branch=0.5),
+        "none": Conditioning(()),
+    }
     if value in named:
         return named[value]
     components = [f"{name}.{part}" for name, parts in COMPONENTS.items() for part in parts]
     for name in value.split("+"):
         knows("conditioning", name, (*named, *(components if "." in name else COMPONENTS)))
-    return tuple(sorted(value.split("+")))
+    return Conditioning(tuple(sorted(value.split("+"))))
 
 
 def _augself_weights(value: str) -> dict[str, float]:

@@ -55,10 +55,17 @@ def test_a_method_brings_its_own_settings(method):
         ("none", ()),
         ("crop", ("crop",)),
         ("solarize+crop+blur", ("blur", "crop", "solarize")),
+        ("color.hue+grayscale", ("color.hue", "grayscale")),
+        ("leak_free", ("blur", "color", "crop", "grayscale", "palette")),
     ],
 )
 def test_conditioning_names_descriptors(value, descriptors):
     assert changed(f"conditioning={value}") == {"conditioning.descriptors": list(descriptors)}
+
+
+def test_branched_is_leak_free_with_a_plain_branch():
+    leak_free = changed("conditioning=leak_free")
+    assert changed("conditioning=branched") == {**leak_free, "conditioning.plain_branch": 0.5}
 
 
 @pytest.mark.parametrize(

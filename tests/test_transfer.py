@@ -12,19 +12,24 @@ def test_it_compares_what_the_projector_may_know_at_64_pixels():
     table = find_table("transfer", methods=("byol",))
     runs = runs_of_table(table, seeds=(0,))
     told = {
-        run.name: (tuple(run.config.conditioning.descriptors), run.config.augself.crop)
+        run.name: (
+            tuple(run.config.conditioning.descriptors),
+            run.config.conditioning.plain_branch,
+            run.config.augself.crop,
+        )
         for run in runs
     }
     assert told == {
-        "byol-plain-0": ((), 0.0),
-        "byol-cassle-0": (CASSLE_DESCRIPTORS, 0.0),
-        "byol-leak-free-0": (LEAK_FREE_DESCRIPTORS, 0.0),
-        "byol-augself-0": ((), 0.5),
+        "byol-plain-0": ((), 0.0, 0.0),
+        "byol-cassle-0": (CASSLE_DESCRIPTORS, 0.0, 0.0),
+        "byol-leak-free-0": (LEAK_FREE_DESCRIPTORS, 0.0, 0.0),
+        "byol-leak-free-+-plain-branch-0": (LEAK_FREE_DESCRIPTORS, 0.5, 0.0),
+        "byol-augself-0": ((), 0.0, 0.5),
     }
     for run in runs:
         config = run.config
         assert (config.encoder.name, config.augment.size) == ("resnet18", 64)
-        assert table.against(table.rows[3]) == "byol, plain"
+        assert table.against(table.rows[4]) == "byol, plain"
 
 
 def test_its_options_reach_the_table(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ VARIANTS = {
     "CASSLE": "conditioning=cassle",
     "leak-free": "conditioning=leak_free",
     "CASSLE + plain branch": "conditioning=cassle;conditioning.plain_branch=0.5",
-    "leak-free + plain branch": "conditioning=leak_free;conditioning.plain_branch=0.5",
+    "leak-free + plain branch": "conditioning=branched",
     "leak-free + plain branch 0.8": "conditioning=leak_free;conditioning.plain_branch=0.8",
     "leak-free + dropout 0.5": "conditioning=leak_free;conditioning.dropout=0.5",
     "leak-free from a third on": "conditioning=leak_free;conditioning.start_epoch=4",

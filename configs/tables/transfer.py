@@ -11,6 +11,7 @@ VARIANTS = {
     "plain": "conditioning=none",
     "CASSLE": "conditioning=cassle",
     "leak-free": "conditioning=leak_free",
+    "leak-free + plain branch": "conditioning=branched",
     "AugSelf": "conditioning=none,augself=main",  # its step is the longest, so it is measured
 }
 
