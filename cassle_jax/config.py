@@ -44,8 +44,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         `method`: a name in `METHODS` (default `moco_v2`).
         `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `leak_free`
         (palette in the place of color_diff, which gives the image's mean colour away), `branched`
-        (leak_free, with half of the loss through a plain projector beside the conditioned one;
-        docs/evidence.md), `none` for the plain method, or names of descriptors and components (color.hue) joined by `+`.
+        (leak_free, with half of the loss through a plain projector beside the conditioned one; see
+        docs/evidence.md), `none` for the plain method, or names of descriptors and components, such
+        as color.hue, joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
         `follow`: `paper` (default), or `published` for what the published CASSLE code does where it
