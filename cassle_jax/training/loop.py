@@ -275,15 +275,23 @@ def _known_path(workdir: epath.PathLike) -> epath.Path:
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
-    """Says what ω gives away where one of its descriptors is computed from the image."""
+    """Says what ω gives away: of the image, or of which two views are a pair."""
+    if not is_conditioned(conditioning.treatment, conditioning.injection):
+        return
     leaking = [name for name in conditioning.descriptors if name.partition(".")[0] in FROM_IMAGE]
-    if leaking and is_conditioned(conditioning.treatment, conditioning.injection):
+    if leaking:
         LOG.warning(
             "conditioning.descriptors has %s, which is computed from the image: beside what is "
             "known of the jitter it gives the image's mean colour away, so that ω alone solves a "
             "part of the objective; palette says what the jitter does and nothing of the image "
             "(--config=…:conditioning=leak_free)",
             ", ".join(leaking),
+        )
+    if conditioning.relative and conditioning.descriptors and conditioning.into != "predictor":
+        LOG.warning(
+            "conditioning.relative=True gives the projector ω of the two views that mirror each "
+            "other, so that ω alone matches them and solves most of the objective; "
+            "conditioning.into='predictor' keeps ω out of what is matched"
         )
 
 

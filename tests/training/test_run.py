@@ -224,19 +224,29 @@ def test_what_is_never_drawn_cannot_be_told_or_predicted(name):
     build({"conditioning.descriptors": ("crop", name), f"augment.{name}": 0.5})
 
 
-def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step(
-    tmp_path, caplog, monkeypatch
-):
+@pytest.fixture
+def warnings(tmp_path, caplog, monkeypatch):
+    """warnings(conditioning, settings) -> what a run warns of before its first step."""
     monkeypatch.setattr("cassle_jax.training.loop._Loop.train", lambda loop, stop: loop.state)
 
-    def warnings(conditioning):
+    def begin(conditioning, settings=None):
         config = tiny_config(f"method=simclr,conditioning={conditioning}")
+        config.update_from_flattened_dict(settings or {})
         caplog.clear()
         with caplog.at_level("WARNING", logger="cassle_jax"):
-            pretrain(config, tmp_path / conditioning)
-        return [each for each in caplog.messages if "computed from the image" in each]
+            pretrain(config, tmp_path / f"{conditioning}-{len(settings or {})}")
+        return [each for each in caplog.messages if each.startswith("conditioning.")]
 
+    return begin
+
+
+def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step(warnings):
     (told,) = warnings("cassle")
     assert "conditioning.descriptors has color_diff" in told
     assert "mean colour" in told and "palette" in told and "leak_free" in told
     assert not warnings("leak_free")
+
+
+def test_relative_descriptors_of_a_projector_are_warned_of(warnings):
+    (told,) = warnings("leak_free", {"conditioning.relative": True})
+    assert "conditioning.relative=True" in told and "conditioning.into='predictor'" in told
