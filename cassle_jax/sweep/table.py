@@ -18,6 +18,7 @@ TABLES = ROOT / "configs" / "tables"
 # Any run at a size that takes seconds; of these settings a run takes those that it has.
 TOY = {
     "steps": "4",
+    "optimizer.warmup_epochs": "0",
     "batch_size": "16",
     "chunk_size": "0",
     "encoder.name": "resnet18",
