@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cassle_jax.config import ConfigError, base_config
-from cassle_jax.data.scenes import open_scenes
+from cassle_jax.data.families import open_drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def jpegs_in(folder: Path) -> tuple[Path, ...]:
 
 def draw_jpegs(folder: Path, count: int) -> tuple[Path, ...]:
     """Writes drawn scenes as JPEGs of 500 × 375 pixels, as large as ImageNet's usual ones."""
-    scenes = open_scenes(count, 128, "train")
+    scenes = open_drawn("scenes", count, 128, "train")
     paths = []
     for index in range(count):
         # Noise, as a photograph has it: about 100 kB a file.

@@ -97,13 +97,13 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "source": "scenes",  # scenes (drawn, needs no files), folder or tfds
+            "source": "scenes",  # scenes or motifs (drawn, need no files), folder or tfds
             "name": "",  # tfds: the builder, such as cifar10
             "path": "",  # folder: holds <split>/<class>/<file>; tfds: its data_dir, "" for tfds's
             "train_split": "train",
             "classes": "",  # "": all; imagenet100; or a text file of class names, one a line
             "canvas": 32,  # pixels; larger images are reduced to fit
-            "scenes": 50_000,  # how many scenes are drawn
+            "scenes": 50_000,  # how many images are drawn, where they are
             "threads": 0,  # that read and decode; 0: half the CPUs, at least 2
             "cache_gib": 4.0,  # decoded images are kept in memory if they all fit in this much
             "on_device": "auto",  # all images on every device: where they fit; or always, never

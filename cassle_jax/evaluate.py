@@ -14,7 +14,7 @@ from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import EvaluationData, open_dataset
-from cassle_jax.data.scenes import open_scenes
+from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.findings import Finding
 from cassle_jax.evaluation.store import FeatureStore
@@ -27,7 +27,7 @@ from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
 
-SCENES, SCENE_PIXELS = 5000, 64
+DRAWN, DRAWN_PIXELS = 5000, 64
 INCOMPLETE = "incomplete"  # folder, in that of the report, of what was found before an error
 
 
@@ -52,7 +52,8 @@ def evaluate_command(
     Args:
       runs: workdirs of runs or files of weights, each as `path` or `name=path`; those of one name
         are seeds of it.
-      datasets: names in `DATASETS`, `scenes`, `folder:<path>`, or `name=<path of its folder>`.
+      datasets: names in `DATASETS`, `motifs`, `scenes`, `folder:<path>`, or `name=<path of its
+        folder>`.
       to: folder of the report; where the evaluation ends early, what was found by then is in its
         `incomplete` folder.
       tasks: names in `TASKS`; empty for the usual ones that suit each dataset.
@@ -150,16 +151,16 @@ def _shared_facts(
 
 
 def open_evaluated(described: str, data_dir: str) -> EvaluationData:
-    """A dataset as the command names it: in the table, `scenes`, `folder:<path>`, or with its path.
+    """A dataset as the command names it: in the table, drawn, `folder:<path>`, or with its path.
 
     Raises:
       DataError: it is not there, or not whole.
     """
-    if described == "scenes":
-        parts = (open_scenes(SCENES, SCENE_PIXELS, s) for s in ("train", "validation", "test"))
+    if described in FAMILIES:
+        parts = (open_drawn(described, DRAWN, DRAWN_PIXELS, split) for split in SPLITS)
         train, val, test = parts
         classes = len(test.class_names)
-        return EvaluationData("scenes", train, val, test, classes, "accuracy", "classification")
+        return EvaluationData(described, train, val, test, classes, "accuracy", "classification")
     if described.startswith("folder:"):
         return open_dataset(described)
     name, _, path = described.partition("=")
@@ -264,7 +265,9 @@ if __name__ == "__main__":
         "run", [], "Workdir of a run or file of weights, or name=path; may be repeated."
     )
     datasets_flag = flags.DEFINE_list(
-        "datasets", [], "Names of the table, scenes, folder:<path>, or name=<path of its folder>."
+        "datasets",
+        [],
+        "Names of the table, motifs, scenes, folder:<path>, or name=<path of its folder>.",
     )
     to_flag = flags.DEFINE_string("to", "runs/evaluation", "Folder of the report.")
     tasks_flag = flags.DEFINE_list("tasks", [], f"Of {', '.join(TASKS)}; the usual ones.")

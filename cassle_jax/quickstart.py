@@ -1,7 +1,9 @@
-"""Pretrains plain and with CASSLE on the embedded scenes, and shows what either keeps of them."""
+"""Pretrains plain and with CASSLE on drawn motifs, and shows what either keeps of their factors."""
 
+import json
 import logging
 import time
+from collections.abc import Mapping
 
 from absl import flags
 from etils import epath
@@ -9,15 +11,15 @@ from ml_collections import ConfigDict
 
 from cassle_jax import command
 from cassle_jax.config import flat_settings
-from cassle_jax.data import open_source
-from cassle_jax.data.scenes import FACTORS
-from cassle_jax.evaluation.factor_probes import probe_factors
+from cassle_jax.data import CHANGED, UNCHANGED, Motifs, open_source
+from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.page import write_page
 from cassle_jax.report.table import Table, cell_text
+from cassle_jax.storage import write_whole
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
@@ -27,44 +29,53 @@ from configs.quickstart import get_config
 
 LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __main__
 
-RUNS = {"plain": "none", "CASSLE": "cassle"}
+RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
+"""For each run the arguments of its configuration; the first is what the others are beside."""
+
+UNTRAINED = "untrained"
 EXPLANATION = (
-    "A linear probe reads each factor of the scenes off the frozen features. 1 is perfect, 0 is "
-    "what a constant answer gets."
+    "A linear probe reads each factor of the images off the frozen features. 1 is perfect, 0 is "
+    "what a constant answer gets. Nothing but these factors tells two images apart."
 )
+_FACTORS = Motifs.FACTORS
+_GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
+
+Scores = Mapping[str, Mapping[str, float]]
+"""For each run, or the untrained encoder, the score of each factor."""
 
 
-def quickstart(method: str, workdir: epath.PathLike) -> Table:
-    """Pretrains, probes, and writes the figure and the page.
+def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
+    """Pretrains, probes, and writes the figure, the page and the scores.
 
     Args:
       method: a name in `METHODS`.
       workdir: a folder for the runs and what is written.
+      seed: of the runs: weights, order and augmentations. The images stay the same.
 
     Returns:
-      For each factor its score with either run's features and with an untrained encoder's.
+      The score of each factor with every run's features and with an untrained encoder's.
     """
     workdir = epath.Path(workdir)
-    configs = {
-        name: get_config(f"method={method},conditioning={conditioning}")
-        for name, conditioning in RUNS.items()
-    }
+    configs = {name: _config(method, arguments, seed) for name, arguments in RUNS.items()}
     scores = {}
     for name, config in configs.items():
         LOG.info("pretraining %s, %s: %d steps", method, name, config.steps)
         scores[name] = factor_scores(config, pretrain_command(config, workdir / name))
-    scores["untrained"] = factor_scores(configs["plain"], None)
-    table = Table(
-        ("factor", *scores),
-        [(factor, *(each[factor] for each in scores.values())) for factor in FACTORS],
-    )
+    scores[UNTRAINED] = factor_scores(next(iter(configs.values())), None)
+    write_scores(workdir / "quickstart.json", method, seed, scores)
     write_results(
-        f"What {METHODS[method].__name__} keeps of the scenes, plain and with CASSLE",
+        f"What {METHODS[method].__name__} keeps of the images, {' and with '.join(RUNS)}",
         workdir,
         configs,
-        table,
+        scores,
     )
-    return table
+    return scores
+
+
+def _config(method: str, arguments: str, seed: int) -> ConfigDict:
+    config = get_config(f"method={method},{arguments}")
+    config.seed = seed
+    return config
 
 
 def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, float]:
@@ -76,11 +87,67 @@ def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, flo
         state = on_every_device(run.initial_state, mesh)
     read = FeatureReader(config, run, mesh)
     (train_features, _), (test_features, _) = read(state, train), read(state, test)
-    return probe_factors(train_features, train.factors, test_features, test.factors, FACTORS)
+    kinds = {name: factor.kind for name, factor in _FACTORS.items()}
+    return probe_factors(train_features, train.factors, test_features, test.factors, kinds)
+
+
+def group_table(scores: Scores, group: str) -> Table:
+    """For each factor of a group every run's score, and their mean before them."""
+    means = {run: group_means(each, _GROUPS) for run, each in scores.items()}
+    names = [name for name, of in _GROUPS.items() if of == group]
+    return Table(
+        ("factor", *scores),
+        [
+            ("mean", *(each[group] for each in means.values())),
+            *((name, *(each[name] for each in scores.values())) for name in names),
+        ],
+    )
+
+
+def whole_table(scores: Scores) -> Table:
+    """The groups' tables one below the other, and what changes each factor."""
+    rows = []
+    for group in (CHANGED, UNCHANGED):
+        (_, *means), *factors = group_table(scores, group).rows
+        rows.append((group, "", *means))
+        rows.extend((f"  {name}", _FACTORS[name].changed_by, *row) for name, *row in factors)
+    return Table(("factor", "changed by", *scores), rows)
+
+
+def headline(scores: Scores) -> str:
+    """What every run keeps more or less of than the first, in one sentence a run."""
+    first, *others = RUNS
+    means = {run: group_means(scores[run], _GROUPS) for run in RUNS}
+
+    def share(run: str, group: str) -> str:
+        mine, other = means[run][group], means[first][group]
+        word = "more" if mine > other else "less"
+        return f"{word} of what is {group} ({mine:.2f}, not {other:.2f})"
+
+    return " ".join(
+        f"Beside {first}, {run} keeps {share(run, CHANGED)} and {share(run, UNCHANGED)}."
+        for run in others
+    )
+
+
+def write_scores(path: epath.Path, method: str, seed: int, scores: Scores) -> None:
+    """Writes every score, the groups' means and what the factors are, as JSON."""
+    report = {
+        "method": method,
+        "seed": seed,
+        "scores": scores,
+        "means": {run: group_means(each, _GROUPS) for run, each in scores.items()},
+        "factors": {
+            name: {"kind": factor.kind, "group": factor.group, "changed_by": factor.changed_by}
+            for name, factor in _FACTORS.items()
+        },
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
 
 
 def write_results(
-    title: str, workdir: epath.Path, configs: dict[str, ConfigDict], table: Table
+    title: str, workdir: epath.Path, configs: Mapping[str, ConfigDict], scores: Scores
 ) -> None:
     """Writes `quickstart.png` and `quickstart.html`."""
     metrics = {name: read_metrics(workdir / name) for name in configs}
@@ -94,7 +161,7 @@ def write_results(
             ("similarity of negative pairs", "negative_similarity"),
         )
     }
-    config = configs["plain"]
+    last, config = list(configs.items())[-1]
     source = open_source(config.data, config.data.train_split)
     run = build_run(config, device_mesh(), len(source))
     images, (first, _), (second, _) = first_views(run, source, config.data)
@@ -102,37 +169,40 @@ def write_results(
         workdir / "quickstart.png",
         title=title,
         loss=curves["loss"],
-        table=table,
+        tables={f"factors {group}": group_table(scores, group) for group in (CHANGED, UNCHANGED)},
         images=images,
         view_1=first,
         view_2=second,
     )
+    length = f"{config.steps} steps of {config.batch_size} images each, seed {config.seed}."
     write_page(
         workdir / "quickstart.html",
         title=title,
-        summary=f"{config.steps} steps of {config.batch_size} images each. {EXPLANATION}",
+        summary=f"{headline(scores)}\n\n{length} {EXPLANATION}",
         curves=curves,
-        table=table,
+        table=whole_table(scores),
         figures={
-            "Images, their two views, and what the projector is told": workdir
-            / "CASSLE"
-            / "views.png"
+            "Images, their two views, and what the projector is told": workdir / last / "views.png"
         },
-        settings=flat_settings(configs["CASSLE"]),
+        settings=flat_settings(config),
     )
 
 
-def main(method: str, workdir: epath.Path) -> None:
-    """Runs the quickstart and prints its table and where the page is."""
+def main(method: str, workdir: epath.Path, seed: int) -> None:
+    """Runs the quickstart, prints its table, and where the page is."""
     start = time.monotonic()
-    table = quickstart(method, workdir)
-    for row in [table.columns, *table.rows]:
-        print(f"{row[0]:12}" + "".join(f"{cell_text(cell):>11}" for cell in row[1:]))
-    print(f"\n{EXPLANATION}\n\n{workdir / 'quickstart.html'}\n{workdir / 'quickstart.png'}")
+    scores = quickstart(method, workdir, seed)
+    table = whole_table(scores)
+    for name, changed_by, *cells in [table.columns, *table.rows]:
+        print(f"{name:26}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
+    print(f"\n{headline(scores)}\n{EXPLANATION}\n")
+    for written in ("html", "png", "json"):
+        print(workdir / f"quickstart.{written}")
     LOG.info("took %.0f s", time.monotonic() - start)
 
 
 if __name__ == "__main__":
     method_flag = flags.DEFINE_enum("method", "simclr", sorted(METHODS), "What is pretrained.")
     workdir_flag = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of runs and page.")
-    command.run(lambda: main(method_flag.value, epath.Path(workdir_flag.value)))
+    seed_flag = flags.DEFINE_integer("seed", 0, "Of weights, order and augmentations.", 0)
+    command.run(lambda: main(method_flag.value, epath.Path(workdir_flag.value), seed_flag.value))

@@ -1,9 +1,9 @@
-"""The embedded scenes at 48 pixels, a slim ResNet-18: about a minute on two CPU cores.
+"""Drawn motifs at 48 pixels, a slim ResNet-18: about a minute on two CPU cores.
 
 python -m cassle_jax.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arguments: method, conditioning, augself, follow; see `base_config`. `launch/quickstart.sh` runs it
-plain and with CASSLE, and shows what either representation keeps of the scenes' factors.
+plain and with CASSLE, and shows what either representation keeps of the motifs' factors.
 """
 
 from cassle_jax.config import base_config
@@ -22,7 +22,7 @@ def get_config(arguments=""):
     config.optimizer.base_learning_rate = 0.016
     config.optimizer.weight_decay = 1e-4
     config.optimizer.warmup_epochs = 0.5
-    config.data.source = "scenes"
+    config.data.source = "motifs"
     config.data.scenes = 10_000
     config.data.canvas = 48
     config.log.every_steps = 20

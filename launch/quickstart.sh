@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what CASSLE needs and runs the quickstart: plain and CASSLE pretraining on embedded scenes, side by side.
+# Installs what CASSLE needs and runs the quickstart: plain and CASSLE pretraining on drawn motifs, side by side.
 # Usage: bash launch/quickstart.sh [options of python -m cassle_jax.quickstart]
 
 # shellcheck source=launch/environment.sh

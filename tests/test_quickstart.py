@@ -1,11 +1,17 @@
 """The quickstart from its first step to its page, on a tiny encoder."""
 
+import json
+
+import numpy as np
 import pytest
 
 from cassle_jax import quickstart
-from cassle_jax.data.scenes import FACTORS
+from cassle_jax.data import CHANGED, UNCHANGED, Motifs
 from cassle_jax.models import ENCODERS
 from tests.tiny import TinyEncoder, tiny_config
+
+FACTORS = Motifs.FACTORS
+SEED = 3
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +21,7 @@ def result(tmp_path_factory):
     def get_config(arguments):
         config = tiny_config(arguments)
         config.steps = 6
+        config.data.source = "motifs"
         config.data.scenes = 320
         config.probe.every_epochs = 1
         config.probe.train_images = config.probe.test_images = 32
@@ -23,27 +30,63 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENCODERS, "tiny", TinyEncoder)
         patch.setattr(quickstart, "get_config", get_config)
-        yield quickstart.quickstart("simclr", workdir), workdir
+        yield quickstart.quickstart("simclr", workdir, SEED), workdir
 
 
 def test_every_factor_has_a_score_for_either_run_and_for_an_untrained_encoder(result):
-    table, _ = result
-    assert table.columns == ("factor", "plain", "CASSLE", "untrained")
-    assert [row[0] for row in table.rows] == list(FACTORS)
-    assert all(score <= 1 for row in table.rows for score in row[1:])
+    scores, _ = result
+    assert list(scores) == ["plain", "CASSLE", "untrained"]
+    for each in scores.values():
+        assert list(each) == list(FACTORS)
+        assert all(score <= 1 for score in each.values())
+
+
+def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
+    scores, _ = result
+    table = quickstart.whole_table(scores)
+    assert table.columns == ("factor", "changed by", "plain", "CASSLE", "untrained")
+    names = [row[0].strip() for row in table.rows]
+    places = [names.index(group) for group in (CHANGED, UNCHANGED)]
+    for place, end in zip(places, [*places[1:], len(names)], strict=True):
+        members = names[place + 1 : end]
+        assert members == [n for n, factor in FACTORS.items() if factor.group == names[place]]
+        for column, run in enumerate(scores, start=2):
+            mean = np.mean([scores[run][name] for name in members])
+            assert table.rows[place][column] == pytest.approx(mean)
+        changes = [row[1] != "" for row in table.rows[place + 1 : end]]
+        assert changes == [names[place] == CHANGED] * len(members)
+
+
+def test_the_headline_says_which_run_keeps_more():
+    plain = dict.fromkeys(FACTORS, 0.25)
+    told = {name: 0.5 if factor.changed_by else 0.125 for name, factor in FACTORS.items()}
+    said = quickstart.headline({"plain": plain, "CASSLE": told, "untrained": plain})
+    assert "CASSLE keeps more of what is changed by augmentations (0.50, not 0.25)" in said
+    assert "less of what is unchanged (0.12, not 0.25)" in said
 
 
 def test_the_figure_and_the_page_are_there_and_need_no_other_file(result):
-    table, workdir = result
+    scores, workdir = result
     assert (workdir / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     page = (workdir / "quickstart.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "data:image/png" in page
-    for row in table.rows:
-        assert f"{row[1]:.3f}" in page
+    for score in scores["CASSLE"].values():
+        assert f"{score:.3f}" in page
 
 
-def test_the_runs_are_kept_beside_them(result):
+def test_a_program_reads_the_scores_the_seed_and_the_groups(result):
+    scores, workdir = result
+    report = json.loads((workdir / "quickstart.json").read_text())
+    assert report["seed"] == SEED and report["method"] == "simclr"
+    assert report["scores"] == scores
+    changed = [n for n, factor in report["factors"].items() if factor["group"] == CHANGED]
+    mean = np.mean([scores["CASSLE"][name] for name in changed])
+    assert report["means"]["CASSLE"][CHANGED] == pytest.approx(mean)
+
+
+def test_the_runs_are_kept_beside_them_and_have_the_seed(result):
     _, workdir = result
     for name in ("plain", "CASSLE"):
         assert (workdir / name / "checkpoints" / "6").exists()
+        assert json.loads((workdir / name / "config.json").read_text())["seed"] == SEED

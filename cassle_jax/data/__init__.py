@@ -3,6 +3,8 @@
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.factors import CHANGED, UNCHANGED, Drawn, Factor
+from cassle_jax.data.motifs import Motifs
 from cassle_jax.data.opening import Feed, open_feed, open_source
 from cassle_jax.data.pipeline import (
     BatchIterator,
@@ -10,18 +12,20 @@ from cassle_jax.data.pipeline import (
     steps_per_epoch,
     training_batches,
 )
-from cassle_jax.data.scenes import FACTORS, SHAPES, TEXTURES, Scenes
+from cassle_jax.data.scenes import Scenes
 from cassle_jax.data.sources import Record, Source
 
 __all__ = [
-    "FACTORS",
-    "SHAPES",
-    "TEXTURES",
+    "CHANGED",
+    "UNCHANGED",
     "BatchIterator",
     "DamagedImage",
     "DamagedLog",
     "DataError",
+    "Drawn",
+    "Factor",
     "Feed",
+    "Motifs",
     "Record",
     "Scenes",
     "Source",

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from cassle_jax.data import folder, scenes
+from cassle_jax.data import folder
 from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.families import FAMILIES, open_drawn
 from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.resident import ResidentFeed, resident_bytes
@@ -24,14 +25,14 @@ def open_source(data_config: Any, split: str) -> Source:
 
     Args:
       data_config: the `data` settings of a configuration; read are
-        source: 'scenes' (drawn, embedded), 'folder' or 'tfds'.
+        source: 'motifs' or 'scenes' (drawn, embedded), 'folder' or 'tfds'.
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
         path: root of the image folder, or tfds' data_dir ('' is tfds' default).
         classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100, anything else is
         the path of a text file with one class name a line. Labels follow the list's order.
-        scenes: number of scenes in the split 'train'.
-        canvas: side of a scene, and the largest side of a decoded image, in pixels.
-      split: 'train', 'test', … of a folder or of the scenes; for tfds anything it understands,
+        scenes: number of drawn images in the split 'train'.
+        canvas: side of a drawn image, and the largest side of a decoded image, in pixels.
+      split: 'train', 'test', … of a folder or of drawn images; for tfds anything it understands,
         such as 'train[:90%]' or 'train+unlabelled'.
 
     Returns:
@@ -40,7 +41,7 @@ def open_source(data_config: Any, split: str) -> Source:
     Raises:
       DataError: a setting cannot work; the message names it and what would.
     """
-    openers = {"scenes": _open_scenes, "folder": _open_folder, "tfds": _open_tfds}
+    openers = {**dict.fromkeys(FAMILIES, _open_drawn), "folder": _open_folder, "tfds": _open_tfds}
     opener = openers.get(data_config.source)
     if opener is None:
         raise DataError(
@@ -109,12 +110,13 @@ def _is_resident(data_config: Any, source: Source, mesh: Mesh) -> bool:
     return resident_bytes(source, data_config.canvas) <= allowed
 
 
-def _open_scenes(data_config: Any, split: str) -> Source:
+def _open_drawn(data_config: Any, split: str) -> Source:
+    family = data_config.source
     if data_config.classes:
         raise DataError(
-            f"data.classes={data_config.classes!r} means nothing to data.source='scenes'; use ''"
+            f"data.classes={data_config.classes!r} means nothing to data.source={family!r}; use ''"
         )
-    return scenes.open_scenes(data_config.scenes, data_config.canvas, split)
+    return open_drawn(family, data_config.scenes, data_config.canvas, split)
 
 
 def _open_folder(data_config: Any, split: str) -> Source:

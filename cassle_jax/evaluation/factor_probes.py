@@ -79,6 +79,22 @@ def probe_factors(
         return {name: probe_factor(name, kind) for name, kind in kinds.items()}
 
 
+def group_means(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
+    """The mean score of every group of factors.
+
+    Args:
+      scores: Of each factor.
+      groups: Of each factor the group it belongs to.
+
+    Returns:
+      The mean of each group, in the order in which the groups first occur.
+    """
+    members: dict[str, list[float]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(scores[name])
+    return {group: float(np.mean(each)) for group, each in members.items()}
+
+
 def _standardised(train_features, test_features) -> tuple[np.ndarray, np.ndarray]:
     train, test = (
         np.asarray(jax.device_get(features), np.float32)

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cassle_jax.data import FACTORS, Scenes, Source, decode
+from cassle_jax.data import Drawn, Source, decode
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.landmarks import TargetSource
 from cassle_jax.data.splits import Crops, Joined, Part
 from cassle_jax.evaluation.augmentation_probes import augmentation_prober
-from cassle_jax.evaluation.factor_probes import probe_factors
+from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.evaluation.features import view_extractor
 from cassle_jax.evaluation.few_shot import few_shot
 from cassle_jax.evaluation.findings import Chart, Finding, Pixels, Score
@@ -284,17 +284,19 @@ def _augmentation_probes(bench: Bench) -> list[Finding]:
 
 
 def _factors(bench: Bench) -> list[Finding]:
-    def factors(part: Features, source: Scenes):
+    def factors(part: Features, source: Drawn):
         return {name: values[part.places] for name, values in source.factors.items()}
 
-    # Scenes have no validation part of their own here: the probes cut what they need themselves.
+    known = bench.data.test.FACTORS
+    # The probes cut what they need for validation themselves.
     scores = probe_factors(
         bench.train.features,
         factors(bench.train, bench.data.train),
         bench.test.features,
         factors(bench.test, bench.data.test),
-        FACTORS,
+        {name: factor.kind for name, factor in known.items()},
     )
+    means = group_means(scores, {name: factor.group for name, factor in known.items()})
     bars = Chart(
         "factor probes",
         bench.data.name,
@@ -303,8 +305,9 @@ def _factors(bench: Bench) -> list[Finding]:
         "score",
         {"features": tuple(scores.items())},
     )
+    told = scores | {f"mean, {group}": mean for group, mean in means.items()}
     return [
-        *(Score("factor probes", bench.data.name, name, value) for name, value in scores.items()),
+        *(Score("factor probes", bench.data.name, name, value) for name, value in told.items()),
         bars,
     ]
 
@@ -347,7 +350,7 @@ class Task:
 
     Attributes:
       run: on a bench.
-      takes: the kinds of dataset it is for: their tasks, or `scenes` for the embedded ones.
+      takes: the kinds of dataset it is for: their tasks, or `drawn` for the embedded ones.
       usual: the kinds that it is run on unless other tasks are asked for.
     """
 
@@ -357,7 +360,7 @@ class Task:
 
     def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
         """Whether it is run on a dataset."""
-        kinds = {data.task} | ({"scenes"} if isinstance(data.test, Scenes) else set())
+        kinds = {data.task} | ({"drawn"} if isinstance(data.test, Drawn) else set())
         takes = self.takes if asked_for else self.usual
         return bool(kinds & takes)
 
@@ -375,7 +378,7 @@ TASKS: Mapping[str, Task] = {
     "knn": _task(_knn, "classification"),
     "few_shot": _task(_few_shot, "few-shot classification", usual="few-shot"),
     "regression": _task(_regression, "regression"),
-    "factors": _task(_factors, "scenes"),
+    "factors": _task(_factors, "drawn"),
     "spectrum": _task(_spectrum, _ANY),
     "neighbours": _task(_neighbours, _ANY),
     "invariance": _task(_invariance, _ANY),

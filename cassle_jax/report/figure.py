@@ -1,14 +1,14 @@
-"""Draws a comparison of runs as one picture: loss curves, a table as bars, a few examples."""
+"""Draws a comparison of runs as one picture: loss curves, tables as bars, a few examples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from cassle_jax.report.curves import Curves
 from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
@@ -22,38 +22,40 @@ def write_figure(
     *,
     title: str,
     loss: Curves,
-    table: Table,
+    tables: Mapping[str, Table],
     images: Sequence[UInt8[Array | np.ndarray, "_ _ 3"]],
     view_1: Float[Array | np.ndarray, "images height width 3"],
     view_2: Float[Array | np.ndarray, "images height width 3"],
 ) -> None:
-    """Writes one PNG: the loss of every run, the table as bars, and the first six images' views.
+    """Writes one PNG: the loss of every run, the tables as bars, and the first six images' views.
 
     Args:
       path: Where the PNG goes; folders are made, a file there is replaced.
       title: A line above the picture.
       loss: For each run, its (step, loss) pairs.
-      table: A group of bars a row, a bar a column after the first. A column has the colour of
-        the run of the same name. Cells that are not numbers get no bar.
+      tables: For each title, a table of the same columns: a group of bars a row, a bar a column
+        after the first. A column has the colour of the run of the same name. Cells that are not
+        numbers get no bar.
       images: RGB images in 0..255, each of any size.
       view_1: Their first views in [0, 1].
       view_2: Their second views.
 
     Raises:
-      ValueError: If a table's row is not as long as its columns, or there is not one view of
+      ValueError: If a table's row is not as long as its columns, if the tables' columns are not
+        the same, or if there is not one view of
         each kind for every image.
     """
-    table.check()
+    columns = _shared_columns(tables)
     if not len(images) == len(view_1) == len(view_2):
         raise ValueError(f"{len(images)} images, {len(view_1)} and {len(view_2)} views")
-    colours = run_colours([*loss, *table.columns[1:]])
+    colours = run_colours([*loss, *columns])
     shown = min(len(images), _EXAMPLES)
     figure = Figure(figsize=(11, 5.4 if shown else 4.2), facecolor="white", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", size=13, weight="bold", color=INK)
     charts, strip = figure.subfigures(2, 1, height_ratios=(4.4, 1)) if shown else (figure, None)
-    left, right = charts.subplots(1, 2, width_ratios=(1, 1.5))
-    _draw_loss(left, loss, colours)
-    _draw_bars(right, table, colours)
+    left, right = charts.subfigures(1, 2, width_ratios=(1, 2))
+    _draw_loss(left.subplots(), loss, colours)
+    _draw_tables(right, tables, columns, colours)
     if strip is not None:
         _draw_examples(strip, images[:shown], view_1[:shown], view_2[:shown])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,35 @@ def _draw_loss(axes: Axes, loss: Curves, colours: dict[str, str]) -> None:
     _plain(axes)
 
 
-def _draw_bars(axes: Axes, table: Table, colours: dict[str, str]) -> None:
+def _shared_columns(tables: Mapping[str, Table]) -> list[str]:
+    """The columns after the first, which all tables have."""
+    for table in tables.values():
+        table.check()
+    columns = [list(table.columns[1:]) for table in tables.values()]
+    if columns.count(columns[0]) < len(columns):
+        raise ValueError(f"tables have different columns: {columns}")
+    return columns[0]
+
+
+def _draw_tables(
+    figure: SubFigure,
+    tables: Mapping[str, Table],
+    columns: Sequence[str],
+    colours: dict[str, str],
+) -> None:
+    """Draws the tables beside each other on one scale, all bars of the same width."""
+    rows = [max(len(table.rows), 1) for table in tables.values()]
+    panels = figure.subplots(1, len(tables), sharey=True, width_ratios=rows, squeeze=False)[0]
+    for axes, (title, table) in zip(panels, tables.items(), strict=True):
+        _draw_bars(axes, table, colours, upright=sum(rows) * len(columns) > 16)
+        axes.set_title(title, loc="left", size=11)
+        _plain(axes)
+    if columns:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=len(columns), loc="outside upper right")
+
+
+def _draw_bars(axes: Axes, table: Table, colours: dict[str, str], *, upright: bool) -> None:
     columns = table.columns[1:]
     width = 0.8 / max(len(columns), 1)
     for index, column in enumerate(columns):
@@ -84,23 +114,19 @@ def _draw_bars(axes: Axes, table: Table, colours: dict[str, str]) -> None:
             axes.bar(x, cell, 0.92 * width, color=colours[column])
             offset = (0, 2 if cell >= 0 else -2)
             axes.annotate(
-                cell_text(float(cell)),
+                cell_text(float(cell), 2 if upright else 3),
                 (x, cell),
                 offset,
                 textcoords="offset points",
                 ha="center",
                 va="bottom" if cell >= 0 else "top",
-                size=7,
-                rotation=90 if len(table.rows) * len(columns) > 16 else 0,
+                size=6 if upright else 7,
+                rotation=90 if upright else 0,
             )
         axes.bar(0, 0, color=colours[column], label=column)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(table.rows)), [str(row[0]) for row in table.rows])
-    axes.set_title(f"by {table.columns[0]}" if table.columns else "", loc="left", size=11)
-    axes.margins(y=0.12)
-    if columns:
-        axes.legend(frameon=False, ncols=len(columns), loc="lower right", bbox_to_anchor=(1, 1))
-    _plain(axes)
+    axes.set_xticks(range(len(table.rows)), [str(row[0]) for row in table.rows], size=8)
+    axes.margins(x=0.02, y=0.12)
 
 
 def _draw_examples(strip, images: Sequence, view_1: np.ndarray, view_2: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
 from cassle_jax.config import ConfigError, flat_settings, knows
 from cassle_jax.data.datasets import DATASETS
+from cassle_jax.data.families import FAMILIES
 from cassle_jax.evaluation.tasks import TASKS
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
@@ -187,7 +188,7 @@ def _check_evaluation(evaluation: Evaluation) -> None:
         knows("tasks", task, TASKS)
     for dataset in evaluation.datasets:
         if not dataset.startswith("folder:"):
-            knows("datasets", dataset.partition("=")[0], (*DATASETS, "scenes"))
+            knows("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
 
 
 def _evaluate(

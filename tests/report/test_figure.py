@@ -24,7 +24,13 @@ def size_of(path) -> tuple[int, int]:
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_a_picture_of_any_number_of_examples(rows, tmp_path):
     path = tmp_path / "deep" / "figure.png"
-    write_figure(path, title="a title", loss=LOSS, table=TABLE, **examples(rows))
+    write_figure(
+        path,
+        title="a title",
+        loss=LOSS,
+        tables={"by factor": TABLE, "others": TABLE},
+        **examples(rows),
+    )
     width, height = size_of(path)
     assert width == 1650 and height > 500
 
@@ -32,7 +38,8 @@ def test_a_picture_of_any_number_of_examples(rows, tmp_path):
 def test_a_run_has_the_same_colour_in_curve_and_bar(tmp_path):
     path = tmp_path / "figure.png"
     table = Table(("factor", "CASSLE"), [("hue", 0.5)])
-    write_figure(path, title="", loss={"CASSLE": [(0, 1.0), (1, 2.0)]}, table=table, **examples(0))
+    loss = {"CASSLE": [(0, 1.0), (1, 2.0)]}
+    write_figure(path, title="", loss=loss, tables={"": table}, **examples(0))
     with Image.open(path) as image:
         blue = (np.asarray(image.convert("RGB")) == (0x00, 0x72, 0xB2)).all(axis=-1)
     half = blue.shape[1] * 2 // 5
@@ -42,7 +49,12 @@ def test_a_run_has_the_same_colour_in_curve_and_bar(tmp_path):
 def test_missing_rows_are_named(tmp_path):
     wrong = examples(2) | {"images": examples(3)["images"]}
     with pytest.raises(ValueError, match="3 images, 2 and 2 views"):
-        write_figure(tmp_path / "figure.png", title="", loss=LOSS, table=TABLE, **wrong)
+        write_figure(tmp_path / "figure.png", title="", loss=LOSS, tables={"": TABLE}, **wrong)
     with pytest.raises(ValueError, match="2 cells"):
         table = Table(("factor", "a", "b"), [("hue", 1)])
-        write_figure(tmp_path / "figure.png", title="", loss=LOSS, table=table, **examples(2))
+        write_figure(
+            tmp_path / "figure.png", title="", loss=LOSS, tables={"": table}, **examples(2)
+        )
+    with pytest.raises(ValueError, match="different columns"):
+        tables = {"a": TABLE, "b": Table(("factor", "plain"), [])}
+        write_figure(tmp_path / "figure.png", title="", loss=LOSS, tables=tables, **examples(2))

@@ -1,0 +1,105 @@
+"""Images drawn from known factors: what a factor is, and a source that draws them when asked."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cassle_jax.data.drawing import uniform_draws
+from cassle_jax.data.sources import Record
+
+CHANGED, UNCHANGED = "changed by augmentations", "unchanged"
+"""The groups of factors."""
+
+
+class Factor(NamedTuple):
+    """What one number decides about an image.
+
+    Attributes:
+      kind: a class number, a real number, or an angle in radians of period 2π.
+      values: the names of the classes, or the ends of the range the factor is uniform in.
+      changed_by: which augmentations give a view another value than its image; empty for none.
+    """
+
+    kind: Literal["class", "value", "angle"]
+    values: tuple[str, ...] | tuple[float, float]
+    changed_by: str = ""
+
+    @property
+    def group(self) -> str:
+        """`CHANGED` or `UNCHANGED`."""
+        return CHANGED if self.changed_by else UNCHANGED
+
+    def of(self, draws: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
+        """The factor at draws in [0, 1): int64 for classes, float64 for the rest."""
+        if self.kind == "class":
+            return (draws * len(self.values)).astype(np.int64)
+        low, high = self.values
+        return low + (high - low) * draws
+
+
+class Drawn:
+    """Images drawn from independent, uniform factors.
+
+    Image i of a split is a function of (seed, split, i): more images only append. A family of
+    images names itself, its factors, the numbers an image takes and the factor that is its label.
+    """
+
+    FAMILY: ClassVar[str]
+    FACTORS: ClassVar[Mapping[str, Factor]]
+    DRAWS: ClassVar[int]
+    LABEL: ClassVar[str] = "shape"
+
+    def __init__(self, count: int, seed: int = 0, size: int = 64, split: str = "train"):
+        """Draws the factors of `count` images; images are drawn when asked for.
+
+        Args:
+          count: number of images, ≥ 1.
+          seed: of this family of images, ≥ 0.
+          size: side of an image in pixels, ≥ 8.
+          split: any word; different splits are disjoint streams.
+        """
+        self.name = f"{self.FAMILY} {split}"
+        self.class_names = self.FACTORS[self.LABEL].values
+        self._arguments = (count, seed, size, split)
+        self._size = size
+        self._draws = uniform_draws(seed, split, count, self.DRAWS)
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        row = self._draws[index]
+        factors = {name: values.item() for name, values in self._factors(row[None]).items()}
+        image = self.draw(factors, row[len(factors) :], self._size)
+        return Record(image, factors[self.LABEL], f"{self.name} #{index}")
+
+    def __reduce__(self):
+        return type(self), self._arguments
+
+    @property
+    def labels(self) -> Int[np.ndarray, " images"]:
+        """The label of every image."""
+        return self.factors[self.LABEL].astype(np.int32)
+
+    @property
+    def factors(self) -> dict[str, np.ndarray]:
+        """Every factor of `FACTORS` for all images: int64 for classes, float64 for the rest."""
+        return self._factors(self._draws)
+
+    def _factors(self, rows: Float[np.ndarray, "images draws"]) -> dict[str, np.ndarray]:
+        columns = rows.T[: len(self.FACTORS)]
+        return {
+            name: factor.of(column)
+            for (name, factor), column in zip(self.FACTORS.items(), columns, strict=True)
+        }
+
+    @staticmethod
+    def draw(
+        factors: Mapping[str, float], rest: Float[np.ndarray, " n"], size: int
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """The image of these factors and of the numbers that are none."""
+        raise NotImplementedError
