@@ -125,7 +125,7 @@ def _draw_bars(axes: Axes, table: Table, colours: dict[str, str], *, upright: bo
             )
         axes.bar(0, 0, color=colours[column], label=column)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(table.rows)), [str(row[0]) for row in table.rows], size=8)
+    axes.set_xticks(range(len(table.rows)), [str(row[0]) for row in table.rows], size=7)
     axes.margins(x=0.02, y=0.12)
 
 
