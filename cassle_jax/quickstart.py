@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.config import flat_settings
 from cassle_jax.data import CHANGED, UNCHANGED, Motifs, open_source
+from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device
@@ -83,12 +85,14 @@ def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, flo
     """How well each factor is read off the features; an untrained encoder's without a state."""
     mesh = device_mesh()
     train, test = (open_source(config.data, split) for split in ("train", "test"))
+    probed = np.arange(min(_PROBED, len(train)))
     run = build_run(config, mesh, len(train))
     if state is None:
         state = on_every_device(run.initial_state, mesh)
     read = FeatureReader(config, run, mesh)
-    (train_features, _), (test_features, _) = read(state, train, _PROBED), read(state, test)
-    train_factors = {name: values[:_PROBED] for name, values in train.factors.items()}
+    train_features, _ = read(state, Part(train, probed, "probed"))
+    test_features, _ = read(state, test)
+    train_factors = {name: values[probed] for name, values in train.factors.items()}
     kinds = {name: factor.kind for name, factor in _FACTORS.items()}
     return probe_factors(train_features, train_factors, test_features, test.factors, kinds)
 

@@ -25,6 +25,7 @@ from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import open_source
 from cassle_jax.data.datasets import DATASETS
+from cassle_jax.data.families import FAMILIES
 from cassle_jax.evaluate import open_evaluated
 from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.interop.formats import FORMATS
@@ -369,7 +370,7 @@ def evaluation_of(
         chosen = ("scenes",) if chosen else ()
     for each in chosen:
         if not each.startswith("folder:"):
-            knows("datasets", each.partition("=")[0], (*DATASETS, "scenes"))
+            knows("datasets", each.partition("=")[0], (*DATASETS, *FAMILIES))
         open_evaluated(each, data_dir)
     for task in tasks:
         knows("tasks", task, TASKS)

@@ -30,6 +30,7 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENCODERS, "tiny", TinyEncoder)
         patch.setattr(quickstart, "get_config", get_config)
+        patch.setattr(quickstart, "_PROBED", 300)
         yield quickstart.quickstart("simclr", workdir, SEED), workdir
 
 
@@ -39,6 +40,12 @@ def test_every_factor_has_a_score_for_either_run_and_for_an_untrained_encoder(re
     for each in scores.values():
         assert list(each) == list(FACTORS)
         assert all(score <= 1 for score in each.values())
+
+
+def test_scores_are_of_the_images_whose_features_were_read(result):
+    """Even random weights let through how bright an image is."""
+    scores, _ = result
+    assert scores["untrained"]["light"] > 0.5
 
 
 def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
