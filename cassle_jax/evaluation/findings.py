@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
+from scipy.special import stdtrit
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -34,6 +35,12 @@ class Score:
     value: Real
     interval: Real | None = None
     higher_is_better: bool | None = True
+
+
+def half_interval(values: Sequence[float] | np.ndarray) -> float:
+    """Half the 95 % interval of the mean of two values or more (Student's t)."""
+    count = len(values)
+    return float(stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count))
 
 
 def missed_optima(

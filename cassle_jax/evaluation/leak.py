@@ -15,12 +15,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from scipy.special import stdtrit
 
 from cassle_jax.augment import AugmentSpec, apply, draw
 from cassle_jax.augment.resample import crop_and_resize
 from cassle_jax.checks import check_at_least, check_positive
-from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
 from cassle_jax.evaluation.views import Batch, of_all_images, protocol_key
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import nt_xent
@@ -40,7 +39,7 @@ _FEWEST_IMAGES = 8  # two held-out batches of two
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-    """How well an MLP that sees ω and no image tells which views are of the same image.
+    """How well an MLP pairs the views of an image from ω alone.
 
     Attributes:
       nt_xent: on held-out images; `chance` where ω says nothing of its image.
@@ -133,10 +132,9 @@ def leak_of(
     losses = _held_out_losses(*jnp.split(omega, ends), jax.random.key(seed), temperature)
     # The draws of the same images are no batches of their own.
     of_batch = np.asarray(losses, np.float64).reshape(_DRAWS, len(test)).mean(axis=0)
-    error = of_batch.std(ddof=1) / math.sqrt(len(test))
     return Leak(
         nt_xent=float(of_batch.mean()),
-        interval=float(stdtrit(len(test) - 1, 0.975) * error),
+        interval=half_interval(of_batch),
         batch=batch,
         temperature=temperature,
         train_images=len(images) // 2,

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
-from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.evaluation.findings import Finding, Score, half_interval, missed_optima
 from cassle_jax.evaluation.linear import PENALTIES, Split, linear_evaluation
 
 TASK = "linear, random splits"
@@ -27,11 +26,8 @@ class ResampledResult:
 
     def findings(self, dataset: str, metric: str) -> list[Finding]:
         """The mean over the splits, and half its 95 % interval: of the splits, not of seeds."""
-        values = np.array(self.accuracies)
-        spread = values.std(ddof=1) / np.sqrt(len(values))
-        half = float(stats.t.ppf(0.975, len(values) - 1) * spread)
-        name = metric.replace("_", " ")
-        score = Score(TASK, dataset, name, float(values.mean()), half)
+        mean, half = float(np.mean(self.accuracies)), half_interval(self.accuracies)
+        score = Score(TASK, dataset, metric.replace("_", " "), mean, half)
         return [score, *missed_optima(TASK, dataset, np.array(self.converged))]
 
 

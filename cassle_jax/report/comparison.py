@@ -7,9 +7,8 @@ from numbers import Real
 from typing import TypeVar
 
 import numpy as np
-from scipy.special import stdtrit
 
-from cassle_jax.evaluation.findings import Chart, Finding, Gallery, Score
+from cassle_jax.evaluation.findings import Chart, Finding, Gallery, Score, half_interval
 
 Subjects = Mapping[str, Sequence[Sequence[Finding]]]
 Kind = TypeVar("Kind", Score, Chart, Gallery)
@@ -35,11 +34,7 @@ class Estimate:
     @property
     def interval(self) -> float | None:
         """Half the 95 % interval of the mean: Student's t over seeds, or the protocol's own."""
-        count = len(self.values)
-        if count == 1:
-            return self.own_interval
-        deviation = np.std(self.values, ddof=1)
-        return float(stdtrit(count - 1, 0.975) * deviation / math.sqrt(count))
+        return self.own_interval if len(self.values) == 1 else half_interval(self.values)
 
     @property
     def range(self) -> tuple[float, float]:
