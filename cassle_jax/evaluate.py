@@ -13,7 +13,7 @@ from cassle_jax import command
 from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, Source
-from cassle_jax.data.datasets import EvaluationData, open_dataset
+from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
 from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.findings import Finding
@@ -150,6 +150,19 @@ def _shared_facts(
     }
 
 
+def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuses names of datasets and tasks that there are not, without opening anything.
+
+    Raises:
+      ConfigError: with the closest name there is.
+    """
+    for task in tasks:
+        knows("tasks", task, TASKS)
+    for dataset in datasets:
+        if not dataset.startswith(OWN_FOLDER):
+            knows("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
+
+
 def open_evaluated(described: str, data_dir: str) -> EvaluationData:
     """A dataset as the command names it: in the table, drawn, `folder:<path>`, or with its path.
 
@@ -161,7 +174,7 @@ def open_evaluated(described: str, data_dir: str) -> EvaluationData:
         train, val, test = parts
         classes = len(test.class_names)
         return EvaluationData(described, train, val, test, classes, "accuracy", "classification")
-    if described.startswith("folder:"):
+    if described.startswith(OWN_FOLDER):
         return open_dataset(described)
     name, _, path = described.partition("=")
     return open_dataset(name, path=path, data_dir=data_dir)

@@ -24,10 +24,8 @@ from cassle_jax import command
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import open_source
-from cassle_jax.data.datasets import DATASETS
-from cassle_jax.data.families import FAMILIES
-from cassle_jax.evaluate import open_evaluated
-from cassle_jax.evaluation.tasks import TASKS, Settings
+from cassle_jax.evaluate import check_names, open_evaluated
+from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
 from cassle_jax.storage import write_whole
@@ -267,10 +265,11 @@ class _Book:
                 outcome = outcome_of(self.workdir(name)) or {"exit_code": None, "last_line": ""}
                 states.append({"run": name, "row": row.subject, "seed": seed, **outcome})
                 if outcome["exit_code"] == 0:
-                    findings, known = self._findings(row.subject, self.workdir(name))
+                    config = read_config(self.workdir(name))
+                    findings, known = self._findings(row.subject, config, self.workdir(name))
                     found.setdefault(row.subject, {})[seed] = findings
                     facts.setdefault(row.subject, known)
-                    steps.add(read_config(self.workdir(name)).steps)
+                    steps.add(config.steps)
         self._written = time.monotonic()
         if not found:
             return None
@@ -285,8 +284,8 @@ class _Book:
         ends = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
         return sorted(int(end) for end in ends if end.isdecimal())
 
-    def _findings(self, subject: str, workdir: Path):
-        findings, facts = pretraining_findings(read_config(workdir), workdir), {}
+    def _findings(self, subject: str, config: ConfigDict, workdir: Path):
+        findings, facts = pretraining_findings(config, workdir), {}
         report = workdir / RESULT / JSON
         if report.exists():
             its, known = read_report(report)
@@ -368,12 +367,9 @@ def evaluation_of(
     chosen, tasks = tuple(datasets) or table.datasets, tuple(tasks) or table.tasks
     if toy:
         chosen = ("scenes",) if chosen else ()
+    check_names(chosen, tasks)
     for each in chosen:
-        if not each.startswith("folder:"):
-            knows("datasets", each.partition("=")[0], (*DATASETS, *FAMILIES))
         open_evaluated(each, data_dir)
-    for task in tasks:
-        knows("tasks", task, TASKS)
     for each in table.export:
         knows("export", each, FORMATS)
     values = pairs((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))

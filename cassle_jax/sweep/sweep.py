@@ -8,9 +8,7 @@ from pathlib import Path
 
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
 from cassle_jax.config import ConfigError, flat_settings, knows
-from cassle_jax.data.datasets import DATASETS
-from cassle_jax.data.families import FAMILIES
-from cassle_jax.evaluation.tasks import TASKS
+from cassle_jax.evaluate import check_names
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
@@ -70,7 +68,7 @@ def sweep(
     evaluation = evaluation or Evaluation()
     knows("where", where, ("local", "slurm"))
     runs = runs_of(asked)
-    _check_evaluation(evaluation)
+    check_names(evaluation.datasets, evaluation.tasks)
     folder = folder.expanduser().resolve()
     book = _Book(folder, runs)
     places = {"local": lambda: Local(folder / "jobs", parallel)}
@@ -181,14 +179,6 @@ def _check_same(run: Run, workdir: Path) -> None:
             f"{workdir} holds a finished run with other settings ({'; '.join(changed.values())}); "
             "use another folder (--to), or the settings it had"
         )
-
-
-def _check_evaluation(evaluation: Evaluation) -> None:
-    for task in evaluation.tasks:
-        knows("tasks", task, TASKS)
-    for dataset in evaluation.datasets:
-        if not dataset.startswith("folder:"):
-            knows("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
 
 
 def _evaluate(
