@@ -88,7 +88,7 @@ def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, flo
     probed = np.arange(min(_PROBED, len(train)))
     run = build_run(config, mesh, len(train))
     if state is None:
-        state = on_every_device(run.initial_state, mesh)
+        state = on_every_device(run.initial_state, mesh, run.seed_words)
     read = FeatureReader(config, run, mesh)
     train_features, _ = read(state, Part(train, probed, "probed"))
     test_features, _ = read(state, test)

@@ -231,8 +231,9 @@ def build_networks(
     for branch in ("", PLAIN) if conditioning.plain_branch else ("",):
         for name, shape in (("projector", projector), ("predictor", predictor)):
             if isinstance(shape, HeadShape):
-                shape = head(shape, conditioned=not branch and name in told)
-            if shape is not None:
+                conditioned = name in told and branch != PLAIN
+                factories[branch + name] = head(shape, conditioned=conditioned)
+            elif shape is not None:
                 factories[branch + name] = shape
     if told and conditioning.injection == "image" and conditioning.treatment != "none":
         factories["image_conditioner"] = partial(

@@ -151,7 +151,8 @@ class ConditionedProjector(nn.Module):
             width = self.condition_width if concat else features.shape[-1]
             descriptor = self._condition(width, name="condition")(descriptor, train)
         if self.optional:
-            neutral = "ones" if self.injection == "multiply" else "zeros"
+            ones, zeros = nn.initializers.ones, nn.initializers.zeros
+            neutral = ones if self.injection == "multiply" else zeros
             descriptor = where_given(self, descriptor, given, neutral)
         match self.injection:
             case "concat":
@@ -243,7 +244,7 @@ class ImageConditioner(nn.Module):
                 "condition",
             )(descriptor, train)
         if self.optional:
-            descriptor = where_given(self, descriptor, given)
+            descriptor = where_given(self, descriptor, given, nn.initializers.zeros)
         shape = (*images.shape[:-1], descriptor.shape[-1])
         channels = jnp.broadcast_to(descriptor[:, None, None, :], shape)
         return jnp.concatenate([images, channels.astype(images.dtype)], axis=-1)
@@ -253,14 +254,13 @@ def where_given(
     module: nn.Module,
     conditioned: Float[Array, "batch width"],
     given: Float[Array, "batch 1"],
-    initial: str = "zeros",
+    initial: nn.initializers.Initializer,
 ) -> Float[Array, "batch width"]:
     """γ(ω) in the rows where ω is given, and a learnt vector, `ungiven`, in the others.
 
     γ sees the ω of all rows, so that its BatchNorm never meets a constant.
     """
-    start = getattr(nn.initializers, initial)
-    ungiven = module.param("ungiven", start, (conditioned.shape[-1],), jnp.float32)
+    ungiven = module.param("ungiven", initial, (conditioned.shape[-1],), jnp.float32)
     return jnp.where(given > 0.5, conditioned, ungiven.astype(conditioned.dtype))
 
 

@@ -1,6 +1,6 @@
 """Everything a run carries from one step to the next, and how it begins."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def joined(memories: dict[str, PyTree]) -> PyTree:
     return {_MEMORY[branch]: memory for branch, memory in memories.items()}
 
 
-def of_branches(memory: PyTree, branches: Sequence[str]) -> dict[str, PyTree]:
+def of_branches(memory: PyTree, branches: Collection[str]) -> dict[str, PyTree]:
     """The memory of each of the branches; undoes `joined`."""
     if len(branches) == 1:
         return {"": memory}

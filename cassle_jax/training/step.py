@@ -127,7 +127,7 @@ def make_update(
         return target, batch_stats
 
     def step_of(branch, online, target, state: TrainState):
-        memory = of_branches(state.memory, tuple(branches))[branch]
+        memory = of_branches(state.memory, branches)[branch]
         return Step(online, target, memory, clock.at(state.step), axis_name)
 
     def losses_of(branch, features: _Features, target: dict[int, Encoded], state, params, stats):
