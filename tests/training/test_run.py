@@ -54,11 +54,11 @@ REFUSED = [
     ({"augself.crop": -1.0}, r"^augself\.crop=-1\.0 must be above 0$"),
     (
         {"conditioning.descriptors": ("colour",)},
-        r"^conditioning\.descriptors has 'colour'; use any of blur, color,",
+        r"^conditioning\.descriptors=\['colour'\] has the unknown name 'colour'; use any of blur, color,",
     ),
     (
         {"conditioning.descriptors": ("crop", "crop")},
-        r"descriptors=\['crop', 'crop'\] .*repeated",
+        r"^conditioning\.descriptors=\['crop', 'crop'\] names 'crop' twice; name each once",
     ),
     ({"conditioning.treatment": "mpl"}, r"treatment='mpl' is unknown; .*'mlp', 'raw'"),
     ({"conditioning.injection": "sum"}, r"injection='sum' is unknown; .*'concat', 'add'"),
