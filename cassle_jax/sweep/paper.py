@@ -1,8 +1,8 @@
-"""What the paper's tables share: its methods, their variants, and the sets it evaluates on."""
+"""What the paper's tables share: methods, variants, ablations, and the sets it evaluates on."""
 
 from collections.abc import Mapping
 
-from cassle_jax.sweep.table import Row
+from cassle_jax.sweep.table import Row, Table
 
 METHODS = {
     "MoCo-v2": "moco_v2",
@@ -50,6 +50,28 @@ def rows_of(config: str, methods: Mapping[str, str] = METHODS) -> tuple[Row, ...
 def moco_rows() -> tuple[Row, ...]:
     """The three variants of MoCo-v2 on ImageNet-100, which several tables look at."""
     return rows_of(IMAGENET100, {"MoCo-v2": "moco_v2"})
+
+
+def ablation(title: str, question: str, settings: Mapping[str, tuple[str, ...]]) -> Table:
+    """MoCo-v2 with CASSLE on ImageNet-100 under other settings, each compared with plain.
+
+    Args:
+      title: of the table.
+      question: that it answers.
+      settings: `name=value` each, by the row's subject.
+    """
+    rows = [
+        Row(subject, f"{IMAGENET100},conditioning=cassle", own, against="plain")
+        for subject, own in settings.items()
+    ]
+    return Table(
+        title=title,
+        question=question,
+        rows=(Row("plain", f"{IMAGENET100},conditioning=none"), *rows),
+        seeds=(0,),
+        datasets=LINEAR,
+        tasks=("linear",),
+    )
 
 
 def _rate(method: str, variant: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The transfer table's set-up with more kinds of conditioning: where one is chosen.
+"""The set-up of `short_transfer` with more kinds of conditioning, to choose one.
 
 python -m cassle_jax.tables --table=choice --to=runs/choice --parallel=8 \\
     --set=data.path=/data/tiny_imagenet --set=data.classes=/data/tiny_imagenet/pretrain.txt \\
@@ -15,7 +15,7 @@ def get_table():
     return Table(
         title="Which conditioning",
         question="Which conditioning is ahead of plain? It is chosen here, with a seed that the "
-        "transfer table does not use.",
+        "table short_transfer does not use.",
         rows=(
             *(row("SimCLR", variant) for variant in VARIANTS),
             *(row("MoCo-v2", variant) for variant in COMPARED),

@@ -4,28 +4,18 @@ python -m cassle_jax.tables --table=gamma --to=runs/gamma \\
     --set=data.path=/data/tfds --data_dir=/data/tfds --weights_of=runs/linear_imagenet100
 """
 
-from cassle_jax.sweep.paper import IMAGENET100, LINEAR
-from cassle_jax.sweep.table import Row, Table
+from cassle_jax.sweep.paper import ablation
 
 DEPTHS, WIDTHS = (2, 4, 6, 8), (16, 64, 256)
 
 
 def get_table():
-    told = tuple(
-        Row(
-            f"γ {depth}×{width}",
-            f"{IMAGENET100},conditioning=cassle",
-            (f"conditioning.depth={depth}", f"conditioning.width={width}"),
-            against="plain",
-        )
-        for depth in DEPTHS
-        for width in WIDTHS
-    )
-    return Table(
-        title="Depth and width of γ",
-        question="How large must the MLP on ω be?",
-        rows=(Row("plain", f"{IMAGENET100},conditioning=none"), *told),
-        seeds=(0,),
-        datasets=LINEAR,
-        tasks=("linear",),
+    return ablation(
+        "Depth and width of γ",
+        "How large must the MLP on ω be?",
+        {
+            f"γ {depth}×{width}": (f"conditioning.depth={depth}", f"conditioning.width={width}")
+            for depth in DEPTHS
+            for width in WIDTHS
+        },
     )

@@ -3,15 +3,15 @@
 nice python -m cassle_jax.tables --table=map --to=runs/map --parallel=2 \\
     --set=data.path=/data/cifar10 --datasets=cifar10=/data/cifar10,flowers17=/data/flowers17
 
-A run of the base cell takes eight minutes on two CPU cores, and seconds on a GPU.
+Beside five other runs on one H200, a run of the base cell compiles for 93 s and trains for 22 s.
 """
 
 from cassle_jax.sweep.table import Row, Table
 
 VARIANTS = {
-    "plain": "conditioning=none",
-    "CASSLE": "conditioning=cassle",
-    "CASSLE + plain branch": "conditioning=cassle;conditioning.plain_branch=0.5",
+    "plain": ("conditioning=none",),
+    "CASSLE": ("conditioning=cassle",),
+    "CASSLE + plain branch": ("conditioning=cassle", "conditioning.plain_branch=0.5"),
 }
 BASE = (
     "data.source=folder",
@@ -62,7 +62,7 @@ def get_table():
             Row(
                 f"{cell}, {variant}",
                 f"configs/cifar10.py:method={method}",
-                (*METHODS[method], *differs, *settings.split(";")),
+                (*METHODS[method], *differs, *settings),
             )
             for cell, (method, differs) in CELLS.items()
             for variant, settings in VARIANTS.items()

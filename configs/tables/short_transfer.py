@@ -34,18 +34,18 @@ METHODS = {
 }
 COLOURS = "color.hue+color.saturation+grayscale"
 VARIANTS = {
-    "plain": "conditioning=none",
-    "AugSelf": "conditioning=none;augself=main",
-    "CASSLE": "conditioning=cassle",
-    "leak-free": "conditioning=leak_free",
-    "CASSLE + plain branch": "conditioning=cassle;conditioning.plain_branch=0.5",
-    "leak-free + plain branch": "conditioning=branched",
-    "leak-free + plain branch 0.8": "conditioning=leak_free;conditioning.plain_branch=0.8",
-    "leak-free + dropout 0.5": "conditioning=leak_free;conditioning.dropout=0.5",
-    "leak-free from a third on": "conditioning=leak_free;conditioning.start_epoch=4",
-    "colours": f"conditioning={COLOURS}",
-    "colours + crop + blur": f"conditioning=blur+crop+{COLOURS}",
-    "colours + plain branch": f"conditioning={COLOURS};conditioning.plain_branch=0.5",
+    "plain": ("conditioning=none",),
+    "AugSelf": ("conditioning=none", "augself=main"),
+    "CASSLE": ("conditioning=cassle",),
+    "leak-free": ("conditioning=leak_free",),
+    "CASSLE + plain branch": ("conditioning=cassle", "conditioning.plain_branch=0.5"),
+    "leak-free + plain branch": ("conditioning=branched",),
+    "leak-free + plain branch 0.8": ("conditioning=leak_free", "conditioning.plain_branch=0.8"),
+    "leak-free + dropout 0.5": ("conditioning=leak_free", "conditioning.dropout=0.5"),
+    "leak-free from a third on": ("conditioning=leak_free", "conditioning.start_epoch=4"),
+    "colours": (f"conditioning={COLOURS}",),
+    "colours + crop + blur": (f"conditioning=blur+crop+{COLOURS}",),
+    "colours + plain branch": (f"conditioning={COLOURS}", "conditioning.plain_branch=0.5"),
 }
 COMPARED = ("plain", "AugSelf", "CASSLE", "leak-free", "leak-free + plain branch")
 
@@ -56,7 +56,7 @@ def row(method, variant, *settings, name=""):
     return Row(
         f"{method}{name}, {variant}",
         f"configs/tiny_imagenet.py:method={builder}",
-        (*own, *VARIANTS[variant].split(";"), *settings),
+        (*own, *VARIANTS[variant], *settings),
         against=f"{method}{name}, plain",
     )
 

@@ -5,14 +5,10 @@ python -m cassle_jax.tables --table=small_images --to=runs/small_images \\
     --datasets=cifar10=/data/cifar10,flowers17=/data/flowers17
 """
 
+from cassle_jax.sweep.paper import VARIANTS
 from cassle_jax.sweep.table import Row, Table
 
 METHODS = {"SimCLR": "simclr", "MoCo-v2": "moco_v2", "Barlow Twins": "barlow_twins"}
-VARIANTS = {
-    "plain": "conditioning=none",
-    "AugSelf": "conditioning=none,augself=main",
-    "CASSLE": "conditioning=cassle",
-}
 
 
 def get_table():
