@@ -41,6 +41,8 @@ _FAREWELL = "cassle_jax/farewell"
 _FAREWELL_SECONDS = 5
 # Reading a dataset's labels may take an hour; a process that is gone is told by its heartbeat.
 _AGREE_MILLISECONDS = 2 * 3600 * 1000
+# What one process may take longer than another to look at features that both have.
+_ARRIVE_SECONDS = 120
 _FOREVER_MILLISECONDS = 2**40
 _CONTINUES = "what was saved is whole, and the same command continues"
 # What the runtime says where another process is the reason.
@@ -222,6 +224,19 @@ def agree(facts: Mapping[str, Any]) -> None:
         _company.agree(dict(facts))
 
 
+def all_arrive(where: str) -> None:
+    """Waits until all processes have come here, if there are several.
+
+    Args:
+      where: names the place; no two calls have the same.
+
+    Raises:
+      RuntimeError: another process did not come in time.
+    """
+    if _company:
+        _company.all_arrive(where)
+
+
 _company: "_Company | None" = None
 
 
@@ -269,6 +284,10 @@ class _Company:
                     f"{name}={facts.get(name)!r} in {self} and {first.get(name)!r} in process 0; "
                     "start all processes with the same command, on the same data"
                 )
+
+    def all_arrive(self, where: str) -> None:
+        """See `all_arrive`."""
+        self._client.wait_at_barrier(f"cassle_jax/{where}", 1000 * _ARRIVE_SECONDS)
 
     def leave(self, message: str, code: int) -> NoReturn:
         """Ends this process with its own mistake, and the others with the same."""

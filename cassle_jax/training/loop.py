@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cassle_jax.augment import FROM_IMAGE
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
-from cassle_jax.distributed import agree
+from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.parallel import device_mesh, on_every_device
@@ -208,23 +208,12 @@ class _Loop:
 
     def _after_step(self, stop: StopRequest) -> None:
         config, last = self.config, self.step == self.total
-        measured = {}
         if self._is_due(config.log.every_steps) or last:
             self._check_finite()
-            measured |= self.window.summary()
-        # Who asks a run to stop gives it seconds: then saving comes first.
-        probing = last or (self._is_due(self._probe_every) and not stop.agreed(self.step))
-        if self.probe and probing:
-            self._check_finite()
-            with self.window.paused():
-                measured |= self.probe(self.state)
-        if measured and self.writer:
-            self.writer.write(self.step, measured)
-            self.progress.report(
-                self.step, measured, self.window.seconds * (self.total - self.step)
-            )
+            self._report(self.window.summary())
         if self.progress:
             self.progress.advance(self.step)
+        # Saving comes first: whatever becomes of the probe costs none of these steps.
         if last:
             self._save_surely(LAST_SAVE_SECONDS)
         elif self._is_due(config.checkpoint.every_steps):
@@ -232,6 +221,34 @@ class _Loop:
             self.checkpoints.save(self.step, self.state, self.data_state)
         elif self._is_due(config.log.every_steps):
             self.checkpoints.look()
+        # Who asks a run to stop gives it seconds: then it is not probed.
+        probing = last or (self._is_due(self._probe_every) and not stop.agreed(self.step))
+        if self.probe and probing:
+            self._check_finite()
+            with self.window.paused():
+                self._report(self._probed())
+
+    def _probed(self) -> dict[str, float]:
+        """What the probe measures; nothing where it fails, which is one line in the log."""
+        measured = {}
+        try:
+            measured = self.probe(self.state)
+        except Exception as error:
+            LOG.warning(
+                "the probe of step %d failed, and nothing else did: %s: %s",
+                self.step,
+                type(error).__name__,
+                (str(error).strip() or "no reason given").splitlines()[0],
+            )
+        # Where it failed in this process alone, the others wait for this one in the middle of it.
+        all_arrive(f"after the probe of step {self.step}")
+        return measured
+
+    def _report(self, measured: dict[str, float]) -> None:
+        if measured and self.writer:
+            self.writer.write(self.step, measured)
+            left = self.window.seconds * (self.total - self.step)
+            self.progress.report(self.step, measured, left)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -307,7 +307,10 @@ def test_raw_descriptors_meet_features_of_their_own_width_only(injection):
 
 
 def test_an_unknown_descriptor_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"conditioning\.descriptors=.*unknown name 'colour'; use any of blur, color"):
+    with pytest.raises(
+        ValueError,
+        match=r"conditioning\.descriptors=.*unknown name 'colour'; use any of blur, color",
+    ):
         Conditioning(descriptors=("blur", "colour"))
 
 

@@ -373,6 +373,42 @@ def test_no_order_depends_on_the_clock(config, whole, tmp_path, at_step, monkeyp
     assert seconds[1] == seconds[0] + 1  # TensorBoard reads them in this order
 
 
+# --- a probe that fails
+
+
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: out\nof memory"), OSError(5)])
+def test_a_probe_that_fails_is_a_line_and_loses_no_step(
+    config, whole, tmp_path, monkeypatch, caplog, error
+):
+    config = config.copy_and_resolve_references()
+    config.probe.update({"every_epochs": 2, "train_images": 32, "test_images": 32})
+    config.checkpoint.every_steps = 8
+    saved_before = {}
+
+    def fail(probe, state):
+        step = int(state.step)
+        if step == 16:
+            return {"rank_me": 1.5}
+        if step == 24:  # the last save is waited for
+            saved_before[step] = steps_saved(tmp_path / "run")
+        raise error
+
+    monkeypatch.setattr(loop_module.OnlineProbe, "__call__", fail)
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        state = pretrain(config, tmp_path / "run")
+    assert_identical(state, whole[1])
+    assert saved_before == {24: steps_saved(tmp_path / "run")} and 24 in saved_before[24]
+    curves = read_metrics(tmp_path / "run")
+    assert curves["rank_me"] == [(16, 1.5)]
+    assert [step for step, _ in curves["loss"]] == [5, 10, 15, 20, 24]
+    lines = [each for each in caplog.messages if "probe" in each]
+    assert [each.partition(" failed")[0] for each in lines] == [
+        "the probe of step 8",
+        "the probe of step 24",
+    ]
+    assert all(type(error).__name__ in each and "\n" not in each for each in lines)
+
+
 # --- changed settings
 
 
