@@ -8,6 +8,8 @@ implementation's for projectors and predictors; what these do not know keeps its
 `num_batches_tracked` is skipped: nothing depends on it.
 """
 
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +20,9 @@ import numpy as np
 from flax import traverse_util
 
 from cassle_jax.interop.errors import WeightsError
+from cassle_jax.models.vit import resize_positions
+
+LOG = logging.getLogger(__name__)
 
 Path = tuple[str, ...]
 State = dict[str, np.ndarray]
@@ -42,10 +47,34 @@ def encoder_from_pytorch(state: Mapping[str, np.ndarray], variables: Variables) 
         variables: the Flax variables to replace, arrays or `jax.ShapeDtypeStruct`s: `params` and
             `batch_stats`, as `init` or `jax.eval_shape` gives them.
 
+    A ViT's positions are interpolated where `variables` are made for images of another size.
+
     Raises:
-        WeightsError: names each array that is missing, unexpected or of another shape.
+        WeightsError: names each array that is missing, unexpected, of another shape or not finite.
     """
-    return _from_pytorch(state, variables, _encoder_module)
+    return _from_pytorch(_at_image_size(state, variables), variables, _encoder_module)
+
+
+def _at_image_size(
+    state: Mapping[str, np.ndarray], variables: Variables
+) -> Mapping[str, np.ndarray]:
+    """The state with its positions resized to the grid that `variables` have, where they differ."""
+    target, positions = variables.get("params", {}).get("pos_embed"), state.get("pos_embed")
+    if target is None or positions is None or positions.ndim != 3:
+        return state
+    if target.shape[1] == positions.shape[1]:
+        return state
+    side = math.isqrt(target.shape[1] - 1)
+    try:
+        resized = resize_positions(jnp.asarray(positions, jnp.float32), side, side)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    LOG.info(
+        "pos_embed is interpolated from %d to %d patches: the weights are of another image size",
+        positions.shape[1] - 1,
+        side**2,
+    )
+    return {**state, "pos_embed": np.asarray(resized)}
 
 
 def check_encoder(state: Mapping[str, np.ndarray], variables: Variables) -> None:
@@ -185,19 +214,28 @@ def _fitting_names(
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
-    problems = [*_some(missing), *_some(unexpected), *_some(misshapen), *_some(not_floats(state))]
+    problems = [*_some(missing), *_some(unexpected), *_some(misshapen), *_some(not_weights(state))]
     if problems:
         raise WeightsError(f"the PyTorch state does not fit the model: {'; '.join(problems)}")
     return names
 
 
-def not_floats(state: Mapping[str, np.ndarray]) -> list[str]:
-    """What is wrong with each array that holds something other than floating-point numbers."""
-    return [
-        f"{name} holds {array.dtype} where floating-point numbers should be"
-        for name, array in state.items()
-        if not jnp.issubdtype(array.dtype, jnp.floating)
-    ]
+def not_weights(state: Mapping[str, np.ndarray]) -> list[str]:
+    """What is wrong with each array that holds something other than finite float32 numbers."""
+    problems = []
+    for name, array in state.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"{name} holds {array.dtype} where floating-point numbers should be")
+        elif not _finite(array):
+            problems.append(
+                f"the weights {name} are not finite; the file is damaged or training diverged"
+            )
+    return problems
+
+
+def _finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):  # a float64 may be too large for a float32
+        return bool(np.isfinite(array.astype(np.float32, copy=False)).all())
 
 
 def _some(problems: list[str]) -> list[str]:

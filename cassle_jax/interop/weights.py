@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from cassle_jax.interop.architecture import VIT_HEADS
 from cassle_jax.interop.card import is_card
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import from_detectron2, from_torchvision, is_vit
+from cassle_jax.interop.layouts import networks_in
+from cassle_jax.interop.naming import from_detectron2, is_vit
 from cassle_jax.interop.pytorch import (
     State,
     Variables,
     encoder_from_pytorch,
     encoder_to_pytorch,
-    not_floats,
+    not_weights,
     predictor_from_pytorch,
     predictor_to_pytorch,
     projector_from_pytorch,
@@ -44,7 +45,6 @@ TO_PYTORCH = {
 }
 # The published checkpoints call the encoder backbone.
 PUBLISHED = {"encoder": "backbone"}
-CLASSIFIERS = ("fc.", "head.", "heads.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Weights:
         if not self.networks.get("encoder"):
             raise WeightsError("there is no encoder")
         for network, state in self.networks.items():
-            if problems := not_floats(state):
+            if problems := not_weights(state):
                 raise WeightsError(f"of the {network}, {problems[0]}")
 
     @property
@@ -144,16 +144,17 @@ def weights_of(
 def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     """Reads a file of weights without running anything it carries.
 
-    It may be what `cassle_jax.export` writes, a published CASSLE or AugSelf checkpoint, a ResNet or
-    ViT-B/16 of torchvision or timm, or a checkpoint of MoCo-v3 (whose base encoder is taken); as
-    safetensors or as a PyTorch file, of a model or of its `DataParallel`.
+    It may be what `cassle_jax.export` writes, a ResNet or ViT of torchvision or timm, or a
+    checkpoint of the projects that `layouts.KNOWN` names; as safetensors or as a PyTorch file, of a
+    model or of its `DataParallel` or compiled module.
 
     Args:
         path: of the file.
         heads: of a ViT's attention, where neither the file's card nor its origin tells.
 
     Raises:
-        WeightsError: it cannot be read, or has no encoder in it that is known here.
+        WeightsError: it cannot be read, has no encoder in it that is known here, or weights that
+            are not finite.
     """
     path = Path(path)
     content, card = (
@@ -221,87 +222,17 @@ def _weights(content: Any) -> Weights:
     if not isinstance(content, Mapping):
         raise WeightsError(f"it holds a {type(content).__name__}, not a state dict")
     if "__author__" in content:
-        return Weights({"encoder": from_detectron2(_arrays(content.get("model")))})
-    if isinstance(content.get("backbone"), Mapping):
-        return _published(content)
-    wrapper = next((name for name in ("state_dict", "model") if name in content), None)
-    state = _arrays(content if wrapper is None else content[wrapper])
-    if any(name.startswith("backbone.") for name in state):
-        return _published(_nested(state))
-    if any(name.startswith("base_encoder.") for name in state):
-        return _moco_v3(state)
-    return _bare_encoder(state)
+        return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
+    networks, ignored, is_moco_v3 = networks_in(content)
+    heads = VIT_HEADS if is_moco_v3 and is_vit(networks["encoder"]) else None
+    return Weights(networks, ignored, heads=heads)
 
 
-def _arrays(state: Any) -> State:
-    """The arrays of a state dict, without what `DataParallel` puts before their names."""
+def _detectron2_arrays(state: Any) -> State:
     if not isinstance(state, Mapping):
         raise WeightsError(f"it holds a {type(state).__name__} where a state dict should be")
-    return {
-        name.removeprefix("module."): array
-        for name, array in state.items()
-        if isinstance(name, str)
-        and isinstance(array, np.ndarray)
-        and not name.endswith("num_batches_tracked")
-    }
-
-
-def _nested(state: State) -> dict[str, State]:
-    nested: dict[str, State] = {}
-    for name, array in state.items():
-        network, _, rest = name.partition(".")
-        nested.setdefault(network, {})[rest] = array
-    return nested
-
-
-def _published(content: Mapping[str, Any]) -> Weights:
-    """CASSLE's and AugSelf's checkpoints: a state dict for each network."""
-    networks = {
-        name: _arrays(content[PUBLISHED.get(name, name)])
-        for name in FROM_PYTORCH
-        if PUBLISHED.get(name, name) in content
-    }
-    networks["encoder"], dropped = _without_classifier(networks["encoder"])
-    if "projector" in networks:
-        networks["projector"] = _projector_names(networks["projector"])
-    known = {PUBLISHED.get(name, name) for name in networks}
-    ignored = (*dropped, *(str(name) for name in content if name not in known))
-    return Weights(networks, ignored)
-
-
-def _moco_v3(state: State) -> Weights:
-    """MoCo-v3's checkpoints, where the projector stands in the place of a classifier."""
-    nested = _nested(state)
-    base = nested.pop("base_encoder")
-    head = "head." if is_vit(base) else "fc."
-    projector = {k.removeprefix(head): v for k, v in base.items() if k.startswith(head)}
-    networks = {"encoder": {k: v for k, v in base.items() if not k.startswith(head)}}
-    if any(name.startswith("1.") for name in projector):
-        networks["projector"] = _projector_names(projector)
-        networks |= {"predictor": nested.pop("predictor")} if "predictor" in nested else {}
-    return Weights(networks, tuple(nested), heads=VIT_HEADS if is_vit(base) else None)
-
-
-def _bare_encoder(state: State) -> Weights:
-    encoder, dropped = _without_classifier(from_torchvision(state))
-    if not {"conv1.weight", "cls_token"} & encoder.keys():
-        names = ", ".join(list(state)[:3])
-        raise WeightsError(
-            f"it has neither a ResNet's conv1.weight nor a ViT's cls_token, but {names}…; known are"
-            " checkpoints of CASSLE, AugSelf and MoCo-v3 and models of torchvision and timm"
-        )
-    return Weights({"encoder": encoder}, dropped)
-
-
-def _without_classifier(state: State) -> tuple[State, tuple[str, ...]]:
-    dropped = tuple(name for name in state if name.startswith(CLASSIFIERS))
-    return {name: array for name, array in state.items() if name not in dropped}, dropped
-
-
-def _projector_names(state: State) -> State:
-    """A plain projector may be a bare `Sequential`; CASSLE's calls that `projector`."""
-    bare = all(name[:1].isdigit() for name in state)
-    return {f"projector.{name}" if bare else name: array for name, array in state.items()}
+    arrays = ((name, array) for name, array in state.items() if isinstance(array, np.ndarray))
+    return {name: array for name, array in arrays if isinstance(name, str)}
 
 
 def _of_network(variables: Variables, name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def read_run(
         step: of the checkpoint; `None` for the newest that can be read.
 
     Raises:
-        WeightsError: there is no such run, checkpoint or network.
+        WeightsError: there is no such run, checkpoint or network, or its weights are not finite.
     """
     workdir = epath.Path(workdir).resolve()
     if not (workdir / "config.json").exists():
@@ -60,7 +60,10 @@ def read_run(
             metrics=read_metrics(workdir),
             start=start_before(workdir, step),
         )
-    return weights_of(variables, card, heads)
+    try:
+        return weights_of(variables, card, heads)
+    except WeightsError as error:
+        raise WeightsError(f"run={workdir} at step {step}: {error}") from error
 
 
 @contextlib.contextmanager

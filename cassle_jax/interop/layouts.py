@@ -1,0 +1,192 @@
+"""Finds the encoder, and the heads that fit this project's, in the checkpoints of other projects.
+
+A checkpoint's names are read as paths: nested dicts count as one more part of the name. So the
+encoder is what lies beside a stem (`conv1.weight`, `cls_token`), wherever that is: in MoCo-v2's
+`state_dict`, `module.encoder_q.…`, in VISSL's `classy_state_dict`, `…trunk._feature_blocks.…`, or
+in DINO's `teacher`, `backbone.…`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cassle_jax.interop.errors import WeightsError
+from cassle_jax.interop.naming import from_torchvision, is_vit
+from cassle_jax.interop.pytorch import State
+
+# What DataParallel, torch.compile, FSDP, activation checkpointing and Fabric put into names.
+WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+}
+# Networks that are not the one to evaluate where a file has another: DINO evaluates the teacher.
+COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
+# What lies beside an encoder's own arrays: classifiers, and the heads of SwAV and others.
+HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
+STEM = re.compile(r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token)")
+IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
+DEEPEST = 16  # dicts within each other
+KNOWN = (
+    "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, VISSL, Lightly and "
+    "solo-learn and models of torchvision and timm"
+)
+
+
+def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Everything in nested dicts by its path, without the names that wrappers of modules add.
+
+    A dict that occurs twice is taken once: files may hold one within itself.
+    """
+    flat, seen, waiting = {}, set(), [("", content, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if not isinstance(value, Mapping):
+            if flat.setdefault(path, value) is not value:
+                raise WeightsError(f"it has two arrays called {path}")
+        elif id(value) not in seen and depth < DEEPEST:
+            seen.add(id(value))
+            names = [name for name in value if isinstance(name, str)]
+            waiting += [(_joined(path, name), value[name], depth + 1) for name in reversed(names)]
+    return flat
+
+
+def _joined(path: str, name: str) -> str:
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join([path, *parts] if path else parts)
+
+
+def networks_in(content: Mapping[Any, Any]) -> tuple[dict[str, State], tuple[str, ...], bool]:
+    """The encoder and perhaps its `projector`, `predictor` and `image_conditioner`.
+
+    Args:
+        content: of the file: a state dict, or dicts that hold some.
+
+    Returns:
+        The networks' states by name; the names of what else lies beside them; and whether the file
+        is MoCo-v3's.
+
+    Raises:
+        WeightsError: there is no encoder, or more than one and no telling which is meant.
+    """
+    flat = flat_names(content)
+    arrays = {
+        name: value
+        for name, value in flat.items()
+        if isinstance(value, np.ndarray) and not name.endswith("num_batches_tracked")
+    }
+    arrays = _with_named_stages(arrays)
+    prefix = _prefix(arrays)
+    parent, _, called = prefix.removesuffix(".").rpartition(".")
+    parent = f"{parent}." if parent else ""
+    is_moco_v3 = called == "base_encoder"
+
+    encoder, heads = _without_heads(_under(arrays, prefix))
+    networks = {"encoder": encoder}
+    if called == "backbone":
+        beside = {name: _under(arrays, f"{parent}{name}.") for name in PUBLISHED_HEADS}
+        networks |= {name: state for name, state in beside.items() if state}
+    elif is_moco_v3 and (projector := _mlp_with_batch_norm(heads, encoder)):
+        heads = {}
+        networks["projector"] = projector
+        if predictor := _under(arrays, f"{parent}predictor."):
+            networks["predictor"] = predictor
+    if "projector" in networks:
+        networks["projector"] = _projector_names(networks["projector"])
+    taken = {called, *(networks.keys() - {"encoder"})}
+    beside = dict.fromkeys(name.split(".")[0] for name in _under(flat, parent)) if prefix else {}
+    return networks, (*heads, *(name for name in beside if name not in taken)), is_moco_v3
+
+
+PUBLISHED_HEADS = ("projector", "predictor", "image_conditioner")
+
+
+def _under(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What lies under a prefix, without it."""
+    return {name.removeprefix(prefix): flat[name] for name in flat if name.startswith(prefix)}
+
+
+def _prefix(arrays: State) -> str:
+    """What stands before the names of the one encoder to take."""
+    stems = (match[1] for name in arrays if (match := STEM.fullmatch(name)))
+    prefixes = [prefix for prefix in dict.fromkeys(stems) if not IN_A_BLOCK.fullmatch(prefix)]
+    if not prefixes:
+        names = ", ".join([*arrays][:3])
+        raise WeightsError(
+            f"it has neither a ResNet's conv1.weight nor a ViT's cls_token, but {names}…; {KNOWN}"
+        )
+    first, *others = [name for name in prefixes if not COPIES.search(name)] or prefixes
+    different = [other for other in others if not _same(_under(arrays, first), arrays, other)]
+    if different:
+        raise WeightsError(
+            f"it has several encoders: {_listed([first, *different])}; save one's state_dict() "
+            "alone with torch.save"
+        )
+    return first
+
+
+def _same(state: State, arrays: State, prefix: str) -> bool:
+    other = _under(arrays, prefix)
+    return state.keys() == other.keys() and all(
+        np.array_equal(state[name], other[name]) for name in state
+    )
+
+
+def _listed(prefixes: Sequence[str]) -> str:
+    return ", ".join(prefix.removesuffix(".") or "one without a name" for prefix in prefixes)
+
+
+def _with_named_stages(arrays: State) -> State:
+    """ResNets that are a `Sequential` of their parts, as Lightly's are, with their parts' names."""
+    renamed = {}
+    for stem in (name for name in arrays if re.fullmatch(r"(.+\.)?0\.weight", name)):
+        prefix = stem.removesuffix("0.weight")
+        block = re.compile(re.escape(prefix) + r"(\d+)\.0\.conv1\.weight")
+        stages = sorted(int(match[1]) for name in arrays if (match := block.fullmatch(name)))
+        if len(stages) != 4:
+            continue
+        _check_stem(stages[0], arrays[stem])
+        parts = {0: "conv1", 1: "bn1"} | {n: f"layer{i}" for i, n in enumerate(stages, 1)}
+        for number, part in parts.items():
+            renamed |= {
+                f"{prefix}{number}.{rest}": f"{prefix}{part}.{rest}"
+                for rest in _under(arrays, f"{prefix}{number}.")
+            }
+    return {renamed.get(name, name): array for name, array in arrays.items()}
+
+
+def _check_stem(first_stage: int, kernel: np.ndarray) -> None:
+    """Refuses a stem of other parts than convolution, BatchNorm, ReLU and perhaps max-pooling."""
+    if first_stage == 4 or (first_stage == 3 and kernel.shape[-1] == 3):
+        return
+    lacks = "ReLU" if first_stage == 2 else "max-pooling"
+    raise WeightsError(
+        f"its ResNet is a Sequential without {lacks} after the stem's BatchNorm, which no ResNet "
+        "here computes; pretrain with a torchvision ResNet in the Sequential"
+    )
+
+
+def _without_heads(state: State) -> tuple[State, State]:
+    """An encoder's arrays in this project's names, and those of the heads among them."""
+    state = {
+        re.sub(r"\bshortcut\.(?=\d)", "downsample.", name): array
+        for name, array in from_torchvision(state).items()
+    }
+    heads = {name: array for name, array in state.items() if name.startswith(HEADS)}
+    return {name: state[name] for name in state if name not in heads}, heads
+
+
+def _mlp_with_batch_norm(heads: State, encoder: State) -> State:
+    """MoCo-v3's projector, in the place of a classifier; empty where that is a classifier."""
+    projector = _under(heads, "head." if is_vit(encoder) else "fc.")
+    return projector if any(name.startswith("1.") for name in projector) else {}
+
+
+def _projector_names(state: State) -> State:
+    """A plain projector may be a bare `Sequential`; CASSLE's calls that `projector`."""
+    bare = all(name[:1].isdigit() for name in state)
+    return {f"projector.{name}" if bare else name: array for name, array in state.items()}
