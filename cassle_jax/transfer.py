@@ -1,9 +1,9 @@
-r"""The paper's claim as one table: variants of each method, and how they transfer.
+r"""Compares how the variants of the methods transfer, within a time budget: the paper's claim.
 
 python -m cassle_jax.transfer --to=FOLDER --minutes=600 --data=/data/tiny_imagenet \
     --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/tiny_imagenet
 
-It is the table `transfer` with a budget of time; see `cassle_jax.tables` for what a call leaves.
+Runs the table `transfer` with a time budget; `cassle_jax.tables` describes the folder's files.
 """
 
 import dataclasses
@@ -35,29 +35,29 @@ def transfer(
     limit: int = 0,
     parallel: int = 1,
 ) -> Path:
-    """Pretrains and evaluates what is missing, and writes the page of all that is there.
+    """Pretrains and evaluates the missing runs, and writes the page of the finished ones.
 
     Args:
-      to: folder of everything; with what an earlier call left in it.
-      minutes: for all runs, from which their number of steps follows when the folder is new; at
+      to: folder of all results; may hold those of an earlier call.
+      minutes: time budget of all runs together. In a new folder it sets the number of steps, at
         most the configuration's epochs.
-      datasets: to evaluate on, as the evaluation command takes them; empty for the table's.
-      data: folder of the images to pretrain on; "" for what `overrides` name.
-      call_minutes: after which this call saves and ends; 0 for never.
+      datasets: evaluation datasets, as in the evaluation command; empty for the table's.
+      data: folder of the pretraining images; "" for those that `overrides` select.
+      call_minutes: time after which this call saves and ends; 0 for no limit.
       methods: names of methods; empty for the table's.
-      seeds: how many runs each variant has.
-      tasks: of the evaluation; empty for the table's.
-      overrides: of all runs, `name=value` each.
-      keep_weights: whether checkpoints stay when a run is evaluated.
-      limit: of the images of each part in evaluation; 0 for all.
-      parallel: how many runs at a time.
+      seeds: number of runs per variant.
+      tasks: evaluation tasks; empty for the table's.
+      overrides: settings of all runs, as `name=value`.
+      keep_weights: whether checkpoints stay after the evaluation.
+      limit: largest number of evaluation images per split; 0 for all.
+      parallel: number of runs at a time.
 
     Returns:
       The path of the page.
 
     Raises:
-      ConfigError, DataError: what cannot work.
-      Stop: the call's time is over (75, the same call goes on), or some runs failed (1).
+      ConfigError, DataError: invalid settings or missing data.
+      Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
     check_positive(minutes=minutes)
     check_at_least(1, seeds=seeds)
@@ -80,20 +80,30 @@ def transfer(
 
 
 if __name__ == "__main__":
-    to_flag = flags.DEFINE_string("to", "runs/transfer", "Folder of everything.")
-    minutes_flag = flags.DEFINE_float("minutes", None, "For all runs together; sets their length.")
-    call_flag = flags.DEFINE_float(
-        "call_minutes", 0, "After which this call saves and ends; 0: when all is done."
+    to_flag = flags.DEFINE_string("to", "runs/transfer", "Folder of all results.")
+    minutes_flag = flags.DEFINE_float(
+        "minutes", None, "Time budget of all runs; sets their number of steps."
     )
-    parallel_flag = flags.DEFINE_integer("parallel", 1, "How many runs at a time.")
-    data_flag = flags.DEFINE_string("data", None, "Folder of Tiny-ImageNet, to pretrain on.")
-    datasets_flag = flags.DEFINE_list("datasets", [], "To evaluate on: name=folder.")
-    tasks_flag = flags.DEFINE_list("tasks", [], "Of the evaluation; the table's.")
-    methods_flag = flags.DEFINE_list("methods", [], "To compare; the table's.")
-    seeds_flag = flags.DEFINE_integer("seeds", 3, "Runs of each variant.")
-    set_flag = flags.DEFINE_multi_string("set", [], "Of all runs: name=value; repeatable.")
-    weights_flag = flags.DEFINE_boolean("keep_weights", True, "Keep the checkpoints.")
-    limit_flag = flags.DEFINE_integer("limit", 0, "Evaluate on so many images of each part.")
+    call_flag = flags.DEFINE_float(
+        "call_minutes", 0, "Time after which this call saves and ends; 0: no limit."
+    )
+    parallel_flag = flags.DEFINE_integer("parallel", 1, "Number of runs at a time.")
+    data_flag = flags.DEFINE_string("data", None, "Folder of Tiny-ImageNet, for pretraining.")
+    datasets_flag = flags.DEFINE_list(
+        "datasets", [], "Evaluation datasets, as name=folder; the table's if empty."
+    )
+    tasks_flag = flags.DEFINE_list("tasks", [], "Evaluation tasks; the table's if empty.")
+    methods_flag = flags.DEFINE_list("methods", [], "Methods to compare; the table's if empty.")
+    seeds_flag = flags.DEFINE_integer("seeds", 3, "Number of runs per variant.")
+    set_flag = flags.DEFINE_multi_string(
+        "set", [], "Setting of all runs, as name=value; repeatable."
+    )
+    weights_flag = flags.DEFINE_boolean(
+        "keep_weights", True, "Keep the checkpoints after the evaluation."
+    )
+    limit_flag = flags.DEFINE_integer(
+        "limit", 0, "Largest number of evaluation images per split; 0: all."
+    )
     flags.mark_flags_as_required(["minutes", "data"])
     command.run(
         lambda: transfer(

@@ -13,9 +13,9 @@ import pytest
 
 from cassle_jax.config import ConfigError
 from cassle_jax.evaluation.findings import Score
-from cassle_jax.sweep.budget import steps_within, to_measure
+from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
-from cassle_jax.sweep.crew import shares
+from cassle_jax.sweep.pool import gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
 from cassle_jax.sweep.table import Row, Table, find_table, planned, runs_of_table
 from cassle_jax.tables import dry_run, run_table
@@ -127,7 +127,7 @@ def test_no_row_of_a_name_says_which_there_are():
         ("Row('a=b', 'x'),", "row 'a=b': a subject is a name without '='"),
         (
             "Row('a', 'x', against='c'), Row('b', 'x')",
-            "against='c' of row 'a' is no .* 'a', 'b'",
+            "against='c' of row 'a' is not a row .* 'a', 'b'",
         ),
         ("", "table 'T' has no rows"),
     ],
@@ -155,7 +155,7 @@ def test_an_unknown_table_names_the_closest():
         ({"datasets": ("cifar1",)}, "datasets='cifar1' is unknown"),
         ({"tasks": ("knnn",)}, "tasks='knnn' is unknown"),
         ({"evaluation": ("limt=3",)}, "evaluation='limt' is unknown.*'limit'"),
-        ({"evaluation": ("limit=x",)}, "evaluation limit='x' cannot be"),
+        ({"evaluation": ("limit=x",)}, "evaluation limit='x' is invalid"),
         ({"overrides": ("data.source=folder", "data.path=/none")}, "/none"),
     ],
 )
@@ -169,7 +169,7 @@ def test_processes_share_the_gpus_and_their_memory():
     def told(gpus, parallel):
         return [
             (each["CUDA_VISIBLE_DEVICES"], each["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-            for each in shares(gpus, parallel)
+            for each in gpu_shares(gpus, parallel)
         ]
 
     assert told(["0"], 2) == [("0", "0.450")] * 2
@@ -212,7 +212,7 @@ def test_a_metric_of_several_datasets_gets_their_mean():
 
 def test_of_each_group_the_last_row_is_measured_with_as_many_beside_it_as_there_will_be():
     runs = runs_of_table(PAIR, seeds=(0, 1))
-    assert names(to_measure(runs, 3)) == [
+    assert names(runs_to_measure(runs, 3)) == [
         "simclr-cassle-1.0",
         "byol-plain-1.1",
         "simclr-cassle-1.2",
@@ -235,8 +235,9 @@ def test_a_dry_run_counts_steps_and_hours_of_images_that_are_not_here():
     # 500 epochs of 494 batches of 256; SimCLR trains on both views.
     hours = 500 * 494 * 256 / 3780 / 3600
     assert told.splitlines() == [
-        f"MoCo-v2  2 × 247000 steps of 256 images (500 epochs): {hours:.3g} GPU hours each",
-        f"SimCLR   2 × 247000 steps of 256 images (500 epochs): {1.5 * hours:.3g} GPU hours each",
+        f"MoCo-v2  2 × 247000 steps of 256 images (500 epochs): {hours:.3g} GPU hours per run",
+        "SimCLR   2 × 247000 steps of 256 images (500 epochs): "
+        f"{1.5 * hours:.3g} GPU hours per run",
         f"4 runs, {5 * hours:.3g} GPU hours without evaluation, where a ResNet-50 at 224 px with "
         "MoCo-v2 makes 3780 images/s",
     ]
@@ -294,7 +295,7 @@ def ran(tmp_path_factory):
 
 def test_a_call_that_is_stopped_ends_with_75_and_the_next_one_goes_on(ran):
     to, _, first, second = ran
-    assert first[0] == 75 and "the same one goes on" in first[1]
+    assert first[0] == 75 and "rerun the same command to resume" in first[1]
     assert second[0] == 1, second[1]
     assert not list(to.glob("runs/[!h]*/checkpoints"))
     assert len(list(to.glob("runs/*/evaluation/report.json"))) == 4
@@ -327,7 +328,7 @@ def test_a_finished_table_is_not_run_again_nor_taken_for_another(ran):
     to, file, *_ = ran
     ends = {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
     code, told = end(call(to, file))
-    assert code == 1 and "6 runs, of which 6 are done" in told
+    assert code == 1 and "6 runs, 6 of them done" in told
     assert ends == {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
     code, told = end(call(to, file, "--set=steps=2"))
     assert code == 2 and "steps=2 was 3" in told
@@ -357,7 +358,7 @@ def test_weights_of_the_same_run_in_another_table_are_taken(tmp_path):
     code, told = end(call(second, file, *one, f"--weights_of={first}"))
     assert code == 0, told
     log = (second / "runs/plain-0/log.txt").read_text()
-    assert f"the weights are those of {first / 'runs/plain-0'}" in log and "pretrain" not in log
+    assert f"using the weights of {first / 'runs/plain-0'}" in log and "pretrain" not in log
     assert not (second / "runs/plain-0/checkpoints").exists()
     assert (first / "runs/plain-0/checkpoints").exists()
     accuracies = [

@@ -1,1 +1,1 @@
-"""Pretrains one configuration with many values, and shows the runs side by side."""
+"""Sweeps and tables: pretrains many variants of a configuration and compares the runs."""

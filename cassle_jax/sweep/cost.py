@@ -1,25 +1,25 @@
-"""What a table would cost: runs, steps, and GPU hours from one measured rate."""
+"""Estimates the cost of a table: runs, steps, and GPU hours from one measured rate."""
 
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from cassle_jax.data import open_source
-from cassle_jax.sweep.space import Run
+from cassle_jax.sweep.space import RunSpec
 from cassle_jax.training.run import build_method, view_specs
 
-# What one H100 was measured at: images/s of a ResNet-50 at 224 pixels with MoCo-v2 and CASSLE,
-# batch 256, bfloat16 (docs/performance.md).
+# Images/s measured on one H100: ResNet-50 at 224 pixels with MoCo-v2 and CASSLE, batch 256,
+# bfloat16 (docs/performance.md).
 RATE = 3780.0
 
-# Training images of datasets that need not be here to be counted, by builder and classes.
+# Number of training images of well-known datasets, by builder and classes.
 _IMAGES = {
     ("imagenet2012", ""): 1_281_167,
     ("imagenet2012", "imagenet100"): 126_689,
-    ("stl10", ""): 105_000,  # with the unlabelled ones
+    ("stl10", ""): 105_000,  # labelled and unlabelled
     ("cifar10", ""): 50_000,
 }
-# Multiplications of an image passing an encoder, in 10⁹ at 224 pixels; they grow with its area.
+# 10⁹ multiplications per image and forward pass at 224 pixels; proportional to the image's area.
 _ENCODERS = {
     "resnet18": 1.82,
     "resnet34": 3.67,
@@ -27,16 +27,17 @@ _ENCODERS = {
     "vit_small": 4.6,
     "vit_base": 17.5,
 }
-_SMALL_IMAGES = 15.0  # times as many with the stem for small images
-_TRAINED, _FOLLOWED = 3, 1  # passes that a view costs: forwards and twice that backwards, or once
-_MEASURED = (_TRAINED + _FOLLOWED) * _ENCODERS["resnet50"]
+_SMALL_IMAGES = 15.0  # factor of the stem for small images
+# Cost of a view in forward passes: the backward pass of the online network costs two more.
+_ONLINE, _TARGET = 3, 1
+_MEASURED = (_ONLINE + _TARGET) * _ENCODERS["resnet50"]
 
 
 def images_of(config: ConfigDict) -> int:
-    """How many training images a configuration has; of well-known datasets without opening them.
+    """The number of training images of a configuration; well-known datasets stay closed.
 
     Raises:
-      DataError: they are not known and cannot be opened.
+      DataError: the dataset is not a well-known one and cannot be opened.
     """
     data = config.data
     known = _IMAGES.get((data.name, data.classes)) if data.source == "tfds" else None
@@ -44,19 +45,23 @@ def images_of(config: ConfigDict) -> int:
 
 
 def hours_of(config: ConfigDict, rate: float = RATE) -> float:
-    """GPU hours of a run, as the measured rate and the encoder's multiplications have them.
+    """Estimates the GPU hours of a run from the measured rate and the encoder's multiplications.
 
-    Heads, input and evaluation are not counted, and all encoders count as equally efficient.
+    The estimate leaves out heads, input and evaluation, and takes all encoders as equally
+    efficient.
 
     Args:
-      config: with its number of steps.
+      config: configuration with a number of steps.
       rate: images/s of a ResNet-50 at 224 pixels with MoCo-v2.
     """
     method = build_method(config)
     sizes = [spec.size for spec in view_specs(config, method)]
-    passes = (method.online_passes, _TRAINED), (method.target_passes, _FOLLOWED)
+    passes = (method.online_passes, _ONLINE), (method.target_passes, _TARGET)
     area = sum(
-        cost * (sizes[view] / 224) ** 2 for each, cost in passes for views in each for view in views
+        cost * (sizes[view] / 224) ** 2
+        for network, cost in passes
+        for views in network
+        for view in views
     )
     encoder = config.encoder
     work = area * _ENCODERS.get(encoder.name, _ENCODERS["resnet50"])
@@ -65,27 +70,27 @@ def hours_of(config: ConfigDict, rate: float = RATE) -> float:
     return config.steps * config.batch_size * work / _MEASURED / rate / 3600
 
 
-def cost_table(runs: Sequence[Run], images: Sequence[int], rate: float) -> str:
-    """A line a row: its seeds, steps, and GPU hours; and all of it.
+def cost_table(runs: Sequence[RunSpec], images: Sequence[int], rate: float) -> str:
+    """Lists seeds, steps and GPU hours, one line per row, and the total.
 
     Args:
-      runs: with their numbers of steps.
-      images: of each, for training.
+      runs: runs with their numbers of steps.
+      images: number of training images per run.
       rate: see `hours_of`.
     """
-    rows: dict[str, list[tuple[Run, int]]] = {}
+    rows: dict[str, list[tuple[RunSpec, int]]] = {}
     for run, count in zip(runs, images, strict=True):
         rows.setdefault(run.subject, []).append((run, count))
     width = max(map(len, rows))
     lines, total = [], 0.0
-    for subject, each in rows.items():
-        config, count = each[0][0].config, each[0][1]
+    for subject, seeds in rows.items():
+        config, count = seeds[0][0].config, seeds[0][1]
         hours = hours_of(config, rate)
-        total += len(each) * hours
+        total += len(seeds) * hours
         epochs = config.steps / max(1, count // config.batch_size)
         lines.append(
-            f"{subject:{width}}  {len(each)} × {config.steps} steps of {config.batch_size} images "
-            f"({epochs:.3g} epochs): {hours:.3g} GPU hours each"
+            f"{subject:{width}}  {len(seeds)} × {config.steps} steps of {config.batch_size} images "
+            f"({epochs:.3g} epochs): {hours:.3g} GPU hours per run"
         )
     lines.append(
         f"{len(runs)} runs, {total:.3g} GPU hours without evaluation, where a ResNet-50 at 224 px "

@@ -1,4 +1,4 @@
-"""Commands of this project as submitit's jobs, on this machine or on SLURM."""
+"""Runs commands of this project as submitit jobs, on this machine or on SLURM."""
 
 import fcntl
 import json
@@ -23,29 +23,27 @@ from cassle_jax.storage import write_whole
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 
 _POLL_SECONDS = 0.5
-_LOOK_SECONDS = 30.0
+_CHECK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
-# A command that saved and ended, or was stopped before it could, goes on: in the job SLURM started
-# again, or here in the same one. So many times, that is something else.
+# Exit codes of a preempted command. It resumes in the requeued SLURM job, or here in the same job.
 _STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
-_MOST_STARTS = 100
+_MOST_STARTS = 100  # more preemptions than that have another cause
 _PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
-# How often submitit requeues a job at its time limit: as often as it takes.
+# Requeues by submitit at a job's time limit; practically unlimited.
 _MOST_REQUEUES = 10_000
 
 
 class Command:
-    """`python -m <module> <arguments>` as a job that goes on after preemption and time limits.
+    """`python -m <module> <arguments>` as a job that resumes after preemption and time limits.
 
-    What it prints is appended to `<folder>/log.txt`. When it has ended, its exit code and its last
-    line are in `<folder>/outcome.json`; a job that was killed leaves no such file. Two jobs of one
-    folder take turns.
+    The job appends its output to `<folder>/log.txt`. At its end it writes exit code and last line
+    to `<folder>/outcome.json`; a killed job leaves no such file. Two jobs of one folder take turns.
 
     Args:
-      module: of this project.
-      arguments: of the command.
-      folder: is made.
-      environment: variables that it gets, or that it does not get where the value is `None`.
+      module: a module of this project.
+      arguments: command-line arguments.
+      folder: folder of the log and the outcome; created where missing.
+      environment: variables to set; `None` as a value unsets one.
     """
 
     def __init__(
@@ -60,29 +58,29 @@ class Command:
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Runs in the job; returns the exit code."""
+        """Runs the command inside the job; returns the exit code."""
         job = submitit.JobEnvironment()
-        leads = job.global_rank == 0
+        is_first = job.global_rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             (self.folder / "job.lock").open("w") as lock,
             (self.folder / LOG_FILE).open("a") as log,
         ):
-            if leads:
+            if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             while code in _STOPPED and starts < _MOST_STARTS:
                 if job.cluster == "slurm":
-                    if leads:
+                    if is_first:
                         _requeue(os.environ["SLURM_JOB_ID"])
-                    sys.exit(EXIT_PREEMPTED)  # with no result
+                    sys.exit(EXIT_PREEMPTED)  # submitit gets no result
                 code, starts = self._run(lock, log), starts + 1
-            if leads:
+            if is_first:
                 self._write_outcome(code)
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit calls before it requeues a job: saves, and goes on in the next one."""
+        """Saves, and returns the job that resumes; submitit calls this before it requeues."""
         if self._process:
             self._process.send_signal(signal.SIGINT)
             self._wait()
@@ -91,16 +89,16 @@ class Command:
 
     def _run(self, lock, log) -> int:
         environment = {**os.environ, **self.environment}
-        # submitit's own signal reaches all processes of a job, and would kill this one.
-        deaf = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
+        # submitit's signals reach all processes of a job, and would kill the command.
+        ignoring_signals = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
         self._process = subprocess.Popen(
-            [*deaf, sys.executable, "-m", self.module, *self.arguments],
+            [*ignoring_signals, sys.executable, "-m", self.module, *self.arguments],
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=[lock.fileno()],  # it holds the lock until it has ended, whatever ends the job
-            start_new_session=True,  # Ctrl-C comes through the job, once
+            pass_fds=[lock.fileno()],  # the command keeps the lock even if the job is killed
+            start_new_session=True,  # Ctrl-C arrives once, through the job
         )
         try:
             return self._wait()
@@ -109,7 +107,7 @@ class Command:
             raise
 
     def _wait(self) -> int:
-        # Not Popen.wait: while it waits, a signal's handler cannot.
+        # Polls, because a signal handler's own `_wait` would block inside Popen.wait.
         while self._process.poll() is None:
             time.sleep(_POLL_SECONDS)
         return self._process.returncode
@@ -121,16 +119,20 @@ class Command:
 
 
 def outcome_of(folder: Path) -> dict[str, object] | None:
-    """What a command that ended in this folder left; `None` where none did."""
+    """Reads `outcome.json` of a command; returns `None` where no command ended in the folder."""
     path = folder / OUTCOME
     return json.loads(path.read_text()) if path.exists() else None
 
 
 class Local:
-    """This machine, which runs so many commands at a time, each with its share of the GPUs.
+    """Runs commands on this machine, with an equal share of the GPUs per command.
+
+    Args:
+      folder: folder of submitit's files.
+      parallel: number of commands at a time.
 
     Raises:
-      ConfigError: the GPUs cannot be shared by so many.
+      ConfigError: `parallel` does not divide the number of GPUs.
     """
 
     def __init__(self, folder: Path, parallel: int):
@@ -145,11 +147,11 @@ class Local:
         self._executor = submitit.LocalExecutor(folder, max_num_timeout=_MOST_REQUEUES)
         self._executor.update_parameters(timeout_min=_WEEK_MINUTES)
 
-    def run(self, commands: Sequence[Command], ended: Callable[[Command], None]) -> None:
-        """Runs commands; tells of each that it ended.
+    def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
+        """Runs commands; calls `on_end` with a command that ended.
 
         Raises:
-          KeyboardInterrupt: after the commands were told to save and end.
+          KeyboardInterrupt: Ctrl-C; the commands have received the signal to save and end.
         """
         waiting, free = deque(commands), deque(self._shares)
         running: dict[submitit.Job, tuple[Command, list[str]]] = {}
@@ -157,13 +159,13 @@ class Local:
             while waiting or running:
                 while waiting and free:
                     command, gpus = waiting.popleft(), free.popleft()
-                    # submitit hides the GPUs from a job that asks for none.
+                    # submitit hides the GPUs from a job that requests none.
                     command.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus) or None
                     running[self._executor.submit(command)] = command, gpus
-                for job in [each for each in running if each.done()]:
+                for job in [job for job in running if job.done()]:
                     command, gpus = running.pop(job)
                     free.append(gpus)
-                    ended(command)
+                    on_end(command)
                 time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             for job in running:
@@ -172,26 +174,26 @@ class Local:
 
 
 class Slurm:
-    """A cluster with SLURM; jobs go on when whoever submitted them does not.
+    """Runs commands on a SLURM cluster; the jobs outlive the process that submits them.
 
     Args:
-      folder: of submitit's files; on a folder that all hosts see.
-      parallel: how many jobs run at a time at most.
-      options: of sbatch, by the names submitit has for them, such as `gpus_per_node=8`, `time=1440`
+      folder: folder of submitit's files, on storage that all hosts share.
+      parallel: largest number of jobs at a time.
+      options: sbatch options under submitit's names, such as `gpus_per_node=8`, `time=1440`
         (minutes) and `partition=…`, joined by commas.
 
     Raises:
-      ConfigError: there is no SLURM here, or an option is unknown.
+      ConfigError: SLURM is not installed here, or an option is unknown.
     """
 
     def __init__(self, folder: Path, parallel: int, options: str):
         if absent := [name for name in _PROGRAMS if not shutil.which(name)]:
             raise ConfigError(
-                f"where=slurm needs {', '.join(absent)}, which cannot be found; use local"
+                f"where=slurm needs {', '.join(absent)}, not found on this machine; use local"
             )
         if parallel < 1:
             raise ConfigError(f"parallel={parallel} must be at least 1")
-        # Without SLURM's accounting it warns at every look at the jobs.
+        # Without SLURM's accounting, submitit warns at every poll.
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self._executor = submitit.SlurmExecutor(folder, max_num_timeout=_MOST_REQUEUES)
         chosen = {"job_name": "cassle", "signal_delay_s": 120, "array_parallelism": parallel}
@@ -201,45 +203,45 @@ class Slurm:
             lines = [line.strip(" -") for line in str(error).splitlines()]
             raise ConfigError(f"slurm={options}: {', '.join(lines)}") from error
 
-    def run(self, commands: Sequence[Command], ended: Callable[[Command], None]) -> None:
-        """Submits commands as one array, waits, and tells of each that it ended."""
+    def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
+        """Submits commands as one array, waits, and calls `on_end` with a command that ended."""
         with self._executor.batch():
             jobs = [self._executor.submit(command) for command in commands]
         running = dict(zip(jobs, commands, strict=True))
-        looked, missing = time.monotonic(), set()
+        last_check, missing = time.monotonic(), set()
         while running:
-            gone = set()
-            if time.monotonic() - looked > _LOOK_SECONDS:
-                # Without SLURM's accounting submitit waits forever for what was cancelled. Missing
-                # twice, as a result may be seen later than the end of its job.
+            cancelled = set()
+            if time.monotonic() - last_check > _CHECK_SECONDS:
+                # Without SLURM's accounting, submitit waits forever for a cancelled job. A job
+                # counts as cancelled after two checks, as its result may arrive after its end.
                 now = _missing(running)
-                gone, missing, looked = missing & now, now, time.monotonic()
-            for job in [each for each in running if each in gone or each.done()]:
-                ended(running.pop(job))
+                cancelled, missing, last_check = missing & now, now, time.monotonic()
+            for job in [job for job in running if job in cancelled or job.done()]:
+                on_end(running.pop(job))
             time.sleep(_POLL_SECONDS)
 
 
 def _requeue(job_id: str) -> None:
-    """Has SLURM start a job again whose command saved and ended.
+    """Requeues a running SLURM job whose command has saved and ended.
 
-    By itself SLURM does so only with jobs it had to end, not with one that was quicker than the
-    time it gives. Who was cancelled, or is requeued already, runs no longer and is left alone.
+    SLURM requeues only the jobs it ends itself, not one that ends within its grace time. A job that
+    is cancelled or already requeued no longer runs, and stays as it is.
     """
     if _queue(f"--jobs={job_id}", "--format=%T") == ["RUNNING"]:
         subprocess.run(["scontrol", "requeue", job_id], capture_output=True, check=False)
 
 
 def _missing(jobs: Iterable[submitit.Job]) -> set[submitit.Job]:
-    """Those that SLURM has neither waiting nor running; none where it does not answer."""
+    """The jobs that SLURM neither queues nor runs; empty where squeue fails."""
     queued = _queue("--me", "--array", "--format=%i")
     return {job for job in jobs if queued is not None and job.job_id not in queued}
 
 
 def _queue(*options: str) -> list[str] | None:
-    """What squeue tells, a word a job; `None` where it does not answer."""
-    asked = ["squeue", "--noheader", *options]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return None if told.returncode else told.stdout.split()
+    """The output of squeue, one word per job; `None` where squeue fails."""
+    query = ["squeue", "--noheader", *options]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    return None if result.returncode else result.stdout.split()
 
 
 def _options(text: str) -> dict[str, str | int]:
@@ -253,12 +255,12 @@ def _options(text: str) -> dict[str, str | int]:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs of this machine that are not hidden from this process."""
+    """Names of this machine's GPUs that are visible to this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [each for each in visible.split(",") if each]
+        return [name for name in visible.split(",") if name]
     if os.environ.get("JAX_PLATFORMS", "cuda").startswith("cpu") or not shutil.which("nvidia-smi"):
         return []
-    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.split() if found.returncode == 0 else []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    return result.stdout.split() if result.returncode == 0 else []

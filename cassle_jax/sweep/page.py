@@ -1,4 +1,4 @@
-"""The page of a sweep: what pretraining measured, and what an evaluation found, side by side."""
+"""Writes the page of a sweep: metrics and evaluation results, one column per setting."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,24 +8,24 @@ from ml_collections import ConfigDict
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluation.findings import Chart, Finding, Score
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
-from cassle_jax.sweep.space import Run
+from cassle_jax.sweep.space import RunSpec
 from cassle_jax.training.metrics import read_metrics
 
 TASK = "pretraining"
-# Of a metric as it is logged: what it is called, and whether higher is better.
+# Names of the logged metrics on the page, and whether higher is better.
 _METRICS = {
     "knn_accuracy": ("k-NN accuracy", True),
     "rank_me": ("RankMe", None),
-    "loss": ("loss", None),  # of other methods or conditionings it is another loss
+    "loss": ("loss", None),  # not comparable across methods and conditionings
 }
 
 
-def write_page(folder: Path, workdirs: Mapping[Run, Path], evaluation: Path | None) -> Path:
-    """Writes `report.html`, `report.json` and `report.csv`; seeds of a subject are one column.
+def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path | None) -> Path:
+    """Writes `report.html`, `report.json` and `report.csv`, with one column per subject.
 
     Args:
-      folder: of the sweep.
-      workdirs: of the finished runs.
+      folder: the sweep's folder.
+      workdirs: workdirs of the finished runs.
       evaluation: folder of the evaluation's report, which has the same subjects and seeds.
 
     Returns:
@@ -37,18 +37,18 @@ def write_page(folder: Path, workdirs: Mapping[Run, Path], evaluation: Path | No
         subjects.setdefault(run.subject, []).append(pretraining_findings(run.config, workdir))
         facts.setdefault(run.subject, {"config": flat_settings(run.config)})
     if evaluation:
-        found, known = read_report(evaluation / JSON)
-        for name, seeds in found.items():
-            for mine, its in zip(subjects[name], seeds, strict=True):
-                mine += its
+        evaluated, known = read_report(evaluation / JSON)
+        for name, seeds in evaluated.items():
+            for pretrained, scores in zip(subjects[name], seeds, strict=True):
+                pretrained += scores
         facts |= known
     seeds = ", ".join(f"{name}: {len(runs)}" for name, runs in subjects.items())
-    summary = f"Runs of each, over which a mean ± half its 95 % interval is given: {seeds}."
+    summary = f"Values are means over runs ± half the 95 % interval. Number of runs: {seeds}."
     return write_report(folder, subjects, title="Sweep", summary=summary, provenance=facts)
 
 
 def pretraining_findings(config: ConfigDict, workdir: Path) -> list[Finding]:
-    """The last value of each metric, and its course where there is one."""
+    """The last value per metric, and its curve where the run logged several values."""
     dataset, curves = _dataset(config), read_metrics(workdir)
     findings: list[Finding] = []
     for metric, (name, higher_is_better) in _METRICS.items():

@@ -1,4 +1,4 @@
-"""What the paper's tables share: methods, variants, ablations, and the sets it evaluates on."""
+"""Rows that the paper's tables share: methods, variants, ablations, and evaluation datasets."""
 
 from collections.abc import Mapping
 
@@ -17,8 +17,8 @@ VARIANTS = {
     "AugSelf": "conditioning=none,augself=main",
     "CASSLE": "conditioning=cassle",
 }
-# Base learning rates of the authors' own logged runs, where they are not 0.03. MoCo-v3 has AdamW
-# with the rate of its own paper.
+# Base learning rates of the authors' logged runs that differ from 0.03. MoCo-v3 uses AdamW with the
+# rate of the MoCo-v3 paper.
 LEARNING_RATES = {
     "Barlow Twins": dict.fromkeys(VARIANTS, 0.05),
     "SimSiam": dict.fromkeys(VARIANTS, 0.05),
@@ -34,11 +34,11 @@ IMAGENET100 = "configs/imagenet100.py:follow=published"
 
 
 def rows_of(config: str, methods: Mapping[str, str] = METHODS) -> tuple[Row, ...]:
-    """Plain, AugSelf and CASSLE of every method.
+    """Rows for plain, AugSelf and CASSLE, per method.
 
     Args:
-      config: a configuration file with its arguments, but for method and variant.
-      methods: by what they are called.
+      config: a configuration file with its arguments, without method and variant.
+      methods: configuration names of the methods, by name in the table.
     """
     return tuple(
         Row(f"{method}, {variant}", f"{config},method={name},{arguments}", _rate(method, variant))
@@ -48,17 +48,17 @@ def rows_of(config: str, methods: Mapping[str, str] = METHODS) -> tuple[Row, ...
 
 
 def moco_rows() -> tuple[Row, ...]:
-    """The three variants of MoCo-v2 on ImageNet-100, which several tables look at."""
+    """The three variants of MoCo-v2 on ImageNet-100, which several tables share."""
     return rows_of(IMAGENET100, {"MoCo-v2": "moco_v2"})
 
 
 def ablation(title: str, question: str, settings: Mapping[str, tuple[str, ...]]) -> Table:
-    """MoCo-v2 with CASSLE on ImageNet-100 under other settings, each compared with plain.
+    """A table of MoCo-v2 with CASSLE on ImageNet-100; every row varies a setting, against plain.
 
     Args:
-      title: of the table.
-      question: that it answers.
-      settings: `name=value` each, by the row's subject.
+      title: title of the table.
+      question: question that the table answers.
+      settings: overrides `name=value`, by the row's subject.
     """
     rows = [
         Row(subject, f"{IMAGENET100},conditioning=cassle", own, against="plain")

@@ -1,4 +1,4 @@
-"""What a table's runs add up to: means over seeds, and differences of the same seeds."""
+"""Aggregates a table's results: means over seeds, and paired differences between rows."""
 
 import csv
 import dataclasses
@@ -19,8 +19,8 @@ COLUMNS = (
     "difference", "difference_interval", "paired_seeds",
 )  # fmt: skip
 
-# By subject, by seed, what was found.
-Found = Mapping[str, Mapping[int, Sequence[Finding]]]
+# Findings by subject and seed.
+FindingsBySeed = Mapping[str, Mapping[int, Sequence[Finding]]]
 Key = tuple[str, str, str]
 
 
@@ -29,11 +29,11 @@ class Line:
     """One metric of one row.
 
     Attributes:
-      row: its subject.
-      score: the first seed's, for its names.
-      values: by seed.
-      against: the subject it is compared with; "" for none.
-      differences: to that subject by seed, of the seeds that both have.
+      row: subject of the row.
+      score: score of the first seed, for the names of task, dataset and metric.
+      values: values by seed.
+      against: subject of the baseline row; "" for none.
+      differences: differences to the baseline by seed, for the seeds that both rows have.
     """
 
     row: str
@@ -43,12 +43,12 @@ class Line:
     differences: Mapping[int, float]
 
     def cells(self) -> dict[str, object]:
-        """What the CSV has of it, by column; half a width of 95 % for an interval."""
+        """Cells of the CSV by column; an interval is half the 95 % interval."""
         score, (mean, interval) = self.score, _estimated(self.values, self.score.interval)
-        difference, its_interval = _estimated(self.differences)
+        difference, difference_interval = _estimated(self.differences)
         values = (
             self.row, score.task, score.dataset, score.metric, score.higher_is_better,
-            len(self.values), mean, interval, self.against, difference, its_interval,
+            len(self.values), mean, interval, self.against, difference, difference_interval,
             len(self.differences),
         )  # fmt: skip
         return dict(zip(COLUMNS, values, strict=True))
@@ -57,24 +57,24 @@ class Line:
 def write_results(
     folder: Path,
     table: Table,
-    found: Found,
+    found: FindingsBySeed,
     facts: Mapping[str, Mapping[str, object]],
     runs: Sequence[Mapping[str, object]],
     note: str = "",
 ) -> Path:
-    """Writes `results.json`, `results.csv` and the page of all that finished.
+    """Writes `results.json`, `results.csv` and the page of the finished runs.
 
-    A metric that several datasets have gets a line with its mean over them. On the page every task
-    is followed by what each row is ahead of the one it is compared with: the mean over seeds that
-    both have, ± half the 95 % interval of the differences (Student's t).
+    A metric with several datasets gets a line for its mean over them. On the page, a section after
+    every task gives the difference of a row to its baseline: the mean over seeds that both rows
+    have, ± half the 95 % interval of the paired differences (Student's t).
 
     Args:
-      folder: where the files go.
+      folder: folder of the files.
       table: the experiment.
-      found: of every run that finished.
-      facts: by subject, of its first run.
-      runs: how each run of the table stands.
-      note: for the page's summary.
+      found: findings of the finished runs.
+      facts: provenance of the first run, by subject.
+      runs: states of the table's runs.
+      note: a sentence for the page's summary.
 
     Returns:
       The path of the page.
@@ -110,22 +110,22 @@ def write_results(
 
 
 def with_means(findings: Sequence[Finding]) -> list[Finding]:
-    """Findings, and of each metric that several datasets have its mean over them."""
+    """Adds the mean over datasets to the findings, for every metric with several datasets."""
     values: dict[tuple[str, str, bool], list[float]] = {}
-    for each in findings:
-        if isinstance(each, Score) and each.higher_is_better is not None:
-            key = each.task, each.metric, each.higher_is_better
-            values.setdefault(key, []).append(float(each.value))
+    for finding in findings:
+        if isinstance(finding, Score) and finding.higher_is_better is not None:
+            key = finding.task, finding.metric, finding.higher_is_better
+            values.setdefault(key, []).append(float(finding.value))
     means = [
-        Score(task, f"mean of {len(its)}", metric, sum(its) / len(its), higher_is_better=better)
-        for (task, metric, better), its in values.items()
-        if len(its) > 1
+        Score(task, f"mean of {len(own)}", metric, sum(own) / len(own), higher_is_better=better)
+        for (task, metric, better), own in values.items()
+        if len(own) > 1
     ]
     return [*findings, *means]
 
 
-def lines_of(table: Table, found: Found) -> Iterator[Line]:
-    """Every metric of every row that has finished runs, in the order of the table."""
+def lines_of(table: Table, found: FindingsBySeed) -> Iterator[Line]:
+    """Yields every metric of every row with finished runs, in the order of the table."""
     for row in table.rows:
         against = table.against(row)
         own, theirs = _by_metric(found.get(row.subject, {})), _by_metric(found.get(against, {}))
@@ -144,16 +144,17 @@ def lines_of(table: Table, found: Found) -> Iterator[Line]:
 def _by_metric(seeds: Mapping[int, Sequence[Finding]]) -> dict[Key, dict[int, Score]]:
     scores: dict[Key, dict[int, Score]] = {}
     for seed, findings in seeds.items():
-        for each in findings:
-            if isinstance(each, Score):
-                scores.setdefault((each.task, each.dataset, each.metric), {})[seed] = each
+        for finding in findings:
+            if isinstance(finding, Score):
+                key = finding.task, finding.dataset, finding.metric
+                scores.setdefault(key, {})[seed] = finding
     return scores
 
 
 def _estimated(
     values: Mapping[int, float], own: float | None = None
 ) -> tuple[float | None, float | None]:
-    """The mean over seeds and half its interval; `None` where there are too few."""
+    """The mean over seeds and half its 95 % interval; `None` with too few seeds."""
     if not values:
         return None, None
     estimate = Estimate(tuple(values.values()), own)
@@ -168,13 +169,13 @@ def _csv(lines: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def _summary(table: Table, found: Found) -> str:
+def _summary(table: Table, found: FindingsBySeed) -> str:
     against = {row.subject: table.against(row) for row in table.rows}
     compared = "; ".join(
         f"{row} with {other}" for row, other in against.items() if {row, other} <= found.keys()
     )
-    seeds = ", ".join(f"{subject}: {len(each)}" for subject, each in found.items())
+    seeds = ", ".join(f"{subject}: {len(runs)}" for subject, runs in found.items())
     return (
-        f"{table.question}\n\nSeeds of each row: {seeds}. Means ± half their 95 % intervals. "
-        f"Compared are, seed by seed: {compared or 'none'}."
+        f"{table.question}\n\nNumber of seeds per row: {seeds}. Values are means ± half the 95 % "
+        f"interval. Comparisons, paired by seed: {compared or 'none'}."
     )

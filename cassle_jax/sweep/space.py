@@ -1,4 +1,4 @@
-"""Which runs a sweep has: reads what was asked, and checks every setting of every run."""
+"""Expands the values of a sweep into runs, and checks every setting of every run."""
 
 import dataclasses
 import difflib
@@ -23,18 +23,19 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a sweep is asked for.
+class SweepRequest:
+    """The configuration and the values of a sweep.
 
     Attributes:
       config: a configuration file with its arguments, as `--config` of the pretraining command.
-      overrides: of all runs, as `--config.name=value` each.
-      grid: `name=value,value;name=…`: every value of each with every value of the others.
-      zipped: the same, with equally many values each: the first of all, the second of all, ….
-      random: the same, of which values are drawn; a value may be `uniform(low,high)` or
-        `log(low,high)`, whose draws are whole numbers where both ends are.
-      draws: how many are drawn.
-      draw_seed: of the draws; more draws begin with the same ones.
+      overrides: settings of all runs, as `--config.name=value`.
+      grid: `name=value,value;name=…`: all combinations of the values.
+      zipped: the same format, with as many values per name: a run with the first values, one with
+        the second values, ….
+      random: the same format; values are drawn. A value may be `uniform(low,high)` or
+        `log(low,high)`; both draw integers where `low` and `high` are integers.
+      draws: number of draws.
+      draw_seed: seed of the draws; a larger number of draws begins with the same ones.
     """
 
     config: str
@@ -47,15 +48,15 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A run of a sweep.
+class RunSpec:
+    """A run of a sweep or table, before it is started.
 
     Attributes:
-      name: of its folder, from its values.
-      subject: what it is called on the page; the seeds of a subject share it.
-      values: by name, what is particular to it.
-      arguments: of the pretraining command, but for the workdir.
-      config: all its settings.
+      name: name of the run's folder, derived from its values.
+      subject: name on the page, shared by runs that differ in the seed alone.
+      values: the run's own values, by name.
+      arguments: arguments of the pretraining command, without the workdir.
+      config: all settings.
     """
 
     name: str
@@ -65,52 +66,51 @@ class Run:
     config: ConfigDict = dataclasses.field(compare=False)
 
 
-def runs_of(asked: Asked) -> list[Run]:
-    """The runs asked for, each with its settings checked; of equal ones the first.
+def runs_of(request: SweepRequest) -> list[RunSpec]:
+    """Expands a request into runs with checked settings; drops duplicates.
 
     Raises:
-      ConfigError: a name that is no setting, with the closest there is, or a value that cannot be.
+      ConfigError: an unknown setting, with the closest known one, or an invalid value.
     """
-    combined = _combinations(asked)
+    combined = _combinations(request)
     shown = _short_names(combined[0])
-    runs: dict[str, Run] = {}
+    runs: dict[str, RunSpec] = {}
     for values in combined:
         name = ",".join(f"{shown[key]}={value}" for key, value in values.items())
         setting = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
         subject = ", ".join(setting).replace("=", " ") or "all"
-        run = run_of(asked.config, values, asked.overrides, name=as_folder(name), subject=subject)
+        name = as_folder(name)
+        run = run_of(request.config, values, request.overrides, name=name, subject=subject)
         runs.setdefault(run.name, run)
     return list(runs.values())
 
 
 def run_of(
     config: str, values: Values, overrides: Sequence[str] = (), *, name: str, subject: str
-) -> Run:
-    """One run, with its settings checked.
+) -> RunSpec:
+    """Builds one run and checks its settings.
 
     Args:
       config: a configuration file with its arguments.
-      values: by name, of settings and of arguments of the file.
-      overrides: further ones, as `--config.name=value` each; `values` come after them.
-      name: of its folder.
-      subject: what it is called on the page.
+      values: values of settings and of the file's arguments, by name.
+      overrides: further settings as `--config.name=value`; `values` take precedence.
+      name: name of the run's folder.
+      subject: name on the page.
 
     Raises:
-      ConfigError: a name that is no setting, with the closest there is, or a value that cannot be.
+      ConfigError: an unknown setting, with the closest known one, or an invalid value.
     """
     arguments = _arguments(config, overrides, values)
     known = parsed(arguments[:1])
-    for each in values:
-        _check_name(each, known)
-    return Run(name, subject, values, arguments, parsed(arguments))
+    for setting in values:
+        _check_name(setting, known)
+    return RunSpec(name, subject, values, arguments, parsed(arguments))
 
 
-def _combinations(asked: Asked) -> list[Values]:
-    """Every combination of the grid, what is zipped, and what is drawn."""
-    grid, zipped, drawn = (
-        _listed(flag, text)
-        for flag, text in (("grid", asked.grid), ("zip", asked.zipped), ("random", asked.random))
-    )
+def _combinations(request: SweepRequest) -> list[Values]:
+    """All combinations of the grid, the zipped values and the draws."""
+    texts = {"grid": request.grid, "zip": request.zipped, "random": request.random}
+    grid, zipped, drawn = (_listed(flag, text) for flag, text in texts.items())
     names = [*grid, *zipped, *drawn]
     if not names:
         raise ConfigError("a sweep needs --grid, --zip or --random, such as --grid='seed=0,1,2'")
@@ -122,14 +122,15 @@ def _combinations(asked: Asked) -> list[Values]:
     lengths = {name: len(values) for name, values in zipped.items()}
     if len(set(lengths.values())) > 1:
         described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ConfigError(f"zip needs equally many values of each name; {described}")
-    if bool(drawn) != (asked.draws > 0):
+        raise ConfigError(f"zip needs the same number of values for every name; {described}")
+    if bool(drawn) != (request.draws > 0):
         raise ConfigError(
-            f"draws={asked.draws} does not go with random={asked.random!r}; give both"
+            f"draws={request.draws} does not go with random={request.random!r}; give both"
         )
-    products = [dict(zip(grid, each, strict=True)) for each in itertools.product(*grid.values())]
-    together = [dict(zip(zipped, each, strict=True)) for each in zip(*zipped.values(), strict=True)]
-    draws = [dict(each) for each in _draws(drawn, asked.draws, asked.draw_seed)]
+    products = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    points = zip(*zipped.values(), strict=True)
+    together = [dict(zip(zipped, point, strict=True)) for point in points]
+    draws = _draws(drawn, request.draws, request.draw_seed)
     return [
         {**drawn, **zipped, **product}
         for drawn, zipped, product in itertools.product(draws or [{}], together or [{}], products)
@@ -137,7 +138,7 @@ def _combinations(asked: Asked) -> list[Values]:
 
 
 def _listed(flag: str, text: str) -> dict[str, list[str]]:
-    """Of `name=value,value;name=…` the values by name."""
+    """Parses `name=value,value;name=…` into values by name."""
     listed: dict[str, list[str]] = {}
     for item in filter(None, _split(text, ";")):
         name, separator, values = item.partition("=")
@@ -153,7 +154,7 @@ def _listed(flag: str, text: str) -> dict[str, list[str]]:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators that are outside brackets and quotes."""
+    """Splits a text at the separators outside brackets and quotes."""
     parts, closing, quote = [""], [], ""
     for character in text:
         if quote:
@@ -192,7 +193,7 @@ def _drawn(generator: np.random.Generator, name: str, values: Sequence[str]) -> 
         low = high = math.nan
     if not (low < high < math.inf) or (kind == "log" and low <= 0):
         raise ConfigError(
-            f"random: {name}={values[0]} is no range; use uniform(low,high), or log(low,high) "
+            f"random: {name}={values[0]} is not a range; use uniform(low,high), or log(low,high) "
             "above 0"
         )
     whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", end) for end in ends)
@@ -204,7 +205,7 @@ def _drawn(generator: np.random.Generator, name: str, values: Sequence[str]) -> 
 
 
 def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[str, ...]:
-    """The arguments of the pretraining command; the file with its own arguments comes first."""
+    """The arguments of the pretraining command; the first is the file with its arguments."""
     path, _, chosen = config.partition(":")
     own = [chosen] if chosen else []
     own += [f"{name}={value}" for name, value in values.items() if name in ARGUMENTS]
@@ -216,12 +217,16 @@ def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[s
 
 
 def parsed(arguments: Sequence[str]) -> ConfigDict:
-    """The configuration as the pretraining command would have it."""
+    """Parses arguments into the configuration that the pretraining command would use.
+
+    Raises:
+      ConfigError: an argument is invalid.
+    """
     known, words = flags.FlagValues(), ["sweep", *arguments]
     flag = config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=words)
     try:
         known(words)
-        _ = flag.value.seed  # a file that is not there fails at its first use only
+        _ = flag.value.seed  # a missing file fails at its first use only
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ConfigError(re.sub(r"^[\w.]+Error: ", "", lines[-1].strip())) from error
@@ -232,20 +237,20 @@ def _check_name(name: str, config: ConfigDict) -> None:
     known = flat_settings(config)
     if name in ARGUMENTS or name in known:
         return
-    close = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     close += difflib.get_close_matches(name, [*ARGUMENTS, *sorted(known)], n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(f"{name} is not a setting of this configuration{hint}")
 
 
 def _short_names(values: Values) -> dict[str, str]:
-    """Of every dotted name its last part, where that is enough to tell them apart."""
+    """The last part of every dotted name where it is unique, else the whole name."""
     last = {name: name.rpartition(".")[2] for name in values}
     return {name: name if [*last.values()].count(part) > 1 else part for name, part in last.items()}
 
 
 def as_folder(name: str) -> str:
-    """A folder's name; where something had to give way, with a hash that tells it from others."""
+    """A valid folder name; a replaced or shortened name ends in a hash that keeps it unique."""
     plain = re.sub(r"[^\w.,=+-]", "_", name)
     if plain == name and len(name) <= _LONGEST_NAME:
         return name

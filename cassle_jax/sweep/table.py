@@ -1,4 +1,4 @@
-"""Named experiments: what a table of runs is, where it is found, and which runs it has."""
+"""Named experiments: finds a table of rows and seeds, checks it, and expands it into runs."""
 
 import dataclasses
 import difflib
@@ -10,12 +10,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cassle_jax.config import ConfigError, flat_settings
-from cassle_jax.sweep.space import Run, Values, run_of
+from cassle_jax.sweep.space import RunSpec, Values, run_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "configs" / "tables"
 
-# Any run at a size that takes seconds; of these settings a run takes those that it has.
+# Settings of a toy-sized run, which takes seconds; a run ignores those that it does not have.
 TOY = {
     "steps": "4",
     "optimizer.warmup_epochs": "0",
@@ -51,8 +51,8 @@ TOY_EVALUATION = (
     "fine_tune_epochs=1",
 )
 
-# A run of fewer steps than that saves so many times; a longer one as often as its configuration
-# says.
+# A run with fewer than `_SHORT_RUN` steps saves `_SAVES` times and logs `_LOGS` times; a longer run
+# follows its configuration.
 _SHORT_RUN, _SAVES, _LOGS = 20_000, 5, 50
 
 
@@ -61,12 +61,12 @@ class Row:
     """One line of a table.
 
     Attributes:
-      subject: what it is called, as in `SimCLR, CASSLE`; what comes before the last comma is its
+      subject: name of the row, such as `SimCLR, CASSLE`; the part before the last comma is its
         group.
-      config: a configuration file with its arguments, as `configs/cifar10.py:method=simclr`; a
-        relative path is looked for in the project.
-      overrides: `name=value` each, of settings and of the file's arguments.
-      against: subject of the row that it is compared with; "" for the first of its group.
+      config: a configuration file with its arguments, such as `configs/cifar10.py:method=simclr`;
+        a relative path starts at the project's root if the file is there.
+      overrides: settings and arguments of the file, as `name=value`.
+      against: subject of the baseline row; "" for the first of the group.
     """
 
     subject: str
@@ -77,21 +77,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A named experiment: rows, each run with every seed and evaluated alike.
+    """A named experiment: all rows run with every seed and get the same evaluation.
 
-    A file in `configs/tables/` has a function `get_table` that returns one.
+    A file in `configs/tables/` defines one by a function `get_table` that returns it.
 
     Attributes:
       title: the heading.
-      question: what it answers, and what would be success.
-      rows: the lines.
-      seeds: of every row.
-      datasets: to evaluate on, as the evaluation command takes them; none for no evaluation.
-      tasks: of the evaluation; empty for the usual ones.
-      evaluation: further options of it, `name=value` each, such as `episodes=600` and `limit=1000`.
-      export: formats that the weights of every run are written in, such as `detectron2`.
-      overrides: of all rows, `name=value` each.
-      toy: the same, of a run at toy size.
+      question: the question that the table answers, and the criterion of success.
+      rows: the rows.
+      seeds: seeds of every row.
+      datasets: evaluation datasets, as in the evaluation command; empty for no evaluation.
+      tasks: evaluation tasks; empty for the default tasks.
+      evaluation: further evaluation options as `name=value`, such as `episodes=600`.
+      export: formats to export the weights of every run to, such as `detectron2`.
+      overrides: settings of all rows, as `name=value`.
+      toy: further settings at toy size, as `name=value`.
     """
 
     title: str
@@ -106,35 +106,36 @@ class Table:
     toy: tuple[str, ...] = ()
 
     def against(self, row: Row) -> str:
-        """The subject that a row is compared with; "" where that is the row itself.
+        """The subject of a row's baseline; "" where the row is its own baseline.
 
         Raises:
-          ConfigError: it names a row that is not there.
+          ConfigError: the table has no such row.
         """
         group = row.subject.rpartition(",")[0]
-        first = next(each for each in self.rows if each.subject.rpartition(",")[0] == group)
-        chosen = row.against or first.subject
-        if chosen not in [each.subject for each in self.rows]:
+        subjects = [other.subject for other in self.rows]
+        first = next(subject for subject in subjects if subject.rpartition(",")[0] == group)
+        chosen = row.against or first
+        if chosen not in subjects:
             raise ConfigError(
-                f"against={chosen!r} of row {row.subject!r} is no row of this table; use one of "
-                f"{', '.join(repr(each.subject) for each in self.rows)}"
+                f"against={chosen!r} of row {row.subject!r} is not a row of this table; use one of "
+                f"{', '.join(map(repr, subjects))}"
             )
         return "" if chosen == row.subject else chosen
 
 
 def find_table(name: str, **arguments: object) -> Table:
-    """The table of a name in `configs/tables/`, or of a file.
+    """Loads a table by its name in `configs/tables/`, or from a file.
 
     Args:
-      name: of it.
-      arguments: of its function `get_table`.
+      name: name of the table, or path of a Python file.
+      arguments: keyword arguments of the file's `get_table`.
 
     Raises:
-      ConfigError: there is none, with the closest names; or it cannot be.
+      ConfigError: the name is unknown, with the closest known one; or the table is invalid.
     """
     path = Path(name).expanduser()
     if path.suffix != ".py":
-        known = sorted(each.stem for each in TABLES.glob("*.py"))
+        known = sorted(file.stem for file in TABLES.glob("*.py"))
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -144,24 +145,25 @@ def find_table(name: str, **arguments: object) -> Table:
             )
         path = TABLES / f"{name}.py"
     try:
-        known = runpy.run_path(str(path))
+        module = runpy.run_path(str(path))
     except OSError as error:
         raise ConfigError(f"table={name} cannot be read: {error.strerror}") from error
-    if "get_table" not in known:
+    if "get_table" not in module:
         raise ConfigError(f"table={name} has no function get_table")
-    table = known["get_table"](**arguments)
+    table = module["get_table"](**arguments)
     _check(table)
     return table
 
 
 def _check(table: Table) -> None:
-    """Raises ConfigError where rows cannot be told apart or a row is compared with none."""
+    """Raises ConfigError where two rows share a folder or a row's baseline is missing."""
     folders: dict[str, str] = {}
+    subjects = [row.subject for row in table.rows]
     for row in table.rows:
         if not row.subject or "=" in row.subject:
             raise ConfigError(f"row {row.subject!r}: a subject is a name without '='")
         other = folders.setdefault(_slug(row.subject), row.subject)
-        if other != row.subject or [each.subject for each in table.rows].count(other) > 1:
+        if other != row.subject or subjects.count(other) > 1:
             raise ConfigError(f"rows {other!r} and {row.subject!r} would have the same folder")
         table.against(row)
     if not table.rows:
@@ -175,30 +177,30 @@ def runs_of_table(
     seeds: Sequence[int] = (),
     overrides: Sequence[str] = (),
     toy: bool = False,
-) -> list[Run]:
-    """The runs of a table, all rows of a seed before the next seed, with their settings checked.
+) -> list[RunSpec]:
+    """Expands a table into runs with checked settings, all rows of a seed before the next seed.
 
     Args:
       table: the experiment.
-      rows: parts of subjects: those rows alone; empty for all.
-      seeds: instead of the table's.
-      overrides: of all runs, `name=value` each; they come last.
-      toy: whether at toy size.
+      rows: parts of the subjects that select rows; empty for all rows.
+      seeds: seeds that replace the table's; empty for the table's.
+      overrides: settings of all runs, as `name=value`; they take precedence.
+      toy: whether the runs are toy-sized.
 
     Raises:
-      ConfigError: a setting that cannot be, or no row of these names.
+      ConfigError: an invalid setting, or `rows` selects no row.
     """
     chosen = [row for row in table.rows if _is_chosen(row, rows)]
     if not chosen:
         subjects = ", ".join(row.subject for row in table.rows)
         raise ConfigError(f"rows={','.join(rows)} match none of {subjects}")
-    shared = pairs(table.overrides)
-    last = {**(pairs(table.toy) if toy else {}), **pairs(overrides)}
+    shared = parse_settings(table.overrides)
+    last = {**(parse_settings(table.toy) if toy else {}), **parse_settings(overrides)}
     runs = []
     for seed in seeds or table.seeds:
         for row in chosen:
             try:
-                own = {"seed": str(seed), **shared, **pairs(row.overrides)}
+                own = {"seed": str(seed), **shared, **parse_settings(row.overrides)}
                 if toy:
                     own |= _known_of(TOY, _run(row, seed, own).config)
                 runs.append(_run(row, seed, {**own, **last}))
@@ -207,15 +209,15 @@ def runs_of_table(
     return runs
 
 
-def planned(run: Run, images: int) -> Run:
-    """A run with what a short one needs, in all that its own values leave open.
+def planned(run: RunSpec, images: int) -> RunSpec:
+    """Adapts a run's schedule to its length, where the run's own values leave it open.
 
-    It knows its number of steps, probes nothing on the way, saves a few times, and has a warm-up
-    that ends within it.
+    Sets the number of steps, turns periodic probes off, and limits the warm-up to a tenth of the
+    run. A short run also saves and logs a fixed number of times.
 
     Args:
-      run: of a table.
-      images: how many it has for training.
+      run: a run of a table.
+      images: number of training images.
     """
     config = run.config
     an_epoch = max(1, images // config.batch_size)
@@ -227,26 +229,28 @@ def planned(run: Run, images: int) -> Run:
         wanted["log.every_steps"] = max(1, steps // _LOGS)
     if warmup < config.optimizer.warmup_epochs:
         wanted["optimizer.warmup_epochs"] = warmup
-    return changed(run, {name: value for name, value in wanted.items() if name not in run.values})
+    return with_settings(
+        run, {name: value for name, value in wanted.items() if name not in run.values}
+    )
 
 
-def changed(run: Run, settings: Mapping[str, object]) -> Run:
-    """A run with further settings."""
+def with_settings(run: RunSpec, settings: Mapping[str, object]) -> RunSpec:
+    """A copy of a run with further settings."""
     file = run.arguments[0].removeprefix("--config=")
     values = run.values | {name: str(value) for name, value in settings.items()}
     return run_of(file, values, name=run.name, subject=run.subject)
 
 
 def folder_of(subject: str, seed: int) -> str:
-    """The name of a run's folder."""
+    """The name of the folder of a row's run."""
     return f"{_slug(subject)}-{seed}"
 
 
-def pairs(texts: Iterable[str]) -> Values:
-    """Of `name=value` each, the values by name; of equal names the last.
+def parse_settings(texts: Iterable[str]) -> Values:
+    """Parses texts `name=value` into values by name; the last value of a name counts.
 
     Raises:
-      ConfigError: one has no value.
+      ConfigError: a text has no value.
     """
     values = {}
     for text in texts:
@@ -257,7 +261,7 @@ def pairs(texts: Iterable[str]) -> Values:
     return values
 
 
-def _run(row: Row, seed: int, values: Values) -> Run:
+def _run(row: Row, seed: int, values: Values) -> RunSpec:
     config = row.config
     if not Path(config).is_absolute() and (ROOT / config.partition(":")[0]).exists():
         config = str(ROOT / config)
@@ -270,8 +274,8 @@ def _is_chosen(row: Row, parts: Sequence[str]) -> bool:
 
 
 def _known_of(settings: Mapping[str, str], config: ConfigDict) -> Values:
-    known = flat_settings(config)
-    return {name: value for name, value in settings.items() if name in known}
+    names = flat_settings(config)
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def _slug(subject: str) -> str:

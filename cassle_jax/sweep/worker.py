@@ -1,4 +1,4 @@
-"""One run of a table in a process of its own: it is pretrained, evaluated, and its end noted."""
+"""One run of a table in its own process: pretrains, evaluates, and records the outcome."""
 
 import dataclasses
 import json
@@ -35,16 +35,16 @@ RESULT, EXPORTED = "evaluation", "exported"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How every run of a table is evaluated.
+    """The evaluation that every run of a table gets.
 
     Attributes:
-      datasets: as the evaluation command's; none for no evaluation.
-      tasks: the same; empty for the usual ones.
-      data_dir: of tensorflow-datasets.
-      limit: of the images of each part; 0 for all.
+      datasets: as in the evaluation command; empty for no evaluation.
+      tasks: as in the evaluation command; empty for the default tasks.
+      data_dir: folder of tensorflow-datasets.
+      limit: largest number of images per split; 0 for all.
       network: `online`, or `momentum`.
-      batch: images of all devices together.
-      settings: of the protocols.
+      batch: batch size, summed over devices.
+      settings: settings of the protocols.
     """
 
     datasets: tuple[str, ...] = ()
@@ -58,18 +58,18 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker is given.
+    """A run and its evaluation, as a worker executes them.
 
     Attributes:
-      subject: what the run is called in its report.
-      arguments: of the pretraining command, but for the workdir.
-      workdir: of the run; gets the log, the report, and how it ended.
-      evaluation: of the run.
-      keep_weights: whether its checkpoints stay once it is evaluated.
-      export: formats that its weights are written in, to `exported` in the workdir.
-      weights: workdir of a run with the same settings, whose weights it takes instead of
-        pretraining; `None` for none.
-      toy: whether programs are compiled quickly rather than well.
+      subject: name of the run in its report.
+      arguments: arguments of the pretraining command, without the workdir.
+      workdir: the run's folder; the log, the report and the outcome go there.
+      evaluation: the run's evaluation.
+      keep_weights: whether the checkpoints stay after the evaluation.
+      export: formats of the weights exported to `exported` in the workdir.
+      weights: workdir of a run with the same settings, whose weights replace pretraining; `None`
+        to pretrain.
+      toy: whether programs are compiled with most optimizations off.
     """
 
     subject: str
@@ -83,13 +83,13 @@ class Job:
 
 
 def work(job: Job, environment: dict[str, str]) -> None:
-    """Runs in a process of its own, whose exit code tells how the run ended.
+    """Executes a job in its own process; the exit code reports the outcome.
 
-    SIGTERM, or the end of the process that began this one, saves and ends it with 75.
+    SIGTERM, or the end of the parent process, saves the run and ends it with 75.
 
     Args:
       job: the run.
-      environment: variables that the devices are set up by.
+      environment: variables that select the devices.
     """
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, _stop)
@@ -110,27 +110,27 @@ def work(job: Job, environment: dict[str, str]) -> None:
     if code:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if code != command.EXIT_PREEMPTED:
-        note_end(job.workdir, code, line, time.monotonic() - start)
+        write_outcome(job.workdir, code, line, time.monotonic() - start)
     sys.exit(code)
 
 
-def note_end(workdir: Path, code: int, line: str, seconds: float) -> None:
-    """Notes in `outcome.json` how a run ended, and how long its last start took."""
+def write_outcome(workdir: Path, code: int, line: str, seconds: float) -> None:
+    """Writes `outcome.json`: exit code, last line, and duration of the last start in seconds."""
     outcome = {"exit_code": code, "last_line": line, "seconds": round(seconds, 1)}
     write_whole(workdir / OUTCOME, json.dumps(outcome).encode())
 
 
 def pretrain_and_evaluate(job: Job) -> None:
-    """What a run consists of, each part where it is not done already."""
+    """Pretrains, exports and evaluates a run; skips the parts that are done already."""
     config, report = parsed(job.arguments), job.workdir / RESULT
     set_up_devices(config)
-    # Runs of a table compile the same programs, also the small ones, of which there are many.
+    # The runs of a table share their programs; many of them are small, so those are cached as well.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
     if not (report / JSON).exists():
         if job.weights:
-            LOG.info("the weights are those of %s", job.weights)
+            LOG.info("using the weights of %s", job.weights)
             write_config(config, job.workdir)
         else:
             LOG.info("python -m cassle_jax.pretrain %s", " ".join(job.arguments))
@@ -146,22 +146,22 @@ def pretrain_and_evaluate(job: Job) -> None:
 
 
 def _evaluate(job: Job, source: Path, report: Path) -> None:
-    wanted = job.evaluation
+    evaluation = job.evaluation
     evaluate_command(
         runs=[f"{job.subject}={source}"],
-        datasets=wanted.datasets,
+        datasets=evaluation.datasets,
         to=str(report),
-        tasks=wanted.tasks,
-        network=wanted.network,
-        data_dir=wanted.data_dir,
-        batch=wanted.batch,
-        limit=wanted.limit,
-        settings=wanted.settings,
+        tasks=evaluation.tasks,
+        network=evaluation.network,
+        data_dir=evaluation.data_dir,
+        batch=evaluation.batch,
+        limit=evaluation.limit,
+        settings=evaluation.settings,
     )
 
 
 def _log_to(path: Path) -> None:
-    """Appends to a file all that this process prints."""
+    """Redirects the output of this process to the end of a file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -170,8 +170,8 @@ def _log_to(path: Path) -> None:
 
 
 def _stop(*_) -> None:
-    # Pretraining takes SIGTERM while it steps, and saves; at any other time it ends the process.
-    raise command.Stop("stopped; the same table goes on", command.EXIT_PREEMPTED)
+    # Pretraining handles SIGTERM itself during its steps, and saves; elsewhere the process ends.
+    raise command.Stop("stopped; rerun the same table to resume", command.EXIT_PREEMPTED)
 
 
 def _stop_with_parent() -> None:

@@ -16,7 +16,7 @@ from cassle_jax.config import ConfigError
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
-from cassle_jax.sweep.space import Asked, runs_of
+from cassle_jax.sweep.space import SweepRequest, runs_of
 from tests.tiny import on_one_device
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ TINY = "tests/launch/tiny_run.py"
 
 
 def values(**asked):
-    return [run.values for run in runs_of(Asked(CONFIG, **asked))]
+    return [run.values for run in runs_of(SweepRequest(CONFIG, **asked))]
 
 
 def test_a_grid_is_every_combination():
@@ -58,7 +58,7 @@ def test_draws_lie_in_their_range_and_more_of_them_begin_the_same():
 
 def test_values_reach_the_configuration_whatever_their_type():
     (run,) = runs_of(
-        Asked(
+        SweepRequest(
             f"{CONFIG}:method=simclr",
             ("--config.epochs=7",),
             grid="augment.crop_area=(0.2,1.0);deterministic=True;augself=main;seed=3",
@@ -70,7 +70,9 @@ def test_values_reach_the_configuration_whatever_their_type():
 
 
 def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
-    runs = runs_of(Asked(CONFIG, grid="seed=0,1;weights.path=/a/b,/a_b;optimizer.momentum=0.5"))
+    runs = runs_of(
+        SweepRequest(CONFIG, grid="seed=0,1;weights.path=/a/b,/a_b;optimizer.momentum=0.5")
+    )
     assert len({run.name for run in runs}) == 4
     assert not any("/" in run.name for run in runs)
     assert {run.subject for run in runs} == {
@@ -80,7 +82,7 @@ def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
 
 
 def test_names_stay_as_long_as_they_must_to_be_told_apart():
-    (run,) = runs_of(Asked(CONFIG, grid="data.path=/x;weights.path=/y"))
+    (run,) = runs_of(SweepRequest(CONFIG, grid="data.path=/x;weights.path=/y"))
     assert run.subject == "data.path /x, weights.path /y"
 
 
@@ -100,14 +102,14 @@ def test_names_stay_as_long_as_they_must_to_be_told_apart():
         ({"grid": "seed=0", "zipped": "seed=1"}, "seed is given values twice"),
         ({"zipped": "seed=0,1;epochs=1,2,3"}, "seed has 2, epochs has 3"),
         ({"random": "seed=0,1"}, "draws=0 does not go with"),
-        ({"random": "epochs=uniform(3,1)", "draws": 2}, r"epochs=uniform\(3,1\) is no range"),
-        ({"random": "optimizer.momentum=log(0,1)", "draws": 2}, "is no range"),
+        ({"random": "epochs=uniform(3,1)", "draws": 2}, r"epochs=uniform\(3,1\) is not a range"),
+        ({"random": "optimizer.momentum=log(0,1)", "draws": 2}, "is not a range"),
         ({}, "needs --grid, --zip or --random"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(asked, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        runs_of(Asked(CONFIG, **asked))
+        runs_of(SweepRequest(CONFIG, **asked))
     assert "\n" not in str(refused.value)
 
 
@@ -210,7 +212,7 @@ echo 8_0
 [ $looks = 1 ] && echo 8_2
 [ $looks -lt 9 ] || exit 1""",
     )
-    monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "_CHECK_SECONDS", 0.0)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
     cluster = Slurm(tmp_path / "jobs", 2, "")
     waiting = iter([Waiting("8_0"), Waiting("8_1"), Waiting("8_2")])
@@ -297,7 +299,7 @@ def test_run_again_it_runs_what_failed_alone(swept):
     spoilt.write_text(json.dumps({"exit_code": 1, "last_line": "killed"}))
     ended = sweep(folder, grid)
     assert ended.returncode == 0, ended.stderr
-    assert "4 runs, of which 3 are finished" in ended.stderr
+    assert "4 runs, 3 of them finished" in ended.stderr
     changed = [path for path, time in starts.items() if path.stat().st_mtime != time]
     assert changed == [spoilt] and outcome_of(spoilt.parent)["exit_code"] == 0
 

@@ -1,4 +1,4 @@
-"""Works through runs with several processes at a time, in a call of limited length."""
+"""Runs a table's jobs in several worker processes, in a call of limited length."""
 
 import logging
 import multiprocessing
@@ -12,46 +12,46 @@ from multiprocessing.connection import wait
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.sweep.jobs import OUTCOME, visible_gpus
 from cassle_jax.sweep.table import ROOT
-from cassle_jax.sweep.worker import Job, note_end, work
+from cassle_jax.sweep.worker import Job, work, write_outcome
 
 LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-# What a worker gets to save in once it is told to; a kill then costs the steps since it last saved.
+# Time between SIGTERM and SIGKILL; a killed worker loses the steps since its last checkpoint.
 GRACE_SECONDS = 40.0
-_MOST_STARTS = 3  # of a run in a call, where somebody else stops it
-# Of a GPU's memory, for all workers on it; each takes its share at its start.
+_MOST_STARTS = 3  # starts of a run per call where something else stops it
+# Share of a GPU's memory for all workers on it; every worker allocates its part at its start.
 _MEMORY_SHARE = 0.9
 
 
-class Crew:
-    """Processes that share this machine, each with one run at a time.
+class WorkerPool:
+    """Worker processes that share this machine, with one run per process.
 
-    They are forked from one that has imported everything, so a run begins at once.
+    They are forked from a process that has imported everything, so a run starts at once.
 
     Args:
-      parallel: how many at a time.
-      seconds: after which all are told to save and end; 0 for never.
+      parallel: number of processes at a time.
+      seconds: time after which all runs save and end; 0 for no limit.
     """
 
     def __init__(self, parallel: int, seconds: float = 0.0):
         self._until = time.monotonic() + seconds if seconds else float("inf")
-        self._free = deque(shares(visible_gpus(), parallel))
-        self._asked = False
-        # The server of the forks looks for modules where Python does by itself.
+        self._free = deque(gpu_shares(visible_gpus(), parallel))
+        self._stop_requested = False
+        # The fork server imports from Python's default search path only.
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
         self._forks = multiprocessing.get_context("forkserver")
         self._forks.set_forkserver_preload([work.__module__])
 
-    def run(self, jobs: Sequence[Job], ended: Callable[[Job, int], None]) -> bool:
-        """Runs jobs in their order; tells of each that ended, and its exit code.
+    def run(self, jobs: Sequence[Job], on_end: Callable[[Job, int], None]) -> bool:
+        """Starts jobs in their order; calls `on_end` with a job that ended and its exit code.
 
         Returns:
-          Whether all ended; not where the time was over, or a signal came.
+          Whether all jobs ended; `False` after the time limit or a signal.
         """
         waiting, running, starts = deque(jobs), {}, dict.fromkeys(jobs, 0)
-        handlers = {each: signal.signal(each, self._ask) for each in _SIGNALS}
+        handlers = {number: signal.signal(number, self._request_stop) for number in _SIGNALS}
         try:
             while (waiting or running) and not self._is_over:
                 while waiting and self._free:
@@ -63,38 +63,38 @@ class Crew:
                     if process.exitcode == EXIT_PREEMPTED and starts[job] < _MOST_STARTS:
                         waiting.appendleft(job)
                         continue
-                    _note_silent_end(job, process.exitcode, time.monotonic() - start)
-                    ended(job, process.exitcode)
+                    _record_silent_end(job, process.exitcode, time.monotonic() - start)
+                    on_end(job, process.exitcode)
         finally:
             for process, (job, *_) in self._stop(running):
                 if process.exitcode not in (EXIT_PREEMPTED, *_KILLED):
-                    ended(job, process.exitcode)
+                    on_end(job, process.exitcode)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return not waiting and not running
 
     @property
     def _is_over(self) -> bool:
-        return self._asked or time.monotonic() > self._until
+        return self._stop_requested or time.monotonic() > self._until
 
-    def _ask(self, *_) -> None:
-        self._asked = True
+    def _request_stop(self, *_) -> None:
+        self._stop_requested = True
 
     def _start(self, job: Job, environment: dict[str, str]):
         job.workdir.mkdir(parents=True, exist_ok=True)
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
         process.start()
-        LOG.info("%s begins", job.workdir.name)
+        LOG.info("%s starts", job.workdir.name)
         return process
 
     def _ended(self, running: dict):
         wait([process.sentinel for process in running], _POLL_SECONDS)
-        for process in [each for each in running if not each.is_alive()]:
+        for process in [process for process in running if not process.is_alive()]:
             yield process, running.pop(process)
 
     def _stop(self, running: dict):
-        """Ends what runs; gives back what had ended or ends now."""
+        """Ends the running processes; returns them with their jobs."""
         if running:
             LOG.info("%d runs save and end", len(running))
         for process in running:
@@ -103,7 +103,7 @@ class Crew:
         for process in list(running):
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
-                LOG.warning("%s is killed: it did not end", running[process][0].workdir.name)
+                LOG.warning("%s did not end in time; killing it", running[process][0].workdir.name)
                 process.kill()
                 process.join()
         return list(running.items())
@@ -113,23 +113,30 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL)
 
 
-def shares(gpus: Sequence[str], parallel: int) -> list[dict[str, str]]:
-    """The variables by which each of so many processes gets its share of the GPUs.
+def gpu_shares(gpus: Sequence[str], parallel: int) -> list[dict[str, str]]:
+    """Environment variables that give every process its share of the GPUs.
 
-    Processes fewer than GPUs get several each, as equally many as there are; others one, of whose
-    memory they take a share.
+    With fewer processes than GPUs, every process has the same number of GPUs. Otherwise every
+    process has one GPU, whose memory it shares with the other processes on it.
+
+    Args:
+      gpus: names of the GPUs; empty on a CPU.
+      parallel: number of processes.
+
+    Returns:
+      One dictionary of variables per process.
     """
-    a_gpu = -(-parallel // max(1, len(gpus)))
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY_SHARE / a_gpu:.3f}"}
+    per_gpu = -(-parallel // max(1, len(gpus)))
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY_SHARE / per_gpu:.3f}"}
     if not gpus:
         return [memory] * parallel
-    each = max(1, len(gpus) // parallel)
-    own = [[gpus[(i * each + k) % len(gpus)] for k in range(each)] for i in range(parallel)]
+    count = max(1, len(gpus) // parallel)
+    own = [[gpus[(i * count + k) % len(gpus)] for k in range(count)] for i in range(parallel)]
     return [{**memory, "CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
 
 
-def _note_silent_end(job: Job, code: int, seconds: float) -> None:
-    """Notes the end of a process that could not do so itself."""
+def _record_silent_end(job: Job, code: int, seconds: float) -> None:
+    """Writes the outcome of a process that could not write it itself."""
     if not (job.workdir / OUTCOME).exists():
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        note_end(job.workdir, code, f"it ended by {how}", seconds)
+        write_outcome(job.workdir, code, f"the process ended with {how}", seconds)
