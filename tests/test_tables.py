@@ -367,4 +367,4 @@ def test_weights_of_the_same_run_in_another_table_are_taken(tmp_path):
     ]
     assert accuracies[0] == accuracies[1] != []
     code, told = end(call(second, file, f"--weights_of={tmp_path}"))
-    assert code == 2 and "holds no runs; give the folder of a table" in told
+    assert code == 2 and "holds no runs; use the folder of a table" in told
