@@ -5,8 +5,8 @@ python -m cassle_jax.pretrain --config=configs/imagenet_swav.py --workdir=runs/i
 Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, 2020
 (appendix A): batch 4096, 800 epochs, LARS, two views of 224 and six of 96 pixels; 75.3 % in linear
 evaluation. Arguments: conditioning, augself, follow; see `base_config`. The paper's own run has
-conditioning=none. Unlike the authors' LARC, LARS leaves biases and norms without decay and
-adaptation, and the warm-up begins at 0.
+conditioning=none. Unlike the authors' LARC, LARS excludes biases and normalisation parameters from
+weight decay and adaptation, and the warm-up starts at 0.
 """
 
 from cassle_jax.config import base_config, imagenet
@@ -17,7 +17,7 @@ def get_config(arguments=""):
     config.epochs = 800
     config.batch_size = 4096
     config.encoder.name = "resnet50"
-    config.method.queue_size = 0  # a batch this large needs none
+    config.method.queue_size = 0  # a batch of this size needs no queue
     config.augment.color_strength = 2.0
     config.augment.grayscale = 0.1  # times the strength: 0.2
     config.optimizer.name = "lars"

@@ -1,9 +1,9 @@
-"""Drawn motifs at 48 pixels, a slim ResNet-18: about a minute on two CPU cores.
+"""Rendered motifs at 48 pixels, slim ResNet-18: about a minute on two CPU cores.
 
 python -m cassle_jax.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
-Arguments: method, conditioning, augself, follow; see `base_config`. `launch/quickstart.sh` runs it
-plain and with CASSLE, and shows what either representation keeps of the motifs' factors.
+Arguments: method, conditioning, augself, follow; see `base_config`. `launch/quickstart.sh` trains
+the plain method and CASSLE, and compares how well both representations predict the motifs' factors.
 """
 
 from cassle_jax.config import base_config
@@ -16,7 +16,7 @@ def get_config(arguments=""):
     config.encoder.name = "resnet18"
     config.encoder.width = 8
     config.conditioning.depth = 2
-    config.conditioning.width = 8  # an eighth of the features, as 64 is of ResNet-18's 512
+    config.conditioning.width = 8  # an eighth of the features, like 64 for ResNet-18's 512
     config.augment.size = 48
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 0.016

@@ -3,9 +3,9 @@
 python -m cassle_jax.pretrain --config=configs/tiny_imagenet.py \\
     --config.data.path=/data/tiny_imagenet --workdir=runs/tiny_imagenet
 
-Arguments: method, conditioning, augself, follow; see `base_config`. The recipe is the STL-10 one of
-the published CASSLE code at 64 pixels; the paper does not pretrain on Tiny-ImageNet. The images are
-a folder <path>/<split>/<class>/<file> with the splits train and val.
+Arguments: method, conditioning, augself, follow; see `base_config`. The recipe is that of the
+published CASSLE code for STL-10, at 64 pixels; the paper does not pretrain on Tiny-ImageNet. The
+images come from a folder <path>/<split>/<class>/<file> with the splits train and val.
 """
 
 from cassle_jax.config import base_config
@@ -18,11 +18,11 @@ def get_config(arguments=""):
     config.encoder.name = "resnet18"
     config.encoder.small_images = True
     config.augment.size = 64
-    if config.optimizer.name == "sgd":  # the rates of AdamW and LARS are their methods' own
+    if config.optimizer.name == "sgd":  # methods with AdamW or LARS set their own rates
         config.optimizer.base_learning_rate = 0.03
         config.optimizer.weight_decay = 5e-4
     if config.method.name == "simsiam":
-        config.method.projector_depth = 2  # as its paper has it for small images
+        config.method.projector_depth = 2  # as in SimSiam's paper for small images
     config.data.source = "folder"
     config.data.canvas = 64
     config.probe.test_split = "val"

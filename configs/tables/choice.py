@@ -1,4 +1,4 @@
-"""The set-up of `short_transfer` with more kinds of conditioning, to choose one.
+"""Selects a kind of conditioning, in the set-up of `short_transfer`.
 
 python -m cassle_jax.tables --table=choice --to=runs/choice --parallel=8 \\
     --set=data.path=/data/tiny_imagenet --set=data.classes=/data/tiny_imagenet/pretrain.txt \\
@@ -14,8 +14,8 @@ RATES = {" at half the rate": "0.001", " at twice the rate": "0.004"}
 def get_table():
     return Table(
         title="Which conditioning",
-        question="Which conditioning is ahead of plain? It is chosen here, with a seed that the "
-        "table short_transfer does not use.",
+        question="Which conditioning is ahead of plain? This table selects it, with a seed that "
+        "the table short_transfer does not use.",
         rows=(
             *(row("SimCLR", variant) for variant in VARIANTS),
             *(row("MoCo-v2", variant) for variant in COMPARED),

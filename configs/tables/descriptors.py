@@ -1,4 +1,4 @@
-"""Ablation of what the projector is told: sets of descriptors, MoCo-v2 on ImageNet-100.
+"""Ablation of the descriptors in ω, MoCo-v2 on ImageNet-100.
 
 python -m cassle_jax.tables --table=descriptors --to=runs/descriptors \\
     --set=data.path=/data/tfds --data_dir=/data/tfds --weights_of=runs/linear_imagenet100
@@ -15,15 +15,15 @@ SETS = {
     "crop and color": "crop+color",
     "all": ALL,
     "all and color_diff": f"{ALL}+color_diff",
-    "CASSLE": "cassle",  # all and color_diff without flip, as the published command has it
-    "leak-free": "leak_free",  # not in the paper: palette in the place of color_diff
+    "CASSLE": "cassle",  # all and color_diff without flip, as in the published command
+    "leak-free": "leak_free",  # not in the paper: palette replaces color_diff
 }
 
 
 def get_table():
     return Table(
         title="Descriptors",
-        question="Which augmentations must the projector be told of?",
+        question="Which descriptors does the projector need?",
         rows=tuple(
             Row(f"MoCo-v2, {name}", f"{IMAGENET100},conditioning={value}")
             for name, value in SETS.items()

@@ -11,7 +11,7 @@ from cassle_jax.sweep.table import Table
 def get_table():
     return Table(
         title="Few-shot",
-        question="Does CASSLE help where a class has one image, or five?",
+        question="Does CASSLE help with one or five training images per class?",
         rows=moco_rows(),
         seeds=(0,),
         datasets=("fc100", "cub200_few_shot", "plant_village"),

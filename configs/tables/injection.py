@@ -1,4 +1,4 @@
-"""Ablation of how ω enters: treatments and injections, MoCo-v2 on ImageNet-100.
+"""Ablation of the treatment and injection of ω, MoCo-v2 on ImageNet-100.
 
 python -m cassle_jax.tables --table=injection --to=runs/injection \\
     --set=data.path=/data/tfds --data_dir=/data/tfds --weights_of=runs/linear_imagenet100

@@ -11,7 +11,7 @@ from cassle_jax.sweep.table import Table
 def get_table():
     return Table(
         title="Invariance",
-        question="Do CASSLE's features keep more of what augmentations change, at which stage?",
+        question="Are CASSLE's features less invariant to augmentations, and at which stage?",
         rows=moco_rows(),
         seeds=(0,),
         datasets=("imagenet100",),

@@ -3,8 +3,8 @@
 python -m cassle_jax.tables --table=linear_imagenet100 --to=runs/linear_imagenet100 \\
     --set=data.path=/data/tfds --data_dir=/data/tfds --keep_weights
 
-ResNet-50, 224 pixels, 500 epochs, batch 256. docs/reproducing.md has the authors' figures and says
-what would tell success from failure.
+ResNet-50, 224 pixels, 500 epochs, batch 256. docs/reproducing.md has the authors' figures and the
+criteria for success and failure.
 """
 
 from cassle_jax.sweep.paper import IMAGENET100, LINEAR, MORE_LINEAR, rows_of

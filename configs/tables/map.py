@@ -1,9 +1,10 @@
-"""CIFAR-10 at 32 pixels, a slim ResNet-18: where conditioning helps, by one factor at a time.
+"""Varies one factor at a time to find where conditioning helps; CIFAR-10, slim ResNet-18.
 
 nice python -m cassle_jax.tables --table=map --to=runs/map --parallel=2 \\
     --set=data.path=/data/cifar10 --datasets=cifar10=/data/cifar10,flowers17=/data/flowers17
 
-Beside five other runs on one H200, a run of the base cell compiles for 93 s and trains for 22 s.
+On one H200 shared with five other runs, a run of the base cell compiles for 93 s and trains for
+22 s.
 """
 
 from cassle_jax.sweep.table import Row, Table
@@ -34,7 +35,7 @@ METHODS = {
         "method.vector_rate=1.0",
     ),
 }
-# cell: method, what differs from the base; the learning rate of a batch is the base's, √-scaled
+# Method and differences from the base by cell; the learning rate scales with the root of the batch.
 CELLS = {
     "SimCLR": ("simclr", ()),
     "SimCLR, batch 128": ("simclr", ("batch_size=128", "optimizer.base_learning_rate=0.0057")),
@@ -56,15 +57,15 @@ CELLS = {
 def get_table():
     return Table(
         title="The map",
-        question="Where are features ahead that a conditioned projector trained, and where behind? "
-        "Ahead where the difference to plain is above 0 by more than its interval.",
+        question="Where does a conditioned projector improve features, and where not? It does "
+        "where the difference to plain is above 0 by more than its interval.",
         rows=tuple(
             Row(
                 f"{cell}, {variant}",
                 f"configs/cifar10.py:method={method}",
-                (*METHODS[method], *differs, *settings),
+                (*METHODS[method], *differences, *settings),
             )
-            for cell, (method, differs) in CELLS.items()
+            for cell, (method, differences) in CELLS.items()
             for variant, settings in VARIANTS.items()
         ),
         seeds=(0,),

@@ -11,7 +11,7 @@ from cassle_jax.sweep.table import Table
 def get_table():
     return Table(
         title="Matching",
-        question="Does the projector use ω: do views match worse when it is told of another's?",
+        question="Does the projector use ω: do views match worse with the ω of another image?",
         rows=moco_rows(),
         seeds=(0,),
         datasets=("imagenet100",),

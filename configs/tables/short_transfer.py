@@ -1,10 +1,10 @@
-"""Tiny-ImageNet at 64 pixels, a ResNet-18: what transfers, for three methods with three seeds.
+"""Transfer of three methods with three seeds; Tiny-ImageNet at 64 pixels, ResNet-18.
 
 python -m cassle_jax.tables --table=short_transfer --to=runs/short_transfer --parallel=8 \\
     --set=data.path=/data/tiny_imagenet --set=data.classes=/data/tiny_imagenet/pretrain.txt \\
     --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/held_out
 
-`pretrain.txt` names the classes to pretrain on, one a line; /data/held_out has the other classes.
+`pretrain.txt` lists the pretraining classes, one per line; /data/held_out has the other classes.
 """
 
 from cassle_jax.sweep.table import Row, Table
@@ -19,7 +19,7 @@ BASE = (
     "optimizer.warmup_epochs=1.0",
     "checkpoint.every_steps=100000",
 )
-# title: name, settings
+# Name and settings of the methods, by name in the table.
 METHODS = {
     "SimCLR": ("simclr", ()),
     "MoCo-v2": ("moco_v2", ("method.momentum=0.99", "method.queue_size=16384")),
@@ -51,7 +51,7 @@ COMPARED = ("plain", "AugSelf", "CASSLE", "leak-free", "leak-free + plain branch
 
 
 def row(method, variant, *settings, name=""):
-    """A variant of a method, compared with its plain variant of the same further settings."""
+    """A variant of a method; its baseline is the plain variant with the same further settings."""
     builder, own = METHODS[method]
     return Row(
         f"{method}{name}, {variant}",
@@ -64,8 +64,8 @@ def row(method, variant, *settings, name=""):
 def get_table(compared=COMPARED):
     return Table(
         title="Transfer after twelve epochs",
-        question="Is a conditioned projector's encoder ahead of the plain method's on other "
-        "images? Yes where the difference is above 0 by more than its interval.",
+        question="Does an encoder transfer better if its projector was conditioned? Yes where the "
+        "difference to plain is above 0 by more than its interval.",
         rows=tuple(row(method, variant) for method in METHODS for variant in compared),
         datasets=("flowers17", "cifar10", "tiny_imagenet"),
         tasks=("linear", "knn", "few_shot"),

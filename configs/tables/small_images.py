@@ -1,4 +1,4 @@
-"""CIFAR-10 at 32 pixels: plain, AugSelf and CASSLE of three methods, with seeds.
+"""Plain, AugSelf and CASSLE of three methods, with three seeds; CIFAR-10 at 32 pixels.
 
 python -m cassle_jax.tables --table=small_images --to=runs/small_images \\
     --set=data.source=folder --set=data.path=/data/cifar10 \\
@@ -14,8 +14,8 @@ METHODS = {"SimCLR": "simclr", "MoCo-v2": "moco_v2", "Barlow Twins": "barlow_twi
 def get_table():
     return Table(
         title="Small images",
-        question="Do features transfer better where the projector knows how views were augmented? "
-        "Yes where CASSLE is ahead of plain by more than the interval on most datasets.",
+        question="Do features transfer better with a conditioned projector? Yes if CASSLE is ahead "
+        "of plain by more than the interval on most datasets.",
         rows=tuple(
             Row(f"{method}, {variant}", f"configs/cifar10.py:method={name},{arguments}")
             for method, name in METHODS.items()

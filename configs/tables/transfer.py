@@ -1,4 +1,4 @@
-"""The paper's claim in a budget of time: pretraining on Tiny-ImageNet, and what transfers.
+"""Transfer after pretraining on Tiny-ImageNet, within a time budget: the paper's claim.
 
 bash launch/transfer.sh --to=runs/transfer --minutes=1200 --data=/data/tiny_imagenet \\
     --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/tiny_imagenet
@@ -12,7 +12,7 @@ VARIANTS = {
     "CASSLE": "conditioning=cassle",
     "leak-free": "conditioning=leak_free",
     "AugSelf": "conditioning=none,augself=main",
-    # The last of a method is measured: with Barlow Twins' wide projector twice, the longest step.
+    # A budget measures the last row per method. This one has the longest step: two projectors.
     "leak-free + plain branch": "conditioning=branched",
 }
 
@@ -20,9 +20,9 @@ VARIANTS = {
 def get_table(methods=METHODS):
     return Table(
         title="Transfer",
-        question="Do features transfer better where the projector knows how views were augmented, "
-        "without ω giving the image's mean colour away (leak-free), or where an auxiliary loss "
-        "predicts it (AugSelf)? A row is ahead where its interval against plain is above 0.",
+        question="Do features transfer better if the projector is conditioned (CASSLE), if its ω "
+        "does not reveal the image's mean colour (leak-free), or if an auxiliary loss predicts ω "
+        "(AugSelf)? A row is ahead where its interval against plain is above 0.",
         rows=tuple(
             Row(f"{method}, {variant}", f"configs/tiny_imagenet.py:method={method},{arguments}")
             for method in methods
