@@ -1,4 +1,4 @@
-"""What all commands share: flags, one clear line for a user's mistake, exit codes."""
+"""Shared by all commands: flag parsing, one-line errors for users' mistakes, exit codes."""
 
 import difflib
 import logging
@@ -15,14 +15,15 @@ from cassle_jax.data import DataError
 
 EXIT_WRONG_SETTING = 2
 EXIT_DIVERGED = 3
-EXIT_NOT_SAVED = 74  # EX_IOERR: mend the disk; the same command continues where it was last saved
+EXIT_NOT_SAVED = 74  # EX_IOERR: fix the disk; the same command continues from the last checkpoint
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 
 
 class Stop(BaseException):
-    """Ends a command with a message on standard error and an exit code; a signal may raise it.
+    """Ends a command with a message on standard error and an exit code.
 
-    Of several processes all raise it together, unless it is of one `alone`.
+    A signal handler may raise it. All processes of a run raise it together, unless it is `alone`:
+    then one process raises it, and ends the others.
     """
 
     def __init__(self, message: str, code: int, *, alone: bool = False):
@@ -31,7 +32,7 @@ class Stop(BaseException):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags, runs `main`, and turns mistakes of the user into one line each."""
+    """Parses the flags and runs `main`; reports a user's mistake as one line."""
     set_up_logging()
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
@@ -40,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def set_up_logging() -> None:
-    """The project's own messages on standard error; of the libraries only warnings."""
+    """Logs the project's messages, and the libraries' warnings, to standard error."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -64,7 +65,7 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         _check_overrides(arguments)
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
-            _ = flags.FLAGS.config.seed  # a file that is not there fails at its first use only
+            _ = flags.FLAGS.config.seed  # a missing file fails at its first use only
         if rest[1:]:
             raise ConfigError(f"{rest[1]!r} is not an option; options begin with --")
     except OSError as error:
@@ -76,9 +77,9 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
-    # A value may follow its flag as a word of its own.
+    # A value may follow its flag as a separate word.
     arguments = re.sub(r"(?m)^(--?config)\n", r"\1=", "\n".join(arguments)).splitlines()
-    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", each) for each in arguments]
+    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", word) for word in arguments]
     files = [(match[1], match[2]) for match in matches if match and match[1]]
     overridden = [match[3] for match in matches if match and match[3]]
     if not files or not overridden:
@@ -88,14 +89,14 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     for name in overridden:
         if name not in known:
             leaf = name.rpartition(".")[2]
-            close = [each for each in known if each.rpartition(".")[2] == leaf]
+            close = [other for other in known if other.rpartition(".")[2] == leaf]
             close += difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
             hint = f"; did you mean config.{close[0]}?" if close else ""
             raise ConfigError(f"config.{name} is not a setting of this configuration{hint}")
 
 
 def _last_line(error: Exception) -> str:
-    """What went wrong; a failing configuration file arrives as text with its whole traceback."""
+    """The last line of an error; a failing configuration file arrives as a whole traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else repr(error)
 

@@ -1,9 +1,9 @@
-"""Every setting of a run with its default, and what a configuration file is built from.
+"""Defines every setting of a run with its default, the base of all configuration files.
 
-A file in `configs/` is a function of an argument string, as in
+A file in `configs/` defines a function of an argument string, as in
 `--config=configs/cifar10.py:method=simclr,conditioning=none,augself=main`. It starts from
-`base_config`, which knows the arguments, and sets what is particular to its dataset. Any value can
-then be overridden: `--config.optimizer.weight_decay=1e-4`.
+`base_config`, which parses the arguments, and changes the settings of its dataset. Flags override
+single values: `--config.optimizer.weight_decay=1e-4`.
 """
 
 import dataclasses
@@ -26,33 +26,32 @@ from cassle_jax.training.optimizer import OptimizerSpec
 
 ARGUMENTS = ("method", "conditioning", "augself", "follow")
 
-# How the published CASSLE code differs from the papers, whatever the method.
+# Settings in which the published CASSLE code differs from the papers, for all methods.
 PUBLISHED = {"augment.jitter_order": "batch", "optimizer.schedule_by": "epoch"}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message is one line that names it and what would work."""
+    """An invalid setting; the message is one line with its name, value and valid values."""
 
 
 def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
-    """The default configuration of a method with its conditioning.
+    """Builds the default configuration of a method with its conditioning.
 
     Args:
-      recipe_of: for a configuration that is one method's recipe, its name: the only value that the
-        argument `method` may then have.
       arguments: comma-separated `name=value`:
         `method`: a name in `METHODS` (default `moco_v2`).
         `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `leak_free`
-        (palette in the place of color_diff, which gives the image's mean colour away), `branched`
+        (palette replaces color_diff, which reveals the image's mean colour), `branched`
         (leak_free, with half of the loss through a plain projector beside the conditioned one; see
         docs/evidence.md), `none` for the plain method, or names of descriptors and components, such
         as color.hue, joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
-        `follow`: `paper` (default), or `published` for what the published CASSLE code does where it
-        differs: MoCo's queue takes queries, SimCLR's negatives come from the own device, BYOL's
-        momentum rises once an epoch, a batch shares its order of jitter operations, the learning
-        rate moves once an epoch.
+        `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
+        queue holds queries, SimCLR takes negatives from its own device, BYOL's momentum and the
+        learning rate change once per epoch, and a batch shares one order of jitter operations.
+      recipe_of: name of the method whose recipe the configuration is; `method` accepts no other.
+        Empty for all methods.
 
     Raises:
       ConfigError: an unknown argument or value.
@@ -62,68 +61,68 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.epochs = 200
-    config.steps = 0  # more than 0: the length of the run, instead of `epochs`
-    config.batch_size = 256  # of all devices together
-    # Images, of all devices together, that pass the encoder at a time, for memory; 0: the batch.
-    # Loss, gradient and the heads' BatchNorm stay the batch's; the encoder's is then a chunk's.
+    config.steps = 0  # above 0: length of the run, in place of `epochs`
+    config.batch_size = 256  # summed over devices
+    # Images per encoder pass, summed over devices, to save memory; 0: the whole batch. Loss,
+    # gradient and the heads' BatchNorm see the whole batch; the encoder's BatchNorm sees a chunk.
     config.chunk_size = 0
-    config.dtype = "auto"  # of convolutions and products: bfloat16 on accelerators, or float32
-    config.deterministic = False  # GPU: only kernels that repeat to the bit
+    config.dtype = "auto"  # of convolutions and matrix products: bfloat16 on accelerators
+    config.deterministic = False  # GPU: use bitwise reproducible kernels only
     config.compilation_cache = "auto"  # a folder; "auto": in the user's cache; "": none
 
     config.encoder = ConfigDict(
         {
             "name": "resnet18",
-            "width": 0,  # of a ResNet's stem, or of a Vision Transformer; 0: its own
+            "width": 0,  # channels of a ResNet's stem or of a Vision Transformer; 0: the default
             "small_images": False,  # ResNets: a stem for images of about 32 pixels
-            "patch_size": 16,  # Vision Transformers: pixels
-            "remat": False,  # recompute activations in the backward pass, for memory
+            "patch_size": 16,  # Vision Transformers: in pixels
+            "remat": False,  # recompute activations in the backward pass, to save memory
         }
     )
     config.method = ConfigDict({"name": chosen["method"], **dataclasses.asdict(method())})
     config.weights = ConfigDict(
         {
-            "path": "",  # of a file to start from; "": random weights
-            "networks": "all",  # that the file has, or only its encoder
+            "path": "",  # a file with the initial weights; "": random weights
+            "networks": "all",  # all networks of the file, or its encoder
         }
     )
     config.conditioning = _from_dataclass(_conditioning(chosen["conditioning"]))
     config.augself = ConfigDict({"hidden": 512, **dict.fromkeys(PREDICTED, 0.0)})
     config.augself.update(_augself_weights(chosen["augself"]))
     config.augment = _from_dataclass(AugmentSpec(size=32))
-    config.augment.color_strength = 1.0  # scales the jitter and the share of grayscale views
-    config.augment.asymmetric = False  # BYOL's: only second views are solarized, few are blurred
+    config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
+    config.augment.asymmetric = False  # BYOL's: solarize second views only, and rarely blur them
     config.optimizer = _from_dataclass(OptimizerSpec())
 
     config.data = ConfigDict(
         {
-            "source": "scenes",  # scenes or motifs (drawn, need no files), folder or tfds
+            "source": "scenes",  # scenes or motifs (rendered, need no files), folder or tfds
             "name": "",  # tfds: the builder, such as cifar10
-            "path": "",  # folder: holds <split>/<class>/<file>; tfds: its data_dir, "" for tfds's
+            "path": "",  # folder: holds <split>/<class>/<file>; tfds: its data_dir, "": the default
             "train_split": "train",
-            "classes": "",  # "": all; imagenet100; or a text file of class names, one a line
-            "canvas": 32,  # pixels; larger images are reduced to fit
-            "scenes": 50_000,  # how many images are drawn, where they are
-            "threads": 0,  # that read and decode; 0: half the CPUs, at least 2
-            "cache_gib": 4.0,  # decoded images are kept in memory if they all fit in this much
-            "on_device": "auto",  # all images on every device: where they fit; or always, never
-            "max_bad_fraction": 0.01,  # of images that cannot be decoded, before the run stops
+            "classes": "",  # "": all; imagenet100; or a text file with one class name per line
+            "canvas": 32,  # pixels; larger images are shrunk to fit
+            "scenes": 50_000,  # number of rendered images, for scenes and motifs
+            "threads": 0,  # reading and decoding threads; 0: half the CPUs, at least 2
+            "cache_gib": 4.0,  # keep decoded images in memory if all of them fit in this size
+            "on_device": "auto",  # all images on every device: auto (if they fit), always or never
+            "max_bad_fraction": 0.01,  # stop the run above this fraction of undecodable images
         }
     )
     config.probe = ConfigDict(
         {
-            "every_epochs": 10,  # k-NN accuracy and RankMe; 0: never
+            "every_epochs": 10,  # interval of k-NN accuracy and RankMe; 0: never
             "train_split": "",  # "": data.train_split
             "test_split": "test",
-            "train_images": 10_000,  # at most; 0: all
-            "test_images": 2_000,  # at most; 0: all
+            "train_images": 10_000,  # largest number; 0: all
+            "test_images": 2_000,  # largest number; 0: all
         }
     )
     config.checkpoint = ConfigDict(
         {
             "every_steps": 1000,
-            "keep": 3,  # the newest
-            "keep_every_steps": 0,  # and every one at a multiple of this; 0: none
+            "keep": 3,  # number of newest checkpoints to keep
+            "keep_every_steps": 0,  # also keep those at multiples of this step; 0: none
         }
     )
     config.log = ConfigDict({"every_steps": 50})
@@ -135,17 +134,20 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
 
 
 def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
-    """The configuration with ImageNet as its dataset, at 224 pixels.
+    """Sets ImageNet at 224 pixels as the dataset of a configuration.
 
     Args:
-      config: is changed, too.
-      classes: as `data.classes`: empty for all, `imagenet100`, or a file of their names.
+      config: the configuration, changed in place.
+      classes: as `data.classes`: empty for all, `imagenet100`, or a file of class names.
+
+    Returns:
+      The same configuration.
     """
     config.augment.size = 224
     config.data.update(
         {"source": "tfds", "name": "imagenet2012", "classes": classes, "canvas": 512}
     )
-    config.data.cache_gib = 0.0  # larger than memory: every epoch reads it anew
+    config.data.cache_gib = 0.0  # larger than memory, so every epoch reads the files again
     config.probe.test_split = "validation"
     if not classes:
         config.probe.update({"train_images": 50_000, "test_images": 10_000})
@@ -153,7 +155,7 @@ def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
 
 
 def knows(name: str, value: str, known: Iterable[str]) -> None:
-    """Raises ConfigError, with the closest name there is, unless `value` is one of `known`."""
+    """Raises ConfigError, with the closest known name, unless `value` is one of `known`."""
     known = sorted(known)
     if value not in known:
         close = difflib.get_close_matches(value, known, n=1)
@@ -162,7 +164,7 @@ def knows(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """All settings by names such as `optimizer.weight_decay`, with the values JSON has for them."""
+    """All settings as JSON values, by dotted names such as `optimizer.weight_decay`."""
     flat = {}
     for name, value in config.items():
         nested = isinstance(value, ConfigDict)
@@ -187,7 +189,7 @@ def _parse(arguments: str, recipe_of: str) -> dict[str, str]:
     knows("method", chosen["method"], METHODS)
     if recipe_of and chosen["method"] != recipe_of:
         raise ConfigError(
-            f"method={chosen['method']!r} cannot follow this recipe, which is {recipe_of}'s; use "
+            f"method={chosen['method']!r} does not fit this recipe, which is {recipe_of}'s; use "
             f"configs/imagenet.py:method={chosen['method']}"
         )
     knows("follow", chosen["follow"], ("paper", "published"))
@@ -222,6 +224,6 @@ def _augself_weights(value: str) -> dict[str, float]:
             weights[name] = float(weight or 0.5)
         except ValueError:
             raise ConfigError(
-                f"augself weight {item!r} is not a number; write {name}:0.5"
+                f"augself weight {item!r} is not a number; use a form such as {name}:0.5"
             ) from None
     return weights

@@ -1,4 +1,4 @@
-"""Opens what is to be evaluated: a run, what was exported of one, or an encoder of others."""
+"""Opens the subject of an evaluation: a run, an exported file, or another project's encoder."""
 
 from functools import partial
 
@@ -21,26 +21,26 @@ from cassle_jax.training.run import augment_spec, build_method, networks_of, vie
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.state import initial_variables
 
-IMAGE_SIZE = 224  # of an encoder that comes without a word about it
+IMAGE_SIZE = 224  # for an encoder whose file does not give a size
 
 
 def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online") -> Subject:
-    """The subject at `path`.
+    """Opens the subject at `path`.
 
     Args:
-      path: workdir of a run, or a file of weights: of an export, of torchvision, timm, MoCo-v3 or
+      path: workdir of a run, or a file of weights from an export, torchvision, timm, MoCo-v3 or
         the published CASSLE code.
-      name: for the report; empty for the path's last part.
-      network: of a run: `online`, or `momentum` where there is one.
+      name: name in the report; empty for the path's last part.
+      network: network of a run: `online`, or `momentum` if the method has one.
 
     Raises:
-      ConfigError: it is not there, or holds no encoder that is known.
+      ConfigError: the path does not exist, or holds no known encoder.
     """
     path = epath.Path(path)
-    # A dot in a folder's name begins no suffix: runs/lr0.03 and runs/lr0.06 are not both `lr0`.
+    # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     if not path.exists():
-        raise ConfigError(f"{path} is not there; give the workdir of a run or a file of weights")
+        raise ConfigError(f"{path} does not exist; use the workdir of a run or a file of weights")
     try:
         weights = read_run(path, network=network) if path.is_dir() else load_weights(str(path))
         if "config" in weights.card:
@@ -56,7 +56,7 @@ def _of_run(name: str, weights: Weights) -> Subject:
     conditioning = Conditioning(**config.conditioning.to_dict())
     spec = augment_spec(config)
     shapes = _shapes(networks, spec.size, conditioning.size)
-    known = [each for each in shapes["params"] if each in weights.networks]
+    known = [network for network in shapes["params"] if network in weights.networks]
     shapes = {part: {n: tree[n] for n in known if n in tree} for part, tree in shapes.items()}
     variables = _loaded(weights, shapes)
     views = view_specs(config, build_method(config))[:2]
@@ -66,17 +66,18 @@ def _of_run(name: str, weights: Weights) -> Subject:
 def _of_encoder(name: str, weights: Weights) -> Subject:
     architecture = architecture_of(weights.encoder, weights.heads)
     networks = Networks({"encoder": partial(architecture.encoder, AXIS)})
-    told = weights.card.get("input", {})
-    size = getattr(architecture, "image_size", None) or told.get("size", IMAGE_SIZE)
-    spec = AugmentSpec(size, **{k: tuple(told[k]) for k in ("mean", "std") if k in told})
-    only_encoder = weights.without(*(each for each in weights.networks if each != "encoder"))
+    given = weights.card.get("input", {})
+    size = getattr(architecture, "image_size", None) or given.get("size", IMAGE_SIZE)
+    spec = AugmentSpec(size, **{k: tuple(given[k]) for k in ("mean", "std") if k in given})
+    heads = [network for network in weights.networks if network != "encoder"]
+    only_encoder = weights.without(*heads)
     variables = _loaded(only_encoder, _shapes(networks, size, 0))
     views = (spec, spec)
     return Subject(name, networks, variables, spec, Conditioning(()), views, weights.card)
 
 
 def _shapes(networks: Networks, size: int, descriptor: int):
-    """Shapes of all variables, those of the encoder alone where there is no projector."""
+    """Shapes of all variables; of the encoder alone if there is no projector."""
     view = ViewBatch(jnp.zeros((2, size, size, 3)), jnp.zeros((2, descriptor)))
 
     def make():

@@ -130,7 +130,10 @@ def test_arguments_go_together_in_any_order():
         ("method=xyz", r"method='xyz' is unknown; use one of barlow_twins, byol, .*\w$"),
         ("follow=publishd", r"follow='publishd' .* paper, published; did you mean 'published'"),
         ("augself=crops", r"augself='crops' .* crop, flip, .*did you mean 'crop'"),
-        ("augself=crop:half", r"augself weight 'crop:half' is not a number; write crop:0\.5"),
+        (
+            "augself=crop:half",
+            r"augself weight 'crop:half' is not a number; use a form such as crop:0\.5",
+        ),
         ("conditioning=crops", r"conditioning.*'crops'.*blur, .*color, .*did you mean 'crop'\?"),
         ("conditioning=", r"conditioning.*''.*blur, .*color, "),
     ],

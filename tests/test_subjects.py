@@ -88,7 +88,7 @@ def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
 
 
 def test_what_cannot_be_opened_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere is not there; give the workdir of a run"):
+    with pytest.raises(ConfigError, match=r"nowhere does not exist; use the workdir of a run"):
         open_subject(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         open_subject(tmp_path)
