@@ -1,1 +1,1 @@
-"""What a person sees of a run: contact sheets, figures and one self-contained page."""
+"""Reports for people: contact sheets, figures and self-contained HTML pages."""

@@ -1,4 +1,4 @@
-"""Where numbers lie along one side of a chart, and which of them are labelled."""
+"""Axes of charts: maps values to positions, and chooses ticks."""
 
 import math
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ _MOST_DECADES = 6
 
 
 class Axis(NamedTuple):
-    """A stretch of numbers.
+    """An axis of a chart.
 
     Attributes:
-      low: where it begins.
-      high: where it ends.
-      ticks: the numbers that are labelled, ascending.
-      is_log: whether equal ratios, not equal differences, are equally far apart.
+      low: value at the beginning.
+      high: value at the end.
+      ticks: labelled values, ascending.
+      is_log: whether the scale is logarithmic.
     """
 
     low: float
@@ -28,13 +28,13 @@ class Axis(NamedTuple):
     is_log: bool = False
 
     def share(self, value: Real) -> float:
-        """How far along the axis a value lies: 0 at its beginning, 1 at its end."""
+        """The position of a value on the axis: 0 at its beginning, 1 at its end."""
         if self.is_log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return float((value - self.low) / (self.high - self.low))
 
     def shows(self, value: Real) -> bool:
-        """Whether a value has a place: it is finite, and above zero where the axis is a log."""
+        """Whether the axis can show a value: finite, and positive on a logarithmic axis."""
         return math.isfinite(value) and (value > 0 or not self.is_log)
 
 
@@ -44,19 +44,20 @@ def axis(
     is_log: bool = False,
     whole: bool = False,
     to_ticks: bool = False,
-    stretches: int = 5,
+    intervals: int = 5,
 ) -> Axis | None:
-    """The axis that holds all values which have a place on it.
+    """Fits an axis to values.
 
     Args:
-      values: What is drawn. Those that are not finite are left out, and on a log those up to zero.
-      is_log: Whether equal ratios are equally far apart.
-      whole: Whether only integers are labelled; not for a log.
-      to_ticks: Whether it begins and ends with a tick, rather than with the outermost values.
-      stretches: How many there are between ticks, at most; not for a log.
+      values: The values to draw; non-finite values are ignored, and on a logarithmic axis values of
+        zero or less.
+      is_log: Whether the scale is logarithmic.
+      whole: Whether all ticks are integers; linear scale only.
+      to_ticks: Whether the axis begins and ends at a tick, rather than at the outermost values.
+      intervals: Largest number of intervals between ticks; linear scale only.
 
     Returns:
-      The axis; `None` where no value has a place.
+      The axis; `None` without a value to show.
     """
     shown = [value for value in values if math.isfinite(value) and (value > 0 or not is_log)]
     if not shown:
@@ -65,9 +66,9 @@ def axis(
     if is_log:
         ticks = _log_ticks(low, high)
     else:
-        ticks = MaxNLocator(stretches, steps=_NICE, integer=whole).tick_values(low, high).tolist()
+        ticks = MaxNLocator(intervals, steps=_NICE, integer=whole).tick_values(low, high).tolist()
     if to_ticks:
-        # A tick may be a rounding error short of the value it stands for.
+        # Rounding may place the outermost tick slightly inside the values.
         return Axis(min(ticks[0], low), max(ticks[-1], high), tuple(ticks), is_log)
     if high == low:
         high = 10 * low if is_log else low + 1
@@ -75,13 +76,13 @@ def axis(
 
 
 def tick_text(tick: float) -> str:
-    """A tick as it is printed: integers in full, other numbers to four digits."""
+    """Formats a tick: integers in full, other numbers to four digits."""
     return f"{tick:,.0f}" if tick == round(tick) else f"{tick:.4g}"
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, over few decades also their doubles and fives, that enclose the values."""
-    # One power more at each end, as a logarithm may be rounded to the wrong side of an integer.
+    """Powers of ten that enclose the values; over few decades also 2 and 5 times these powers."""
+    # One more power at both ends, as rounding may move a logarithm across an integer.
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     if math.log10(high / low) <= _DECADES_DIVIDED:
         digits, stride = (1, 2, 5), 1

@@ -1,4 +1,4 @@
-"""Draws groups of horizontal bars as an SVG that takes its colours from the page around it."""
+"""Draws groups of horizontal bars as an SVG in the colours of its HTML page."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cassle_jax.report.axis import Axis
 from cassle_jax.report.curves import WIDTH, empty_svg, opening_tag
-from cassle_jax.report.palette import RUNS
+from cassle_jax.report.palette import RUN_COLOURS
 from cassle_jax.report.table import cell_text
 
 _BAR, _STEP, _GROUP_GAP = 9, 12, 10
@@ -18,7 +18,7 @@ _LABEL = 18
 
 
 class Extent(NamedTuple):
-    """A bar's length, and where the line over its end begins and ends."""
+    """Length of a bar, and the ends of its whisker."""
 
     value: float
     low: float
@@ -26,12 +26,12 @@ class Extent(NamedTuple):
 
 
 class Bars(NamedTuple):
-    """The bars of one colour.
+    """The bars of one colour, one per group.
 
     Attributes:
-      name: shown where the pointer rests on a bar.
-      extents: of its bar in each group; groups that are missing have a dash.
-      colour: the number of its colour; after six they repeat.
+      name: tooltip of the bars.
+      extents: extent of the bar by group; a missing group gets a dash.
+      colour: index of the colour; colours repeat after six.
     """
 
     name: str
@@ -48,23 +48,22 @@ def bars_svg(
     x_label: str = "",
     width: int = WIDTH,
 ) -> str:
-    """Groups of bars from top to bottom, as an ``<svg>`` element for an HTML page.
+    """Draws groups of bars from top to bottom as an ``<svg>`` element for an HTML page.
 
-    Long names of groups are broken into lines. The values stand in a column at the right, to three
-    decimals. A bar has the classes ``bar`` and
-    ``run-i``, which the page colours; over its end is a line from `Extent.low` to `Extent.high`
-    where they differ.
+    Long group names wrap. A column at the right prints the values to three decimals. A bar has the
+    classes ``bar`` and ``run-i``, which the page colours, and a whisker from `Extent.low` to
+    `Extent.high` where these differ.
 
     Args:
-      name: What is drawn; the chart's accessible name.
-      groups: Their names, from top to bottom.
-      bars: Within every group, from top to bottom.
-      x_axis: Holds zero and every value; `None` where there is nothing to draw.
-      x_label: Under the chart.
-      width: Of the drawing, in the units of its text, which is 12 high.
+      name: Accessible name of the chart.
+      groups: Names of the groups, from top to bottom.
+      bars: Bars of every group, from top to bottom.
+      x_axis: Axis that covers zero and every value; `None` without values.
+      x_label: Label under the chart.
+      width: Width of the drawing, in units of its text, which is 12 high.
 
     Returns:
-      The SVG's text. Without an axis, an SVG that says that there are no values.
+      The SVG's text; without an axis, an SVG with the text "no values".
     """
     if x_axis is None:
         return empty_svg(name, width)
@@ -101,7 +100,7 @@ def bars_svg(
 def _bar(
     x: Callable[[float], float], y: float, series: Bars, group: str, x_axis: Axis, width: int
 ) -> str:
-    """One bar, the line over its end, and its value."""
+    """Draws one bar with its whisker and its value."""
     extent = series.extents.get(group)
     text = "–" if extent is None else cell_text(extent.value)
     parts = [f'<text class="left value" x="{width}" y="{y + 8.5}">{text}</text>']
@@ -109,7 +108,7 @@ def _bar(
         start, end = sorted((x(0.0), x(extent.value)))
         title = f"<title>{escape(f'{series.name}, {group}: {extent.value!r}')}</title>"
         parts.append(
-            f'<rect class="bar run-{series.colour % len(RUNS)}" x="{start}" y="{y}" '
+            f'<rect class="bar run-{series.colour % len(RUN_COLOURS)}" x="{start}" y="{y}" '
             f'width="{round(end - start, 1)}" height="{_BAR}">{title}</rect>'
         )
         if extent.low < extent.high:

@@ -1,4 +1,4 @@
-"""Puts findings side by side: a mean over the seeds of each subject, and which is the best."""
+"""Compares findings of several subjects: means over seeds, and the best subjects per row."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +10,18 @@ import numpy as np
 
 from cassle_jax.evaluation.findings import Chart, Finding, Gallery, Score, half_interval
 
-Subjects = Mapping[str, Sequence[Sequence[Finding]]]
+# Findings by subject, one list per seed.
+FindingsBySubject = Mapping[str, Sequence[Sequence[Finding]]]
 Kind = TypeVar("Kind", Score, Chart, Gallery)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over the seeds of a subject.
+    """A mean over the seeds of a subject.
 
     Attributes:
-      values: one a seed, in the order of the seeds that have it.
-      own_interval: what a protocol says of its only value; not for several.
+      values: one value per seed, in the order of the seeds; a seed without the value is missing.
+      own_interval: half the interval that the protocol reports; used with a single seed.
     """
 
     values: tuple[float, ...]
@@ -28,7 +29,7 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """Over the seeds; NaN where one of them is."""
+        """The mean over seeds; NaN if a value is NaN."""
         return float(np.mean(self.values))
 
     @property
@@ -38,20 +39,20 @@ class Estimate:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The lowest and the highest value; NaN where one is."""
+        """The lowest and the highest value; NaN if a value is NaN."""
         return float(np.min(self.values)), float(np.max(self.values))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A number of a protocol on a dataset, of every subject that has it.
+    """A metric of a task on a dataset, for all subjects that have it.
 
     Attributes:
-      task: the protocol.
-      dataset: by its name.
-      metric: by its name.
-      higher_is_better: or lower, or neither (`None`).
-      estimates: by subject.
+      task: name of the task.
+      dataset: name of the dataset.
+      metric: name of the metric.
+      higher_is_better: `False` where lower is better, `None` where neither is.
+      estimates: estimates by subject.
     """
 
     task: str
@@ -62,10 +63,10 @@ class Row:
 
     @property
     def best(self) -> frozenset[str]:
-        """The best subject, all whose intervals overlap its own, and all that lie between them.
+        """The best subject, the subjects whose intervals overlap its interval, and those between.
 
-        Nobody, where that is everyone with a value, or where neither higher nor lower is better.
-        An interval that is not known counts as zero.
+        Empty if that is every subject with a value, or if neither higher nor lower is better. An
+        unknown interval counts as zero.
         """
         if self.higher_is_better is None:
             return frozenset()
@@ -85,13 +86,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A chart of several subjects, with what was found of every point.
+    """A chart of several subjects, with an estimate per point.
 
     Attributes:
-      chart: the first of them, for its names and labels.
-      is_bars: whether x are names.
-      series: the names of all series, in the order they came.
-      points: of every subject that has the chart, by series, by x, in the order they came.
+      chart: chart of the first subject, for names and labels.
+      is_bars: whether x values are names.
+      series: names of all series, in order of appearance.
+      points: estimates by subject, series and x, in order of appearance.
     """
 
     chart: Chart
@@ -100,13 +101,13 @@ class Comparison:
     points: Mapping[str, Mapping[str, Mapping[Real | str, Estimate]]]
 
 
-def check_subjects(subjects: Subjects) -> None:
-    """Raises ValueError if there is nothing to compare or a subject says something twice."""
+def check_subjects(subjects: FindingsBySubject) -> None:
+    """Raises ValueError without subjects or runs, or if a run has a finding twice."""
     if not subjects:
         raise ValueError("a report needs at least one subject")
     for name, runs in subjects.items():
         if not runs:
-            raise ValueError(f"subject {name!r} has no runs; a report needs one at least")
+            raise ValueError(f"subject {name!r} has no runs; a report needs at least one")
         for seed, findings in enumerate(runs):
             seen = set()
             for finding in findings:
@@ -118,53 +119,55 @@ def check_subjects(subjects: Subjects) -> None:
                 seen.add(key)
 
 
-def tasks_of(subjects: Subjects) -> list[str]:
-    """The protocols, in the order they came."""
-    return list(dict.fromkeys(finding.task for _, _, finding in _each(subjects)))
+def tasks_of(subjects: FindingsBySubject) -> list[str]:
+    """The tasks, in order of appearance."""
+    return list(dict.fromkeys(finding.task for _, finding in _findings(subjects)))
 
 
-def rows_of(subjects: Subjects, task: str) -> list[Row]:
-    """The scores of a protocol, in the order they came.
+def rows_of(subjects: FindingsBySubject, task: str) -> list[Row]:
+    """The scores of a task, in order of appearance.
 
     Raises:
-      ValueError: If two subjects do not agree on whether higher is better.
+      ValueError: If `higher_is_better` differs between subjects.
     """
     return [_row(by_subject) for by_subject in _matched(subjects, task, Score)]
 
 
-def charts_of(subjects: Subjects, task: str) -> list[Comparison]:
-    """The charts of a protocol, in the order they came."""
+def charts_of(subjects: FindingsBySubject, task: str) -> list[Comparison]:
+    """The charts of a task, in order of appearance."""
     return [_comparison(by_subject) for by_subject in _matched(subjects, task, Chart)]
 
 
-def galleries_of(subjects: Subjects, task: str) -> list[Mapping[str, Gallery]]:
-    """The galleries of a protocol by subject, of the first of its seeds that has one."""
+def galleries_of(subjects: FindingsBySubject, task: str) -> list[Mapping[str, Gallery]]:
+    """The galleries of a task by subject, from the first seed that has one."""
     return [
         {subject: galleries[0] for subject, galleries in by_subject.items()}
         for by_subject in _matched(subjects, task, Gallery)
     ]
 
 
-def _matched(subjects: Subjects, task: str, kind: type[Kind]) -> list[Mapping[str, list[Kind]]]:
-    """Findings of the same name, each by subject, one a seed."""
-    found: dict[tuple[str, ...], dict[str, list[Kind]]] = {}
-    for subject, _, finding in _each(subjects):
+def _matched(
+    subjects: FindingsBySubject, task: str, kind: type[Kind]
+) -> list[Mapping[str, list[Kind]]]:
+    """Groups findings of the same name, by subject, one per seed."""
+    matched: dict[tuple[str, ...], dict[str, list[Kind]]] = {}
+    for subject, finding in _findings(subjects):
         if isinstance(finding, kind) and finding.task == task:
-            found.setdefault(_key(finding), {}).setdefault(subject, []).append(finding)
-    return list(found.values())
+            matched.setdefault(_key(finding), {}).setdefault(subject, []).append(finding)
+    return list(matched.values())
 
 
-def _each(subjects: Subjects) -> Iterator[tuple[str, int, Finding]]:
-    """Every finding with its subject and the number of its seed."""
+def _findings(subjects: FindingsBySubject) -> Iterator[tuple[str, Finding]]:
+    """Yields every finding with its subject."""
     for subject, runs in subjects.items():
-        for seed, findings in enumerate(runs):
+        for findings in runs:
             for finding in findings:
-                yield subject, seed, finding
+                yield subject, finding
 
 
 def _key(finding: Finding) -> tuple[str, ...]:
-    what = finding.metric if isinstance(finding, Score) else finding.title
-    return finding.task, finding.dataset, what
+    name = finding.metric if isinstance(finding, Score) else finding.title
+    return finding.task, finding.dataset, name
 
 
 def _row(by_subject: Mapping[str, Sequence[Score]]) -> Row:
@@ -174,7 +177,7 @@ def _row(by_subject: Mapping[str, Sequence[Score]]) -> Row:
             if score.higher_is_better != first.higher_is_better:
                 raise ValueError(
                     f"higher_is_better of {', '.join(_key(score))} is {score.higher_is_better} "
-                    f"of {subject!r} and {first.higher_is_better} of {next(iter(by_subject))!r}"
+                    f"for {subject!r} and {first.higher_is_better} for {next(iter(by_subject))!r}"
                 )
     estimates = {
         subject: Estimate(
@@ -205,6 +208,6 @@ def _points(charts: Sequence[Chart], series: str) -> dict[Real | str, Estimate]:
 
 
 def _width(estimate: Estimate) -> float:
-    """Half the interval, zero where it is not known."""
+    """Half the interval; zero if unknown."""
     interval = estimate.interval
     return 0.0 if interval is None or math.isnan(interval) else interval

@@ -1,4 +1,4 @@
-"""Draws a chart of several subjects as HTML: together, or a panel for every series."""
+"""Draws a chart of several subjects as HTML, in one panel or in a panel per series."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,23 +8,23 @@ from cassle_jax.report.axis import axis
 from cassle_jax.report.bars import Bars, Extent, bars_svg
 from cassle_jax.report.comparison import Comparison, Estimate
 from cassle_jax.report.curves import WIDTH, Line, lines_svg
-from cassle_jax.report.palette import RUNS
+from cassle_jax.report.palette import RUN_COLOURS
 
 _PANEL_WIDTH = 320
-# The series a chart holds before each gets a panel: of a single subject, and of several.
+# Largest number of series in one panel, for a single subject and for several.
 _MOST_LINES = (8, 3)
 _MOST_BARS = (3, 1)
 
 
 def chart_html(subjects: Sequence[str], comparison: Comparison) -> str:
-    """A chart with its legend as a ``<figure>``; its panels, if it has several, share their axes.
+    """Draws a chart with its legend as a ``<figure>``; several panels share their axes.
 
-    Subjects differ in colour, and the series of a chart that shows several subjects in their
-    dashes. The series of a single subject differ in colour.
+    Subjects differ in colour, and their series in dashes. With a single subject, series differ in
+    colour.
 
     Args:
-      subjects: All of the page; one that lacks the chart has a dash in the legend.
-      comparison: What is drawn: the mean over the seeds, and their range as a band or whisker.
+      subjects: All subjects of the page; one without the chart gets a dash in the legend.
+      comparison: The chart; draws means over seeds, and their range as a band or whisker.
 
     Returns:
       The HTML.
@@ -47,8 +47,8 @@ def chart_html(subjects: Sequence[str], comparison: Comparison) -> str:
 
 
 def key_html(colour: int, dash: int = 0) -> str:
-    """A piece of a line, to stand before the name of what has this colour and dash."""
-    return _key(f"run-{colour % len(RUNS)}", dash or colour // len(RUNS))
+    """A short line in a colour and dash, as a key in a legend."""
+    return _key(f"run-{colour % len(RUN_COLOURS)}", dash or colour // len(RUN_COLOURS))
 
 
 def _key(colour: str, dash: int) -> str:
@@ -102,7 +102,7 @@ def _lines(
 def _lines_of(
     subjects: Sequence[str], comparison: Comparison, series: str, place: int
 ) -> list[Line]:
-    """The lines of a series, in a chart in which it is the `place`-th."""
+    """The lines of the `place`-th series of a chart."""
     lines = []
     for index, subject in enumerate(subjects):
         points = sorted(comparison.points.get(subject, {}).get(series, {}).items())
@@ -124,7 +124,7 @@ def _bars(
     chart = comparison.chart
     groups = list(dict.fromkeys(str(x) for x, _ in _estimates(comparison)))
     values = _values(comparison)
-    x_axis = axis([0.0, *values], to_ticks=True, stretches=4) if values else None
+    x_axis = axis([0.0, *values], to_ticks=True, intervals=4) if values else None
     alone = len(subjects) == 1
     return [
         bars_svg(
@@ -153,10 +153,10 @@ def _bars(
 
 
 def _colour_and_dash(subject: int, series: int, *, alone: bool) -> tuple[int, int]:
-    """Both numbered within the chart or panel; the dash tells apart what has the same colour."""
+    """Indices of colour and dash from the indices of subject and series within a panel."""
     if alone:
-        return series, series // len(RUNS)
-    return subject, series + subject // len(RUNS)
+        return series, series // len(RUN_COLOURS)
+    return subject, series + subject // len(RUN_COLOURS)
 
 
 def _estimates(comparison: Comparison) -> list[tuple[Real | str, Estimate]]:
@@ -170,7 +170,7 @@ def _estimates(comparison: Comparison) -> list[tuple[Real | str, Estimate]]:
 
 
 def _values(comparison: Comparison) -> list[float]:
-    """All that a chart's axis of values must hold."""
+    """All values that the axis of a chart must cover."""
     return [value for _, estimate in _estimates(comparison) for value in estimate.range]
 
 

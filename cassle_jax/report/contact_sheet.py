@@ -1,4 +1,4 @@
-"""Draws images beside their two views, with how each view came about."""
+"""Draws images beside their two augmented views and the views' descriptors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,24 +30,24 @@ def contact_sheet(
     path: str | PathLike[str],
     title: str = "",
 ) -> None:
-    """Writes a PNG with one row an image: the image, each view, and what its descriptors say.
+    """Writes a PNG with one row per image: the image, its views, and their descriptors.
 
-    The crop boxes are drawn on the image in the colours of the two views. A crop's column is
-    mirrored where the view is flipped, so ``flip`` must be given with ``crop`` for the box to lie
-    where it was cut. Descriptors the sheet has no picture for are printed as numbers.
+    Crop boxes are drawn on the image in the colours of the two views. The crop descriptor of a
+    flipped view is mirrored, so correct boxes need ``flip`` along with ``crop``. Descriptors
+    without a drawing are printed as numbers.
 
     Args:
-      images: RGB images in 0..255 before augmentation, each of any size.
-      view_1: Their first views in [0, 1], before normalisation; values outside are clipped.
-      view_2: Their second views.
-      descriptors_1: By name (``crop``, ``flip``, ``blur``, ``color``, ``color_diff``,
-        ``grayscale``, ``solarize``, ``rotation``), what describes the first views.
-      descriptors_2: What describes the second views.
-      path: Where the PNG goes; folders are made, a file there is replaced.
+      images: RGB images in 0..255 before augmentation, of any sizes.
+      view_1: First views in [0, 1], before normalisation; values outside are clipped.
+      view_2: Second views.
+      descriptors_1: Descriptors of the first views by name (``crop``, ``flip``, ``blur``,
+        ``color``, ``color_diff``, ``grayscale``, ``solarize``, ``rotation``).
+      descriptors_2: Descriptors of the second views.
+      path: Path of the PNG; folders are created, an existing file is replaced.
       title: A line above the images.
 
     Raises:
-      ValueError: If there are no images, or not one view and one descriptor for each.
+      ValueError: If there are no images, or if the number of views or descriptors differs.
     """
     views = (np.asarray(view_1, np.float32), np.asarray(view_2, np.float32))
     described = tuple(
@@ -86,8 +86,8 @@ def contact_sheet(
         _draw_image(axes[row, 0], np.asarray(images[row]) / 255.0, INK, boxes)
         for view, colour in enumerate((VIEW_1, VIEW_2)):
             _draw_image(axes[row, 1 + 2 * view], views[view][row], colour)
-            of_this = {name: values[row] for name, values in described[view].items()}
-            _draw_descriptors(axes[row, 2 + 2 * view], of_this, colour)
+            own = {name: values[row] for name, values in described[view].items()}
+            _draw_descriptors(axes[row, 2 + 2 * view], own, colour)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -104,7 +104,7 @@ def _check(rows: int, views: tuple[np.ndarray, ...], described: tuple[dict, ...]
 
 
 def _box(descriptors: Mapping[str, np.ndarray]) -> tuple[float, float, float, float] | None:
-    """Left, top, width and height of the crop as fractions of the image, as it was cut."""
+    """Left, top, width and height of the crop box before a flip, as fractions of the image."""
     if "crop" not in descriptors:
         return None
     row, column, height, width = (float(value) for value in descriptors["crop"])
@@ -119,9 +119,9 @@ def _draw_image(
     colour: str,
     boxes: Sequence[tuple[float, float, float, float] | None] = (),
 ) -> None:
-    """Shows an image in [0, 1] whole, with a frame, and crop boxes if there are any."""
+    """Shows a whole image in [0, 1] with a frame and crop boxes."""
     height, width = pixels.shape[:2]
-    # Small images keep their pixels, large ones are shrunk smoothly.
+    # Small images keep their pixels; large ones shrink smoothly.
     smooth = "nearest" if max(height, width) <= 128 else "antialiased"
     extent = (0, width, height, 0)
     axes.imshow(np.clip(pixels, 0, 1), interpolation=smooth, extent=extent)
@@ -141,7 +141,7 @@ def _draw_image(
 
 
 class _Line(NamedTuple):
-    """One number of a descriptor as it is drawn."""
+    """One component of a descriptor, ready to draw."""
 
     label: str
     text: str
@@ -188,7 +188,7 @@ def _draw_mark(axes: Axes, y: float, step: float, *, on: bool, colour: str) -> N
 
 
 def _lines(descriptors: Mapping[str, np.ndarray]) -> list[_Line]:
-    """The lines of all descriptors, the known ones first and in the order they are applied."""
+    """The lines of all descriptors: known ones in the order of augmentation, then the others."""
     names = [name for name in _LINES if name in descriptors]
     names += [name for name in descriptors if name not in _LINES]
     return [

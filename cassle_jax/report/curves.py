@@ -1,4 +1,4 @@
-"""Draws curves as an SVG that takes its colours from the page around it."""
+"""Draws curves as an SVG in the colours of its HTML page."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cassle_jax.report.axis import Axis, axis, tick_text
-from cassle_jax.report.palette import RUNS
+from cassle_jax.report.palette import RUN_COLOURS
 
 Curves = Mapping[str, Sequence[tuple[Real, Real]]]
 
@@ -23,11 +23,11 @@ class Line(NamedTuple):
     """A line of a chart, in the colours of the page.
 
     Attributes:
-      name: shown where the pointer rests on the line.
-      points: (x, y) in the order of x.
-      band: (x, lower y, upper y) of the area behind it, in the order of x; or nothing.
-      colour: the number of its colour; after six they repeat.
-      dash: 0 for a line without gaps, and up to 3 for others.
+      name: tooltip of the line.
+      points: (x, y), ascending in x.
+      band: (x, lower y, upper y) of the area behind the line, ascending in x; may be empty.
+      colour: index of the colour; colours repeat after six.
+      dash: 0 for a solid line, 1 to 3 for a dash pattern.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Line(NamedTuple):
 
 
 def curves_svg(name: str, runs: Curves) -> str:
-    """One chart with a line for each run, as an ``<svg>`` element for an HTML page.
+    """Draws one chart with a line per run as an ``<svg>`` element for an HTML page.
 
-    Line ``i`` has the classes ``line`` and ``run-i`` (after six they repeat), which the page
-    colours. Values that are not finite leave a gap; a value between two gaps is a dot. Of more
-    than 500 points, those nearest to 500 places evenly spaced along the axis are drawn.
+    Line ``i`` has the classes ``line`` and ``run-i`` (these repeat after six), which the page
+    colours. Non-finite values leave a gap; a value between two gaps is a dot. A line with more than
+    500 points is thinned to 500, evenly spaced along the axis.
 
     Args:
-      name: What is measured; the chart's accessible name.
-      runs: For each run, its (step, value) pairs in the order of the steps.
+      name: Name of the metric; the chart's accessible name.
+      runs: (step, value) pairs by run, ascending in steps.
 
     Returns:
-      The SVG's text. Without a finite value anywhere, an SVG that says so.
+      The SVG's text; without a finite value, an SVG with the text "no values".
     """
     lines = [Line(run, points, colour=index) for index, (run, points) in enumerate(runs.items())]
     finite = [point for line in lines for point in line.points if np.isfinite(point[1])]
@@ -68,20 +68,22 @@ def lines_svg(
     y_label: str = "",
     width: int = WIDTH,
 ) -> str:
-    """Lines over the axes given, as an ``<svg>`` element for an HTML page.
+    """Draws lines over given axes as an ``<svg>`` element for an HTML page.
+
+    A line has the classes ``line``, ``run-i`` and, if dashed, ``dash-i``, which the page colours;
+    its band has the classes ``band`` and ``run-i``.
 
     Args:
-      name: What is drawn; the chart's accessible name.
-      lines: Each with the classes ``line``, ``run-i`` and, for dashes, ``dash-i``, which the page
-        colours; an area behind it has the classes ``band`` and ``run-i``.
-      x_axis: Holds every x; `None` where there is nothing to draw.
-      y_axis: Holds every y; `None` where there is nothing to draw.
-      x_label: Under the chart.
-      y_label: Above its upper left corner.
-      width: Of the drawing, in the units of its text, which is 12 high.
+      name: Accessible name of the chart.
+      lines: The lines.
+      x_axis: Axis that covers every x; `None` without values.
+      y_axis: Axis that covers every y; `None` without values.
+      x_label: Label under the chart.
+      y_label: Label above the upper left corner.
+      width: Width of the drawing, in units of its text, which is 12 high.
 
     Returns:
-      The SVG's text. Without an axis, an SVG that says that there are no values.
+      The SVG's text; without an axis, an SVG with the text "no values".
     """
     if x_axis is None or y_axis is None:
         return empty_svg(name, width)
@@ -108,15 +110,17 @@ def lines_svg(
         parts.append(f'<text x="{centre}" y="{height - 7}">{escape(x_label)}</text>')
     for line in lines:
         for piece in _pieces(line.band, x_axis, y_axis):
-            there = [f"{x(at)} {y(high)}" for at, _, high in piece]
-            back = [f"{x(at)} {y(low)}" for at, low, _ in reversed(piece)]
-            path = "M" + "L".join(there + back) + "Z"
-            parts.append(f'<path class="band run-{line.colour % len(RUNS)}" d="{path}"/>')
+            upper = [f"{x(at)} {y(high)}" for at, _, high in piece]
+            lower = [f"{x(at)} {y(low)}" for at, low, _ in reversed(piece)]
+            path = "M" + "L".join(upper + lower) + "Z"
+            parts.append(f'<path class="band run-{line.colour % len(RUN_COLOURS)}" d="{path}"/>')
     for line in lines:
-        classes = f"run-{line.colour % len(RUNS)}" + (f" dash-{line.dash}" if line.dash else "")
+        classes = f"run-{line.colour % len(RUN_COLOURS)}" + (
+            f" dash-{line.dash}" if line.dash else ""
+        )
         for piece in _pieces(line.points, x_axis, y_axis):
             path = "M" + "L".join(f"{x(at)} {y(value)}" for at, value in piece)
-            # A line of no length is a dot, as the lines' ends are round.
+            # A line of zero length is a dot, as line caps are round.
             kind, path = ("dot", f"{path}h0") if len(piece) == 1 else ("line", path)
             title = f"<title>{escape(line.name)}</title>"
             parts.append(f'<path class="{kind} {classes}" d="{path}">{title}</path>')
@@ -124,7 +128,7 @@ def lines_svg(
 
 
 def opening_tag(name: str, width: int, height: int) -> str:
-    """The tag that begins a drawing of this size, with what is drawn as its accessible name."""
+    """The opening tag of a drawing of this size and accessible name."""
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}" '
         'xmlns="http://www.w3.org/2000/svg">'
@@ -132,13 +136,13 @@ def opening_tag(name: str, width: int, height: int) -> str:
 
 
 def empty_svg(name: str, width: int = WIDTH) -> str:
-    """A drawing that says that there are no values."""
+    """A drawing with the text "no values"."""
     text = f'<text x="{width / 2}" y="{_HEIGHT / 2}">no values</text>'
     return f"{opening_tag(name, width, _HEIGHT)}{text}</svg>"
 
 
 def _pieces(points: Sequence[tuple], x_axis: Axis, y_axis: Axis) -> list[list[tuple]]:
-    """The stretches of points between those that have no place; each point is x and its values."""
+    """Splits points (x, values …) at those that the axes cannot show."""
     pieces: list[list[tuple]] = [[]]
     for point in _thinned(points, x_axis):
         if all(map(y_axis.shows, point[1:])):
@@ -149,7 +153,7 @@ def _pieces(points: Sequence[tuple], x_axis: Axis, y_axis: Axis) -> list[list[tu
 
 
 def _thinned(points: Sequence[tuple], x_axis: Axis) -> list[tuple]:
-    """The points with a place on the axis, at most 500, the first and the last among them."""
+    """The points that the axis can show, thinned to 500 that include the first and the last."""
     shown = [point for point in points if x_axis.shows(point[0])]
     if len(shown) <= _POINTS:
         return shown

@@ -1,4 +1,4 @@
-"""Writes what an evaluation found of one or several subjects as a page, as JSON and as CSV."""
+"""Writes the findings of one or several subjects as a page, as JSON and as CSV."""
 
 import contextlib
 import csv
@@ -13,8 +13,8 @@ from pathlib import Path
 from cassle_jax.evaluation.findings import Gallery, Score, from_json, to_json
 from cassle_jax.report.comparison import (
     Estimate,
+    FindingsBySubject,
     Row,
-    Subjects,
     charts_of,
     check_subjects,
     galleries_of,
@@ -38,84 +38,86 @@ _SHORT_FACT = 64
 
 
 def remove_report(folder: str | PathLike[str]) -> None:
-    """Removes what `write_report` wrote, where it did, and the folder if nothing else is in it."""
+    """Removes the files of `write_report`, and the folder if it is then empty."""
     folder = Path(folder)
     for name in (JSON, CSV, HTML):
         (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it is not there, or holds somebody's files
+    with contextlib.suppress(OSError):  # the folder is missing, or holds other files
         folder.rmdir()
 
 
 def write_report(
     folder: str | PathLike[str],
-    subjects: Subjects,
+    subjects: FindingsBySubject,
     *,
     title: str = "Evaluation",
     summary: str = "",
     provenance: Facts | None = None,
 ) -> Path:
-    """Writes `report.html`, `report.json` and `report.csv`: subjects side by side.
+    """Writes `report.html`, `report.json` and `report.csv` that compare subjects.
 
-    The page loads nothing, runs no script, and suits phones, paper and dark screens. It has a
-    section for every task with its table, charts and galleries. Over the seeds of a subject, a
-    table has the mean ± half its 95 % interval (Student's t), a chart the mean and the range, a
-    gallery those of the first seed. Numbers are printed to three decimals and held in full in a
-    tooltip. What a subject does not have is a dash. All text is escaped.
+    The page loads no other file and runs no script; it suits phones, print and dark screens. A
+    section per task has a table, charts and galleries. Tables give the mean over a subject's seeds
+    ± half the 95 % interval (Student's t), charts the mean and the range, galleries the pictures of
+    the first seed. Numbers are printed to three decimals, with all digits in a tooltip. A dash
+    marks a missing value. All text is escaped.
 
-    The JSON holds everything; `read_report` reads it. The CSV has a row for every score of every
-    run, in full precision.
+    The JSON holds everything; `read_report` reads it. The CSV has one row per score and run, in
+    full precision.
 
     Args:
-      folder: Where the files go; it is made, and files of these names are replaced. The JSON is
-        written last: where it is, all is.
-      subjects: By name, one list of findings a seed; the order is kept.
+      folder: Folder of the files; created where missing, and existing files are replaced. The JSON
+        is written last, so it exists only in a complete report.
+      subjects: Lists of findings by subject, one list per seed; the report keeps the order.
       title: The heading.
-      summary: A paragraph under it; an empty line begins another.
-      provenance: By subject, facts such as the weights' fingerprint, versions and the
-        configuration; long ones are set apart.
+      summary: Text under the heading; an empty line starts a new paragraph.
+      provenance: Facts by subject, such as the weights' fingerprint, versions and the
+        configuration; long facts are listed below the table.
 
     Returns:
       The path of the page.
 
     Raises:
-      ValueError: If there is no subject, one has no runs, a run has two findings of the same name,
-        two subjects do not agree on whether higher is better, or `provenance` has a name that is
-        no subject.
+      ValueError: If there is no subject, a subject has no runs, a run has two findings of the same
+        name, subjects differ in `higher_is_better`, or `provenance` names an unknown subject.
     """
     check_subjects(subjects)
     provenance = provenance or {}
     for name in provenance:
         if name not in subjects:
-            raise ValueError(f"provenance of {name!r}, which is no subject: {', '.join(subjects)}")
+            raise ValueError(
+                f"provenance of {name!r}, which is not a subject; use one of {', '.join(subjects)}"
+            )
     page = _page(subjects, title, summary, provenance)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / HTML, page.encode())
     write_whole(folder / CSV, _csv(subjects).encode())
-    # Last, so that where it is, everything is.
+    # The JSON comes last, so it exists only in a complete report.
     write_whole(folder / JSON, _json(subjects, title, summary, provenance).encode())
     return folder / HTML
 
 
-def read_report(path: str | PathLike[str]) -> tuple[Subjects, Facts]:
-    """The subjects and their provenance, as `write_report` wrote them to `report.json`."""
-    held = json.loads(Path(path).read_text(encoding="utf-8"))["subjects"]
-    subjects = {name: [from_json(run) for run in one["runs"]] for name, one in held.items()}
-    return subjects, {name: one["provenance"] for name, one in held.items() if one["provenance"]}
+def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
+    """Reads the findings and the provenance that `write_report` wrote to `report.json`."""
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))["subjects"]
+    subjects = {name: [from_json(run) for run in entry["runs"]] for name, entry in entries.items()}
+    facts = {name: entry["provenance"] for name, entry in entries.items() if entry["provenance"]}
+    return subjects, facts
 
 
-def _json(subjects: Subjects, title: str, summary: str, facts: Facts) -> str:
-    # What JSON has no word for, in a configuration too, is text: NaN, a path, a date.
+def _json(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -> str:
+    # Values that JSON cannot represent, such as NaN, a path or a date, become text.
     plain = json.loads(json.dumps(facts, default=str), parse_constant=str)
-    held = {
+    entries = {
         name: {"provenance": plain.get(name, {}), "runs": [to_json(run) for run in runs]}
         for name, runs in subjects.items()
     }
-    content = {"title": title, "summary": summary, "subjects": held}
+    content = {"title": title, "summary": summary, "subjects": entries}
     return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def _csv(subjects: Subjects) -> str:
+def _csv(subjects: FindingsBySubject) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -133,7 +135,7 @@ def _csv_cells(score: Score) -> list[str]:
     return [score.task, score.dataset, score.metric, repr(float(score.value)), interval, better]
 
 
-def _page(subjects: Subjects, title: str, summary: str, facts: Facts) -> str:
+def _page(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -> str:
     sections = [(task, _task_html(subjects, task)) for task in tasks_of(subjects)]
     if facts:
         sections.append(("provenance", _provenance_html(list(subjects), facts)))
@@ -146,8 +148,8 @@ def _page(subjects: Subjects, title: str, summary: str, facts: Facts) -> str:
     return html_page(title, parts, _STYLE)
 
 
-def _subjects_html(subjects: Subjects) -> str:
-    """The subjects with their colours, and how the page is to be read."""
+def _subjects_html(subjects: FindingsBySubject) -> str:
+    """Lists the subjects with their colours, and explains the page's notation."""
     items = "".join(
         f"<li>{key_html(index)}<b>{escape(name)}</b> {_seeds(len(runs))}</li>"
         for index, (name, runs) in enumerate(subjects.items())
@@ -155,18 +157,18 @@ def _subjects_html(subjects: Subjects) -> str:
     notes = []
     if any(len(runs) > 1 for runs in subjects.values()):
         notes.append(
-            "± is half a 95 % interval of the mean: Student’s t over the seeds where there are "
-            "several, else the protocol’s own where it has one. Bands and whiskers of charts span "
-            "the seeds."
+            "± is half the 95 % interval of the mean: Student’s t over several seeds, otherwise "
+            "the interval of the protocol, if it has one. Bands and whiskers of charts give the "
+            "range over seeds."
         )
     else:
-        notes.append("± is half a 95 % interval, where the protocol has one.")
+        notes.append("± is half the 95 % interval of the protocol, if it has one.")
     if len(subjects) > 1:
         notes.append(
-            "Bold: the best of a row, all whose intervals overlap its own, and what lies between; "
-            "none where that is all."
+            "Bold: the best value per row, values whose intervals overlap its interval, and values "
+            "between those; no bold where that is every value."
         )
-    notes.append("↑ higher is better, ↓ lower is better; – was not evaluated.")
+    notes.append("↑ higher is better, ↓ lower is better; – not evaluated.")
     return f'<ul class="keys">{items}</ul><p class="note">{" ".join(notes)}</p>'
 
 
@@ -175,7 +177,7 @@ def _seeds(count: int) -> str:
 
 
 def _contents_html(names: Sequence[str]) -> str:
-    """Links to the sections; nothing where there are too few to get lost among."""
+    """Links to the sections; empty for fewer than three."""
     if len(names) < 3:
         return ""
     links = "".join(
@@ -185,7 +187,7 @@ def _contents_html(names: Sequence[str]) -> str:
     return f'<nav aria-label="Contents"><ol>{links}</ol></nav>'
 
 
-def _task_html(subjects: Subjects, task: str) -> str:
+def _task_html(subjects: FindingsBySubject, task: str) -> str:
     names = list(subjects)
     rows, charts = rows_of(subjects, task), charts_of(subjects, task)
     parts = [_scores_html(names, rows)] if rows else []
@@ -197,7 +199,7 @@ def _task_html(subjects: Subjects, task: str) -> str:
 
 
 def _scores_html(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """One row a dataset and metric; a subject has a column of values and one of intervals."""
+    """A table with one row per dataset and metric, and columns of values and intervals."""
     head = "".join(
         f'<th scope="col" colspan="2">{key_html(index)}<br>{escape(name)}</th>'
         for index, name in enumerate(names)
@@ -223,7 +225,7 @@ def _row_html(names: Sequence[str], row: Row) -> str:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """Three decimals, or as many as leave the largest value three digits."""
+    """Number of decimals: three, or enough for three digits of the largest value."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return 3 if largest == 0 or largest >= 0.01 else 2 - math.floor(math.log10(largest))
 
@@ -242,8 +244,8 @@ def _estimate_html(estimate: Estimate | None, decimals: int, *, is_best: bool) -
     return f'<td class="number" title="{title}">{value}</td><td class="spread">{spread}</td>'
 
 
-def _gallery_html(subjects: Subjects, by_subject: Mapping[str, Gallery]) -> str:
-    """A block of pictures for every subject."""
+def _gallery_html(subjects: FindingsBySubject, by_subject: Mapping[str, Gallery]) -> str:
+    """One block of pictures per subject."""
     first = next(iter(by_subject.values()))
     blocks = "".join(
         f"<h3>{key_html(index)}{escape(name)}{_of_seeds(runs) if name in by_subject else ''}</h3>"
@@ -262,10 +264,10 @@ def _of_seeds(runs: Sequence[object]) -> str:
 
 
 def _provenance_html(names: Sequence[str], facts: Facts) -> str:
-    """A table of the short facts, a column a subject; then the long ones, each by itself."""
+    """A table of the short facts with one column per subject, followed by the long facts."""
     written = {name: {fact: _fact(value) for fact, value in facts[name].items()} for name in facts}
-    every = dict.fromkeys(fact for of_subject in written.values() for fact in of_subject)
-    long = {fact for one in written.values() for fact, text in one.items() if _is_long(text)}
+    every = dict.fromkeys(fact for texts in written.values() for fact in texts)
+    long = {fact for texts in written.values() for fact, text in texts.items() if _is_long(text)}
     head = "".join(
         f'<th scope="col">{key_html(index)}<br>{escape(name)}</th>'
         for index, name in enumerate(names)
@@ -286,8 +288,8 @@ def _provenance_html(names: Sequence[str], facts: Facts) -> str:
         "</details>"
         for fact in every
         if fact in long
-        for name, of_subject in written.items()
-        for text in [of_subject.get(fact, "–")]
+        for name, texts in written.items()
+        for text in [texts.get(fact, "–")]
     )
 
 
@@ -301,7 +303,7 @@ def _is_long(text: str) -> bool:
     return "\n" in text or len(text) > _SHORT_FACT
 
 
-# What these pages have beyond every page of the project.
+# CSS in addition to the style that all pages share.
 _STYLE = """
 h1{overflow-wrap:anywhere}
 h3{font-size:.95rem;font-weight:600;margin:1rem 0 .4rem}

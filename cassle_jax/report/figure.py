@@ -1,4 +1,4 @@
-"""Draws a comparison of runs as one picture: loss curves, tables as bars, a few examples."""
+"""Draws a comparison of runs as one figure: loss curves, bar charts, and example views."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,23 +27,22 @@ def write_figure(
     view_1: Float[Array | np.ndarray, "images height width 3"],
     view_2: Float[Array | np.ndarray, "images height width 3"],
 ) -> None:
-    """Writes one PNG: the loss of every run, the tables as bars, and the first six images' views.
+    """Writes one PNG: loss per run, tables as bar charts, and the views of the first six images.
 
     Args:
-      path: Where the PNG goes; folders are made, a file there is replaced.
-      title: A line above the picture.
-      loss: For each run, its (step, loss) pairs.
-      tables: For each title, a table of the same columns: a group of bars a row, a bar a column
-        after the first. A column has the colour of the run of the same name. Cells that are not
-        numbers get no bar.
-      images: RGB images in 0..255, each of any size.
-      view_1: Their first views in [0, 1].
-      view_2: Their second views.
+      path: Path of the PNG; folders are created, an existing file is replaced.
+      title: A line above the figure.
+      loss: (step, loss) pairs by run.
+      tables: Tables with the same columns, by title. A row is a group of bars, with one bar per
+        column after the first, in the colour of the run of that name. A cell without a number has
+        no bar.
+      images: RGB images in 0..255, of any sizes.
+      view_1: First views in [0, 1].
+      view_2: Second views in [0, 1].
 
     Raises:
-      ValueError: If a table's row is not as long as its columns, if the tables' columns are not
-        the same, or if there is not one view of
-        each kind for every image.
+      ValueError: If a row's length differs from the columns, if tables have different columns, or
+        if the numbers of images and views differ.
     """
     columns = _shared_columns(tables)
     if not len(images) == len(view_1) == len(view_2):
@@ -75,7 +74,7 @@ def _draw_loss(axes: Axes, loss: Curves, colours: dict[str, str]) -> None:
 
 
 def _shared_columns(tables: Mapping[str, Table]) -> list[str]:
-    """The columns after the first, which all tables have."""
+    """The columns after the first, which all tables share."""
     for table in tables.values():
         table.check()
     columns = [list(table.columns[1:]) for table in tables.values()]
@@ -90,7 +89,7 @@ def _draw_tables(
     columns: Sequence[str],
     colours: dict[str, str],
 ) -> None:
-    """Draws the tables beside each other on one scale, all bars of the same width."""
+    """Draws the tables side by side, with a shared scale and the same width of bars."""
     rows = [max(len(table.rows), 1) for table in tables.values()]
     panels = figure.subplots(1, len(tables), sharey=True, width_ratios=rows, squeeze=False)[0]
     for axes, (title, table) in zip(panels, tables.items(), strict=True):
@@ -130,7 +129,7 @@ def _draw_bars(axes: Axes, table: Table, colours: dict[str, str], *, upright: bo
 
 
 def _draw_examples(strip, images: Sequence, view_1: np.ndarray, view_2: np.ndarray) -> None:
-    """Shows each image and its two views in a row, with a gap before the next image."""
+    """Shows images and their two views in one row, with gaps between images."""
     axes = strip.subplots(1, 4 * len(images), width_ratios=(1, 1, 1, 0.12) * len(images))
     for gap in axes[3::4]:
         gap.set_axis_off()

@@ -1,4 +1,4 @@
-"""Writes rows of pictures as HTML that holds the pictures themselves."""
+"""Formats rows of pictures as HTML with embedded image data."""
 
 import base64
 import io
@@ -16,14 +16,14 @@ _SMALL = 64
 
 
 def rows_html(rows: Sequence[Sequence[tuple[Pixels, str]]]) -> str:
-    """One list a row, one item a picture with its caption under it.
+    """Formats one list per row and one item per picture, with the caption underneath.
 
-    A picture of more than 224 pixels is shrunk to that, and what is larger than 64 is a JPEG:
-    a page holds hundreds. Smaller ones are kept to the pixel.
+    A page holds hundreds of pictures: they shrink to at most 224 pixels, and become JPEGs above 64
+    pixels. Smaller pictures are stored without loss.
 
     Args:
-      rows: Of pictures, uint8 RGB of any size, with a caption each; the first of a row is set
-        apart from the others.
+      rows: Rows of (picture, caption); pictures are uint8 RGB of any size. The page highlights the
+        first picture of a row.
 
     Returns:
       ``<ul class="strip">`` elements.

@@ -1,4 +1,4 @@
-"""Writes a run's results as one HTML page that needs no other file."""
+"""Writes results as one self-contained HTML page."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from cassle_jax.report.curves import Curves, curves_svg
-from cassle_jax.report.palette import RUNS
+from cassle_jax.report.palette import RUN_COLOURS
 from cassle_jax.report.table import Table, cell_text
 
 
@@ -22,23 +22,23 @@ def write_page(
     figures: Mapping[str, str | PathLike[str]] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes one self-contained HTML page: table, curves, pictures and settings.
+    """Writes one self-contained HTML page: table, curves, figures and settings.
 
-    The page loads nothing, runs no script, and suits phones, paper and dark screens. All text is
-    escaped. A run has the same colour in every chart.
+    The page loads no other file and runs no script; it suits phones, print and dark screens. All
+    text is escaped. A run has the same colour in every chart.
 
     Args:
-      path: Where the page goes; folders are made, a file there is replaced.
+      path: Path of the page; folders are created, an existing file is replaced.
       title: The heading.
-      summary: A paragraph under it; an empty line begins another.
-      curves: For each measure, for each run, its (step, value) pairs.
-      table: The results; numbers are printed to three decimals and held in full in a tooltip.
-      figures: For each caption, a PNG to embed.
-      settings: For each setting, its value.
+      summary: Text under the heading; an empty line starts a new paragraph.
+      curves: (step, value) pairs by metric and run.
+      table: The results; the page prints numbers to three decimals, with all digits in a tooltip.
+      figures: PNG files to embed, by caption.
+      settings: Values by setting.
 
     Raises:
       FileNotFoundError: If a figure does not exist.
-      ValueError: If a table's row is not as long as its columns.
+      ValueError: If a row's length differs from the columns.
     """
     runs = list(dict.fromkeys(run for chart in curves.values() for run in chart))
     sections = [f"<header><h1>{escape(title)}</h1>{paragraphs_html(summary)}</header>"]
@@ -58,12 +58,12 @@ def write_page(
 
 
 def html_page(title: str, sections: Sequence[str], style: str = "") -> str:
-    """The text of a page that needs no other file, in the colours of all pages.
+    """Formats a self-contained page with the style that all pages share.
 
     Args:
-      title: Of the page, not yet escaped.
-      sections: HTML, one after the other.
-      style: CSS beyond that of every page. `--run` is the colour of an element of class ``run-i``.
+      title: Title of the page, unescaped.
+      sections: HTML of the sections, in order.
+      style: Additional CSS. `--run` is the colour of an element of class ``run-i``.
 
     Returns:
       The page's HTML.
@@ -72,12 +72,12 @@ def html_page(title: str, sections: Sequence[str], style: str = "") -> str:
 
 
 def paragraphs_html(text: str) -> str:
-    """Text as HTML; an empty line begins another paragraph."""
+    """Formats text as HTML; an empty line starts a new paragraph."""
     return "".join(f"<p>{escape(part)}</p>" for part in text.split("\n\n") if part.strip())
 
 
 def table_html(table: Table) -> str:
-    """A table as HTML: numbers to three decimals, held in full in a tooltip; text escaped."""
+    """Formats a table as HTML: numbers to three decimals, all digits in a tooltip."""
     table.check()
     head = "".join(
         f'<th scope="col"{_ALIGNED if _is_numeric(table, index) else ""}>{escape(column)}</th>'
@@ -102,9 +102,9 @@ def _cell_html(cell: str | Real) -> str:
 
 
 def _chart_html(name: str, chart: Curves, runs: Sequence[str]) -> str:
-    """A chart with its legend; a run missing from it keeps its colour in the others."""
+    """Formats a chart with its legend; colours follow a run's index among all runs of the page."""
     legend = "".join(
-        f'<li class="run-{runs.index(run) % len(RUNS)}">{escape(run)} '
+        f'<li class="run-{runs.index(run) % len(RUN_COLOURS)}">{escape(run)} '
         f"<b>{cell_text(float(points[-1][1]))}</b> at step {points[-1][0]:,}</li>"
         for run, points in chart.items()
         if points
@@ -125,9 +125,9 @@ def _picture_html(caption: str, png: str | PathLike[str]) -> str:
 
 
 def _style() -> str:
-    light = "".join(f"--run-{i}:{colours[0]};" for i, colours in enumerate(RUNS))
-    dark = "".join(f"--run-{i}:{colours[1]};" for i, colours in enumerate(RUNS))
-    runs = "".join(f".run-{i}{{--run:var(--run-{i})}}" for i in range(len(RUNS)))
+    light = "".join(f"--run-{i}:{colours[0]};" for i, colours in enumerate(RUN_COLOURS))
+    dark = "".join(f"--run-{i}:{colours[1]};" for i, colours in enumerate(RUN_COLOURS))
+    runs = "".join(f".run-{i}{{--run:var(--run-{i})}}" for i in range(len(RUN_COLOURS)))
     return _STYLE.replace("{light}", light).replace("{dark}", dark) + runs
 
 

@@ -1,9 +1,9 @@
-"""The colours of every picture: told apart by colour-blind readers, on light and dark paper."""
+"""Colours of all charts, chosen for colour-blind readers and for light and dark pages."""
 
 from collections.abc import Sequence
 
-# Okabe and Ito's palette; the second of each pair is for dark backgrounds.
-RUNS = (
+# Okabe and Ito's palette, as pairs for light and dark backgrounds.
+RUN_COLOURS = (
     ("#0072b2", "#56b4e9"),
     ("#d55e00", "#f0903c"),
     ("#008f68", "#2fc79a"),
@@ -11,11 +11,11 @@ RUNS = (
     ("#7a6a00", "#e6d04a"),
     ("#5a5a5a", "#b5b5b5"),
 )
-# Not the first two, so that a view is not taken for a run.
-VIEW_1, VIEW_2 = RUNS[2][0], RUNS[3][0]
+# Views skip the first two colours, which usually stand for runs.
+VIEW_1, VIEW_2 = RUN_COLOURS[2][0], RUN_COLOURS[3][0]
 INK, FAINT = "#1d1f24", "#c9ccd3"
 
 
 def run_colours(runs: Sequence[str]) -> dict[str, str]:
-    """A colour for each run on white paper, in the order given and repeating after six."""
-    return {run: RUNS[i % len(RUNS)][0] for i, run in enumerate(dict.fromkeys(runs))}
+    """Colours by run for a white background, in the given order; they repeat after six."""
+    return {run: RUN_COLOURS[i % len(RUN_COLOURS)][0] for i, run in enumerate(dict.fromkeys(runs))}

@@ -1,4 +1,4 @@
-"""A table of results: what it holds, and how its numbers are written."""
+"""Tables of results, and the format of their numbers."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ class Table(NamedTuple):
     """Rows of cells under named columns; the first column names the row.
 
     Attributes:
-      columns: One name a column, such as ``("factor", "plain", "CASSLE")``.
-      rows: One sequence of cells a row, as long as ``columns``.
+      columns: Names of the columns, such as ``("factor", "plain", "CASSLE")``.
+      rows: Sequences of cells, as long as ``columns``.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Real]]
 
     def check(self) -> None:
-        """Raises ValueError if a row is not as long as the columns."""
+        """Raises ValueError if a row's length differs from the columns."""
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"row {list(row)} has {len(row)} cells for {list(self.columns)}")
 
 
 def cell_text(cell: str | Real, decimals: int = 3) -> str:
-    """A cell as it is printed: text and integers as they are, other numbers to some decimals."""
+    """Formats a cell: text and integers unchanged, other numbers to `decimals` digits."""
     if isinstance(cell, str | Integral):
         return str(cell)
     if math.isnan(cell):

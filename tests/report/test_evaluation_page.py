@@ -379,11 +379,15 @@ def test_a_report_of_what_was_read_is_the_same_report(tmp_path):
         ({}, {}, "at least one subject"),
         ({"a": []}, {}, "subject 'a' has no runs"),
         ({"a": [[], [accuracy(1.0)] * 2]}, {}, "'a', run 1 has two findings for linear, cifar10"),
-        ({"a": [[]]}, {"provenance": {"b": {}}}, "provenance of 'b', which is no subject: a"),
+        (
+            {"a": [[]]},
+            {"provenance": {"b": {}}},
+            "provenance of 'b', which is not a subject; use one of a",
+        ),
         (
             {"a": [[Score("t", "d", "m", 1.0)]], "b": [[Score("t", "d", "m", 1.0, None, False)]]},
             {},
-            "higher_is_better of t, d, m is False of 'b' and True of 'a'",
+            "higher_is_better of t, d, m is False for 'b' and True for 'a'",
         ),
     ],
 )
