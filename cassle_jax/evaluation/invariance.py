@@ -12,19 +12,21 @@ from jaxtyping import Array, Float
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import check_positive
-from cassle_jax.evaluation.findings import Chart, Finding, Score
-from cassle_jax.evaluation.matching import (
+from cassle_jax.evaluation.agreement import (
     TEMPERATURE,
     Agreement,
     agreement,
     agreement_sums,
     batch_rows,
-    check_two,
     counts,
+)
+from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.projection import (
+    check_two,
     has_projector,
     project,
-    takes_descriptor,
-    told_of_another,
+    projector_takes_omega,
+    with_wrong_omega,
 )
 from cassle_jax.evaluation.views import (
     Batch,
@@ -148,12 +150,12 @@ def invariance_meter(
 
     Stages are what the encoder sows, its features and, where there are weights of one, the
     projector; a feature map is compared as one vector of all positions and channels, so that a
-    change of place counts as a change. The projector is told each view's own ω; as
-    `WRONG_PROJECTOR`, the augmented one's is what the same augmentation has for another image
-    (`another_of_each`). Different images are all pairs of them. The augmented image looks for its
-    plain one, in InfoNCE and accuracy, among those of all images in its batch, which is the one
-    thing a batch changes: compare these numbers of equal batches only, of images in random order.
-    BatchNorm uses its running statistics.
+    change of place counts as a change. The projector takes each view's own ω; as
+    `WRONG_PROJECTOR`, the augmented view takes the ω that the same augmentation has for another
+    image (`another_image`). "Different images" are all pairs of them. InfoNCE and accuracy look for
+    the plain image of an augmented one among the images of its batch. These two depend on the
+    batch: compare them between equal batch sizes only, with images in random order. BatchNorm uses
+    its running statistics.
 
     Each device holds the plain feature maps of a whole batch while the augmentations take turns,
     7 MB an image of 224 pixels for a ResNet-50 in float32, and for every augmentation and strength
@@ -190,18 +192,18 @@ def invariance_meter(
         variables: PyTree, batches: Callable[[], Iterable[Batch]], seed: int = 0
     ) -> Invariance:
         key, circle_key = jax.random.split(protocol_key("invariance", seed))
-        told_wrong = has_projector(variables) and takes_descriptor(conditioning)
+        conditioned = has_projector(variables) and projector_takes_omega(conditioning)
         sums = None
         for batch in (
-            told_of_another(partial(describe, key), batches, circle_key, mesh)
-            if told_wrong
+            with_wrong_omega(partial(describe, key), batches, circle_key, mesh)
+            if conditioned
             else batches()
         ):
             found = measure(variables, key, on_devices(batch, mesh))
             sums = found if sums is None else add(sums, found)
         if sums is None:
             raise ValueError("there are no batches to analyse; give one at least")
-        every, told_otherwise, count = jax.device_get(sums)
+        every, omega_differs, count = jax.device_get(sums)
         check_two(int(count.images))
         if count.ranked == 0:
             raise ValueError("no batch has two images to compare; use a larger batch")
@@ -211,7 +213,7 @@ def invariance_meter(
                 for stage in STAGES
                 if stage in found and (stage != WRONG_PROJECTOR or otherwise)
             }
-            for each, found, otherwise in zip(compared, every, told_otherwise, strict=True)
+            for each, found, otherwise in zip(compared, every, omega_differs, strict=True)
         }
         return Invariance(agreements, int(count.images), float(count.candidates / count.ranked))
 
@@ -276,7 +278,7 @@ def _measurement(
         plain_omega, omega = conditioning.describe((plain_view, view), (spec, spec))
         queries = _stages(networks, variables, ViewBatch(view.image, omega))
         features, keys = queries["features"], dict(keys)
-        told_otherwise = jnp.float32(0)
+        omega_differs = jnp.float32(0)
 
         def projected(view, omega, features):
             return project(networks, variables, ViewBatch(view.image, omega), features)
@@ -291,11 +293,11 @@ def _measurement(
             queries[WRONG_PROJECTOR] = projected(view, wrong, features)
             # Another program made `wrong`, so that equal ones may differ by rounding.
             differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
-            told_otherwise = differs.sum(dtype=jnp.float32)
+            omega_differs = differs.sum(dtype=jnp.float32)
         sums = {
             name: agreement_sums(rows, queries[name], keys[name], temperature) for name in queries
         }
-        return jax.lax.psum((sums, told_otherwise), AXIS)
+        return jax.lax.psum((sums, omega_differs), AXIS)
 
     plain = parallel(
         plain,
@@ -317,8 +319,8 @@ def _measurement(
             under(variables, batch, local, keys, np.int32(number), alone(*each))
             for number, each in enumerate(compared)
         ]
-        sums, told_otherwise = zip(*every, strict=True)
-        return sums, told_otherwise, count
+        sums, omega_differs = zip(*every, strict=True)
+        return sums, omega_differs, count
 
     return measure
 

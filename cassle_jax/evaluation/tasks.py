@@ -23,8 +23,9 @@ from cassle_jax.evaluation.invariance import invariance_meter
 from cassle_jax.evaluation.knn import knn_evaluation
 from cassle_jax.evaluation.leak import leak_of, pictures_of
 from cassle_jax.evaluation.linear import linear_evaluation
-from cassle_jax.evaluation.matching import takes_descriptor, told_with_image, view_matcher
+from cassle_jax.evaluation.matching import ViewMatcher
 from cassle_jax.evaluation.neighbours import nearest
+from cassle_jax.evaluation.projection import encoder_takes_omega, projector_takes_omega
 from cassle_jax.evaluation.regression import regression
 from cassle_jax.evaluation.resampled import resampled_linear_evaluation
 from cassle_jax.evaluation.sgd_probe import sgd_probe
@@ -257,9 +258,9 @@ def _matching(bench: Bench) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
         LOG.info("matching of %s: no projector, so by its features alone", subject.name)
-    elif takes_descriptor(subject.conditioning) and told_with_image(subject.networks):
+    elif projector_takes_omega(subject.conditioning) and encoder_takes_omega(subject.networks):
         LOG.info("matching of %s: ω enters with the image, so not by ω alone", subject.name)
-    matcher = bench.once(view_matcher, subject.networks, subject.conditioning, subject.views)
+    matcher = bench.once(ViewMatcher, subject.networks, subject.conditioning, subject.views)
     found = matcher(bench.store.variables, bench.analysed, bench.settings.seed)
     return found.findings(bench.data.name)
 
@@ -305,9 +306,9 @@ def _factors(bench: Bench) -> list[Finding]:
         "score",
         {"features": tuple(scores.items())},
     )
-    told = scores | {f"mean, {group}": mean for group, mean in means.items()}
+    rows = scores | {f"mean, {group}": mean for group, mean in means.items()}
     return [
-        *(Score("factor probes", bench.data.name, name, value) for name, value in told.items()),
+        *(Score("factor probes", bench.data.name, name, value) for name, value in rows.items()),
         bars,
     ]
 

@@ -14,11 +14,13 @@ from cassle_jax.evaluation.matching import (
     NONE,
     RIGHT,
     WRONG,
-    another_of_each,
-    donors_of_each,
-    takes_descriptor,
-    told_of_another,
-    view_matcher,
+    ViewMatcher,
+    donors,
+)
+from cassle_jax.evaluation.projection import (
+    another_image,
+    projector_takes_omega,
+    with_wrong_omega,
 )
 from cassle_jax.evaluation.views import protocol_key
 from cassle_jax.methods.build import Conditioning
@@ -40,7 +42,7 @@ IMAGES = pictures(14)
 @functools.cache
 def matcher(conditioning, count=1):
     networks, variables = colour_networks(conditioning)
-    match = view_matcher(networks, conditioning, (JITTERED, JITTERED), devices(count))
+    match = ViewMatcher(networks, conditioning, (JITTERED, JITTERED), devices(count))
     return match, variables
 
 
@@ -50,20 +52,20 @@ def match(conditioning=COLOR_DIFF, *, size=16, count=1, images=IMAGES, **others)
 
 
 @pytest.fixture(scope="module")
-def told():
+def measured():
     return match()
 
 
-def test_a_projector_that_undoes_the_jitter_matches_with_the_right_descriptor_alone(told):
+def test_a_projector_that_undoes_the_jitter_matches_with_the_right_descriptor_alone(measured):
     colours = IMAGES.mean((1, 2))
-    right, wrong, none = (told.agreements[name] for name in (RIGHT, WRONG, NONE))
+    right, wrong, none = (measured.agreements[name] for name in (RIGHT, WRONG, NONE))
     assert right.same == pytest.approx(1, abs=1e-5)
     assert right.different == pytest.approx(similarity_of_different(colours, colours), rel=1e-4)
     assert right.info_nce == pytest.approx(info_nce(colours, colours), rel=1e-4)
     assert right.accuracy == 1
     assert right.info_nce < none.info_nce < wrong.info_nce
     assert right.accuracy > max(none.accuracy, wrong.accuracy)
-    assert told.images == len(IMAGES)
+    assert measured.images == len(IMAGES)
 
 
 def deaf_to(rows):
@@ -78,10 +80,10 @@ def deaf_to(rows):
     return measure(jax.tree.map(silence, variables), lambda: batches_of(IMAGES, 16)).agreements
 
 
-def test_a_projector_that_hears_the_descriptor_alone_matches_alike_whatever_the_features(told):
+def test_a_projector_that_hears_the_descriptor_alone_matches_alike_whatever_the_features(measured):
     found = deaf_to(slice(0, 3))
     right = dataclasses.astuple(found[RIGHT])
-    assert right != dataclasses.astuple(told.agreements[RIGHT])
+    assert right != dataclasses.astuple(measured.agreements[RIGHT])
     for name in (MEAN, ANOTHER):
         assert dataclasses.astuple(found[name]) == pytest.approx(right, rel=1e-5), name
 
@@ -94,13 +96,13 @@ def test_a_projector_that_is_deaf_to_the_descriptor_matches_mean_features_by_cha
     assert found[RIGHT].accuracy > max(1 / len(IMAGES), found[ANOTHER].accuracy)
 
 
-def test_a_projector_without_a_descriptor_is_told_nothing(told):
+def test_a_projector_without_a_descriptor_takes_no_omega(measured):
     plain = match(PLAIN)
     assert list(plain.agreements) == [FEATURES, NONE]
-    assert plain.agreements[FEATURES] == told.agreements[FEATURES]
+    assert plain.agreements[FEATURES] == measured.agreements[FEATURES]
     # Added to the features, a neutral color_diff of 0 is no descriptor at all.
     assert dataclasses.astuple(plain.agreements[NONE]) == pytest.approx(
-        dataclasses.astuple(told.agreements[NONE]), rel=1e-5
+        dataclasses.astuple(measured.agreements[NONE]), rel=1e-5
     )
 
 
@@ -117,26 +119,26 @@ def test_a_projector_without_a_descriptor_is_told_nothing(told):
     ],
 )
 def test_only_a_conditioned_projector_takes_a_descriptor(settings, takes):
-    assert takes_descriptor(Conditioning(**settings)) == takes
+    assert projector_takes_omega(Conditioning(**settings)) == takes
 
 
 @pytest.mark.parametrize(("size", "count", "holes"), [(8, 1, 0), (8, 2, 0), (13, 1, 0), (24, 4, 3)])
-def test_devices_batches_padding_and_damage_change_nothing(told, size, count, holes):
-    assert_equal(match(size=size, count=count, holes=holes), told)
+def test_devices_batches_padding_and_damage_change_nothing(measured, size, count, holes):
+    assert_equal(match(size=size, count=count, holes=holes), measured)
 
 
-def test_the_order_of_the_images_changes_nothing(told):
+def test_the_order_of_the_images_changes_nothing(measured):
     measure, variables = matcher(COLOR_DIFF)
     (batch,) = batches_of(IMAGES, 16)
     order = np.random.default_rng(0).permutation(16)
     shuffled = {name: rows[order] for name, rows in batch.items()}
-    assert_equal(measure(variables, lambda: [shuffled]), told)
+    assert_equal(measure(variables, lambda: [shuffled]), measured)
 
 
-def test_another_seed_draws_other_views(told):
+def test_another_seed_draws_other_views(measured):
     measure, variables = matcher(COLOR_DIFF)
     other = measure(variables, lambda: batches_of(IMAGES, 16), 1)
-    assert other.agreements[FEATURES].same != told.agreements[FEATURES].same
+    assert other.agreements[FEATURES].same != measured.agreements[FEATURES].same
 
 
 def test_every_protocol_and_seed_has_a_key_of_its_own():
@@ -151,46 +153,46 @@ def test_every_protocol_and_seed_has_a_key_of_its_own():
 
 def assert_equal(found, expected):
     assert found.images == expected.images
-    assert list(found.agreements) == list(expected.agreements)
+    assert list(measured.agreements) == list(expected.agreements)
     for name, each in expected.agreements.items():
-        assert dataclasses.astuple(found.agreements[name]) == pytest.approx(
+        assert dataclasses.astuple(measured.agreements[name]) == pytest.approx(
             dataclasses.astuple(each), rel=1e-5
         ), name
 
 
-def test_an_encoder_without_a_projector_is_matched_by_its_features(told):
+def test_an_encoder_without_a_projector_is_matched_by_its_features(measured):
     measure, _ = matcher(COLOR_DIFF)
     bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 16))
-    assert bare.agreements == {FEATURES: told.agreements[FEATURES]}
+    assert bare.agreements == {FEATURES: measured.agreements[FEATURES]}
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_another_is_never_oneself_and_everybody_is_anothers_once(count):
     index = np.arange(count) * 7
-    another = another_of_each(jax.random.key(0), index)
+    another = another_image(jax.random.key(0), index)
     assert (another != np.arange(count)).all()
     assert sorted(another) == list(range(count))
-    # Whose ω an image is told does not depend on the order.
+    # The other image does not depend on the order.
     order = np.random.default_rng(1).permutation(count)
-    shuffled = another_of_each(jax.random.key(0), index[order])
+    shuffled = another_image(jax.random.key(0), index[order])
     assert dict(zip(index[order], index[order][shuffled], strict=True)) == dict(
         zip(index, index[another], strict=True)
     )
     if count > 3:
-        assert (another != another_of_each(jax.random.key(1), index)).any()
+        assert (another != another_image(jax.random.key(1), index)).any()
         assert (another != np.roll(np.arange(count), 1)).any()
 
 
 @pytest.mark.parametrize("count", [4, 5, 9, 50])
 def test_no_two_views_have_the_features_of_the_same_image(count):
     index = np.arange(count) * 7
-    donors = donors_of_each(jax.random.key(0), index)
-    assert (donors != np.arange(count)[:, None]).all()
-    assert not set(donors[:, 0]) & set(donors[:, 1])
-    assert len(set(donors.ravel())) == count
+    givers = donors(jax.random.key(0), index)
+    assert (givers != np.arange(count)[:, None]).all()
+    assert not set(givers[:, 0]) & set(givers[:, 1])
+    assert len(set(givers.ravel())) == count
     order = np.random.default_rng(1).permutation(count)
-    shuffled = index[order][donors_of_each(jax.random.key(0), index[order])]
-    np.testing.assert_array_equal(shuffled, index[donors][order])
+    shuffled = index[order][donors(jax.random.key(0), index[order])]
+    np.testing.assert_array_equal(shuffled, index[givers][order])
 
 
 def test_three_images_have_no_donors_and_those_that_see_the_descriptor_nothing_of_omega_alone():
@@ -199,26 +201,26 @@ def test_three_images_have_no_donors_and_those_that_see_the_descriptor_nothing_o
     assert list(match(with_image).agreements) == [FEATURES, RIGHT, WRONG, NONE]
 
 
-def test_images_are_told_what_another_one_has():
+def test_images_get_the_omega_of_another_one():
     def describe(batch):
         return batch["index"].astype(float)[:, None]
 
-    told = told_of_another(
+    batches = with_wrong_omega(
         describe, lambda: batches_of(IMAGES, 4, holes=3), jax.random.key(2), devices(1)
     )
     index, wrong = (
         np.concatenate(each)
-        for each in zip(*((batch["index"], batch["wrong"][:, 0]) for batch in told), strict=True)
+        for each in zip(*((batch["index"], batch["wrong"][:, 0]) for batch in batches), strict=True)
     )
     images = np.arange(len(IMAGES))
-    expected = another_of_each(jax.random.key(2), images)
+    expected = another_image(jax.random.key(2), images)
     np.testing.assert_array_equal(index[index >= 0], images)
     np.testing.assert_array_equal(wrong[index >= 0], expected)
     assert (wrong[index < 0] == 0).all()
 
 
-def test_findings_survive_json_and_say_which_way_is_up(told):
-    findings = told.findings("scenes")
+def test_findings_survive_json_and_say_which_way_is_up(measured):
+    findings = measured.findings("scenes")
     assert from_json(to_json(findings)) == findings
     scores = {each.metric: each for each in findings if isinstance(each, Score)}
     assert scores[f"accuracy, {RIGHT}"].value == 1
@@ -226,7 +228,7 @@ def test_findings_survive_json_and_say_which_way_is_up(told):
     assert scores[f"InfoNCE, {NONE}"].higher_is_better is False
     assert scores[f"InfoNCE, {CHANCE}"].value == pytest.approx(np.log(14))
     assert scores[f"accuracy, {CHANCE}"].value == pytest.approx(1 / 14)
-    assert scores[f"InfoNCE, {MEAN}"].value == told.agreements[MEAN].info_nce
+    assert scores[f"InfoNCE, {MEAN}"].value == measured.agreements[MEAN].info_nce
     for name in (WRONG, MEAN, ANOTHER, CHANCE):
         assert scores[f"InfoNCE, {name}"].higher_is_better is None
     charts = [each for each in findings if not isinstance(each, Score)]
@@ -248,4 +250,4 @@ def test_what_cannot_be_compared_is_refused():
         measure(broken, lambda: batches_of(IMAGES, 16))
     networks, _ = colour_networks()
     with pytest.raises(ValueError, match=r"temperature=0\.0 must be above 0"):
-        view_matcher(networks, PLAIN, (JITTERED, JITTERED), devices(1), temperature=0.0)
+        ViewMatcher(networks, PLAIN, (JITTERED, JITTERED), devices(1), temperature=0.0)
