@@ -1,4 +1,4 @@
-"""Images drawn from known factors: what a factor is, and a source that draws them when asked."""
+"""Defines factors, and a source that draws images from them on access."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
@@ -14,12 +14,12 @@ CHANGED, UNCHANGED = "changed by augmentations", "unchanged"
 
 
 class Factor(NamedTuple):
-    """What one number decides about an image.
+    """A property of an image that one number decides.
 
     Attributes:
       kind: a class number, a real number, or an angle in radians of period 2π.
       values: the names of the classes, or the ends of the range the factor is uniform in.
-      changed_by: which augmentations give a view another value than its image; empty for none.
+      changed_by: the augmentations that give a view another value than its image; may be empty.
     """
 
     kind: Literal["class", "value", "angle"]
@@ -42,8 +42,9 @@ class Factor(NamedTuple):
 class Drawn:
     """Images drawn from independent, uniform factors.
 
-    Image i of a split is a function of (seed, split, i): more images only append. A family of
-    images names itself, its factors, the numbers an image takes and the factor that is its label.
+    Image i of a split is a function of (seed, split, i): more images only append. A subclass is a
+    family of images. It states its name, its factors, how many numbers an image is drawn from and
+    which factor is the label.
     """
 
     FAMILY: ClassVar[str]
@@ -52,7 +53,7 @@ class Drawn:
     LABEL: ClassVar[str] = "shape"
 
     def __init__(self, count: int, seed: int = 0, size: int = 64, split: str = "train"):
-        """Draws the factors of `count` images; images are drawn when asked for.
+        """Draws the factors of `count` images; draws an image on access.
 
         Args:
           count: number of images, ≥ 1.
@@ -101,5 +102,5 @@ class Drawn:
     def draw(
         factors: Mapping[str, float], rest: Float[np.ndarray, " n"], size: int
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """The image of these factors and of the numbers that are none."""
+        """The image of these factors and of the remaining numbers."""
         raise NotImplementedError

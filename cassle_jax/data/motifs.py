@@ -1,4 +1,4 @@
-"""Drawn images whose every source of identity is a factor: nothing else tells two of them apart."""
+"""Draws images that differ by their factors alone: each of them has a name and a probe."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32, UInt8
 from cassle_jax.data.drawing import SHAPES, Plane, from_centre, pixel_centres, rgb_of, steepened
 from cassle_jax.data.factors import Drawn, Factor
 
-# Of the copies' centres from the motif's, in radii, right and up.
+# Offsets of the copies' centres from the motif's centre, in radii, right and up.
 _PLACES = {
     "one": ((0.0, 0.0),),
     "two": ((-1.1, 0.0), (1.1, 0.0)),

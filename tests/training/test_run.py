@@ -54,7 +54,7 @@ REFUSED = [
     ({"augself.crop": -1.0}, r"^augself\.crop=-1\.0 must be above 0$"),
     (
         {"conditioning.descriptors": ("colour",)},
-        r"^conditioning\.descriptors=\['colour'\] has the unknown name 'colour'; use any of blur, color,",
+        r"^conditioning\.descriptors=\['colour'\] has the unknown name 'colour'; use any of blur,",
     ),
     (
         {"conditioning.descriptors": ("crop", "crop")},
