@@ -41,7 +41,7 @@ METRICS = "metrics"
 PURPOSES = {
     "_moments": BATCH_NORM,
     "pair_similarities": METRICS,
-    "make_update.<locals>.mean": GRADIENTS,
+    "averaged_gradient": GRADIENTS,
 }
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}

@@ -177,7 +177,7 @@ def test_a_combined_exchange_and_a_loop_are_read():
 FunctionNames
 1 "<module>"
 2 "_moments"
-3 "make_update.<locals>.mean"
+3 "averaged_gradient"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=1}

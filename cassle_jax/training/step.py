@@ -1,5 +1,6 @@
-"""One training step: written for one device, mapped over all of them at the end."""
+"""One training step: views, features, embeddings, loss, update; mapped over the devices."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -30,202 +31,18 @@ from cassle_jax.training.run import Run
 from cassle_jax.training.state import TrainState, joined, of_branches
 
 Metrics = dict[str, Float[Array, ""]]
-
-
-class _Features(NamedTuple):
-    """What is kept of the views once they are encoded: all but their images.
-
-    Attributes:
-      online: by view index, the trained encoder's features.
-      target: by view index, the momentum encoder's.
-      descriptors: of every view, ω.
-      differences: as in `TrainingViews`.
-    """
-
-    online: dict[int, Float[Array, "B F"]]
-    target: dict[int, Float[Array, "B F"]]
-    descriptors: tuple[Float[Array, "B D"], ...]
-    differences: tuple[dict[str, Float[Array, "B K"]], ...]
-
-
-def make_update(
-    networks: Networks,
-    method: Method,
-    augself: AugSelf,
-    optimizer: optax.GradientTransformation,
-    schedule: Schedule,
-    clock: Clock,
-    axis_name: str | None,
-    chunks: int = 1,
-    plain_branch: float = 0.0,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The update of one step, written for one device of `axis_name`.
-
-    Args:
-      networks: whose BatchNorm is synchronised over the same axis.
-      method: its loss, memory and momentum.
-      augself: the auxiliary losses; empty weights for none.
-      optimizer: its `init` made the state.
-      schedule: only to report the learning rate.
-      clock: how steps count as epochs.
-      axis_name: the devices that share the global batch; `None` for a single one.
-      chunks: how many parts the batch passes the encoder in, for memory. Heads, loss and gradient
-        are those of the whole batch; only the encoder's BatchNorm (and the image conditioner's)
-        normalises by its chunk, of all devices, and its running statistics take the chunks' mean.
-      plain_branch: weight of the loss of the branch of heads without ω, where there is one.
-
-    Returns:
-      A function of the state, this device's share of the batch, and what makes training views of
-      any rows of it (by default they are such views). Its metrics are means over the global batch.
-    """
-    branches = networks.branches
-    weights = {"": 1.0 - plain_branch, PLAIN: plain_branch}
-
-    def mean(tree: PyTree) -> PyTree:
-        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-    def follow(target: PyTree, params: PyTree, step: Array) -> PyTree:
-        stays = method.target_momentum(clock.at(step))
-        return jax.tree.map(
-            lambda old, new: stays * old + (1.0 - stays) * new,
-            target,
-            {name: params[name] for name in target},
-        )
-
-    def apply(function: Callable, params: PyTree, batch_stats: PyTree, branch: str = ""):
-        own = branch_of(batch_stats, branch)
-        result, changed = nn.apply(function, branches[branch], mutable=["batch_stats"])(
-            {"params": branch_of(params, branch), "batch_stats": own}
-        )
-        own |= changed.get("batch_stats", {})
-        return result, with_branch(batch_stats, branch, own)
-
-    def encode(params, target_params, state: TrainState, views: TrainingViews):
-        def features(passes: Passes, params: PyTree, batch_stats: PyTree):
-            batch_stats = {name: batch_stats[name] for name in ENCODING if name in batch_stats}
-            return apply(
-                lambda networks: networks.encode_passes(views.views, passes), params, batch_stats
-            )
-
-        online, batch_stats = features(method.online_passes, params, state.batch_stats)
-        target, target_batch_stats = features(
-            method.target_passes, target_params, state.target_batch_stats
-        )
-        descriptors = tuple(view.descriptor for view in views.views)
-        kept = _Features(online, target, descriptors, views.differences)
-        return kept, (batch_stats, target_batch_stats)
-
-    def project_target(features: _Features, target_params: PyTree, batch_stats: PyTree):
-        def project(networks: Networks):
-            return networks.project_passes(
-                features.target, features.descriptors, method.target_passes, predict=False
-            )
-
-        target = {}
-        for branch in branches:
-            target[branch], batch_stats = apply(project, target_params, batch_stats, branch)
-        return target, batch_stats
-
-    def step_of(branch, online, target, state: TrainState):
-        memory = of_branches(state.memory, branches)[branch]
-        return Step(online, target, memory, clock.at(state.step), axis_name)
-
-    def losses_of(branch, features: _Features, target: dict[int, Encoded], state, params, stats):
-        def losses(networks: Networks):
-            online = networks.project_passes(
-                features.online, features.descriptors, method.head_passes or method.online_passes
-            )
-            step = step_of(branch, online, target, state)
-            predicted = {}
-            if not branch:
-                first, second = step.pair
-                predicted = augself.losses(
-                    networks, first.features, second.features, features.differences
-                )
-            return online, method.loss(step, networks), predicted
-
-        return apply(losses, params, stats, branch)
-
-    def objective(params, target_params, state, inputs, make_views):
-        features, (batch_stats, target_batch_stats) = in_chunks(
-            lambda rows: encode(params, target_params, state, make_views(rows)), inputs, chunks
-        )
-        target, target_batch_stats = project_target(
-            features, target_params, {**state.target_batch_stats, **target_batch_stats}
-        )
-
-        batch_stats = {**state.batch_stats, **batch_stats}
-        online, total, parts = {}, jnp.zeros(()), {}
-        for branch in branches:
-            (online[branch], loss, predicted), batch_stats = losses_of(
-                branch, features, target[branch], state, params, batch_stats
-            )
-            if isinstance(loss, Mapping):
-                parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
-                loss = sum(loss.values())
-            if predicted or len(branches) > 1:
-                parts |= {f"loss_{branch}method": loss}
-            parts |= {f"loss_augself_{name}": value for name, value in predicted.items()}
-            total += weights[branch] * loss + augself.total(predicted)
-        seen = online, target, batch_stats, target_batch_stats
-        return total, (seen, {"loss": total, **parts})
-
-    def update(
-        state: TrainState,
-        inputs: PyTree,
-        make_views: Callable[[PyTree], TrainingViews] = lambda views: views,
-    ) -> tuple[TrainState, Metrics]:
-        target_params = state.target_params
-        if method.target_passes and method.target_first:
-            target_params = follow(target_params, state.params, state.step)
-
-        gradient, (seen, parts) = jax.grad(objective, has_aux=True)(
-            state.params, target_params, state, inputs, make_views
-        )
-        online, target, batch_stats, target_batch_stats = seen
-        gradient, parts = mean((gradient, parts))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        for branch in branches:
-            constrained = method.after_update(branch_of(params, branch))
-            params = with_branch(params, branch, constrained)
-
-        if method.target_passes and not method.target_first:
-            target_params = follow(target_params, params, state.step)
-
-        norms = jnp.stack([parts["loss"], optax.tree.norm(gradient), optax.tree.norm(updates)])
-        diverged = jnp.where(jnp.isfinite(norms).all(), -1, state.step)
-        steps = {name: step_of(name, online[name], target[name], state) for name in branches}
-        first, second = steps[""].pair
-        metrics = {
-            **parts,
-            **pair_similarities(first.projection, second.projection, axis_name),
-            "gradient_norm": optax.tree.norm(gradient),
-            "learning_rate": schedule(state.step),
-        }
-        new_state = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            target_params=target_params,
-            target_batch_stats=target_batch_stats,
-            memory=joined({name: method.update_memory(step) for name, step in steps.items()}),
-            opt_state=opt_state,
-            diverged_at=jnp.where(state.diverged_at < 0, diverged, state.diverged_at),
-        )
-        return new_state, metrics
-
-    return update
+Embeddings = dict[str, dict[int, Encoded]]
+"""The encoded views by branch of heads and index of the view."""
 
 
 def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The compiled step: a state (donated) and a global batch in, a state and metrics out.
+    """The compiled step: takes a state (donated) and a global batch, returns a state and metrics.
 
     Args:
-      run: what the step does.
-      mesh: the devices it runs on.
+      run: the objects of the run.
+      mesh: the devices the step runs on.
     """
-    update = make_update(
+    update = Update(
         run.networks,
         run.method,
         run.augself,
@@ -253,3 +70,242 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
     return parallel(
         step, mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED), donate=(0,)
     )
+
+
+class _Features(NamedTuple):
+    """What is kept of the encoded views: everything but their images.
+
+    Attributes:
+      online: the trained encoder's features, by index of the view.
+      target: the momentum encoder's features, by index of the view.
+      descriptors: ω of every view.
+      differences: as in `TrainingViews`.
+    """
+
+    online: dict[int, Float[Array, "B F"]]
+    target: dict[int, Float[Array, "B F"]]
+    descriptors: tuple[Float[Array, "B D"], ...]
+    differences: tuple[dict[str, Float[Array, "B K"]], ...]
+
+
+class _Forward(NamedTuple):
+    """What the forward pass leaves to the update, beside the loss.
+
+    Attributes:
+      online: embeddings of the trained networks.
+      target: embeddings of the momentum networks.
+      batch_stats: the trained networks' running statistics.
+      target_batch_stats: the momentum networks' running statistics.
+      losses: the loss and its parts by the name they are logged under.
+    """
+
+    online: Embeddings
+    target: Embeddings
+    batch_stats: PyTree
+    target_batch_stats: PyTree
+    losses: Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """The update of one step, written for one device of `axis_name`.
+
+    Attributes:
+      networks: their BatchNorm is synchronised over the same axis.
+      method: gives the loss, memory and momentum.
+      augself: the auxiliary losses; without weights there are none.
+      optimizer: its `init` made the state.
+      schedule: the learning rate, which is reported.
+      clock: converts steps to epochs.
+      axis_name: the devices that share the global batch; `None` for a single one.
+      chunks: the number of parts in which the batch passes the encoder, to save memory. Heads, loss
+        and gradient are those of the whole batch. Only the encoder's BatchNorm (and the image
+        conditioner's) normalises by its chunk, of all devices; its running statistics take the mean
+        of the chunks.
+      plain_branch: weight of the loss of the heads without ω, where there are any.
+    """
+
+    networks: Networks
+    method: Method
+    augself: AugSelf
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    clock: Clock
+    axis_name: str | None
+    chunks: int = 1
+    plain_branch: float = 0.0
+
+    def __call__(
+        self,
+        state: TrainState,
+        inputs: PyTree,
+        make_views: Callable[[PyTree], TrainingViews] = lambda views: views,
+    ) -> tuple[TrainState, Metrics]:
+        """The state after one step, and metrics that are means over the global batch.
+
+        Args:
+          state: before the step.
+          inputs: this device's share of the batch.
+          make_views: makes training views of any rows of `inputs`; by default they are such views.
+        """
+        target_params = state.target_params
+        if self.method.target_first:
+            target_params = self._followed(target_params, state.params, state)
+        gradient, forward = jax.grad(self._forward, has_aux=True)(
+            state.params, target_params, state, inputs, make_views
+        )
+        gradient, losses = averaged_gradient((gradient, forward.losses), self.axis_name)
+
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        params = self._constrained(optax.apply_updates(state.params, updates))
+        if not self.method.target_first:
+            target_params = self._followed(target_params, params, state)
+
+        steps = {
+            branch: self._step(branch, forward.online[branch], forward.target[branch], state)
+            for branch in self.networks.branches
+        }
+        metrics = {
+            **losses,
+            **self._similarities(steps[""]),
+            "gradient_norm": optax.tree.norm(gradient),
+            "learning_rate": self.schedule(state.step),
+        }
+        norms = jnp.stack([losses["loss"], metrics["gradient_norm"], optax.tree.norm(updates)])
+        diverged = jnp.where(jnp.isfinite(norms).all(), -1, state.step)
+        memory = {branch: self.method.update_memory(step) for branch, step in steps.items()}
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=forward.batch_stats,
+            target_params=target_params,
+            target_batch_stats=forward.target_batch_stats,
+            memory=joined(memory),
+            opt_state=opt_state,
+            diverged_at=jnp.where(state.diverged_at < 0, diverged, state.diverged_at),
+        ), metrics
+
+    def _forward(self, params, target_params, state, inputs, make_views):
+        """The loss of the parameters, and what the update needs besides."""
+        features, (batch_stats, target_batch_stats) = in_chunks(
+            lambda rows: self._encode(params, target_params, state, make_views(rows)),
+            inputs,
+            self.chunks,
+        )
+        target, target_batch_stats = self._project_target(
+            features, target_params, {**state.target_batch_stats, **target_batch_stats}
+        )
+        online, losses, total = {}, {}, jnp.zeros(())
+        batch_stats = {**state.batch_stats, **batch_stats}
+        for branch in self.networks.branches:
+            (online[branch], loss, predicted), batch_stats = self._losses(
+                branch, features, target[branch], state, params, batch_stats
+            )
+            loss, parts = self._parts(branch, loss, predicted)
+            weight = self.plain_branch if branch == PLAIN else 1.0 - self.plain_branch
+            total += weight * loss + self.augself.total(predicted)
+            losses |= parts
+        losses = {"loss": total, **losses}
+        return total, _Forward(online, target, batch_stats, target_batch_stats, losses)
+
+    def _encode(self, params, target_params, state: TrainState, views: TrainingViews):
+        """The features of the views, and the encoders' running statistics after them."""
+
+        def features(passes: Passes, params: PyTree, batch_stats: PyTree):
+            batch_stats = {name: batch_stats[name] for name in ENCODING if name in batch_stats}
+            return self._apply(
+                lambda networks: networks.encode_passes(views.views, passes), params, batch_stats
+            )
+
+        online, batch_stats = features(self.method.online_passes, params, state.batch_stats)
+        target, target_batch_stats = features(
+            self.method.target_passes, target_params, state.target_batch_stats
+        )
+        descriptors = tuple(view.descriptor for view in views.views)
+        kept = _Features(online, target, descriptors, views.differences)
+        return kept, (batch_stats, target_batch_stats)
+
+    def _project_target(self, features: _Features, target_params: PyTree, batch_stats: PyTree):
+        """The momentum networks' embeddings, and their running statistics."""
+
+        def project(networks: Networks):
+            return networks.project_passes(
+                features.target, features.descriptors, self.method.target_passes, predict=False
+            )
+
+        target = {}
+        for branch in self.networks.branches:
+            target[branch], batch_stats = self._apply(project, target_params, batch_stats, branch)
+        return target, batch_stats
+
+    def _losses(self, branch, features: _Features, target, state, params, batch_stats):
+        """The embeddings, the method's and AugSelf's losses of a branch, and running statistics."""
+        method, augself = self.method, self.augself
+
+        def losses(networks: Networks):
+            online = networks.project_passes(
+                features.online, features.descriptors, method.head_passes or method.online_passes
+            )
+            step = self._step(branch, online, target, state)
+            predicted = {}
+            if not branch:
+                first, second = step.pair
+                predicted = augself.losses(
+                    networks, first.features, second.features, features.differences
+                )
+            return online, method.loss(step, networks), predicted
+
+        return self._apply(losses, params, batch_stats, branch)
+
+    def _parts(self, branch, loss, predicted) -> tuple[Float[Array, ""], Metrics]:
+        """The method's loss as one number, and what is logged of it and of AugSelf's losses."""
+        parts = {}
+        if isinstance(loss, Mapping):
+            parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
+            loss = sum(loss.values())
+        if predicted or len(self.networks.branches) > 1:
+            parts |= {f"loss_{branch}method": loss}
+        parts |= {f"loss_augself_{name}": value for name, value in predicted.items()}
+        return loss, parts
+
+    def _apply(self, function: Callable, params: PyTree, batch_stats: PyTree, branch: str = ""):
+        """The result of a function of a branch's networks, and all running statistics after it."""
+        own = branch_of(batch_stats, branch)
+        networks = self.networks.branches[branch]
+        result, changed = nn.apply(function, networks, mutable=["batch_stats"])(
+            {"params": branch_of(params, branch), "batch_stats": own}
+        )
+        own |= changed.get("batch_stats", {})
+        return result, with_branch(batch_stats, branch, own)
+
+    def _followed(self, target: PyTree, params: PyTree, state: TrainState) -> PyTree:
+        """The momentum networks' parameters, moved towards the trained ones."""
+        if not self.method.target_passes:
+            return target
+        stays = self.method.target_momentum(self.clock.at(state.step))
+        return jax.tree.map(
+            lambda old, new: stays * old + (1.0 - stays) * new,
+            target,
+            {name: params[name] for name in target},
+        )
+
+    def _constrained(self, params: PyTree) -> PyTree:
+        """The parameters after what the method does to them, branch by branch."""
+        for branch in self.networks.branches:
+            constrained = self.method.after_update(branch_of(params, branch))
+            params = with_branch(params, branch, constrained)
+        return params
+
+    def _step(self, branch, online, target, state: TrainState) -> Step:
+        """What the method sees of a branch."""
+        memory = of_branches(state.memory, self.networks.branches)[branch]
+        return Step(online, target, memory, self.clock.at(state.step), self.axis_name)
+
+    def _similarities(self, step: Step) -> Metrics:
+        first, second = step.pair
+        return pair_similarities(first.projection, second.projection, self.axis_name)
+
+
+def averaged_gradient(tree: PyTree, axis_name: str | None) -> PyTree:
+    """The mean of every array over the devices of an axis; the tree itself for a single device."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

@@ -13,7 +13,7 @@ from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.training.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.training.state import TrainState, initial_variables, state_from_variables
-from cassle_jax.training.step import make_update
+from cassle_jax.training.step import Update
 from tests.tiny import TinyEncoder
 
 BATCH = 4
@@ -45,7 +45,7 @@ def training(method, conditioning=PLAIN, augself=None, *, encoder=TinyEncoder):
     variables = _random_variables(networks, random_views(0, conditioning.size).views[0])
     key = jax.random.key(0)
     state = state_from_variables(variables, method.initial_memory(key), method, optimizer, key)
-    update = make_update(networks, method, augself, optimizer, schedule, CLOCK, None)
+    update = Update(networks, method, augself, optimizer, schedule, CLOCK, None)
 
     def embed(params, batch_stats, view):
         encoded, changed = nn.apply(
@@ -86,7 +86,7 @@ def random_views(seed, descriptor_width=0, predicted=(), sizes=(PIXELS, PIXELS))
         return jnp.asarray(draw.normal(size=shape), jnp.float32)
 
     def target(name):
-        width = PREDICTED[name][0]
+        width = PREDICTED[name].size
         if name == "rotation":
             return jax.nn.one_hot(draw.integers(width, size=BATCH), width)
         if name == "flip":

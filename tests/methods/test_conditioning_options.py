@@ -12,7 +12,7 @@ from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.simclr import SimCLR
 from cassle_jax.training.optimizer import learning_rate, make_optimizer
 from cassle_jax.training.state import create_state
-from cassle_jax.training.step import make_update
+from cassle_jax.training.step import Update
 from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
 from tests.methods.test_every_method import small, views_for
 from tests.tiny import TinyEncoder
@@ -80,7 +80,7 @@ def started(name, conditioning, spec):
     networks = build_networks(method, TinyEncoder, 24, conditioning, NO_AUGSELF)
     schedule = learning_rate(spec, CLOCK, 256)
     optimizer = make_optimizer(spec, method, schedule, 256)
-    update = make_update(
+    update = Update(
         networks, method, NO_AUGSELF, optimizer, schedule, CLOCK, None,
         plain_branch=conditioning.plain_branch,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.training.optimizer import learning_rate, make_optimizer
 from cassle_jax.training.state import create_state
-from cassle_jax.training.step import make_update
+from cassle_jax.training.step import Update
 from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
 from tests.tiny import TinyEncoder
 
@@ -56,7 +56,7 @@ def start(name, conditioning, augself=NO_AUGSELF):
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
     views = views_for(method, conditioning, augself.names)
-    update = make_update(networks, method, augself, optimizer, schedule, CLOCK, None)
+    update = Update(networks, method, augself, optimizer, schedule, CLOCK, None)
 
     def state():
         return create_state(networks, method, optimizer, views.views[0], seed=0)

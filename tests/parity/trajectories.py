@@ -27,7 +27,7 @@ from cassle_jax.methods import METHODS, AugSelf, TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.training.optimizer import Clock, OptimizerSpec, make_optimizer
 from cassle_jax.training.state import initial_variables, state_from_variables
-from cassle_jax.training.step import make_update
+from cassle_jax.training.step import Update
 from tests.methods.one_device import compiled
 from tests.parity.comparison import Comparison, difference
 from tests.parity.descriptors import DESCRIPTORS, DIFFERENCES
@@ -122,7 +122,7 @@ def _replay(trajectory, golden, comparison, dtype):
         memory["queue"] = jnp.asarray(golden["queue"], dtype)
     state = state_from_variables(variables, memory, method, optimizer, jax.random.key(0))
 
-    update = compiled(make_update(networks, method, augself, optimizer, schedule, CLOCK, None))
+    update = compiled(Update(networks, method, augself, optimizer, schedule, CLOCK, None))
     for step in range(STEPS):
         state, metrics = update(state, inputs[step])
         _compare_losses(golden, comparison, step, metrics, augself)

@@ -20,7 +20,7 @@ from cassle_jax.training.optimizer import learning_rate
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables, state_from_variables
-from cassle_jax.training.step import make_train_step, make_update
+from cassle_jax.training.step import Update, make_train_step
 from tests.methods.one_device import CLOCK, SPEC, compiled, random_views
 from tests.methods.test_every_method import small
 from tests.tiny import TinyEncoder, tiny_config
@@ -63,9 +63,7 @@ def batch_for(method, conditioning):
 
 def update_of(method, networks, chunks):
     schedule = learning_rate(SPEC, CLOCK, 256)
-    return compiled(
-        make_update(networks, method, AUGSELF, RECORD, schedule, CLOCK, None, chunks=chunks)
-    )
+    return compiled(Update(networks, method, AUGSELF, RECORD, schedule, CLOCK, None, chunks=chunks))
 
 
 def assert_close(found, expected):
