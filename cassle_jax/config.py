@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.augment import (
     CASSLE_DESCRIPTORS,
-    COMPONENTS,
+    DESCRIPTORS,
     LEAK_FREE_DESCRIPTORS,
     AugmentSpec,
 )
@@ -205,9 +205,11 @@ def _conditioning(value: str) -> Conditioning:
     }
     if value in named:
         return named[value]
-    components = [f"{name}.{part}" for name, parts in COMPONENTS.items() for part in parts]
+    components = [
+        f"{name}.{part}" for name, each in DESCRIPTORS.items() for part in each.components
+    ]
     for name in value.split("+"):
-        knows("conditioning", name, (*named, *(components if "." in name else COMPONENTS)))
+        knows("conditioning", name, (*named, *(components if "." in name else DESCRIPTORS)))
     return Conditioning(tuple(sorted(value.split("+"))))
 
 

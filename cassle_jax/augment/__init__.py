@@ -7,11 +7,7 @@ Three pure functions of ONE image, batched by ``jax.vmap``: ``draw`` makes every
 from cassle_jax.augment.apply import View, apply, augment, denormalize
 from cassle_jax.augment.describe import (
     CASSLE_DESCRIPTORS,
-    COMPONENTS,
-    DESCRIPTOR_SIZES,
-    FROM_IMAGE,
     LEAK_FREE_DESCRIPTORS,
-    PALETTE,
     check_descriptors,
     concatenate,
     describe,
@@ -20,11 +16,14 @@ from cassle_jax.augment.describe import (
     identity_descriptor,
     identity_difference,
 )
-from cassle_jax.augment.draw import ViewParams, draw
+from cassle_jax.augment.descriptors import DESCRIPTORS, PALETTE, Descriptor
+from cassle_jax.augment.draw import SWITCHES, ViewParams, draw
 from cassle_jax.augment.resample import center_view
 from cassle_jax.augment.spec import (
+    CHANCES,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    RARE,
     STL10_MEAN,
     STL10_STD,
     AugmentSpec,
@@ -32,16 +31,18 @@ from cassle_jax.augment.spec import (
 
 __all__ = [
     "CASSLE_DESCRIPTORS",
-    "COMPONENTS",
-    "DESCRIPTOR_SIZES",
-    "FROM_IMAGE",
+    "CHANCES",
+    "DESCRIPTORS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "LEAK_FREE_DESCRIPTORS",
     "PALETTE",
+    "RARE",
     "STL10_MEAN",
     "STL10_STD",
+    "SWITCHES",
     "AugmentSpec",
+    "Descriptor",
     "View",
     "ViewParams",
     "apply",

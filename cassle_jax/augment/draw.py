@@ -11,12 +11,23 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, PRNGKeyArray
 
 from cassle_jax.augment.spec import AugmentSpec
 
-__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Size", "ViewParams", "draw"]
+__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "SWITCHES", "Size", "ViewParams", "draw"]
 
 # How ViewParams.jitter_order names the colour operations.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
+SWITCHES = {
+    "flip": "flip",
+    "jitter": "jitter",
+    "grayscale": "grayscale",
+    "blur": "blur",
+    "solarize": "solarize",
+    "rotation": "turns",
+}
+"""The field of `ViewParams` that is false, or 0, where an augmentation is not applied."""
+
 _CROP_TRIES = 10
+# A new step comes last: the keys of the others stay as they are.
 _STEPS = ("flip", "jitter", "order", "grayscale", "blur", "solarize", "rotation")
 
 Size = Int[Array | np.ndarray, "2"]

@@ -3,7 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "STL10_MEAN", "STL10_STD", "AugmentSpec"]
+__all__ = [
+    "CHANCES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "RARE",
+    "STL10_MEAN",
+    "STL10_STD",
+    "AugmentSpec",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,7 +32,9 @@ _RANGES = {
     "solarize_threshold": (0.0, 1.0),
 }
 _POSITIVE_RANGES = ("crop_area", "crop_aspect", "sigma")
-_PROBABILITIES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
+
+CHANCES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
+"""The settings that are the probability of an augmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +99,7 @@ class AugmentSpec:
         self._check_integer("kernel_size", 0)
         for name in _RANGES:
             self._check_range(name)
-        for name in _PROBABILITIES:
+        for name in CHANCES:
             self._check_probability(name)
         for name in ("mean", "std"):
             self._set_floats(name, 3, "use three numbers, one a channel")
@@ -189,3 +199,11 @@ class AugmentSpec:
                 f"than a view of augment.size={self.size} has; use a kernel of at most "
                 f"{2 * self.size - 1}, or augment.blur=0"
             )
+
+
+RARE = tuple(
+    each.name
+    for each in dataclasses.fields(AugmentSpec)
+    if each.name in CHANCES and each.default == 0
+)
+"""The augmentations that are drawn only where a configuration sets their probability."""

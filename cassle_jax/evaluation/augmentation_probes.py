@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from cassle_jax.augment import COMPONENTS, AugmentSpec, describe
+from cassle_jax.augment import DESCRIPTORS, AugmentSpec, describe
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.findings import Chart, Finding, Score
 from cassle_jax.evaluation.views import (
@@ -24,10 +24,6 @@ from cassle_jax.evaluation.views import (
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel
-
-_CLASSES = ("flip", "grayscale", "rotation")
-# Says in more numbers what `color` says.
-_REDUNDANT = ("palette",)
 
 _HELD_OUT_OF = 4
 _FEWEST_IMAGES = 13
@@ -165,7 +161,10 @@ def read_augmentations(
             "the views are all augmented alike, so there is nothing to read off their features; "
             "use augmentations that are drawn at random"
         )
-    kinds = {name: "class" if name in _CLASSES else "value" for name in factors}
+    kinds = {
+        name: "class" if np.issubdtype(values.dtype, np.integer) else "value"
+        for name, values in factors.items()
+    }
     fitted = {name: values[~held_out] for name, values in factors.items()}
     tested = {name: values[held_out] for name, values in factors.items()}
     from_pair, from_augmented = (
@@ -201,15 +200,16 @@ def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every component by its name, [N]: a number, or a class."""
     factors = {}
     for name, values in descriptors.items():
-        if name in _REDUNDANT:
+        descriptor = DESCRIPTORS[name]
+        if descriptor.restates:
             continue
-        if name in _CLASSES:
-            # The quarter turns are one-hot; flip and grayscale are 0 or 1.
-            is_one_hot = values.shape[1] > 1
-            factors[name] = values.argmax(axis=1) if is_one_hot else values[:, 0].astype(int)
-            continue
-        for component, column in zip(COMPONENTS[name], values.T, strict=True):
-            factors[f"{name} {component}"] = column
+        if descriptor.kind == "class":
+            factors[name] = values.argmax(axis=1)
+        elif descriptor.kind == "binary":
+            factors[name] = values[:, 0].astype(int)
+        else:
+            for component, column in zip(descriptor.components, values.T, strict=True):
+                factors[f"{name} {component}"] = column
     return factors
 
 

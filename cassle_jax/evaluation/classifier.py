@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from cassle_jax.augment import AugmentSpec, center_view
+from cassle_jax.augment import CHANCES, AugmentSpec, center_view
 from cassle_jax.checks import check_at_least
 from cassle_jax.data import (
     BatchIterator,
@@ -388,10 +388,8 @@ def _training_step(
 
 def _crop_and_flip(spec: AugmentSpec) -> AugmentSpec:
     """The augmentation of supervised training, for views as the subject takes them."""
-    nothing = dict.fromkeys(("jitter", "grayscale", "blur"), 0.0)
-    return AugmentSpec(
-        spec.size, crop_area=CROP_AREA, flip=0.5, mean=spec.mean, std=spec.std, **nothing
-    )
+    chances = dict.fromkeys(CHANCES, 0.0) | {"flip": 0.5}
+    return AugmentSpec(spec.size, crop_area=CROP_AREA, mean=spec.mean, std=spec.std, **chances)
 
 
 def _measurement(

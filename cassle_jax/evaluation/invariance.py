@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from cassle_jax.augment import AugmentSpec
+from cassle_jax.augment import CHANCES, AugmentSpec
 from cassle_jax.checks import check_positive
 from cassle_jax.evaluation.agreement import (
     TEMPERATURE,
@@ -44,7 +44,6 @@ from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import gather, normalize
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 
-ALONE = ("crop", "flip", "jitter", "grayscale", "blur")
 INTERPOLATED = ("jitter", "blur")
 STRENGTHS = tuple(eighths / 8 for eighths in range(1, 17))
 
@@ -76,7 +75,7 @@ class Invariance:
 
     def alone(self) -> dict[str, Mapping[str, Agreement]]:
         """By augmentation at the run's own strength, then by stage."""
-        return {name: self.agreements[name, 1.0] for name in ALONE}
+        return {name: found for (name, strength), found in self.agreements.items() if strength == 1}
 
     def curves(self, augmentation: str) -> dict[str, list[tuple[float, Agreement]]]:
         """By stage, what the strengths of an augmentation give, from weak to strong."""
@@ -182,7 +181,7 @@ def invariance_meter(
     for strength in strengths:
         check_positive(strength=strength)
     spec = every_augmentation(spec)
-    compared = _compared(strengths)
+    compared = _compared(spec, strengths)
     measure = _measurement(networks, conditioning, spec, compared, temperature, mesh)
     describe = _description(conditioning, spec, compared, mesh)
     # The sums stay on the devices from batch to batch.
@@ -220,9 +219,9 @@ def invariance_meter(
     return meter
 
 
-def _compared(strengths: Sequence[float]) -> list[tuple[str, float]]:
-    """Every augmentation and strength, once."""
-    alone = [(name, 1.0) for name in ALONE]
+def _compared(spec: AugmentSpec, strengths: Sequence[float]) -> list[tuple[str, float]]:
+    """Every augmentation that is drawn, and every strength, once."""
+    alone = [("crop", 1.0), *((name, 1.0) for name in CHANCES if getattr(spec, name) > 0)]
     curves = [(name, float(strength)) for name in INTERPOLATED for strength in strengths]
     return list(dict.fromkeys(alone + curves))
 

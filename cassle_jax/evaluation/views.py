@@ -18,11 +18,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from cassle_jax.augment import AugmentSpec, View, ViewParams, apply, draw
+from cassle_jax.augment import (
+    CHANCES,
+    RARE,
+    SWITCHES,
+    AugmentSpec,
+    View,
+    ViewParams,
+    apply,
+    draw,
+)
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import shard_batch
 
-AUGMENTATIONS = ("crop", "flip", "jitter", "grayscale", "blur", "solarize", "rotation")
+AUGMENTATIONS = ("crop", *SWITCHES)
 
 Batch = Mapping[str, Array | np.ndarray]
 """As from `evaluation_batches`: image uint8 [B, H, W, 3], size [B, 2], index [B] and mask [B]."""
@@ -96,11 +105,10 @@ def nothing() -> Chosen:
 def every_augmentation(spec: AugmentSpec) -> AugmentSpec:
     """`spec` with every augmentation in every view.
 
-    Solarization and rotation stay out of the compiled program where the run never draws them.
+    Those in `RARE` stay out of the compiled program where the run never draws them.
     """
-    always = dict.fromkeys(("flip", "jitter", "grayscale", "blur"), 1.0)
-    rare = {name: float(getattr(spec, name) > 0) for name in ("solarize", "rotation")}
-    return dataclasses.replace(spec, crop=True, jitter_order="image", **always, **rare)
+    chances = {name: float(name not in RARE or getattr(spec, name) > 0) for name in CHANCES}
+    return dataclasses.replace(spec, crop=True, jitter_order="image", **chances)
 
 
 def draw_for_each(key: PRNGKeyArray, batch: Batch, spec: AugmentSpec) -> ViewParams:
@@ -144,25 +152,26 @@ def _apply(batch: Batch, params: ViewParams, spec: AugmentSpec) -> View:
 
 
 def _keep(chosen: Chosen, drawn: ViewParams, size: Int[Array, "2"]) -> ViewParams:
-    """Of what was drawn for one image, the chosen augmentations at the chosen strength."""
+    """Keeps the chosen augmentations of one image, at the chosen strength."""
     applied = chosen.applied
 
     def factor(value):
         return jnp.maximum(0, 1 + chosen.strength * (value - 1))
 
+    kept = {
+        field: jnp.where(applied[name], getattr(drawn, field), 0).astype(
+            getattr(drawn, field).dtype
+        )
+        for name, field in SWITCHES.items()
+    }
     return drawn.replace(
+        **kept,
         crop=jnp.where(applied["crop"], drawn.crop, _centred_square(size)),
-        flip=drawn.flip & applied["flip"],
-        jitter=drawn.jitter & applied["jitter"],
         brightness=factor(drawn.brightness),
         contrast=factor(drawn.contrast),
         saturation=factor(drawn.saturation),
         hue=jnp.clip(chosen.strength * drawn.hue, -0.5, 0.5),
-        grayscale=drawn.grayscale & applied["grayscale"],
-        blur=drawn.blur & applied["blur"],
         sigma=chosen.strength * drawn.sigma,
-        solarize=drawn.solarize & applied["solarize"],
-        turns=jnp.where(applied["rotation"], drawn.turns, 0),
     )
 
 

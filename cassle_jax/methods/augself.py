@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods.base import HeadShape, Networks
 
@@ -23,15 +24,11 @@ def _classification(outputs, targets):
     return optax.softmax_cross_entropy(outputs, targets).mean()
 
 
-# name of the difference: width of the head's output, loss
-PREDICTED = {
-    "crop": (4, _regression),
-    "color": (4, _regression),
-    "blur": (1, _regression),
-    "solarize": (1, _regression),
-    "flip": (1, _binary),
-    "rotation": (4, _classification),
-}
+LOSSES = {"value": _regression, "binary": _binary, "class": _classification}
+"""The loss of a head by the kind of the descriptor that it predicts."""
+
+PREDICTED = {name: each for name, each in DESCRIPTORS.items() if each.predicted}
+"""The descriptors that heads can predict the differences of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ class AugSelf:
     def heads(self) -> dict[str, HeadShape]:
         """The heads, by the name they have among the networks."""
         return {
-            f"augself_{name}": HeadShape(self.hidden, PREDICTED[name][0], depth=3)
+            f"augself_{name}": HeadShape(self.hidden, PREDICTED[name].size, depth=3)
             for name in self.names
         }
 
@@ -92,7 +89,7 @@ class AugSelf:
         for name in self.names:
             head = getattr(networks, f"augself_{name}")
             targets = jnp.concatenate([difference[name] for difference in differences])
-            result[name] = PREDICTED[name][1](head(pairs, True), targets)
+            result[name] = LOSSES[PREDICTED[name].kind](head(pairs, True), targets)
         return result
 
     def total(self, losses: Mapping[str, Float[Array, ""]]) -> Float[Array, ""]:

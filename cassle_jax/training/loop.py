@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import FROM_IMAGE
+from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree, all_arrive
@@ -295,7 +295,9 @@ def _warn_of_leaks(conditioning: Conditioning) -> None:
     """Says what ω gives away: of the image, or of which two views are a pair."""
     if not is_conditioned(conditioning.treatment, conditioning.injection):
         return
-    leaking = [name for name in conditioning.descriptors if name.partition(".")[0] in FROM_IMAGE]
+    leaking = [
+        name for name in conditioning.descriptors if DESCRIPTORS[name.partition(".")[0]].from_image
+    ]
     if leaking:
         LOG.warning(
             "conditioning.descriptors has %s, which is computed from the image: beside what is "

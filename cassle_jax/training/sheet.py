@@ -8,7 +8,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import denormalize, describe
+from cassle_jax.augment import DESCRIPTORS, RARE, denormalize, describe
 from cassle_jax.data import DamagedLog, Source, training_batches
 from cassle_jax.methods.views import augmented_views
 from cassle_jax.report.contact_sheet import contact_sheet
@@ -61,12 +61,17 @@ def first_views(
 
     run_key, _, _ = seed_keys(run.seed)
     views = jax.device_get(draw(run_key, batch["image"], batch["size"]))
-    # What `palette` says of the jitter, `color` says for a reader.
-    hidden = ["palette", *(name for name in ("solarize", "rotation") if not run.draws(name))]
-    for _, descriptors in views:
-        for name in hidden:
-            del descriptors[name]
-    return images, *views
+    return images, *((image, _shown(described, run)) for image, described in views)
+
+
+def _shown(described: dict[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
+    """The descriptors that say something of their own in this run."""
+    return {
+        name: values
+        for name, values in described.items()
+        if not (each := DESCRIPTORS[name]).restates
+        and (each.setting not in RARE or run.draws(each.setting))
+    }
 
 
 def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.PathLike) -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from cassle_jax.augment import (
     CASSLE_DESCRIPTORS,
-    DESCRIPTOR_SIZES,
-    FROM_IMAGE,
+    DESCRIPTORS,
     LEAK_FREE_DESCRIPTORS,
     PALETTE,
     AugmentSpec,
@@ -55,7 +54,9 @@ def pair():
 
 def test_sizes(pair):
     omega = _describe()(pair[0])
-    assert {name: vector.shape[1] for name, vector in omega.items()} == DESCRIPTOR_SIZES
+    assert {name: vector.shape[1] for name, vector in omega.items()} == {
+        name: each.size for name, each in DESCRIPTORS.items()
+    }
     assert all(vector.dtype == jnp.float32 for vector in omega.values())
 
 
@@ -68,13 +69,13 @@ def test_alike_draws_have_alike_descriptors_but_for_those_computed_from_the_imag
 
     one, other = (jax.jit(omega)(image) for image in images)
     differing = {name for name in one if not np.array_equal(one[name], other[name])}
-    assert differing == FROM_IMAGE
-    assert not FROM_IMAGE & set(LEAK_FREE_DESCRIPTORS)
+    assert differing == {name for name, each in DESCRIPTORS.items() if each.from_image}
+    assert not differing & set(LEAK_FREE_DESCRIPTORS)
 
 
 def test_a_view_without_augmentation_has_the_identity_descriptor(make_params):
     omega = _describe()(_view(make_params(1, brightness=1.4, sigma=2, hue=0.1)))
-    names = list(DESCRIPTOR_SIZES)
+    names = list(DESCRIPTORS)
     np.testing.assert_array_equal(concatenate(omega, names)[0], identity_descriptor(names))
 
 
@@ -146,8 +147,8 @@ def test_a_view_does_not_differ_from_itself(pair):
     for name, value in differences.items():
         np.testing.assert_allclose(value, expected.get(name, np.zeros_like(value)), atol=1e-7)
     np.testing.assert_allclose(
-        concatenate(differences, DESCRIPTOR_SIZES)[0],
-        identity_difference(DESCRIPTOR_SIZES),
+        concatenate(differences, DESCRIPTORS)[0],
+        identity_difference(DESCRIPTORS),
         atol=1e-7,
     )
 
@@ -170,7 +171,7 @@ def test_concatenation_is_alphabetical(pair):
 def test_widths():
     assert descriptor_width(CASSLE_DESCRIPTORS) == 13
     assert descriptor_width(()) == 0
-    assert descriptor_width(DESCRIPTOR_SIZES) == 19 + 18  # with the six colours of the palette
+    assert descriptor_width(DESCRIPTORS) == 19 + 18  # with the six colours of the palette
 
 
 @pytest.mark.parametrize(

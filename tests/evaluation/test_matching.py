@@ -153,9 +153,9 @@ def test_every_protocol_and_seed_has_a_key_of_its_own():
 
 def assert_equal(found, expected):
     assert found.images == expected.images
-    assert list(measured.agreements) == list(expected.agreements)
+    assert list(found.agreements) == list(expected.agreements)
     for name, each in expected.agreements.items():
-        assert dataclasses.astuple(measured.agreements[name]) == pytest.approx(
+        assert dataclasses.astuple(found.agreements[name]) == pytest.approx(
             dataclasses.astuple(each), rel=1e-5
         ), name
 

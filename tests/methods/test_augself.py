@@ -139,7 +139,7 @@ def test_the_heads_train_along(simclr):
 
 
 def test_a_difference_that_cannot_be_predicted_is_named():
-    with pytest.raises(ValueError, match=r"augself\.grayscale cannot.*crop, color, blur"):
+    with pytest.raises(ValueError, match=r"augself\.grayscale cannot.*blur, color, crop"):
         AugSelf({"grayscale": 0.5})
 
 
