@@ -139,7 +139,14 @@ def _lowered_bytes(array: str) -> int:
 
 def optimised(lowered: jax.stages.Lowered) -> str:
     """The optimised program of a lowered step; its machine code, which is never run, is not."""
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+    # Or a program of the cache would name its functions as they were named when it was compiled.
+    setting = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, True)
+    try:
+        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+    finally:
+        jax.config.update(setting, before)
 
 
 def collectives_in(hlo: str) -> list[Collective]:
