@@ -1,0 +1,61 @@
+"""The documented example of an augmentation: its changes apply, and everything follows."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CHECKS = """
+import dataclasses
+import numpy as np
+from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTORS, draw, identity_descriptor
+from cassle_jax.config import base_config
+from cassle_jax.evaluation.augmentation_probes import _factors
+from cassle_jax.evaluation.views import (
+    alone, draw_for_each, every_augmentation, nothing, view_under)
+
+levels = np.unique(np.round(np.asarray(view.image) * spec.std + spec.mean, 4)[..., 0]).size
+assert 1 < levels <= round(float(view.params.levels)) <= 8, levels
+np.testing.assert_allclose(describe(view, spec)["posterize"], [1 / view.params.levels])
+assert identity_descriptor(["posterize"]) == 0
+
+never = dataclasses.replace(spec, posterize=0.0)
+drawn, without = (draw(jax.random.key(1), jnp.array([40, 48]), each) for each in (spec, never))
+changed = {each.name for each in dataclasses.fields(drawn)
+           if not np.array_equal(getattr(drawn, each.name), getattr(without, each.name))}
+assert changed == {"posterize"}, changed
+
+grey = AugmentSpec(size=32, posterize=0.5, grayscale=0.0, blur=0.0)
+batch = {"image": image[None], "size": np.array([[40, 48]]), "index": np.array([0])}
+every = every_augmentation(grey)
+params = draw_for_each(jax.random.key(0), batch, every)
+plain, posterized = (view_under(each, params, batch, every).image
+                     for each in (nothing(), alone("posterize")))
+assert not np.allclose(plain, posterized)
+assert len(np.unique(np.round(posterized[0, ..., 0], 4))) <= 8 < len(np.unique(plain[0, ..., 0]))
+
+config = base_config("conditioning=crop+posterize,augself=posterize:0.5")
+assert config.augment.posterize == 0 and config.augself.posterize == 0.5
+assert "posterize coarseness" in _factors({"posterize": np.ones((3, 1))})
+"""
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (ROOT / "docs" / "adding_an_augmentation.md").read_text()
+
+
+def test_the_documented_changes_are_all_that_an_augmentation_takes(page, tmp_path):
+    shutil.copytree(ROOT / "cassle_jax", tmp_path / "cassle_jax")
+    for change in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
+        subprocess.run(["git", "apply", "-"], input=change, text=True, cwd=tmp_path, check=True)
+    script = tmp_path / "example.py"
+    script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1] + CHECKS)
+    ran = subprocess.run([sys.executable, script], cwd=tmp_path, text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "values per channel" in ran.stdout
