@@ -1,8 +1,8 @@
-"""Joins the processes of a run, and lets none of them wait for one that is gone.
+"""Joins the processes of a run, and ends all of them when one ends.
 
-JAX's multi-controller runtime is the engine. What is added: it is found where a run is one of
-several processes and left alone where it is not, and a process that ends, by a mistake or by
-`kill -9`, takes the others with it within a minute, each with a line that says why.
+Builds on JAX's multi-controller runtime. This module detects whether the process is one of several,
+and starts the runtime only then. When a process fails or dies, even by `kill -9`, the others end
+within a minute, and every process prints one line with the reason.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 
-# The key-value store that processes meet in has no public name.
+# The key-value store that the processes share has no public name.
 from jax._src import distributed as runtime
 
 from cassle_jax.command import EXIT_WRONG_SETTING, Stop
@@ -33,37 +33,37 @@ from cassle_jax.data import DataError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
 
-# A process that has not been heard of for so long is dead; JAX then ends the others.
+# JAX declares a process dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 30
-# As a process that JAX aborts: what starts runs again limits how often.
+# The code of a process that JAX aborts; launchers limit the number of restarts after it.
 EXIT_LOST = 134
-_FAREWELL = "cassle_jax/farewell"
-_FAREWELL_SECONDS = 5
-# Reading a dataset's labels may take an hour; a process that is gone is told by its heartbeat.
+_FAILURE_KEY = "cassle_jax/failure"
+_FAILURE_SECONDS = 5  # time for a failure message to reach the other processes
+# Reading a dataset's labels may take an hour; the heartbeat detects a dead process earlier.
 _AGREE_MILLISECONDS = 2 * 3600 * 1000
-# What one process may take longer than another to look at features that both have.
+# Largest difference in time between processes that evaluate the same features.
 _ARRIVE_SECONDS = 120
 _FOREVER_MILLISECONDS = 2**40
-_CONTINUES = "what was saved is whole, and the same command continues"
-# What the runtime says where another process is the reason.
+_RESUMABLE = "the last checkpoint is intact, and the same command continues from it"
+# Matches errors of the runtime that another process causes.
 _LOST = re.compile(
     "gloo|nccl|connection|socket|barrier|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED", re.I
 )
 
 
-def how_to_join(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` needs to be told here; `None` for a process alone.
+def runtime_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize`; `None` for a single process.
 
-    In this order: the variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0),
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; Open MPI; SLURM; a TPU pod. Of the last three JAX
-    knows the addresses. A single task of SLURM, the shell of an allocation and a TPU of one host
-    are processes alone.
+    Reads, in this order: the variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0),
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; Open MPI; SLURM; a TPU pod. JAX finds the addresses of
+    the last three. A single SLURM task, the shell of an allocation and a TPU with one host count as
+    a single process.
 
     Args:
-      environment: variables.
+      environment: environment variables.
 
     Raises:
-      ConfigError: variables that cannot work, or only some of them.
+      ConfigError: variables are invalid or incomplete.
     """
     if environment.get(COUNT) or environment.get(INDEX):
         return _by_variables(environment)
@@ -77,8 +77,8 @@ def _by_variables(environment: Mapping[str, str]) -> dict[str, Any] | None:
     missing = [name for name in (ADDRESS, COUNT, INDEX) if not environment.get(name)]
     if missing and environment.get(COUNT) != "1":
         raise ConfigError(
-            f"{' and '.join(missing)} must be set too where any of {ADDRESS}, {COUNT} and {INDEX} "
-            "is; unset them all to run as one process"
+            f"{' and '.join(missing)} must be set too if any of {ADDRESS}, {COUNT} and {INDEX} is "
+            "set; unset all of them to run as one process"
         )
     count = _number(COUNT, environment[COUNT], least=1)
     if count == 1:
@@ -101,7 +101,7 @@ def _by_variables(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 def _number(name: str, value: str, *, least: int) -> int:
     if not value.isdecimal() or int(value) < least:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
     return int(value)
 
 
@@ -110,10 +110,11 @@ def _open_mpi(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if count == "1":
         return None
     if "OMPI_MCA_orte_hnp_uri" not in environment:
-        # From version 5 on. Alone, every process would write the same workdir.
+        # Open MPI 5 and later. Unjoined processes would all write to the same workdir.
         raise ConfigError(
-            f"OMPI_COMM_WORLD_SIZE={count}, and this Open MPI does not tell where process 0 is; set"
-            f" {ADDRESS}, {COUNT}=$OMPI_COMM_WORLD_SIZE and {INDEX}=$OMPI_COMM_WORLD_RANK"
+            f"OMPI_COMM_WORLD_SIZE={count}, but this Open MPI does not report the address of "
+            f"process 0; set {ADDRESS}, {COUNT}=$OMPI_COMM_WORLD_SIZE and "
+            f"{INDEX}=$OMPI_COMM_WORLD_RANK"
         )
     return {"cluster_detection_method": "ompi"}
 
@@ -121,8 +122,8 @@ def _open_mpi(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
     step = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if not all(environment.get(name) for name in step):
-        return None  # a batch script or a login shell: tasks are made by srun
-    # SLURM_NTASKS counts the allocation's tasks, also in the one shell that salloc opens.
+        return None  # a batch script or a login shell; only srun starts tasks
+    # SLURM_NTASKS counts the tasks of the allocation, even in the single shell that salloc opens.
     count = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
     if count == "1":
         return None
@@ -135,10 +136,10 @@ def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs it sees a task takes; `None` leaves it to JAX.
+    """Indices of the task's GPUs among the visible ones; `None` leaves the choice to JAX.
 
-    JAX gives the task of number n on its host the GPU n alone. That leaves GPUs idle where a host
-    has fewer tasks than GPUs, and fails where SLURM shows each task only its own.
+    JAX gives task n of a host GPU n alone. That leaves GPUs idle on a host with fewer tasks than
+    GPUs, and fails where SLURM hides the GPUs of other tasks.
     """
     if environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -146,7 +147,7 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     gpus = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
     tasks = _tasks_of_host(environment)
     bind = environment.get("SLURM_GPU_BIND", "")
-    # Bound to none, every task sees all GPUs of the host, also where it asked for some of its own.
+    # Under a binding to none, a task sees all GPUs of the host, even if it requested its own.
     own = not bind.endswith("none") and (bind or environment.get("SLURM_GPUS_PER_TASK"))
     if not gpus:
         return None
@@ -157,7 +158,7 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def _tasks_of_host(environment: Mapping[str, str]) -> int:
-    """Of `2(x3),1`, which is two tasks on each of three hosts and one on a fourth, ours."""
+    """Number of tasks on this host; `2(x3),1` is two tasks on three hosts and one on a fourth."""
     described = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     hosts = []
     for tasks, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", described):
@@ -166,7 +167,7 @@ def _tasks_of_host(environment: Mapping[str, str]) -> int:
 
 
 def _tpu_pod(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    devices = any(list(Path("/dev").glob(each)) for each in ("accel[0-9]*", "vfio/[0-9]*"))
+    devices = any(list(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*"))
     wanted = environment.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     alone = "TPU_PROCESS_BOUNDS" in environment or "TPU_VISIBLE_CHIPS" in environment
     if not devices or not wanted or alone or not find_spec("libtpu"):
@@ -182,73 +183,73 @@ def _tpu_pod(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
-    """Joins the other processes of the run, where there are any, and stays with them.
+    """Context in which this process is joined with the other processes of the run, if any.
 
-    Must be entered before the first use of a device. An error within ends this process with one
-    line, and the others with a line that repeats it and the same exit code; the exception is a
-    `Stop` that all processes raise together. Other processes than the first log only warnings.
+    Enter it before the first use of a device. An error inside ends this process with one line, and
+    the others with the same line and exit code. A `Stop` that all processes raise together passes
+    through. Processes other than the first log only warnings.
 
     Args:
-      saves_when_stopped: SIGTERM is left to `reached_preemption_sync_point`.
+      saves_when_stopped: whether `reached_preemption_sync_point` handles SIGTERM.
 
     Raises:
-      ConfigError: what the environment says of the processes cannot work.
+      ConfigError: the environment describes the processes incorrectly.
     """
-    arguments = how_to_join(os.environ)
+    arguments = runtime_arguments(os.environ)
     if arguments is None:
         yield
         return
-    company = _join(arguments, saves_when_stopped)
+    group = _join(arguments, saves_when_stopped)
     try:
         yield
     except Stop as stop:
         if stop.alone:
-            company.leave(str(stop), stop.code)
+            group.fail(str(stop), stop.code)
         raise
     except (ConfigError, DataError) as error:
-        company.leave(str(error), EXIT_WRONG_SETTING)
+        group.fail(str(error), EXIT_WRONG_SETTING)
     except BaseException as error:
-        company.leave_after(error)
+        group.fail_after(error)
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Refuses to go on where another process was told or sees something else than the first.
+    """Checks that this process has the same facts as process 0, such as settings and data.
 
     Args:
-      facts: by name, values that JSON can hold.
+      facts: JSON-serialisable values by name.
 
     Raises:
-      ConfigError: names the first fact that differs, here and in process 0.
+      ConfigError: a fact differs; the message gives its values here and in process 0.
     """
-    if _company:
-        _company.agree(dict(facts))
+    if _group:
+        _group.agree(dict(facts))
 
 
 def all_arrive(where: str) -> None:
-    """Waits until all processes have come here, if there are several.
+    """Waits until all processes reach this call.
 
     Args:
-      where: names the place; no two calls have the same.
+      where: name of the barrier, unique to the call.
 
     Raises:
-      RuntimeError: another process did not come in time.
+      RuntimeError: another process does not arrive within 120 s.
     """
-    if _company:
-        _company.all_arrive(where)
+    if _group:
+        _group.all_arrive(where)
 
 
-_company: "_Company | None" = None
+_group: "_ProcessGroup | None" = None
 
 
-def _join(arguments: dict[str, Any], saves_when_stopped: bool) -> "_Company":
-    global _company
-    if _company is None:
-        _company = _Company(arguments, saves_when_stopped)
-    return _company
+def _join(arguments: dict[str, Any], saves_when_stopped: bool) -> "_ProcessGroup":
+    global _group
+    if _group is None:
+        _group = _ProcessGroup(arguments, saves_when_stopped)
+    return _group
 
 
-class _Company:
-    """This process among the others, from joining to the end of the process."""
+class _ProcessGroup:
+    """The membership of this process in its run, from joining to the end of the process."""
 
     def __init__(self, arguments: dict[str, Any], saves_when_stopped: bool):
         jax.config.update("jax_enable_preemption_service", saves_when_stopped)
@@ -257,11 +258,11 @@ class _Company:
         self._client, self._index, self._count = state.client, state.process_id, state.num_processes
         self._agreed = 0
         self._ending = threading.Lock()
-        self._words = _LastWords(
-            f"{self} ended without a word: it was killed, or JAX ended it because another process "
-            f"was; {_CONTINUES}"
+        self._death_message = _DeathMessage(
+            f"{self} ended abruptly: it was killed, or JAX ended it because another process was; "
+            f"{_RESUMABLE}"
         )
-        atexit.register(self._part)
+        atexit.register(self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
         if self._index:
             logging.getLogger("cassle_jax").setLevel(logging.WARNING)
@@ -270,7 +271,7 @@ class _Company:
         return f"process {self._index} of {self._count}"
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """See `agree`; the first process does not wait for the others."""
+        """See `agree`; process 0 does not wait for the others."""
         self._agreed += 1
         key = f"cassle_jax/facts/{self._agreed}"
         if self._index == 0:
@@ -289,70 +290,70 @@ class _Company:
         """See `all_arrive`."""
         self._client.wait_at_barrier(f"cassle_jax/{where}", 1000 * _ARRIVE_SECONDS)
 
-    def leave(self, message: str, code: int) -> NoReturn:
-        """Ends this process with its own mistake, and the others with the same."""
+    def fail(self, message: str, code: int) -> NoReturn:
+        """Ends this process with a failure, and the others with the same one."""
         self._ending.acquire()
-        with contextlib.suppress(Exception):  # the first of several mistakes is told
-            self._client.key_value_set(_FAREWELL, json.dumps([str(self), code, message]))
+        with contextlib.suppress(Exception):  # the first of several failures is the one reported
+            self._client.key_value_set(_FAILURE_KEY, json.dumps([str(self), code, message]))
         self._end(message, code)
 
-    def leave_after(self, error: BaseException) -> NoReturn:
-        """Ends this process after what is a fault of the program, or the loss of another process.
+    def fail_after(self, error: BaseException) -> NoReturn:
+        """Ends this process after an unexpected error, or after the loss of another process.
 
-        Whoever ended by a mistake has said so: then `_listen` ends this process meanwhile.
+        If another process has reported its failure, `_listen` ends this one during the wait.
         """
         traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):
-            self.leave(f"{type(error).__name__}: {_first_line(error)}", 1)
-        time.sleep(_FAREWELL_SECONDS)
-        self.leave(
-            f"{self} probably lost another process ({_first_line(error)}); {_CONTINUES}", EXIT_LOST
+            self.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
+        time.sleep(_FAILURE_SECONDS)
+        self.fail(
+            f"{self} probably lost another process ({_first_line(error)}); {_RESUMABLE}", EXIT_LOST
         )
 
     def _listen(self) -> None:
-        """Ends this process when another one says that it ends."""
+        """Ends this process when another one reports a failure."""
         try:
-            said = self._client.blocking_key_value_get(_FAREWELL, _FOREVER_MILLISECONDS)
+            failure = self._client.blocking_key_value_get(_FAILURE_KEY, _FOREVER_MILLISECONDS)
         except Exception:  # the runtime was shut down, or is about to end this process
             return
-        who, code, message = json.loads(said)
+        process, code, message = json.loads(failure)
         if self._ending.acquire(blocking=False):
-            self._end(f"{who} ended: {message}", code)
+            self._end(f"{process} ended: {message}", code)
 
     def _end(self, message: str, code: int) -> NoReturn:
-        # An orderly exit would wait for processes that do not come any more.
+        # An orderly exit would wait for processes that never arrive.
         print(f"error: {message}", file=sys.stderr, flush=True)
-        self._words.withdraw()
+        self._death_message.cancel()
         with contextlib.suppress(Exception):
-            self._client.wait_at_barrier("cassle_jax/left", 1000 * _FAREWELL_SECONDS)
+            self._client.wait_at_barrier("cassle_jax/left", 1000 * _FAILURE_SECONDS)
         if self._index == 0:
-            time.sleep(1)  # JAX aborts processes that still run when the first one is gone
+            time.sleep(1)  # JAX aborts processes that still run after the end of process 0
         os._exit(code)
 
-    def _part(self) -> None:
+    def _leave(self) -> None:
         with self._ending:
             jax.distributed.shutdown()
-            self._words.withdraw()
+            self._death_message.cancel()
 
 
 def _initialize(arguments: dict[str, Any]) -> None:
-    """Calls `jax.distributed.initialize`; where the processes do not meet, ends with one line."""
+    """Calls `jax.distributed.initialize`; ends with one line if the processes do not connect."""
     seconds = _number(JOIN_SECONDS, os.environ.get(JOIN_SECONDS, "300"), least=1)
     address = os.environ.get(ADDRESS)
     if address:
-        # gRPC would ask a proxy of the web for the way to process 0.
+        # gRPC would connect to process 0 through the web proxy.
         os.environ.setdefault("no_grpc_proxy", address.rpartition(":")[0])
         jax.config.update("jax_check_proxy_envs", False)
     which = f"process {arguments['process_id']}" if "process_id" in arguments else "a process"
     trouble = (
         f"{which} did not meet the others at {ADDRESS}={address or '(found by JAX)'}; check that "
-        "all were started, each with an id of its own, and can reach that address"
+        "all processes run, have different ids, and can reach that address"
     )
-    words = _LastWords(trouble)
+    death_message = _DeathMessage(trouble)
 
     def give_up():
         print(f"error: {trouble} within {JOIN_SECONDS}={seconds} s", file=sys.stderr, flush=True)
-        words.withdraw()
+        death_message.cancel()
         os._exit(EXIT_WRONG_SETTING)
 
     timer = threading.Timer(seconds, give_up)
@@ -361,21 +362,21 @@ def _initialize(arguments: dict[str, Any]) -> None:
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=seconds + 60,  # after which JAX aborts
+            initialization_timeout=seconds + 60,  # JAX aborts after this time
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"{trouble} ({_first_line(error)})") from error
     finally:
         timer.cancel()
-        words.withdraw()
+        death_message.cancel()
 
 
-class _LastWords:
-    """A line on standard error for when this process ends and can say nothing itself.
+class _DeathMessage:
+    """A line on standard error if this process dies without a chance to print one.
 
-    A shell waits at a pipe that closes with this process, whatever ends it: `kill -9`, the system
-    short of memory, or JAX, which aborts a process that cannot go on without another.
+    A shell waits at a pipe that closes with this process, and then prints the line. It covers
+    `kill -9`, the kernel's out-of-memory killer, and JAX, which aborts a process that lost another.
     """
 
     def __init__(self, line: str):
@@ -384,8 +385,8 @@ class _LastWords:
             ["/bin/sh", "-c", waiting, "sh", line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )
 
-    def withdraw(self) -> None:
-        """Says nothing any more."""
+    def cancel(self) -> None:
+        """Ends the shell without printing the line."""
         with contextlib.suppress(OSError):
             self._shell.communicate(b"\n")
 

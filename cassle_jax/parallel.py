@@ -1,9 +1,9 @@
-"""The one place where code written for one device is mapped over all of them.
+"""Maps code written for one device over all devices, in this one place.
 
-Everything else is written for a single device that knows the name of an axis: it averages with
-`pmean` and looks around with `all_gather`. `parallel` runs such a function on every device of a
-one-axis mesh, of one process or of many. It does what `jax.pmap` did; pmap itself is in maintenance
-and, since JAX 0.10, a wrapper around the `jax.shard_map` used here.
+All other code is written for a single device with a named axis: it averages with `pmean` and
+collects with `all_gather`. `parallel` runs such a function on every device of a one-axis mesh, in
+one process or several. It replaces `jax.pmap`, which is in maintenance mode and, since JAX 0.10, a
+wrapper around the `jax.shard_map` used here.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,9 @@ PyTree = Any
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes (or those given) as one axis named `AXIS`.
+    """A mesh of all devices of all processes (or the given ones), with one axis named `AXIS`.
 
-    A process's devices stand together, in the order of the processes, so that the rows each
-    process reads make up the global batch in that order.
+    Devices are sorted by process, so the global batch is the concatenation of the processes' rows.
     """
     devices = jax.devices() if devices is None else devices
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -39,17 +38,17 @@ def parallel(
     outputs: PartitionSpec | Sequence[PartitionSpec],
     donate: Sequence[int] = (),
 ) -> Callable:
-    """Compiles `function` to run on every device of the mesh at once, each on its shard.
+    """Compiles `function` to run on every device of the mesh, on that device's shard.
 
     Args:
-      function: written for one device; may use collectives over `AXIS`.
+      function: a function for one device; may use collectives over `AXIS`.
       mesh: the devices.
-      inputs: for each argument, `SHARDED` along its first axis or `REPLICATED`.
-      outputs: for each result, likewise; a replicated result must be equal on all devices.
-      donate: positions of the arguments whose memory the results may take.
+      inputs: one spec per argument: `SHARDED` along its first axis, or `REPLICATED`.
+      outputs: one spec per result; a replicated result must be equal on all devices.
+      donate: positions of the arguments whose memory the results may reuse.
     """
-    # As under pmap, replication is the function's own promise (check_vma=False): gradients stay
-    # this device's own until they are averaged explicitly.
+    # As under pmap, the function guarantees replication itself (check_vma=False): gradients are
+    # local to a device until the function averages them.
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False
     )
@@ -57,12 +56,12 @@ def parallel(
 
 
 def on_every_device(make: Callable[..., PyTree], mesh: Mesh, *arguments: np.ndarray) -> PyTree:
-    """What `make` computes of host arrays, the same on every device of every process."""
+    """Computes `make` of host arrays, with the result on every device of every process."""
     return jax.jit(make, out_shardings=NamedSharding(mesh, REPLICATED))(*arguments)
 
 
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """This process's rows of a global batch as global arrays, split over the mesh's devices.
+    """Builds global arrays, split over the mesh, from this process's rows of a global batch.
 
     Args:
       tree: host arrays of shape [global batch / processes, …]; the rows of process 0 come first.
@@ -73,9 +72,9 @@ def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Host arrays, the same in every process, as arrays on every device.
+    """Copies host arrays, equal in all processes, to every device.
 
-    That they are the same is not checked, which would send them all between the processes.
+    Does not check that they are equal; that would send all of them between the processes.
     """
     sharding = NamedSharding(mesh, REPLICATED)
     return jax.tree.map(

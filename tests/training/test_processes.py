@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from cassle_jax.config import ConfigError
-from cassle_jax.distributed import how_to_join
+from cassle_jax.distributed import runtime_arguments
 from cassle_jax.training.metrics import read_lines, read_metrics
 from tests.training.processes import assert_same, ends, start, steps_saved
 
@@ -171,7 +171,7 @@ TASK = {
     ids=["nothing", "one", "one-with-all", "sbatch", "salloc", "mpirun-1", "a-pod"],
 )
 def test_a_process_alone_joins_nothing(environment):
-    assert how_to_join(environment) is None
+    assert runtime_arguments(environment) is None
 
 
 def test_what_is_found():
@@ -181,10 +181,10 @@ def test_what_is_found():
         "process_id": 3,
         "cluster_detection_method": "deactivate",
     }
-    assert how_to_join(VARIABLES) == by_variables
-    assert how_to_join({**TASK, **VARIABLES}) == by_variables
+    assert runtime_arguments(VARIABLES) == by_variables
+    assert runtime_arguments({**TASK, **VARIABLES}) == by_variables
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}
-    assert how_to_join(mpi) == {"cluster_detection_method": "ompi"}
+    assert runtime_arguments(mpi) == {"cluster_detection_method": "ompi"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_is_found():
     ids=["one-each", "two-each", "bound", "bound-two", "a-task-a-host"],
 )
 def test_a_task_of_slurm_takes_its_share_of_its_hosts_gpus(further, gpus):
-    found = how_to_join({**TASK, **further})
+    found = runtime_arguments({**TASK, **further})
     assert found["local_device_ids"] == gpus
     assert (found["num_processes"], found["process_id"]) == (4, 3)
     assert found["cluster_detection_method"] == "slurm"
@@ -218,15 +218,18 @@ def test_a_task_of_slurm_takes_its_share_of_its_hosts_gpus(further, gpus):
         ({"JAX_PROCESS_ID": "0"}, "^JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "^JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set"),
         ({**VARIABLES, "JAX_PROCESS_ID": "4"}, "^JAX_PROCESS_ID=4 is not below .*; use 0 to 3$"),
-        ({**VARIABLES, "JAX_PROCESS_ID": "-1"}, "^JAX_PROCESS_ID='-1' must be a whole number"),
+        ({**VARIABLES, "JAX_PROCESS_ID": "-1"}, "^JAX_PROCESS_ID='-1' must be an integer"),
         ({**VARIABLES, "JAX_NUM_PROCESSES": "0"}, "^JAX_NUM_PROCESSES='0' must be .* least 1$"),
         (
             {**VARIABLES, "JAX_COORDINATOR_ADDRESS": "host"},
             "^JAX_COORDINATOR_ADDRESS='host' has no",
         ),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "^OMPI_COMM_WORLD_SIZE=2, and this Open MPI does not tell"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "^OMPI_COMM_WORLD_SIZE=2, but this Open MPI does not report",
+        ),
     ],
 )
 def test_variables_that_cannot_work_are_refused(environment, message):
     with pytest.raises(ConfigError, match=message):
-        how_to_join(environment)
+        runtime_arguments(environment)
