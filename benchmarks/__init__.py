@@ -1,1 +1,1 @@
-"""Measurements of speed and memory on whatever device is there."""
+"""Measurements of speed and memory on the available device."""

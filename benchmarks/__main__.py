@@ -1,12 +1,11 @@
-"""Measures cassle_jax and, where they are installed, what users would pick instead.
+"""Measures the speed and memory of cassle_jax and of installed rivals.
 
 python -m benchmarks                              # everything, at sizes that suit the device
 python -m benchmarks --only=augmentation,input --data=/data/imagenet/val --to=performance.json
 
-The first contender of a measurement is ours, and a ratio says how many times its rate another's
-is below. Rivals need `pip install -r requirements-benchmarks.txt`. The exit code is 1 where one
-that is installed failed. Other work on the machine slows contenders unequally, PyTorch's threads
-most of all: they wait for each other.
+The first contender of a measurement is ours; a ratio is its rate divided by a rival's. Rivals need
+`pip install -r requirements-benchmarks.txt`. The exit code is 1 if an installed contender failed.
+Other processes on the machine distort the ratios, as PyTorch's threads wait for each other.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ from benchmarks import (
     memory,
     training,
 )
-from benchmarks.apart import apart
 from benchmarks.contest import Row
+from benchmarks.isolated import run_isolated
 from benchmarks.workload import Workload, cpus, devices, draw_jpegs, jpegs_in, workload_for
 from cassle_jax import command
 from cassle_jax.checks import check_at_least
@@ -54,7 +53,7 @@ MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
     "memory": memory.measure,
     "limits": limits.measure,
 }
-BESIDE_PYTORCH = ("augmentation", "step", "linear")  # in one process, on one device
+BESIDE_PYTORCH = ("augmentation", "step", "linear")  # measurements that share a GPU with PyTorch
 PACKAGES = (
     "jax",
     "flax",
@@ -67,23 +66,22 @@ PACKAGES = (
 )
 DRAWN_JPEGS = 512
 SECONDS = 1800.0
-BUSY = 0.5  # processes that ran on average in the last minute, above which the machine is not quiet
+BUSY = 0.5  # load average of the last minute above which the machine counts as busy
 
 
 def measured(names: Sequence[str], work: Workload, seconds: float = SECONDS) -> Iterator[list[Row]]:
-    """The rows of each measurement, printed as it ends; one that fails is a row that says why.
+    """Yields and prints the rows of every measurement.
 
-    So does one that takes more than so many seconds.
-
-    Each has the device and its memory for itself. This process never touches them: on TPUs no
-    other could, and what one measurement leaves would be missing in the next.
+    A measurement that fails or exceeds `seconds` becomes one row with the reason. Every measurement
+    runs in a separate process with the whole device. This process never uses the device, which on
+    TPUs would block the others.
     """
     for name in names:
         LOG.info("measuring %s", name)
-        # JAX takes most of an accelerator's memory when it starts there, or what it needs.
+        # Beside PyTorch, JAX must not preallocate most of the accelerator's memory.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = str(name not in BESIDE_PYTORCH).lower()
         try:
-            rows = apart(MEASUREMENTS[name], work, seconds=seconds)
+            rows = run_isolated(MEASUREMENTS[name], work, seconds=seconds)
         except RuntimeError as error:
             rows = [Row(name, "all of it", "", note=str(error), failed=True)]
         print_rows(rows)
@@ -91,7 +89,7 @@ def measured(names: Sequence[str], work: Workload, seconds: float = SECONDS) -> 
 
 
 def print_header(measured_on: dict) -> None:
-    """Prints what everything below was measured on."""
+    """Prints the machine, the versions and the workload."""
     machine, settings = measured_on["about"], measured_on["workload"]
     print(f"{machine['device']} × {machine['devices']}, {machine['cpus']} CPUs")
     print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
@@ -100,7 +98,7 @@ def print_header(measured_on: dict) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Prints a measurement's rows: median, least and most, and ours over theirs, with its range."""
+    """Prints a measurement's rows: median, range, and the ratio ours/theirs with its range."""
     for row in rows:
         text = f"{row.measurement:20} {row.name:54}"
         if row.values:
@@ -112,13 +110,13 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def about() -> dict[str, object]:
-    """The machine, and the versions of what is installed.
+    """The machine, and the versions of the installed packages.
 
     Raises:
       ConfigError: JAX finds no device.
     """
     try:
-        found = apart(devices)
+        found = run_isolated(devices)
     except RuntimeError as error:
         raise ConfigError(f"JAX finds no device: {error}") from error
     versions = {}
@@ -136,27 +134,27 @@ def about() -> dict[str, object]:
 
 
 def write(path: Path, measured_on: dict, rows: Sequence[Row]) -> None:
-    """Writes all that was measured as JSON."""
-    told = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+    """Writes all results as JSON."""
+    entries = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**measured_on, "rows": told}, indent=1, ensure_ascii=False)
+    content = json.dumps({**measured_on, "rows": entries}, indent=1, ensure_ascii=False)
     write_whole(path, f"{content}\n".encode())
 
 
 def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
-    """The workload that suits a platform, changed as the flags say.
+    """The workload that suits a platform, with the values of the flags.
 
     Raises:
-      ConfigError: a value that cannot be.
+      ConfigError: an invalid value.
     """
-    usual = workload_for(platform)
+    default = workload_for(platform)
     given = {
         name: getattr(flag_values, name)
         for name in ("encoder", "size", "batch", "dtype", "views_size", "views_batch", "canvas",
                      "steps", "rounds")
         if getattr(flag_values, name) is not None
     }  # fmt: skip
-    work = dataclasses.replace(usual, **given)
+    work = dataclasses.replace(default, **given)
     try:
         check_at_least(2, batch=work.batch, views_batch=work.views_batch)
         check_at_least(1, steps=work.steps, rounds=work.rounds, size=work.size)
@@ -169,42 +167,42 @@ def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
 
 
 if __name__ == "__main__":
-    only_flag = flags.DEFINE_list("only", list(MEASUREMENTS), "Which measurements.")
-    data_flag = flags.DEFINE_string("data", "", "A folder of JPEGs; drawn ones where it is empty.")
-    to_flag = flags.DEFINE_string("to", "", "A JSON file of all that is measured.")
-    seconds_flag = flags.DEFINE_float("seconds", SECONDS, "The most a measurement may take.", 1.0)
+    only_flag = flags.DEFINE_list("only", list(MEASUREMENTS), "Measurements to run.")
+    data_flag = flags.DEFINE_string("data", "", "Folder of JPEGs; rendered images if empty.")
+    to_flag = flags.DEFINE_string("to", "", "JSON file for the results.")
+    seconds_flag = flags.DEFINE_float("seconds", SECONDS, "Time limit per measurement.", 1.0)
     for number in ("size", "batch", "views_size", "views_batch", "canvas", "steps", "rounds"):
-        flags.DEFINE_integer(number, None, f"The workload's; see benchmarks/workload.py: {number}.")
+        flags.DEFINE_integer(number, None, f"{number} of the workload; see benchmarks/workload.py.")
     for text in ("encoder", "dtype"):
-        flags.DEFINE_string(text, None, f"The workload's {text}.")
+        flags.DEFINE_string(text, None, f"{text} of the workload; see benchmarks/workload.py.")
 
     def main() -> None:
-        """Measures what the flags ask for."""
+        """Runs the measurements of the flags."""
         for name in only_flag.value:
             knows("only", name, MEASUREMENTS)
         machine = about()
         work = chosen_workload(flags.FLAGS, machine["platform"])
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
-            # What one measurement compiled, the next ones need not.
+            # Measurements share their compiled programs.
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder, "compiled")))
             if not {"input", "run"} & set(only_flag.value):
-                files, jpegs = (), "none are read"
+                files, jpegs = (), "none"
             elif data_flag.value:
                 files = jpegs_in(Path(data_flag.value).expanduser())
                 jpegs = f"{len(files)} in {data_flag.value}"
             else:
                 files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch, work.batch))
-                jpegs = f"{len(files)} of drawn scenes, 500 × 375; --data takes others"
+                jpegs = f"{len(files)} rendered scenes, 500 × 375; --data selects other files"
             settings = {**vars(work), "jpegs": jpegs}
             measured_on = {"about": machine, "load": load, "workload": settings}
             print_header(measured_on)
             if load > BUSY:
-                LOG.warning("%.1f processes ran in the last minute: figures will be unfair", load)
+                LOG.warning("load average %.1f: the machine is busy, ratios are unreliable", load)
             rows = []
             work = dataclasses.replace(work, jpegs=files)
-            for found in measured(only_flag.value, work, seconds_flag.value):
-                rows += found
+            for measurement in measured(only_flag.value, work, seconds_flag.value):
+                rows += measurement
                 if to_flag.value:
                     write(Path(to_flag.value).expanduser(), measured_on, rows)
         if any(row.failed for row in rows):

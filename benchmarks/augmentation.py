@@ -1,10 +1,10 @@
-"""Augmentation alone: two views of every image of a batch that is on the device already."""
+"""Measures augmentation alone: two views per image of a batch that is already on the device."""
 
 from functools import partial
 
 import jax
 
-from benchmarks.contest import Contender, Row, Run, contest
+from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import augmax_chain, dm_pix_naive, published, stable_pretraining
 from benchmarks.workload import Workload, synthetic_batch
 from cassle_jax.methods.views import augmented_views
@@ -13,7 +13,7 @@ from cassle_jax.training.run import build_run
 
 
 def measure(work: Workload) -> list[Row]:
-    """Views a second of one device, ours with crop and descriptors."""
+    """Measures views/s on one device; ours include crop and descriptors."""
     return contest(
         "augmentation",
         "views/s",
@@ -38,8 +38,8 @@ def measure(work: Workload) -> list[Row]:
     )
 
 
-def ours(work: Workload) -> Run:
-    """Both views of the paper's recipe from uint8 canvases, and their ω."""
+def ours(work: Workload) -> TimedCall:
+    """Draws both views of the paper's recipe from uint8 canvases, and their ω."""
     mesh = device_mesh(jax.devices()[:1])
     config = work.config("method=simclr", batch_size=work.views_batch, encoder__name="resnet18")
     config.augment.size, config.data.canvas = work.views_size, work.canvas

@@ -1,4 +1,4 @@
-"""Times contenders in alternating rounds, so that whatever slows the machine slows all of them."""
+"""Times contenders in alternating rounds, so that a slow machine slows all of them."""
 
 import dataclasses
 import statistics
@@ -6,21 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-Run = Callable[[], object]
+TimedCall = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to do a piece of work.
+    """One implementation of the measured work.
 
     Attributes:
-      name: in the table.
-      prepare: sets up, warms up, and returns what is timed: it returns once the work is done.
-      items: how much work that is; `None` for what all others do.
+      name: name in the table.
+      prepare: sets up and warms up; returns the call to time, which returns when its work is done.
+      items: number of items per call; `None` for the contest's number.
     """
 
     name: str
-    prepare: Callable[[], Run]
+    prepare: Callable[[], TimedCall]
     items: float | None = None
 
 
@@ -30,16 +30,16 @@ class NotComparableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a contender, or a fact about one, came to.
+    """The result of a contender, or a single quantity.
 
     Attributes:
-      measurement: what was measured.
-      name: the contender or the fact.
-      unit: of the values.
-      values: one a round; none where it could not run.
-      ratios: round by round, the first contender's rate over this one's.
-      note: why it could not run, or what the reader must know.
-      failed: whether it should have run.
+      measurement: name of the measurement.
+      name: name of the contender or the quantity.
+      unit: unit of the values.
+      values: one value per round; empty if the contender could not run.
+      ratios: rate of the first contender divided by this one's, per round.
+      note: the reason why the contender could not run, or a remark.
+      failed: whether the contender failed, rather than being unavailable.
     """
 
     measurement: str
@@ -52,12 +52,12 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Of the values."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     @property
     def ratio(self) -> float | None:
-        """The median of the rounds' ratios; `None` for the first contender, and for facts."""
+        """The median of the ratios; `None` for the first contender and for single quantities."""
         return statistics.median(self.ratios) if self.ratios else None
 
 
@@ -71,28 +71,28 @@ def contest(
     *,
     lead_in: bool = False,
 ) -> list[Row]:
-    """The rates of contenders in items a second; the first is what the others are compared with.
+    """Measures the rates of contenders in items/s, and their ratios to the first contender.
 
-    Every round runs each contender once, and begins with another one than the round before. One
-    whose packages are not installed, that cannot be compared, or that fails, is a row that says
-    so; of these, only the last is a failure, and none of ours may be missing.
+    Every round times every contender once, and starts with a different one than the round before.
+    A contender whose packages are missing, that is not comparable, or that raises an error gets a
+    row with the reason. Only an error is a failure; for the first contender, any reason is.
 
     Args:
-      measurement: what is measured.
-      unit: of the rates, such as `views/s`.
-      items: what one run works through.
-      contenders: the first one is ours.
-      rounds: at least 1.
-      clock: in seconds.
-      lead_in: runs a contender once more right before each timed run, for those that work ahead:
-        what they had ready from others' turns is used up.
+      measurement: name of the measurement.
+      unit: unit of the rates, such as `views/s`.
+      items: number of items per call.
+      contenders: the contenders; the first is ours.
+      rounds: number of rounds, at least 1.
+      clock: returns the time in seconds.
+      lead_in: whether an untimed call precedes every timed one. It uses up what a contender has
+        prefetched during the calls of others.
     """
-    runs: dict[str, Run] = {}
+    calls: dict[str, TimedCall] = {}
     rows: dict[str, Row] = {}
-    amount = {each.name: each.items or items for each in contenders}
+    amount = {contender.name: contender.items or items for contender in contenders}
 
     def drop(name: str, error: Exception) -> None:
-        runs.pop(name, None)
+        calls.pop(name, None)
         failed = name == contenders[0].name
         if isinstance(error, ModuleNotFoundError):
             reason = f"not installed: {error.name}"
@@ -102,38 +102,39 @@ def contest(
             reason, failed = one_line(error), True
         rows[name] = Row(measurement, name, unit, note=reason, failed=failed)
 
-    for each in contenders:
+    for contender in contenders:
         start = time.perf_counter()
         try:
-            runs[each.name] = each.prepare()
-        except Exception as error:  # a rival's libraries raise whatever they like
-            drop(each.name, error)
+            calls[contender.name] = contender.prepare()
+        except Exception as error:  # a rival's libraries raise arbitrary exceptions
+            drop(contender.name, error)
         else:
-            ready = f"{measurement}: {each.name} is ready after {time.perf_counter() - start:.0f} s"
-            print(ready, file=sys.stderr, flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+            seconds = time.perf_counter() - start
+            message = f"{measurement}: {contender.name} is ready after {seconds:.0f} s"
+            print(message, file=sys.stderr, flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
-        names = list(runs)
+        names = list(calls)
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
             try:
                 if lead_in:
-                    runs[name]()
+                    calls[name]()
                 start = clock()
-                runs[name]()
+                calls[name]()
             except Exception as error:
                 drop(name, error)
             else:
                 rates[name].append(amount[name] / (clock() - start))
-    ours = rates[contenders[0].name] if contenders[0].name in runs else []
-    for name in runs:
+    ours = rates[contenders[0].name] if contenders[0].name in calls else []
+    for name in calls:
         others = zip(ours, rates[name], strict=False)
         ratios = () if name == contenders[0].name else tuple(own / other for own, other in others)
         rows[name] = Row(measurement, name, unit, tuple(rates[name]), ratios)
-    return [rows[each.name] for each in contenders]
+    return [rows[contender.name] for contender in contenders]
 
 
 def one_line(error: Exception) -> str:
-    """What an error is and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]

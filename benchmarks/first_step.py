@@ -1,4 +1,4 @@
-"""How long the command takes to its first step: without compiled programs, and with them."""
+"""Measures the time to the first training step, with an empty and a filled compilation cache."""
 
 import os
 import subprocess
@@ -15,10 +15,10 @@ _SECONDS = 600
 
 
 def measure(work: Workload) -> list[Row]:
-    """Seconds from the start of the process to the first line of metrics.
+    """Measures the seconds from the start of the process to the first line of metrics.
 
-    The command is `python -m cassle_jax.pretrain` with the workload's encoder, size and batch on
-    drawn scenes, metrics logged after every step; it is ended once they are there.
+    Runs `python -m cassle_jax.pretrain` with the workload's encoder, size and batch on rendered
+    scenes, logs metrics after every step, and ends the process after the first line.
     """
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "compiled")
@@ -34,10 +34,10 @@ def measure(work: Workload) -> list[Row]:
 
 
 def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
-    """Seconds, of a new process.
+    """Starts a run and returns the seconds to its first line of metrics.
 
     Raises:
-      RuntimeError: it ended without a step.
+      RuntimeError: the process ended before its first step, or took too long.
     """
     settings = {
         "encoder.name": work.encoder,
@@ -47,7 +47,7 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
         "dtype": work.dtype,
         "data.canvas": work.size,
         "data.scenes": 4 * work.batch,
-        "data.on_device": "never",  # drawing all scenes first is not what is measured
+        "data.on_device": "never",  # otherwise the run would first render all scenes
         "probe.every_epochs": 0,
         "log.every_steps": 1,
         "compilation_cache": cache,
@@ -65,15 +65,16 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
     for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_PREALLOCATE"):
         environment.pop(name, None)
     metrics = workdir / "metrics.jsonl"
-    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop it
+    with tempfile.TemporaryFile("w+") as output:  # a full pipe would block the process
         start = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             while not (metrics.exists() and metrics.stat().st_size):
                 ended = process.poll() is not None
                 if ended and not (metrics.exists() and metrics.stat().st_size):
-                    said.seek(0)
-                    raise RuntimeError(f"it ended: {(said.read().splitlines() or [''])[-1]}")
+                    output.seek(0)
+                    last = (output.read().splitlines() or [""])[-1]
+                    raise RuntimeError(f"the process ended: {last}")
                 if time.perf_counter() - start > _SECONDS:
                     raise RuntimeError(f"no step after {_SECONDS} s")
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The input pipeline alone: JPEG files in, batches on the host out."""
+"""Measures the input pipeline alone, from JPEG files to batches on the host."""
 
 import contextlib
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.contest import Contender, Row, Run, contest
+from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import published
 from benchmarks.workload import Workload, cpus, folder_of
 from cassle_jax.data import open_source
@@ -15,11 +15,11 @@ from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.pipeline import training_batches
 
 BATCH = 32
-BATCHES = 4  # for each CPU: a worker of PyTorch's makes whole batches
+BATCHES = 4  # per CPU, as a PyTorch worker builds whole batches
 
 
 def measure(work: Workload) -> list[Row]:
-    """Images a second and CPU, each with what two views of it need."""
+    """Measures images/s per CPU, with all data that two views of an image need."""
     count = BATCHES * cpus() * BATCH
     files = tuple(itertools.islice(itertools.cycle(work.jpegs), count))
     with (
@@ -43,7 +43,7 @@ def measure(work: Workload) -> list[Row]:
 
 
 def canvases(work: Workload, root: Path) -> Generator[dict]:
-    """The batches of a run that reads a folder, with a thread for each CPU."""
+    """The batches of a run that reads a folder, with one thread per CPU."""
     config = work.config("method=simclr").data
     config.source, config.path, config.canvas = "folder", str(root), work.canvas
     source = open_source(config, "train")
@@ -53,11 +53,11 @@ def canvases(work: Workload, root: Path) -> Generator[dict]:
     )
 
 
-def ours(batches: Iterator[dict], count: int) -> Run:
-    """As many images as there are files; the batches read ahead go on to the next round."""
+def ours(batches: Iterator[dict], count: int) -> TimedCall:
+    """Reads `count` images per call; prefetched batches serve the next call."""
 
     def once():
-        return [each["size"].sum() for each in itertools.islice(batches, count // BATCH)]
+        return [batch["size"].sum() for batch in itertools.islice(batches, count // BATCH)]
 
     once()
     return once

@@ -1,9 +1,9 @@
-"""Times the 45 penalties of linear evaluation on synthetic features, beside the published way.
+"""Times the 45 penalties of linear evaluation on synthetic features, ours and the published way.
 
 python -m benchmarks.linear_evaluation
 
-The published way needs PyTorch: one float32 L-BFGS with a strong Wolfe line search after the other,
-from the smallest penalty up, each from the solution before it.
+The published way needs PyTorch. It fits one penalty after the other, from the smallest up, with
+float32 L-BFGS and a strong Wolfe line search, and starts from the previous solution.
 """
 
 import time
@@ -22,14 +22,14 @@ SIZES = (8000, 512, 10)  # CIFAR-10's rows, ResNet-18's features, classes
 
 
 def measure(work: Workload) -> list[Row]:
-    """Penalties a second, ours all at once and converged; the published way stalls at some."""
+    """Measures penalties/s; ours converges for all, the published way stalls at some."""
     features, labels = synthetic_features(*SIZES)
 
     def ours():
         return fit_logistic(features, labels, SIZES[2], PENALTIES)
 
     def published():
-        published_sweep(features, labels, SIZES[2], PENALTIES[-1:])  # the device's libraries start
+        published_sweep(features, labels, SIZES[2], PENALTIES[-1:])  # loads the device's libraries
         return lambda: published_sweep(features, labels, SIZES[2])
 
     converged = ours().converged
@@ -42,7 +42,7 @@ def measure(work: Workload) -> list[Row]:
 
 
 def synthetic_features(rows: int, features: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rectified features with a spectrum that falls as an encoder's, and overlapping classes."""
+    """Rectified features with an encoder's decaying spectrum, and overlapping classes."""
     random = np.random.default_rng(0)
     labels = random.integers(classes, size=rows)
     factors = random.standard_normal((rows, features)) / np.sqrt(1 + np.arange(features))
@@ -54,7 +54,7 @@ def synthetic_features(rows: int, features: int, classes: int) -> tuple[np.ndarr
 def published_sweep(
     features: np.ndarray, labels: np.ndarray, classes: int, penalties: Sequence[float] = PENALTIES
 ) -> np.ndarray:
-    """The objective that each penalty's L-BFGS ends at."""
+    """Final objectives of L-BFGS, per penalty."""
     import torch
 
     device = torch_device()
@@ -88,7 +88,7 @@ def published_sweep(
 
 
 def timed(function: Callable) -> tuple[float, object]:
-    """Seconds that a call takes, and what it returns."""
+    """Seconds of a call, and its result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
@@ -117,7 +117,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     ROWS = flags.DEFINE_integer("rows", SIZES[0], "Rows to fit.")
-    FEATURES = flags.DEFINE_integer("features", SIZES[1], "Features a row.")
-    CLASSES = flags.DEFINE_integer("classes", SIZES[2], "Classes.")
+    FEATURES = flags.DEFINE_integer("features", SIZES[1], "Features per row.")
+    CLASSES = flags.DEFINE_integer("classes", SIZES[2], "Number of classes.")
     PUBLISHED = flags.DEFINE_boolean("published", True, "Also time the published way.")
     app.run(main)

@@ -1,4 +1,4 @@
-"""Memory of the training step: as compiled, and where the device tells, as used at most."""
+"""Measures the memory of the training step: as compiled, and the peak that the device reports."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from benchmarks.apart import apart
 from benchmarks.contest import Row
+from benchmarks.isolated import run_isolated
 from benchmarks.training import SYNTHETIC, steps
 from benchmarks.workload import Workload
 from cassle_jax.parallel import REPLICATED, SHARDED, device_mesh
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def measure(work: Workload) -> list[Row]:
-    """GiB of one device for the batch, four times it, with recomputation and in chunks."""
+    """Measures GiB per device: for the batch, four times the batch, with remat, and in chunks."""
     rows = []
     large, chunk = 4 * work.batch, work.batch
     for name, settings in (
@@ -36,17 +36,17 @@ def measure(work: Workload) -> list[Row]:
 
 
 def _rows(measurement: str, name: str, bytes_of: Callable, *arguments: object) -> list[Row]:
-    """A row, or none where the device does not tell."""
+    """One row, or none if the device does not report its memory."""
     try:
-        # A device only tells the most since its process began, whichever settings that was with.
-        found = apart(bytes_of, *arguments)
-    except RuntimeError as error:  # a batch that does not fit must not hide those that do
+        # A device reports the peak since the start of the process, so every setting has its own.
+        count = run_isolated(bytes_of, *arguments)
+    except RuntimeError as error:  # a batch that does not fit must not hide the others
         return [Row(measurement, name, "GiB", note=str(error), failed=True)]
-    return [Row(measurement, name, "GiB", (found / GIB,))] if found else []
+    return [Row(measurement, name, "GiB", (count / GIB,))] if count else []
 
 
 def compiled_bytes(config: ConfigDict) -> int:
-    """What XLA plans for: arguments, results that take no argument's place, and temporaries."""
+    """Bytes that XLA plans: arguments, results without reuse of arguments, and temporaries."""
     mesh = device_mesh()
     run = build_run(config, mesh, SYNTHETIC)
     canvas = config.data.canvas
@@ -68,13 +68,13 @@ def compiled_bytes(config: ConfigDict) -> int:
 
 
 def _placed(tree: PyTree, mesh: Mesh, where: PartitionSpec) -> PyTree:
-    """As real arrays are, so that the program is the one that is run, and compiled once."""
+    """Adds the sharding of real arrays, so the compiled program is the one that training runs."""
     sharding = NamedSharding(mesh, where)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def peak_bytes(config: ConfigDict, work: Workload) -> int:
-    """The most a device had in use since this process began, after steps; 0: it does not tell."""
+    """Peak bytes of a device after some steps; 0 if the device does not report it."""
     if "peak_bytes_in_use" not in (jax.local_devices()[0].memory_stats() or {}):
         return 0
     steps(config, dataclasses.replace(work, steps=2))

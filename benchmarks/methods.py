@@ -1,10 +1,10 @@
-"""Trains every method for a few hundred steps on CIFAR-10 and looks whether it collapses.
+"""Trains every method for a few hundred steps on CIFAR-10 and checks for collapse.
 
 python -m benchmarks.methods --data=/data/cifar10 --workdir=runs/methods
 
-The images are a folder <data>/<split>/<class>/<file>. Each method trains a slim ResNet-18 with the
-same recipe; RankMe and k-NN accuracy are of its features on test images. The floor is an untrained
-encoder's: a method that ends below it in either has collapsed, and the exit code is 1.
+The images come from a folder <data>/<split>/<class>/<file>. Every method trains a slim ResNet-18
+with the same recipe, and is evaluated by RankMe and k-NN accuracy on test images. A method below an
+untrained encoder in either metric has collapsed; the exit code is then 1.
 """
 
 import sys
@@ -24,16 +24,16 @@ from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import OnlineProbe
 from cassle_jax.training.run import build_run
 
-DATA = flags.DEFINE_string("data", None, "The folder of images.")
+DATA = flags.DEFINE_string("data", None, "Folder of the images.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/methods", "Folder of the runs.")
-CHOSEN = flags.DEFINE_list("methods", sorted(METHODS), "Which methods.")
+CHOSEN = flags.DEFINE_list("methods", sorted(METHODS), "Methods to train.")
 CONDITIONING = flags.DEFINE_string("conditioning", "cassle", "As in a configuration.")
-STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run.")
+STEPS = flags.DEFINE_integer("steps", 300, "Number of steps per run.")
 flags.mark_flags_as_required(["data"])
 
 
 def small_config(method: str, conditioning: str, data: str, steps: int) -> ConfigDict:
-    """CIFAR-10 at a size that two CPU cores train in a minute or two."""
+    """A configuration for CIFAR-10 that two CPU cores train in one or two minutes."""
     config = base_config(f"method={method},conditioning={conditioning}")
     config.steps = steps
     config.batch_size = 64
@@ -64,7 +64,7 @@ def small_config(method: str, conditioning: str, data: str, steps: int) -> Confi
 
 
 def untrained(config: ConfigDict) -> dict[str, float]:
-    """What the probes say of the encoder before its first step."""
+    """RankMe and k-NN accuracy of the encoder before its first step."""
     mesh = device_mesh()
     run = build_run(config, mesh, len(open_source(config.data, config.data.train_split)))
     return OnlineProbe(config, run, mesh)(on_every_device(run.initial_state, mesh))
@@ -76,7 +76,7 @@ def row(name: str, *cells: str) -> None:
 
 
 def main() -> None:
-    """Trains the methods one after the other, printing a row for each."""
+    """Trains the methods one after the other, and prints one row per method."""
     collapsed = []
     row("method", "loss", "RankMe", "k-NN accuracy", "seconds")
     for method in CHOSEN.value:

@@ -1,10 +1,10 @@
-"""What a step says to other devices, and how long it should take on many of them; needs none.
+"""Lists a step's communication between devices, and forecasts its time on many of them.
 
 python -m benchmarks.scaling --config=configs/imagenet.py --local_batch=256
 
-Compiles the training step for pretend devices on the CPU, lists the collectives of the optimised
-program, and puts its figures into the formula of docs/scaling.md. Without --local_batch the
-configuration's global batch is split over the devices.
+Compiles the training step for simulated devices on the CPU, lists the collectives of the optimised
+program, and evaluates the formula of docs/scaling.md. Needs no accelerator. Without --local_batch,
+the devices share the configuration's global batch.
 """
 
 import collections
@@ -29,7 +29,7 @@ from cassle_jax.training.step import make_train_step
 
 IMAGES = 1_281_167  # in ImageNet-1k's training split
 MEASURED_SECONDS = 0.0677  # `calibration_config` on one H100, by benchmarks/step.py
-DECODED_PER_CPU = 1585 / 16  # images/s of a CPU: 500-pixel JPEGs on a host of 16
+DECODED_PER_CPU = 1585 / 16  # images/s per CPU: 500-pixel JPEGs on a host with 16 CPUs
 
 GRADIENTS = "gradients"
 BATCH_NORM = "BatchNorm statistics"
@@ -37,7 +37,7 @@ BATCH_NORM_GRADIENTS = "gradients of BatchNorm statistics"
 EMBEDDINGS = "embeddings"
 METRICS = "metrics"
 
-# The function in the source that asks for a collective: what it is for.
+# Purpose of a collective by the function of the source that contains it.
 PURPOSES = {
     "_moments": BATCH_NORM,
     "pair_similarities": METRICS,
@@ -48,7 +48,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 LOWERED_BYTES = {"i1": 1, "i8": 1, "ui8": 1, "bf16": 2, "f16": 2, "i32": 4, "ui32": 4, "f32": 4}
 
 
-# What the step is made of ------------------------------------------------------------------------
+# Work and collectives of a step ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Part:
     """An array that a collective exchanges.
 
     Attributes:
-      dtype: of its elements, as HLO has it.
-      shape: of the result that each device gets.
-      purpose: what it is for.
+      dtype: type of the elements, in HLO's notation.
+      shape: shape of the result on a device.
+      purpose: purpose of the exchange, such as `GRADIENTS`.
     """
 
     dtype: str
@@ -67,18 +67,18 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the array."""
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between the devices, of one array or of several combined.
+    """One exchange between the devices, of one array or several combined.
 
     Attributes:
-      kind: as HLO names it.
+      kind: HLO's name, such as `all-reduce`.
       parts: the arrays.
-      times: in a step; more than 1 inside a loop.
+      times: number of executions per step; above 1 inside a loop.
     """
 
     kind: str
@@ -87,18 +87,18 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of all its arrays."""
+        """Total size of the arrays."""
         return sum(part.bytes for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device has to do in a step.
+    """The work of one device in a step.
 
     Attributes:
       flops: floating-point operations.
-      bytes: to and from its memory: operands and results of all convolutions and matrix products,
-        and the state once in and once out.
+      bytes: memory traffic: operands and results of all convolutions and matrix products, plus one
+        read and one write of the state.
     """
 
     flops: float
@@ -106,7 +106,7 @@ class Work:
 
 
 def lower_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    """The training step of a configuration for a mesh, before XLA optimises it."""
+    """Lowers the training step of a configuration for a mesh, without XLA's optimisations."""
     run = build_run(config, mesh, IMAGES)
     canvas = config.data.canvas
     batch = {
@@ -117,10 +117,10 @@ def lower_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def work(lowered: jax.stages.Lowered) -> Work:
-    """What a lowered step has to do on each device.
+    """Counts the work per device of a lowered step.
 
-    Bytes are counted before optimisation, where types are the accelerator's (a CPU computes
-    bfloat16 in float32), and of convolutions and products alone: what lies between can be fused.
+    Bytes are those of the unoptimised program, which has the accelerator's types; a CPU computes
+    bfloat16 in float32. Only convolutions and matrix products count, as XLA can fuse the rest.
     """
     moved = 0
     for line in lowered.as_text().splitlines():
@@ -138,8 +138,8 @@ def _lowered_bytes(array: str) -> int:
 
 
 def optimised(lowered: jax.stages.Lowered) -> str:
-    """The optimised program of a lowered step; its machine code, which is never run, is not."""
-    # Or a program of the cache would name its functions as they were named when it was compiled.
+    """The optimised program of a lowered step, with unoptimised machine code that never runs."""
+    # Otherwise a cached program would have the function names of an earlier version of the source.
     setting = "jax_compilation_cache_include_metadata_in_key"
     before = getattr(jax.config, setting)
     jax.config.update(setting, True)
@@ -150,10 +150,10 @@ def optimised(lowered: jax.stages.Lowered) -> str:
 
 
 def collectives_in(hlo: str) -> list[Collective]:
-    """The collectives of an optimised program, in its order.
+    """The collectives of an optimised program, in program order.
 
     Args:
-      hlo: its text, with XLA's table of stack frames, which says what line asked for each.
+      hlo: text of the program, with XLA's table of stack frames.
     """
     purpose_of = _Origins(hlo).purpose
     loops = dict(re.findall(r"body=%([\w.-]+),.*?known_trip_count\D+(\d+)", hlo))
@@ -168,7 +168,7 @@ def collectives_in(hlo: str) -> list[Collective]:
         if line.endswith("{"):
             computation = line.removeprefix("ENTRY ").split(" ")[0].removeprefix("%")
         match = re.match(rf"\s+(?:ROOT )?%([\w.-]+) = (.*?) ({KINDS})\((.*)", line)
-        if match and "replica_groups={{0}" not in line:  # which would be each device with itself
+        if match and "replica_groups={{0}" not in line:  # skips groups of a single device
             name, result, kind, metadata = match.groups()
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
             parts = tuple(
@@ -184,7 +184,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 class _Origins:
-    """Which functions of the source an instruction comes from."""
+    """Maps instructions to the functions of the source that contain them."""
 
     def __init__(self, hlo: str):
         def table(heading, pattern):
@@ -197,13 +197,13 @@ class _Origins:
         self.frames = table("StackFrames", frames)
 
     def purpose(self, metadata: str, shape: str) -> str:
-        """What a collective with such metadata exchanges an array of that shape for."""
+        """The purpose of an array in a collective, from its metadata and shape."""
         frame = re.search(r"stack_frame_id=(\d+)", metadata)
         callers = set(self._callers(frame[1])) if frame else set()
         purpose = next((PURPOSES[name] for name in PURPOSES if name in callers), EMBEDDINGS)
         if purpose == BATCH_NORM and "transpose(" in metadata:
             return BATCH_NORM_GRADIENTS
-        # Losses are averaged together with the gradients.
+        # The update averages the scalar losses together with the gradients.
         return METRICS if purpose == GRADIENTS and not shape else purpose
 
     def _callers(self, frame: str) -> Iterator[str]:
@@ -215,17 +215,17 @@ class _Origins:
             frame = parent[0] if parent else frame
 
 
-# What it is to run on ----------------------------------------------------------------------------
+# Machines ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices of one kind; the sources of all figures are in docs/scaling.md.
+    """Devices of one kind; docs/scaling.md lists the sources of all figures.
 
     Attributes:
-      name: of the device.
-      peak: bfloat16 FLOP/s of a device, dense.
-      memory_bandwidth: of a device, bytes/s.
+      name: name of the device.
+      peak: dense bfloat16 FLOP/s per device.
+      memory_bandwidth: bytes/s per device.
     """
 
     name: str
@@ -235,23 +235,23 @@ class Machine:
     largest = math.inf
 
     def bandwidth(self, devices: int) -> float:
-        """Bytes/s that each of so many devices can send to the others."""
+        """Bytes/s that a device can send to the others."""
         raise NotImplementedError
 
     def latency(self, devices: int, *, there_and_back: bool) -> float:
-        """Seconds that an exchange of nothing takes."""
+        """Seconds of an empty exchange."""
         raise NotImplementedError
 
     def roofline_seconds(self, work: Work) -> float:
-        """What one device's work takes at the least."""
+        """Lower bound of the seconds for a device's work."""
         return max(work.flops / self.peak, work.bytes / self.memory_bandwidth)
 
     def exchange_seconds(self, collective: Collective, devices: int) -> float:
-        """What a collective takes: its latency, and its bytes around a ring."""
+        """Seconds of a collective: its latency, and its bytes around a ring."""
         if devices == 1:
             return 0.0
         both = collective.kind == "all-reduce"  # a reduce-scatter and an all-gather
-        # A reduce-scatter leaves each device its share of what goes around.
+        # The result of a reduce-scatter is a device's share of the bytes on the ring.
         whole = collective.bytes * (devices if collective.kind == "reduce-scatter" else 1)
         around = (2 if both else 1) * (devices - 1) / devices * whole
         once = self.latency(devices, there_and_back=both) + around / self.bandwidth(devices)
@@ -260,15 +260,15 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class GPUHosts(Machine):
-    """Hosts of GPUs behind one switch, each GPU with a network card of its own.
+    """GPU hosts with an internal switch and one network card per GPU.
 
     Attributes:
-      per_host: GPUs.
-      switch_bandwidth: of a GPU within its host, bytes/s in one direction, as measured.
-      network_bandwidth: of a GPU's network card, bytes/s in one direction.
+      per_host: number of GPUs per host.
+      switch_bandwidth: measured bytes/s of a GPU within its host, in one direction.
+      network_bandwidth: bytes/s of a network card, in one direction.
       start: seconds before the first byte leaves.
-      switch_latency: of a step from GPU to GPU, seconds.
-      network_latency: of a step from host to host, seconds.
+      switch_latency: seconds per hop between GPUs of a host.
+      network_latency: seconds per hop between hosts.
     """
 
     per_host: int
@@ -279,13 +279,13 @@ class GPUHosts(Machine):
     network_latency: float
 
     def bandwidth(self, devices):
-        """A ring through all GPUs crosses to the next host by all cards of a host at once."""
+        """Bandwidth of a ring through all GPUs; between hosts it uses all cards of a host."""
         if devices <= self.per_host:
             return self.switch_bandwidth
         return min(self.switch_bandwidth, self.per_host * self.network_bandwidth)
 
     def latency(self, devices, *, there_and_back):
-        """NCCL's own model of a tree: a chain within each host, a binary tree of hosts."""
+        """NCCL's model of a tree: a chain within a host, and a binary tree of hosts."""
         hosts = math.ceil(devices / self.per_host)
         chain = (min(devices, self.per_host) - 1) * self.switch_latency
         tree = math.floor(math.log2(hosts)) * self.network_latency
@@ -294,12 +294,12 @@ class GPUHosts(Machine):
 
 @dataclasses.dataclass(frozen=True)
 class TPUPod(Machine):
-    """A slice of a pod whose chips are a square or twice as wide as high; a full axis is a ring.
+    """A slice of a TPU pod: a square of chips, or a rectangle of ratio 2; a full axis is a ring.
 
     Attributes:
-      side: chips along an axis of the full pod.
-      link_bandwidth: of one link, bytes/s in one direction.
-      hop_latency: from a chip to its neighbour, seconds.
+      side: number of chips along an axis of the full pod.
+      link_bandwidth: bytes/s of one link, in one direction.
+      hop_latency: seconds per hop between neighbours.
     """
 
     side: int
@@ -308,27 +308,27 @@ class TPUPod(Machine):
 
     @property
     def largest(self) -> int:
-        """Chips in a pod."""
+        """Number of chips in a pod."""
         return self.side**2
 
     def axes(self, devices: int) -> tuple[int, int]:
-        """The slice's chips along either axis."""
+        """Number of chips along both axes of the slice."""
         short = 2 ** (int(math.log2(devices)) // 2)
         return short, math.ceil(devices / short)
 
     def bandwidth(self, devices):
-        """Along an axis both ways on a ring, else one way at its ends; both axes at once."""
+        """Sum over axes: two links on a ring, one at the end of a line."""
         links = sum(2 if size == self.side else 1 for size in self.axes(devices) if size > 1)
         return links * self.link_bandwidth
 
     def latency(self, devices, *, there_and_back):
-        """Along one axis and then the other; a ring is half as long as a line."""
+        """Hops along one axis and then the other; a ring has half the hops of a line."""
         hops = sum(size // 2 if size == self.side else size - 1 for size in self.axes(devices))
         return (2 if there_and_back else 1) * hops * self.hop_latency
 
 
 H100 = GPUHosts(
-    "H100 SXM, 8 a host, 400 Gb/s InfiniBand a GPU",
+    "H100 SXM, 8 per host, 400 Gb/s InfiniBand per GPU",
     peak=989e12,
     memory_bandwidth=3.35e12,
     per_host=8,
@@ -358,7 +358,7 @@ MACHINES = (H100, V5E, V6E)
 
 
 def calibration_config() -> ConfigDict:
-    """What was measured: MoCo-v2 with CASSLE, ResNet-50, 224 pixels, batch 256, bfloat16."""
+    """The measured step: MoCo-v2 with CASSLE, ResNet-50, 224 pixels, batch 256, bfloat16."""
     config = imagenet(base_config(), classes="imagenet100")
     config.encoder.name = "resnet50"
     config.dtype = "bfloat16"
@@ -366,23 +366,23 @@ def calibration_config() -> ConfigDict:
 
 
 def achieved_fraction() -> float:
-    """How much of its roofline the one measured device achieved."""
+    """The fraction of its roofline that the measured device achieves."""
     measured = work(lower_step(calibration_config(), device_mesh(jax.devices()[:1])))
     return H100.roofline_seconds(measured) / MEASURED_SECONDS
 
 
-# What follows ------------------------------------------------------------------------------------
+# Forecasts ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """A step on so many devices of a machine.
+    """The forecast of a step.
 
     Attributes:
-      devices: how many.
-      batch_size: of all of them.
-      compute: seconds of a device's own work.
-      batch_norm: seconds of exchanging BatchNorm's statistics and their gradients.
+      devices: number of devices.
+      batch_size: global batch size.
+      compute: seconds of local work.
+      batch_norm: seconds of the exchanges of BatchNorm's statistics and their gradients.
       exchange: seconds of all other exchanges.
     """
 
@@ -394,22 +394,22 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of a step in which nothing overlaps."""
+        """Seconds of a step without overlap."""
         return self.compute + self.batch_norm + self.exchange
 
     @property
     def images_per_second(self) -> float:
-        """Of all devices."""
+        """Images/s of all devices together."""
         return self.batch_size / self.seconds
 
     def days(self, epochs: float) -> float:
-        """Of ImageNet-1k."""
+        """Days of training on ImageNet-1k."""
         return epochs * (IMAGES // self.batch_size) * self.seconds / 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A step compiled for so many devices."""
+    """A step compiled for a number of devices."""
 
     devices: int
     batch_size: int
@@ -417,7 +417,7 @@ class Compiled:
     collectives: list[Collective]
 
     def on(self, machine: Machine, achieved: float) -> Forecast:
-        """How long it should take.
+        """Forecasts the step on a machine.
 
         Args:
           machine: the devices.
@@ -432,18 +432,18 @@ class Compiled:
 
 
 def compile_for(config: ConfigDict, devices: int, local_batch: int, programs: str) -> Compiled:
-    """The step of a configuration for so many of the CPU's pretend devices.
+    """Compiles the step of a configuration for simulated devices on the CPU.
 
     Args:
-      config: as from `base_config`.
-      devices: of the pretended ones.
-      local_batch: images of each; 0 for the configuration's batch, split.
-      programs: folder the optimised program is written to; "" for none.
+      config: configuration as from `base_config`.
+      devices: number of devices.
+      local_batch: images per device; 0 to share the configuration's batch.
+      programs: folder for the optimised program; "" for none.
     """
     config = config.copy_and_resolve_references()
     config.batch_size = local_batch * devices or config.batch_size
     if config.dtype == "auto":
-        config.dtype = "bfloat16"  # as on the accelerators asked about
+        config.dtype = "bfloat16"  # as on the forecast's accelerators
     lowered = lower_step(config, device_mesh(jax.devices()[:devices]))
     hlo = optimised(lowered)
     if programs:
@@ -454,14 +454,14 @@ def compile_for(config: ConfigDict, devices: int, local_batch: int, programs: st
 
 
 def print_step(step: Compiled) -> None:
-    """A step's work and the collectives in it, by what they are for."""
+    """Prints a step's work, and its collectives by purpose."""
     rows = collections.defaultdict(list)
     for collective in step.collectives:
         for part in collective.parts:
             rows[part.purpose, collective.kind, part.dtype] += collective.times * [part.bytes]
     exchanges = sum(collective.times for collective in step.collectives)
     print(
-        f"\n{step.devices} devices, batch {step.batch_size}: each "
+        f"\n{step.devices} devices, batch {step.batch_size}; per device: "
         f"{step.work.flops / 1e12:.3f} TFLOP, {step.work.bytes / 1e9:.2f} GB, {exchanges} exchanges"
     )
     for (purpose, kind, dtype), sizes in sorted(rows.items()):
@@ -469,28 +469,32 @@ def print_step(step: Compiled) -> None:
 
 
 def print_forecasts(machine: Machine, forecasts: list[Forecast], epochs: float) -> None:
-    """A table of steps on a machine, in Markdown."""
+    """Prints a Markdown table of forecasts for a machine."""
     print(f"\n{machine.name}\n")
     print(
         "| devices | batch | compute, ms | BatchNorm, ms | other exchanges, ms | step, ms "
-        "| images/s | efficiency | CPUs to decode, a device | days |"
+        "| images/s | efficiency | CPUs to decode, per device | days |"
     )
     print("|---:" * 10 + "|")
-    alone = forecasts[0].images_per_second / forecasts[0].devices
+    reference = forecasts[0].images_per_second / forecasts[0].devices
     for step in forecasts:
-        each = step.images_per_second / step.devices
+        rate = step.images_per_second / step.devices
         print(
             f"| {step.devices} | {step.batch_size} | {1e3 * step.compute:.1f} "
             f"| {1e3 * step.batch_norm:.1f} | {1e3 * step.exchange:.1f} | {1e3 * step.seconds:.1f} "
-            f"| {step.images_per_second:,.0f} | {each / alone:.0%} | {each / DECODED_PER_CPU:.0f} "
-            f"| {step.days(epochs):.2g} |"
+            f"| {step.images_per_second:,.0f} | {rate / reference:.0%} "
+            f"| {rate / DECODED_PER_CPU:.0f} | {step.days(epochs):.2g} |"
         )
 
 
 def forecast(
     config: ConfigDict, devices: Sequence[int], local_batch: int = 0, programs: str = ""
 ) -> None:
-    """Prints a configuration's steps on the machines, for so many devices each."""
+    """Prints a configuration's forecasts on all machines, per number of devices.
+
+    Raises:
+      ConfigError: a number of devices below 1, or a negative local batch.
+    """
     counts = sorted(devices)
     if counts[0] < 1:
         raise ConfigError(f"devices={counts[0]} is too few; use at least 1")
@@ -501,7 +505,8 @@ def forecast(
     achieved = achieved_fraction()
     print(
         f"One H100 took {1e3 * MEASURED_SECONDS} ms for a step of MoCo-v2 with CASSLE (ResNet-50, "
-        f"224 px, batch 256, bfloat16): {achieved:.1%} of its roofline, here assumed of all."
+        f"224 px, batch 256, bfloat16): {achieved:.1%} of its roofline, here assumed for all "
+        "machines."
     )
     steps = []
     for count in counts:
@@ -519,10 +524,16 @@ def forecast(
 
 
 if __name__ == "__main__":
-    config_flag = config_flags.DEFINE_config_file("config", None, "Of the step.", lock_config=True)
-    devices_flag = flags.DEFINE_multi_integer("devices", [1, 8, 64, 256], "For how many devices.")
-    local_flag = flags.DEFINE_integer("local_batch", 0, "Images a device; 0: batch_size / devices.")
-    hlo_flag = flags.DEFINE_string("hlo", "", "Folder to write the optimised programs to.")
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "The configuration.", lock_config=True
+    )
+    devices_flag = flags.DEFINE_multi_integer(
+        "devices", [1, 8, 64, 256], "Number of devices; repeatable."
+    )
+    local_flag = flags.DEFINE_integer(
+        "local_batch", 0, "Images per device; 0: batch_size / devices."
+    )
+    hlo_flag = flags.DEFINE_string("hlo", "", "Folder for the optimised programs.")
     flags.mark_flags_as_required(["config"])
     command.run(
         lambda: forecast(config_flag.value, devices_flag.value, local_flag.value, hlo_flag.value)

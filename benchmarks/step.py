@@ -26,14 +26,14 @@ from cassle_jax.parallel import (
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to time.", lock_config=True)
-REPEATS = flags.DEFINE_integer("repeats", 5, "Timings of each, of which the median is given.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps in a timing.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", lock_config=True)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Number of timings; the median is reported.")
+STEPS = flags.DEFINE_integer("steps", 10, "Number of steps per timing.")
 flags.mark_flags_as_required(["config"])
 
 
-def seconds_each(function, repeats: int, steps: int) -> list[float]:
-    """Seconds a call, measured `repeats` times over `steps` calls; `function` returns arrays."""
+def seconds_per_call(function, repeats: int, steps: int) -> list[float]:
+    """Seconds per call, measured `repeats` times over `steps` calls; `function` returns arrays."""
     jax.block_until_ready(function())
     timings = []
     for _ in range(repeats):
@@ -46,7 +46,7 @@ def seconds_each(function, repeats: int, steps: int) -> list[float]:
 
 
 def measure(config, repeats: int, steps: int) -> dict[str, float]:
-    """Medians in seconds and what follows from them."""
+    """Times augmentation and training step; returns medians in seconds, rates and memory."""
     mesh = device_mesh()
     run = build_run(config, mesh, config.batch_size * 1000)
     batch = shard_batch(synthetic_batch(config.batch_size, config.data.canvas), mesh)
@@ -57,7 +57,7 @@ def measure(config, repeats: int, steps: int) -> dict[str, float]:
 
     make_views = parallel(draw, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
     key = on_every_device(lambda: jax.random.key(0), mesh)
-    augmentation = seconds_each(lambda: make_views(key, batch), repeats, steps)
+    augmentation = seconds_per_call(lambda: make_views(key, batch), repeats, steps)
 
     train_step = make_train_step(run, mesh)
     state = on_every_device(run.initial_state, mesh)
@@ -70,7 +70,7 @@ def measure(config, repeats: int, steps: int) -> dict[str, float]:
     start = time.perf_counter()
     jax.block_until_ready(advance())
     first_step = time.perf_counter() - start
-    training = seconds_each(advance, repeats, steps)
+    training = seconds_per_call(advance, repeats, steps)
     memory = jax.local_devices()[0].memory_stats() or {}
 
     step_seconds = statistics.median(training)

@@ -1,4 +1,4 @@
-"""Prints what `python -m benchmarks --to=FILE` wrote as the Markdown tables of docs/performance.md.
+"""Prints the JSON of `python -m benchmarks --to=FILE` as Markdown, for docs/performance.md.
 
 python -m benchmarks.table performance.json
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def tables(written: dict) -> str:
-    """One table a measurement: median, range over the rounds, and ours over theirs."""
+    """Formats one table per measurement: median and range over rounds, and ratio ours/theirs."""
     about, parts = written["about"], []
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts.append(f"{about['device']}, {about['cpus']} CPUs, Python {about['python']}, {versions}.")

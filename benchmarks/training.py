@@ -1,4 +1,4 @@
-"""The training step: on synthetic images, on real ones, beside rivals, with and without CASSLE."""
+"""Measures the training step: synthetic and real images, rivals, with and without CASSLE."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks.contest import Contender, Row, Run, contest
+from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import Workload, folder_of, synthetic_batch
 from cassle_jax.data import open_source
@@ -21,15 +21,15 @@ from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 
-SYNTHETIC = 10**6  # images a synthetic epoch has: enough for any batch
+SYNTHETIC = 10**6  # images per synthetic epoch: enough for any batch
 SMALL_IMAGES = 10_000
-READ_AHEAD = 6  # batches at most that are decoded or on the devices before they are asked for
+READ_AHEAD = 6  # largest number of batches that the input pipeline prefetches
 
 Batches = Callable[[ConfigDict, Mesh], Iterator[dict]]
 
 
 def moco_v2(work: Workload) -> list[Row]:
-    """Images a second of MoCo-v2 with CASSLE on images on the device, and of PyTorch's."""
+    """Measures images/s of MoCo-v2 with CASSLE, and of PyTorch's, with images on the device."""
     return _step(
         "step, MoCo-v2",
         work,
@@ -45,7 +45,7 @@ def moco_v2(work: Workload) -> list[Row]:
 
 
 def simclr(work: Workload) -> list[Row]:
-    """The same of SimCLR, which stable-pretraining has in JAX."""
+    """Measures images/s of SimCLR with CASSLE, and of stable-pretraining's in JAX."""
     return _step(
         "step, SimCLR",
         work,
@@ -57,7 +57,7 @@ def simclr(work: Workload) -> list[Row]:
 
 
 def _step(measurement: str, work: Workload, *rivals: Contender) -> list[Row]:
-    """Ours on one device, as rivals are; then on all of them, each with as many images."""
+    """Compares ours with rivals on one device; adds ours on all, with the same local batch."""
     name = measurement.removeprefix("step, ")
     config = work.config(f"method={name.lower().replace('-', '_')},conditioning=cassle")
     one = Contender(
@@ -84,9 +84,9 @@ def _step(measurement: str, work: Workload, *rivals: Contender) -> list[Row]:
 
 
 def conditioning(work: Workload) -> list[Row]:
-    """What CASSLE costs: its ratio is the plain method's rate over its own.
+    """Measures the cost of CASSLE: its ratio is the plain method's rate divided by its own.
 
-    The plain method once more shows what a ratio of 1 looks like on this machine.
+    A second copy of the plain method shows the noise of a ratio of 1 on this machine.
     """
     plain, cassle = (
         partial(steps, work.config(f"method=moco_v2,conditioning={name}"), work)
@@ -106,7 +106,7 @@ def conditioning(work: Workload) -> list[Row]:
 
 
 def whole_run(work: Workload) -> list[Row]:
-    """Steps fed from JPEG files, beside steps on images that are on the device."""
+    """Compares steps fed from JPEG files with steps on images that are on the device."""
     with tempfile.TemporaryDirectory() as folder:
         root = folder_of(work.jpegs, Path(folder))
         real = work.config("method=moco_v2", data__source="folder", data__path=str(root))
@@ -115,7 +115,7 @@ def whole_run(work: Workload) -> list[Row]:
 
 
 def resident(work: Workload) -> list[Row]:
-    """The same for small images that stay on the device."""
+    """Compares small images that stay on the device with one synthetic batch."""
     small = {"augment__size": 32, "data__canvas": 32, "encoder__small_images": True}
     on_device = work.config("method=moco_v2", **small, data__on_device="always")
     on_device.data.scenes = SMALL_IMAGES
@@ -123,7 +123,7 @@ def resident(work: Workload) -> list[Row]:
 
 
 def _beside_synthetic(measurement: str, work: Workload, config: ConfigDict, how: str) -> list[Row]:
-    # A run's lead-in uses up what was read ahead: as many steps at least.
+    # The lead-in must use up all prefetched batches.
     work = dataclasses.replace(work, steps=max(work.steps, READ_AHEAD))
     return contest(
         measurement,
@@ -139,13 +139,13 @@ def _beside_synthetic(measurement: str, work: Workload, config: ConfigDict, how:
 
 
 def synthetic(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
-    """The same batch on the devices, again and again."""
+    """Yields the same batch on the devices forever."""
     batch = synthetic_batch(config.batch_size, config.data.canvas)
     return itertools.repeat(shard_batch(batch, mesh))
 
 
 def from_source(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
-    """The batches of a run with this configuration."""
+    """Yields the batches of a run with this configuration."""
     source = open_source(config.data, config.data.train_split)
     damaged = DamagedLog(len(source), 1.0)
     settings = {"batch": config.batch_size, "seed": 0, "damaged": damaged, "state": None}
@@ -153,7 +153,7 @@ def from_source(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
     try:
         yield from (batch for batch, _ in feed)
     finally:
-        feed.close()  # its threads would read on, and their files go with the measurement
+        feed.close()  # otherwise its threads keep reading files that are deleted afterwards
 
 
 def steps(
@@ -161,8 +161,8 @@ def steps(
     work: Workload,
     batches_of: Batches = synthetic,
     devices: Sequence[jax.Device] | None = None,
-) -> Run:
-    """Training steps of a configuration on devices, compiled and past the first ones."""
+) -> TimedCall:
+    """Compiles and warms up training steps of a configuration; returns the call to time."""
     mesh = device_mesh(devices)
     run = build_run(config, mesh, SYNTHETIC)
     train_step = make_train_step(run, mesh)

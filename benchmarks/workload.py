@@ -1,4 +1,4 @@
-"""How large the work is that is measured, and the configurations and images it is done with."""
+"""The size of the measured work, with its configurations and images."""
 
 import dataclasses
 import io
@@ -16,18 +16,18 @@ from cassle_jax.data.families import open_drawn
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The size of all measurements.
 
     Attributes:
-      encoder: of the training step.
-      size: pixels of its views.
-      batch: its images.
-      dtype: of its convolutions and products.
-      views_size: pixels of the views where augmentation is measured alone.
-      views_batch: images there.
-      canvas: pixels of the canvases images are decoded into.
-      steps: that one run of a contender takes.
-      rounds: of all contenders.
+      encoder: encoder of the training step.
+      size: side of the training step's views, in pixels.
+      batch: batch size of the training step.
+      dtype: type of convolutions and matrix products in the training step.
+      views_size: side of the views in the measurement of augmentation alone, in pixels.
+      views_batch: batch size in that measurement.
+      canvas: side of the canvases for decoded images, in pixels.
+      steps: number of steps per timed call.
+      rounds: number of rounds.
       jpegs: files of the input pipeline.
     """
 
@@ -46,8 +46,8 @@ class Workload:
         """The configuration of a run with this workload.
 
         Args:
-          arguments: as `--config=…:arguments`.
-          overrides: settings by full name, with `__` for the dots.
+          arguments: arguments of the configuration, as in `--config=…:arguments`.
+          overrides: settings by full name, with `__` in place of dots.
         """
         config = base_config(arguments)
         config.batch_size = self.batch
@@ -61,7 +61,7 @@ class Workload:
 
 
 def synthetic_batch(batch: int, canvas: int) -> dict[str, np.ndarray]:
-    """Random canvases with pictures of the shapes ImageNet has, as large as the canvas allows."""
+    """Random canvases with images of ImageNet's aspect ratios, as large as the canvas allows."""
     random = np.random.default_rng(0)
     long_side = min(canvas, 500)
     short_side = random.integers(long_side * 2 // 3, long_side + 1, batch)
@@ -71,7 +71,7 @@ def synthetic_batch(batch: int, canvas: int) -> dict[str, np.ndarray]:
 
 
 def workload_for(platform: str) -> Workload:
-    """What suits a platform: the paper's on accelerators, what ends in minutes on CPUs."""
+    """A workload that suits a platform: the paper's on accelerators, a few minutes on CPUs."""
     if platform == "cpu":
         return Workload("resnet18", 64, 64, "float32", 224, 32, 512, 2, 7)
     return Workload("resnet50", 224, 256, "bfloat16", 224, 256, 512, 20, 7)
@@ -81,7 +81,7 @@ def jpegs_in(folder: Path) -> tuple[Path, ...]:
     """The JPEG files of a folder, at any depth.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: the folder has none.
     """
     files = [path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")]
     if not files:
@@ -90,11 +90,11 @@ def jpegs_in(folder: Path) -> tuple[Path, ...]:
 
 
 def draw_jpegs(folder: Path, count: int) -> tuple[Path, ...]:
-    """Writes drawn scenes as JPEGs of 500 × 375 pixels, as large as ImageNet's usual ones."""
+    """Writes rendered scenes as JPEGs of 500 × 375 pixels, a typical size in ImageNet."""
     scenes = open_drawn("scenes", count, 128, "train")
     paths = []
     for index in range(count):
-        # Noise, as a photograph has it: about 100 kB a file.
+        # Noise like a photograph's gives files of about 100 kB.
         pixels = np.asarray(Image.fromarray(scenes[index].image).resize((500, 375))).astype(int)
         noise = np.random.default_rng(index).normal(0, 12, pixels.shape)
         image = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
@@ -107,7 +107,7 @@ def draw_jpegs(folder: Path, count: int) -> tuple[Path, ...]:
 
 
 def folder_of(files: tuple[Path, ...], where: Path) -> Path:
-    """A folder of links to files in the layout `data.source=folder` reads, `<split>/<class>/`."""
+    """Links files into a folder with the layout of `data.source=folder`, `<split>/<class>/`."""
     classes = where / "train" / "all"
     classes.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(files):
@@ -116,13 +116,13 @@ def folder_of(files: tuple[Path, ...], where: Path) -> Path:
 
 
 def cpus() -> int:
-    """The CPUs this process may use."""
+    """The number of CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def devices() -> dict[str, object]:
-    """What JAX computes on, and takes for this process with the question."""
+    """Platform, kind and number of JAX's devices; occupies them for this process."""
     found = jax.devices()
     platform = jax.default_backend()
     return {"platform": platform, "device": found[0].device_kind, "devices": len(found)}

@@ -1,1 +1,1 @@
-"""What users would pick instead, written as they would write it; each needs its own packages."""
+"""Alternatives to this project, written as their users would write them; need extra packages."""

@@ -1,18 +1,18 @@
-"""augmax's own transformations in one chain, under vmap; it does not know pictures' true sizes."""
+"""One chain of augmax's transformations, under vmap; it ignores the true sizes of images."""
 
 import math
 
 import jax
 
-from benchmarks.contest import Run
+from benchmarks.contest import TimedCall
 from benchmarks.workload import Workload, synthetic_batch
 
 
-def augmentation(work: Workload) -> Run:
-    """Both views from canvases."""
+def augmentation(work: Workload) -> TimedCall:
+    """Draws both views from canvases."""
     import augmax
 
-    whole = work.views_size / work.canvas  # zoom: pixels of the view to one of the canvas
+    whole = work.views_size / work.canvas  # zoom: pixels of the view per pixel of the canvas
     zooms = (whole, whole / math.sqrt(0.2))
     chain = augmax.Chain(
         augmax.ByteToFloat(),

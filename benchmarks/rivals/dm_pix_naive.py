@@ -1,21 +1,21 @@
-"""dm-pix as one would compose it first: its random functions one after the other, under vmap.
+"""A naive composition of dm-pix: its random functions one after the other, under vmap.
 
-Its jitter is in a fixed order, its brightness is additive and nothing is known of a view but its
-pixels. dm-pix has no crop of a random area: `jax.image.scale_and_translate` does it.
+The jitter has a fixed order, brightness is additive, and a view is returned without its parameters.
+dm-pix has no crop of a random area; `jax.image.scale_and_translate` replaces it.
 """
 
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
 
-from benchmarks.contest import Run
+from benchmarks.contest import TimedCall
 from benchmarks.workload import Workload, synthetic_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def one_view(key, image, true_size, size: int):
-    """[canvas, canvas, 3] uint8 → [size, size, 3], normalised."""
+    """Augments one image: [canvas, canvas, 3] uint8 → [size, size, 3], normalised."""
     keys = jax.random.split(key, 9)
     image = image.astype(jnp.float32) / 255
     area = jax.random.uniform(keys[0], minval=0.2, maxval=1.0) * true_size.prod()
@@ -40,17 +40,19 @@ def one_view(key, image, true_size, size: int):
     return (image - jnp.array(MEAN)) / jnp.array(STD)
 
 
-def augmentation(work: Workload) -> Run:
-    """Both views from uint8 canvases."""
+def augmentation(work: Workload) -> TimedCall:
+    """Draws both views from uint8 canvases."""
     batch = jax.device_put(synthetic_batch(work.views_batch, work.canvas))
     keys = iter(range(10**9))
 
     @jax.jit
     def make(key, batch):
         def view(key):
-            each = jax.random.split(key, work.views_batch)
+            image_keys = jax.random.split(key, work.views_batch)
             sizes = batch["size"].astype(jnp.float32)
-            return jax.vmap(one_view, (0, 0, 0, None))(each, batch["image"], sizes, work.views_size)
+            return jax.vmap(one_view, (0, 0, 0, None))(
+                image_keys, batch["image"], sizes, work.views_size
+            )
 
         return [view(key) for key in jax.random.split(key)]
 

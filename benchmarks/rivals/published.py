@@ -1,11 +1,10 @@
-"""PyTorch with the published settings, and tuned: MoCo-v2 with kornia on the device.
+"""MoCo-v2 in PyTorch with kornia on the device, with the published settings and tuned.
 
-Published: float32 (with TF32 in convolutions, which PyTorch has on unless told otherwise), two
-crops made on the host with Pillow, and kornia 0.4.1's jitter, grayscale, flip, blur and
-normalisation on the device. Tuned: channels_last, bfloat16 where the workload is, torch.compile,
-TF32 products, a fused optimiser, and a blur by rows and columns. cuDNN looks for its quickest
-algorithms in both.
-Written from the method's description.
+Published: float32 (with TF32 in convolutions, PyTorch's default), two crops on the host with
+Pillow, and kornia 0.4.1's jitter, grayscale, flip, blur and normalisation on the device. Tuned:
+channels_last, the workload's bfloat16, torch.compile, TF32 matrix products, a fused optimiser, and
+a separable blur. Both let cuDNN search for its fastest algorithms. Written from the method's
+description.
 """
 
 import copy
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 from PIL import Image
 
-from benchmarks.contest import NotComparableError, Run
+from benchmarks.contest import NotComparableError, TimedCall
 from benchmarks.workload import Workload, cpus
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,7 +22,7 @@ QUEUE, WIDTH, TEMPERATURE, MOMENTUM = 65_536, 128, 0.2, 0.999
 
 
 def kornia_chain(size: int, *, tuned: bool):
-    """The published augmentations of one view on the device; its crop was made on the host."""
+    """The published augmentations of one view on the device, after the crop on the host."""
     import torch
     from kornia import augmentation as kornia
 
@@ -33,13 +32,13 @@ def kornia_chain(size: int, *, tuned: bool):
         kornia.RandomHorizontalFlip(),
         random_blur(size, separable=tuned),
         kornia.Normalize(
-            *(torch.tensor(each, device=torch_device() if tuned else "cpu") for each in (MEAN, STD))
+            *(torch.tensor(x, device=torch_device() if tuned else "cpu") for x in (MEAN, STD))
         ),
     )
 
 
 def random_blur(size: int, *, separable: bool):
-    """Blurs half of the images; kornia 0.4.1 has one σ a batch, and a kernel of two dimensions."""
+    """Blurs half of the images; kornia 0.4.1 has one σ per batch and a two-dimensional kernel."""
     import torch
     from kornia.filters import gaussian_blur2d, get_gaussian_kernel1d
     from torch.nn import functional
@@ -67,8 +66,8 @@ def random_blur(size: int, *, separable: bool):
     return RandomBlur()
 
 
-def augmentation(work: Workload, *, tuned: bool) -> Run:
-    """Both views of a batch whose two crops were made on the host, and are on the device."""
+def augmentation(work: Workload, *, tuned: bool) -> TimedCall:
+    """Augments both views of a batch of finished crops on the device."""
     import torch
 
     chain = kornia_chain(work.views_size, tuned=tuned)
@@ -88,7 +87,7 @@ def augmentation(work: Workload, *, tuned: bool) -> Run:
 
 
 class Pairs:
-    """Two crops of each picture."""
+    """Two crops per image."""
 
     def __init__(self, files: Sequence[Path], crop: Callable):
         self.files, self.crop = files, crop
@@ -102,8 +101,8 @@ class Pairs:
         return self.crop(image), self.crop(image)
 
 
-def loader(files: Sequence[Path], batch: int, size: int) -> Run:
-    """One pass over the files: Pillow, two random crops a picture, a worker for each CPU."""
+def loader(files: Sequence[Path], batch: int, size: int) -> TimedCall:
+    """Reads all files once: Pillow, two random crops per image, one worker per CPU."""
     import torch
     from torchvision import transforms
 
@@ -117,7 +116,7 @@ def loader(files: Sequence[Path], batch: int, size: int) -> Run:
         num_workers=cpus(),
         drop_last=True,
         persistent_workers=True,
-        # Forked, a worker may inherit a lock that one of JAX's threads holds, and wait for ever.
+        # A forked worker may inherit a lock of one of JAX's threads, and wait forever.
         multiprocessing_context="forkserver",
     )
 
@@ -128,8 +127,8 @@ def loader(files: Sequence[Path], batch: int, size: int) -> Run:
     return once
 
 
-def step(work: Workload, *, tuned: bool) -> Run:
-    """Steps of MoCo-v2 on two crops that are on the device."""
+def step(work: Workload, *, tuned: bool) -> TimedCall:
+    """Trains MoCo-v2 on two finished crops on the device."""
     import torch
     import torchvision
     from torch.nn import functional
@@ -187,7 +186,8 @@ def step(work: Workload, *, tuned: bool) -> Run:
             head["place"] = (place + len(keys)) % QUEUE
 
     def once():
-        torch.backends.cudnn.benchmark = True  # both take turns in one process
+        # Global settings, as both variants alternate in one process.
+        torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if tuned else "highest")
         for _ in range(work.steps):
             one_step()
@@ -198,17 +198,17 @@ def step(work: Workload, *, tuned: bool) -> Run:
 
 
 def torch_device() -> str:
-    """Where PyTorch computes.
+    """PyTorch's device.
 
     Raises:
-      NotComparableError: JAX has an accelerator, and this PyTorch has none.
+      NotComparableError: JAX uses an accelerator, but PyTorch does not support it.
     """
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
     if jax.default_backend() != "cpu":
-        raise NotComparableError("this PyTorch has no such device")
+        raise NotComparableError("the installed PyTorch does not support this device")
     return "cpu"
 
 

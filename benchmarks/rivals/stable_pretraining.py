@@ -1,18 +1,18 @@
-"""stable-pretraining's JAX backend (0.1.8): its SimCLR, its Trainer's step and its augmentation.
+"""SimCLR, Trainer step and augmentation of stable-pretraining's JAX backend (0.1.8).
 
-It has no MoCo, so SimCLR is compared with SimCLR. Its views are cropped, flipped, and jittered in
-brightness and contrast; hue, saturation and blur it does not have.
+It has no MoCo. Its augmentation is crop, flip, and jitter of brightness and contrast, without hue,
+saturation and blur.
 """
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.contest import Run
+from benchmarks.contest import TimedCall
 from benchmarks.workload import Workload, synthetic_batch
 
 
-def augmentation(work: Workload) -> Run:
-    """Both views from float images; it does not know pictures' true sizes."""
+def augmentation(work: Workload) -> TimedCall:
+    """Draws both views from float images; ignores the true sizes of images."""
     from stable_pretraining.jax import augment
 
     images = jax.device_put(synthetic_batch(work.views_batch, work.canvas)["image"])
@@ -28,8 +28,8 @@ def augmentation(work: Workload) -> Run:
     return once
 
 
-def step(work: Workload) -> Run:
-    """Steps of SimCLR with augmentation on the device, as its Trainer runs them."""
+def step(work: Workload) -> TimedCall:
+    """Trains SimCLR with augmentation on the device, by the steps of its Trainer."""
     from flax import nnx
     from stable_pretraining import jax as spj
 
@@ -51,7 +51,7 @@ def step(work: Workload) -> Run:
     images = jax.device_put(synthetic_batch(work.batch, canvas)["image"] / 255.0)
     loader = [{"image": jnp.asarray(images, jnp.float32)}] * work.steps
     trainer = spj.Trainer(max_epochs=1, enable_validation=False)
-    trainer.fit(model, [])  # makes the optimiser; another fit would compile anew
+    trainer.fit(model, [])  # creates the optimiser; a second fit would compile again
 
     def once():
         trainer._train_epoch(model, loader)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import __main__ as command_line
 from benchmarks import augmentation, first_step, input_pipeline, limits, memory, training
-from benchmarks.apart import apart
+from benchmarks.isolated import run_isolated
 from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import draw_jpegs, workload_for
 from cassle_jax.models import ENCODERS
@@ -35,12 +35,12 @@ def work(tmp_path, monkeypatch):
     for module in (augmentation, training, memory, limits):
         monkeypatch.setattr(module, "device_mesh", lambda *_: device_mesh(jax.devices()[:1]))
     for module in (command_line, limits, memory):
-        monkeypatch.setattr(module, "apart", here)
+        monkeypatch.setattr(module, "run_isolated", here)
     return dataclasses.replace(TINY, jpegs=draw_jpegs(tmp_path, 16))
 
 
 def here(function, *arguments, seconds=0):
-    """As `apart`, without the seconds a process takes to start."""
+    """As `run_isolated`, without the seconds a process takes to start."""
     try:
         return function(*arguments)
     except Exception as error:
@@ -76,8 +76,8 @@ def test_memory_and_limits(work):
     assert batch.values < large.values
     assert chunked.values < large.values and recomputed.values
     rows = {row.name: row for row in ours(limits.measure(work))}
-    share = rows["least time's share of a step"].values[0]
-    assert share == pytest.approx(rows["least time for them"].values[0] / rows["a step"].values[0])
+    share = rows["roofline time as a share of a step"].values[0]
+    assert share == pytest.approx(rows["roofline time"].values[0] / rows["a step"].values[0])
 
 
 @pytest.mark.pytorch
@@ -131,19 +131,19 @@ def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
     assert [row.failed for row in rows] == [False, False, True, False]
 
 
-def test_what_runs_apart_ends_with_its_result_or_with_one_error():
-    assert apart(os.getpid) != os.getpid()
+def test_an_isolated_function_ends_with_its_result_or_with_one_error():
+    assert run_isolated(os.getpid) != os.getpid()
     with pytest.raises(RuntimeError, match=r"^ValueError: invalid literal .*'seven'$"):
-        apart(int, "seven")
+        run_isolated(int, "seven")
     with pytest.raises(RuntimeError, match="its process ended with 137"):
-        apart(os._exit, 137)
+        run_isolated(os._exit, 137)
     with pytest.raises(RuntimeError, match=r"it took more than 0\.5 s"):
-        apart(time.sleep, 600, seconds=0.5)
+        run_isolated(time.sleep, 600, seconds=0.5)
 
 
-def test_what_runs_apart_leaves_no_process(tmp_path):
+def test_an_isolated_function_leaves_no_process(tmp_path):
     started = tmp_path / "started"
-    assert apart(os.system, f"sleep 600 & echo $! > {started}") == 0
+    assert run_isolated(os.system, f"sleep 600 & echo $! > {started}") == 0
     status, until = Path("/proc", started.read_text().strip(), "stat"), time.monotonic() + 60
     while status.exists() and ") Z " not in status.read_text():
         assert time.monotonic() < until
@@ -152,7 +152,7 @@ def test_what_runs_apart_leaves_no_process(tmp_path):
 
 def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
     work = dataclasses.replace(TINY, encoder="resnet18")
-    with pytest.raises(RuntimeError, match=r"it ended: error: .*batch_size"):
+    with pytest.raises(RuntimeError, match=r"the process ended: error: .*batch_size"):
         bad = dataclasses.replace(work, batch=1)
         first_step.seconds_to_first_step(bad, tmp_path / "compiled", tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""Runs a function in a process of its own, whose memory and devices are free once it has ended."""
+"""Runs a function in a separate process, whose memory and devices are free afterwards."""
 
 import multiprocessing
 import os
@@ -9,25 +9,25 @@ from multiprocessing.process import BaseProcess
 
 from benchmarks.contest import one_line
 
-_OUTERMOST = "CASSLE_BENCHMARKS_PROCESS"  # leads the group that is killed
+_OUTERMOST = "CASSLE_BENCHMARKS_PROCESS"  # the leader of the process group to kill
 
 
-def apart(function: Callable, *arguments: object, seconds: float = 1800.0) -> object:
-    """What a function returns in a process that runs nothing else, and leaves none.
+def run_isolated(function: Callable, *arguments: object, seconds: float = 1800.0) -> object:
+    """Calls a function in a new process, returns its result, and leaves no process behind.
 
     Args:
-      function: of a module, but not of one that is run as a command.
-      *arguments: that can be pickled, as its result can.
-      seconds: after which the process is killed.
+      function: a function of an importable module, not of `__main__`.
+      *arguments: its arguments; arguments and result must be picklable.
+      seconds: time after which the process is killed.
 
     Raises:
       RuntimeError: the function failed, or its process was killed.
     """
     spawn = multiprocessing.get_context("spawn")  # a device cannot be shared with a fork
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_tell, args=(sender, function, *arguments))
+    process = spawn.Process(target=_send_result, args=(sender, function, *arguments))
     process.start()
-    sender.close()  # so that its end is seen here
+    sender.close()  # the receiver then detects the end of the process
     try:
         if not receiver.poll(seconds):
             raise RuntimeError(f"it took more than {seconds:g} s")
@@ -44,18 +44,18 @@ def apart(function: Callable, *arguments: object, seconds: float = 1800.0) -> ob
 
 
 def _kill(process: BaseProcess) -> None:
-    """Kills a process and all it has started, which would keep the device."""
+    """Kills a process and its children, which would occupy the device."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # one that leads a group has started it
+    except (ProcessLookupError, PermissionError):  # a nested call: the process leads no group
         process.kill()
 
 
-def _tell(sender: Connection, function: Callable, *arguments: object) -> None:
+def _send_result(sender: Connection, function: Callable, *arguments: object) -> None:
     if _OUTERMOST not in os.environ:
         os.environ[_OUTERMOST] = str(os.getpid())
         os.setpgid(0, 0)
     try:
         sender.send((function(*arguments), ""))
-    except Exception as error:  # not every library's errors travel between processes
+    except Exception as error:  # the exceptions of some libraries cannot be pickled
         sender.send((None, one_line(error)))
