@@ -1,6 +1,5 @@
 """Shared by all commands: flag parsing, one-line errors for users' mistakes, exit codes."""
 
-import difflib
 import logging
 import re
 import runpy
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from cassle_jax.config import ConfigError, flat_settings
+from cassle_jax.config import ConfigError, closest_setting, flat_settings
 from cassle_jax.data import DataError
 
 EXIT_WRONG_SETTING = 2
@@ -88,10 +87,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     known = flat_settings(runpy.run_path(path)["get_config"](chosen))
     for name in overridden:
         if name not in known:
-            leaf = name.rpartition(".")[2]
-            close = [other for other in known if other.rpartition(".")[2] == leaf]
-            close += difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
-            hint = f"; did you mean config.{close[0]}?" if close else ""
+            close = closest_setting(name, known)
+            hint = f"; did you mean config.{close}?" if close else ""
             raise ConfigError(f"config.{name} is not a setting of this configuration{hint}")
 
 

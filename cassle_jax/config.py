@@ -163,6 +163,14 @@ def knows(name: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}{hint}")
 
 
+def closest_setting(name: str, settings: Iterable[str]) -> str:
+    """The setting closest to an unknown name, by its last part or its spelling; "" for none."""
+    settings = sorted(settings)
+    close = [other for other in settings if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    close += difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
+    return close[0] if close else ""
+
+
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     """All settings as JSON values, by dotted names such as `optimizer.weight_decay`."""
     flat = {}

@@ -1,7 +1,6 @@
 """Expands the values of a sweep into runs, and checks every setting of every run."""
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import math
@@ -13,7 +12,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cassle_jax.config import ARGUMENTS, ConfigError, flat_settings
+from cassle_jax.config import ARGUMENTS, ConfigError, closest_setting, flat_settings
 
 Values = dict[str, str]
 
@@ -237,9 +236,8 @@ def _check_name(name: str, config: ConfigDict) -> None:
     known = flat_settings(config)
     if name in ARGUMENTS or name in known:
         return
-    close = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    close += difflib.get_close_matches(name, [*ARGUMENTS, *sorted(known)], n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    close = closest_setting(name, [*ARGUMENTS, *known])
+    hint = f"; did you mean {close}?" if close else ""
     raise ConfigError(f"{name} is not a setting of this configuration{hint}")
 
 
