@@ -1,4 +1,4 @@
-"""A table: where it is found, which runs it has, how it goes on, and what it adds up to."""
+"""Tables: loading, expansion into runs, resumption, and results."""
 
 import csv
 import json
@@ -97,7 +97,7 @@ def test_a_short_run_saves_seldom_and_warms_up_within_it():
     )
     assert (first.checkpoint.every_steps, second.checkpoint.every_steps) == (20, 7)
     assert first.probe.every_epochs == 0
-    assert first.optimizer.warmup_epochs == 3.0  # asked for by name
+    assert first.optimizer.warmup_epochs == 3.0  # set by name
     (run,) = runs_of_table(table(rows[0]), seeds=(0,), overrides=("steps=20",))
     assert planned(run, 12_800).config.optimizer.warmup_epochs == pytest.approx(0.02)
 
@@ -110,12 +110,12 @@ def test_a_short_run_saves_seldom_and_warms_up_within_it():
         ([Row("a", CONFIG, ("sed",))], r"row 'a': 'sed' is not name=value$"),
     ],
 )
-def test_what_cannot_be_names_its_row(rows, message):
+def test_an_invalid_setting_names_its_row(rows, message):
     with pytest.raises(ConfigError, match=message):
         runs_of_table(table(*rows))
 
 
-def test_no_row_of_a_name_says_which_there_are():
+def test_an_unknown_row_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"rows=swav match none of SimCLR, plain, "):
         runs_of_table(PAIR, rows=("swav",))
 
@@ -132,7 +132,7 @@ def test_no_row_of_a_name_says_which_there_are():
         ("", "table 'T' has no rows"),
     ],
 )
-def test_a_table_that_cannot_be_is_refused(tmp_path, rows, message):
+def test_an_invalid_table_is_refused(tmp_path, rows, message):
     file = tmp_path / "table.py"
     file.write_text(
         "from cassle_jax.sweep.table import Row, Table\n"
@@ -159,25 +159,25 @@ def test_an_unknown_table_names_the_closest():
         ({"overrides": ("data.source=folder", "data.path=/none")}, "/none"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(tmp_path, settings, message):
+def test_a_mistake_is_reported_before_anything_runs(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         run_table(table(Row("a", CONFIG), **settings), tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
 def test_processes_share_the_gpus_and_their_memory():
-    def told(gpus, parallel):
+    def output(gpus, parallel):
         return [
             (each["CUDA_VISIBLE_DEVICES"], each["XLA_PYTHON_CLIENT_MEM_FRACTION"])
             for each in gpu_shares(gpus, parallel)
         ]
 
-    assert told(["0"], 2) == [("0", "0.450")] * 2
-    assert told(["0", "1", "2", "3"], 2) == [("0,1", "0.900"), ("2,3", "0.900")]
-    assert told(["4", "5"], 3) == [("4", "0.450"), ("5", "0.450"), ("4", "0.450")]
+    assert output(["0"], 2) == [("0", "0.450")] * 2
+    assert output(["0", "1", "2", "3"], 2) == [("0,1", "0.900"), ("2,3", "0.900")]
+    assert output(["4", "5"], 3) == [("4", "0.450"), ("5", "0.450"), ("4", "0.450")]
 
 
-def test_differences_are_taken_seed_by_seed():
+def test_differences_are_paired_by_seed():
     def found(*values):
         return {seed: [Score("knn", "d", "accuracy", v)] for seed, v in values}
 
@@ -197,7 +197,7 @@ def test_differences_are_taken_seed_by_seed():
     assert plain["against"] == byol["against"] == "" and byol["interval"] is None
 
 
-def test_a_metric_of_several_datasets_gets_their_mean():
+def test_a_metric_of_several_datasets_gets_a_mean():
     scores = [
         Score("knn", "a", "accuracy", 0.2),
         Score("knn", "b", "accuracy", 0.6),
@@ -210,7 +210,7 @@ def test_a_metric_of_several_datasets_gets_their_mean():
     assert mean.value == pytest.approx(0.4)
 
 
-def test_of_each_group_the_last_row_is_measured_with_as_many_beside_it_as_there_will_be():
+def test_the_last_row_of_every_group_is_measured_in_as_many_processes_as_the_table_uses():
     runs = runs_of_table(PAIR, seeds=(0, 1))
     assert names(runs_to_measure(runs, 3)) == [
         "simclr-cassle-1.0",
@@ -219,22 +219,22 @@ def test_of_each_group_the_last_row_is_measured_with_as_many_beside_it_as_there_
     ]
 
 
-def test_a_budget_is_what_all_runs_take_but_a_tenth():
-    # 2 at a time: 100 s are gone, 4 runs spend 50 s each beside their steps, 0.2 s for all a step.
+def test_all_runs_take_nine_tenths_of_a_budget():
+    # 2 at a time: 100 s are used, 4 runs need 50 s outside their steps, a step of all takes 0.2 s.
     assert steps_within(10.0, 100.0, 4, 50.0, 0.2, parallel=2) == pytest.approx(3400, abs=1)
     with pytest.raises(ConfigError, match=r"minutes=1 is too short for 4 runs, 2 at .* use 4 or m"):
         steps_within(1.0, 100.0, 4, 50.0, 0.2, parallel=2)
 
 
-def test_a_dry_run_counts_steps_and_hours_of_images_that_are_not_here():
+def test_a_dry_run_counts_steps_and_hours_without_the_dataset():
     rows = (
         Row("MoCo-v2", "configs/imagenet100.py"),
         Row("SimCLR", "configs/imagenet100.py:method=simclr"),
     )
-    told = dry_run(table(*rows, seeds=(0, 1)), rate=3780.0)
+    output = dry_run(table(*rows, seeds=(0, 1)), rate=3780.0)
     # 500 epochs of 494 batches of 256; SimCLR trains on both views.
     hours = 500 * 494 * 256 / 3780 / 3600
-    assert told.splitlines() == [
+    assert output.splitlines() == [
         f"MoCo-v2  2 × 247000 steps of 256 images (500 epochs): {hours:.3g} GPU hours per run",
         "SimCLR   2 × 247000 steps of 256 images (500 epochs): "
         f"{1.5 * hours:.3g} GPU hours per run",
@@ -250,7 +250,7 @@ def test_a_dry_run_counts_steps_and_hours_of_images_that_are_not_here():
         (Row("a", "configs/stl10.py"), 1.82 / 4.1 * (96 / 224) ** 2),
     ],
 )
-def test_hours_grow_with_what_is_multiplied(row, work):
+def test_hours_grow_with_the_number_of_multiplications(row, work):
     (run,) = runs_of_table(table(row), seeds=(0,), overrides=("steps=1000",))
     assert hours_of(run.config, 1.0) == pytest.approx(256_000 / 3600 * work)
 
@@ -274,13 +274,13 @@ def call(to, file, *arguments):
 
 
 def end(process):
-    _, told = process.communicate(timeout=900)
-    return process.returncode, told
+    _, output = process.communicate(timeout=900)
+    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A table of which a call was stopped once a run had begun, and another one went on."""
+    """A table whose first call is stopped during a run, and whose second call resumes it."""
     to = tmp_path_factory.mktemp("table")
     file = to / "tiny.py"
     file.write_text(TABLE)
@@ -293,7 +293,7 @@ def ran(tmp_path_factory):
     return to / "out", file, end(first), end(call(to / "out", file, "--parallel=2"))
 
 
-def test_a_call_that_is_stopped_ends_with_75_and_the_next_one_goes_on(ran):
+def test_a_stopped_call_ends_with_75_and_the_next_one_resumes(ran):
     to, _, first, second = ran
     assert first[0] == 75 and "rerun the same command to resume" in first[1]
     assert second[0] == 1, second[1]
@@ -301,16 +301,16 @@ def test_a_call_that_is_stopped_ends_with_75_and_the_next_one_goes_on(ran):
     assert len(list(to.glob("runs/*/evaluation/report.json"))) == 4
 
 
-def test_a_run_that_diverged_is_told_and_stops_no_other(ran):
-    to, _, _, (_, told) = ran
-    assert "2 of 6 runs failed; hasty-0: the loss or the update of step" in told
+def test_a_diverged_run_is_reported_and_stops_no_other(ran):
+    to, _, _, (_, output) = ran
+    assert "2 of 6 runs failed; hasty-0: the loss or the update of step" in output
     runs = {each["run"]: each for each in json.loads((to / "results.json").read_text())["runs"]}
     assert {name: each["exit_code"] for name, each in runs.items()} == {
         "plain-0": 0, "plain-1": 0, "cassle-0": 0, "cassle-1": 0, "hasty-0": 3, "hasty-1": 3,
     }  # fmt: skip
 
 
-def test_its_figures_are_means_of_the_seeds_and_differences_to_the_first_row(ran):
+def test_results_are_means_over_seeds_and_differences_to_the_first_row(ran):
     to, *_ = ran
     with (to / "results.csv").open() as file:
         lines = [each for each in csv.DictReader(file) if each["metric"] == "accuracy"]
@@ -321,42 +321,42 @@ def test_its_figures_are_means_of_the_seeds_and_differences_to_the_first_row(ran
     plain, cassle = (float(each["mean"]) for each in lines)
     assert float(lines[1]["difference"]) == pytest.approx(cassle - plain)
     page = (to / "report.html").read_text()
-    assert "Does it run?" in page and "ahead of the row compared with" in page
+    assert "Does it run?" in page and "difference to the baseline" in page
 
 
-def test_a_finished_table_is_not_run_again_nor_taken_for_another(ran):
+def test_a_finished_table_does_not_run_again_and_refuses_other_settings(ran):
     to, file, *_ = ran
     ends = {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
-    code, told = end(call(to, file))
-    assert code == 1 and "6 runs, 6 of them done" in told
+    code, output = end(call(to, file))
+    assert code == 1 and "6 runs, 6 of them done" in output
     assert ends == {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
-    code, told = end(call(to, file, "--set=steps=2"))
-    assert code == 2 and "steps=2 was 3" in told
-    code, told = end(call(to, file, "--evaluation=neighbours=5"))
-    assert code == 2 and "neighbours=5 was 1" in told
+    code, output = end(call(to, file, "--set=steps=2"))
+    assert code == 2 and "steps=2 was 3" in output
+    code, output = end(call(to, file, "--evaluation=neighbours=5"))
+    assert code == 2 and "neighbours=5 was 1" in output
 
 
-def test_with_a_budget_a_step_is_measured_first_and_the_plan_stays(tmp_path):
+def test_a_budget_measures_a_step_first_and_keeps_its_plan(tmp_path):
     file, to = tmp_path / "tiny.py", tmp_path / "out"
     file.write_text(TABLE)
-    code, told = end(call(to, file, "--minutes=600", "--rows=plain", "--seeds=0"))
-    assert code == 0, told
-    assert "plain-0.0: measured" in told and not (to / "measured").exists()
+    code, output = end(call(to, file, "--minutes=600", "--rows=plain", "--seeds=0"))
+    assert code == 0, output
+    assert "plain-0.0: measured" in output and not (to / "measured").exists()
     plan = json.loads((to / "plan.json").read_text())
     assert plan["minutes"] == 600 and plan["steps"] > 3
     assert "Each run is pretrained for 3 steps." in (to / "report.html").read_text()  # its own
-    code, told = end(call(to, file, "--minutes=700", "--rows=plain", "--seeds=0"))
-    assert code == 2 and "minutes=700 was 600" in told
+    code, output = end(call(to, file, "--minutes=700", "--rows=plain", "--seeds=0"))
+    assert code == 2 and "minutes=700 was 600" in output
 
 
-def test_weights_of_the_same_run_in_another_table_are_taken(tmp_path):
+def test_weights_of_the_same_run_in_another_table_are_reused(tmp_path):
     file, first, second = tmp_path / "tiny.py", tmp_path / "first", tmp_path / "second"
     file.write_text(TABLE)
     one = ("--rows=plain", "--seeds=0")
-    code, told = end(call(first, file, *one, "--keep_weights"))
-    assert code == 0, told
-    code, told = end(call(second, file, *one, f"--weights_of={first}"))
-    assert code == 0, told
+    code, output = end(call(first, file, *one, "--keep_weights"))
+    assert code == 0, output
+    code, output = end(call(second, file, *one, f"--weights_of={first}"))
+    assert code == 0, output
     log = (second / "runs/plain-0/log.txt").read_text()
     assert f"using the weights of {first / 'runs/plain-0'}" in log and "pretrain" not in log
     assert not (second / "runs/plain-0/checkpoints").exists()
@@ -366,5 +366,5 @@ def test_weights_of_the_same_run_in_another_table_are_taken(tmp_path):
         for to in (first, second)
     ]
     assert accuracies[0] == accuracies[1] != []
-    code, told = end(call(second, file, f"--weights_of={tmp_path}"))
-    assert code == 2 and "holds no runs; use the folder of a table" in told
+    code, output = end(call(second, file, f"--weights_of={tmp_path}"))
+    assert code == 2 and "holds no runs; use the folder of a table" in output

@@ -100,7 +100,7 @@ def write_results(
                 *subjects[line.row][place],
                 dataclasses.replace(
                     line.score,
-                    task=f"{line.score.task}: ahead of the row compared with",
+                    task=f"{line.score.task}: difference to the baseline",
                     value=difference,
                     interval=None,
                 ),
