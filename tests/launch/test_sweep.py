@@ -24,11 +24,11 @@ CONFIG = str(ROOT / "configs" / "quickstart.py")
 TINY = "tests/launch/tiny_run.py"
 
 
-def values(**asked):
-    return [run.values for run in runs_of(SweepRequest(CONFIG, **asked))]
+def values(**options):
+    return [run.values for run in runs_of(SweepRequest(CONFIG, **options))]
 
 
-def test_a_grid_is_every_combination():
+def test_a_grid_has_all_combinations():
     assert values(grid="seed=0,1,2;conditioning=none,cassle") == [
         {"seed": seed, "conditioning": conditioning}
         for seed in "012"
@@ -36,7 +36,7 @@ def test_a_grid_is_every_combination():
     ]
 
 
-def test_what_is_zipped_goes_together_and_with_all_of_the_grid():
+def test_zipped_values_stay_together_and_multiply_with_the_grid():
     assert values(grid="seed=0,1", zipped="epochs=1,2;method=simclr,byol") == [
         {"epochs": epochs, "method": method, "seed": seed}
         for epochs, method in (("1", "simclr"), ("2", "byol"))
@@ -44,7 +44,7 @@ def test_what_is_zipped_goes_together_and_with_all_of_the_grid():
     ]
 
 
-def test_draws_lie_in_their_range_and_more_of_them_begin_the_same():
+def test_draws_lie_in_their_range_and_do_not_depend_on_their_number():
     random = "optimizer.base_learning_rate=log(1e-3,1e-1);batch_size=uniform(8,10);method=byol,swav"
     drawn = values(random=random, draws=40)
     assert drawn[:10] == values(random=random, draws=10)
@@ -81,13 +81,13 @@ def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
     }
 
 
-def test_names_stay_as_long_as_they_must_to_be_told_apart():
+def test_names_are_as_long_as_distinction_needs():
     (run,) = runs_of(SweepRequest(CONFIG, grid="data.path=/x;weights.path=/y"))
     assert run.subject == "data.path /x, weights.path /y"
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"grid": "sed=0,1"}, r"^sed is not a setting .* did you mean seed\?$"),
         ({"grid": "condition=none"}, r"did you mean conditioning\?$"),
@@ -107,13 +107,13 @@ def test_names_stay_as_long_as_they_must_to_be_told_apart():
         ({}, "needs --grid, --zip or --random"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(asked, message):
+def test_an_invalid_request_is_refused_in_one_line(options, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        runs_of(SweepRequest(CONFIG, **asked))
+        runs_of(SweepRequest(CONFIG, **options))
     assert "\n" not in str(refused.value)
 
 
-def test_a_cluster_that_is_not_there_and_gpus_that_cannot_be_shared(tmp_path, monkeypatch):
+def test_a_missing_cluster_and_indivisible_gpus_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(ConfigError, match="parallel=2 cannot share the 3 GPUs"):
         Local(tmp_path, 2)
@@ -122,7 +122,7 @@ def test_a_cluster_that_is_not_there_and_gpus_that_cannot_be_shared(tmp_path, mo
         Slurm(tmp_path, 1, "")
 
 
-def test_a_command_goes_on_after_the_signal_of_a_time_limit(tmp_path, monkeypatch):
+def test_a_command_resumes_after_the_signal_of_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "run"
     executor = submitit.LocalExecutor(tmp_path / "jobs")
@@ -136,8 +136,8 @@ def test_a_command_goes_on_after_the_signal_of_a_time_limit(tmp_path, monkeypatc
 
 @pytest.fixture
 def on_slurm(tmp_path, monkeypatch):
-    """A job of SLURM whose command saves and ends with 75, as after a signal."""
-    program(tmp_path, monkeypatch, "scontrol", f'echo "$@" >>{tmp_path}/asked')
+    """A SLURM job whose command saves and ends with 75, as after a signal."""
+    program(tmp_path, monkeypatch, "scontrol", f'echo "$@" >>{tmp_path}/calls')
     job = SimpleNamespace(cluster="slurm", global_rank=0)
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -146,38 +146,36 @@ def on_slurm(tmp_path, monkeypatch):
 
 
 def program(folder, monkeypatch, name, body):
-    """A shell script that is found as a program."""
+    """Puts a shell script on the PATH."""
     (folder / name).write_text(f"#!/bin/sh\n{body}\n")
     (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.mark.parametrize(
-    ("rank", "state", "asked"),
+    ("rank", "state", "expected"),
     [
         (0, "RUNNING", "requeue 7\n"),
         (0, "COMPLETING", ""),  # cancelled, or requeued by SLURM
         (1, "RUNNING", ""),
     ],
 )
-def test_a_run_that_saved_is_started_again_by_slurm(
-    on_slurm, tmp_path, monkeypatch, rank, state, asked
-):
+def test_slurm_requeues_a_run_that_saved(on_slurm, tmp_path, monkeypatch, rank, state, expected):
     job, command = on_slurm
     job.global_rank = rank
-    told = tmp_path / "asked"
-    told.touch()
+    calls = tmp_path / "calls"
+    calls.touch()
     program(tmp_path, monkeypatch, "squeue", f'[ "$2" = --jobs=7 ] && echo {state}')
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == 75 and outcome_of(tmp_path) is None
-    assert told.read_text() == asked
+    assert calls.read_text() == expected
 
 
-def test_a_run_that_never_gets_on_is_not_started_for_ever(on_slurm, tmp_path, monkeypatch):
+def test_a_run_without_progress_is_not_restarted_forever(on_slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "99")
     assert on_slurm[1]() == 75
-    assert outcome_of(tmp_path)["exit_code"] == 75 and not (tmp_path / "asked").exists()
+    assert outcome_of(tmp_path)["exit_code"] == 75 and not (tmp_path / "calls").exists()
 
 
 class Waiting(submitit.Job):
@@ -195,12 +193,12 @@ class Waiting(submitit.Job):
         return False
 
 
-def test_jobs_that_slurm_does_not_know_twice_have_ended(tmp_path, monkeypatch):
+def test_jobs_unknown_to_slurm_in_two_checks_have_ended(tmp_path, monkeypatch):
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
         program(folder, monkeypatch, name, "true")
-    # Job 8_1 is missing once, 8_2 from the second look on; a look that fails says nothing.
+    # Job 8_1 is missing once, 8_2 from the second check on; a failed check does not count.
     program(
         folder,
         monkeypatch,
@@ -233,7 +231,7 @@ echo 8_0
 def wait_for(path, seconds=600):
     end = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < end, f"{path} did not come"
+        assert time.monotonic() < end, f"{path} is missing"
         time.sleep(0.1)
 
 
@@ -258,7 +256,7 @@ def lines(folder):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A sweep of two by two, one of whose runs was spoilt and run again."""
+    """A finished sweep of two seeds by two variants."""
     folder = tmp_path_factory.mktemp("sweep")
     grid = "--grid=seed=0,1;conditioning=none,cassle"
     ended = sweep(folder, grid, "--parallel=2")
@@ -266,7 +264,7 @@ def swept(tmp_path_factory):
     return folder, grid
 
 
-def test_a_sweep_keeps_a_line_a_run(swept):
+def test_a_sweep_writes_one_line_per_run(swept):
     folder, _ = swept
     found = lines(folder)
     assert len(found) == 4
@@ -279,7 +277,7 @@ def test_a_sweep_keeps_a_line_a_run(swept):
         assert (folder / "runs" / name / "checkpoints" / "3").is_dir()
 
 
-def test_it_ends_in_a_page_with_seeds_as_one(swept):
+def test_the_page_merges_seeds(swept):
     folder, _ = swept
     subjects, _ = read_report(folder / "report.json")
     assert {name: len(runs) for name, runs in subjects.items()} == {
@@ -292,7 +290,7 @@ def test_it_ends_in_a_page_with_seeds_as_one(swept):
     assert "±" in (folder / "report.html").read_text()
 
 
-def test_run_again_it_runs_what_failed_alone(swept):
+def test_a_repeated_sweep_runs_only_what_failed(swept):
     folder, grid = swept
     starts = {path: path.stat().st_mtime for path in folder.glob("runs/*/" + OUTCOME)}
     spoilt = folder / "runs" / "seed=1,conditioning=none" / OUTCOME
@@ -311,13 +309,13 @@ def test_a_typo_fails_before_anything_is_submitted(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_finished_run_is_not_taken_for_one_with_other_settings(swept):
+def test_a_finished_run_with_other_settings_is_refused(swept):
     folder, grid = swept
     ended = sweep(folder, grid, "--config.steps=4")
     assert ended.returncode == 2 and "steps=4 was 3" in ended.stderr
 
 
-def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+def test_a_failed_run_is_reported_with_its_reason(tmp_path):
     ended = sweep(tmp_path, "--grid=batch_size=1")
     assert ended.returncode == 1
     assert "batch_size=1" in ended.stderr and "log.txt" in ended.stderr
