@@ -30,11 +30,11 @@ def run_isolated(function: Callable, *arguments: object, seconds: float = 1800.0
     sender.close()  # the receiver then detects the end of the process
     try:
         if not receiver.poll(seconds):
-            raise RuntimeError(f"it took more than {seconds:g} s")
+            raise RuntimeError(f"the call took more than {seconds:g} s")
         result, error = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"its process ended with {process.exitcode}") from None
+        raise RuntimeError(f"the process ended with {process.exitcode}") from None
     finally:
         _kill(process)
         process.join()

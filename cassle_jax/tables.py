@@ -58,7 +58,7 @@ from cassle_jax.training.saved_config import changes, holds_run, read_config
 
 LOG = logging.getLogger("cassle_jax.tables")  # __name__ is __main__ in the command
 
-HELD = "table.json"
+TABLE_FILE = "table.json"
 _PAGE_SECONDS = 10.0
 _RESUMABLE = "the time of this call is over; rerun the same command to resume"
 
@@ -217,12 +217,12 @@ class _RunRecords:
         self._written = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.loads(json.dumps({"table": table.title, **_facts(evaluation)}))
-        path = folder / HELD
-        held = json.loads(path.read_text()) if path.exists() else facts
+        path = folder / TABLE_FILE
+        saved = json.loads(path.read_text()) if path.exists() else facts
         for name, value in facts.items():
-            if held.get(name) != value:
+            if saved.get(name) != value:
                 raise ConfigError(
-                    f"{name}={value!r} was {held.get(name)!r} when {folder} was created; use the "
+                    f"{name}={value!r} was {saved.get(name)!r} when {folder} was created; use the "
                     "same value, or another folder (--to)"
                 )
         write_whole(path, json.dumps(facts, indent=1).encode())

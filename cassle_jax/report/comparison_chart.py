@@ -29,20 +29,20 @@ def chart_html(subjects: Sequence[str], comparison: Comparison) -> str:
     Returns:
       The HTML.
     """
-    chart, alone = comparison.chart, len(subjects) == 1
-    most = (_MOST_BARS if comparison.is_bars else _MOST_LINES)[0 if alone else 1]
-    apart = len(comparison.series) > most
-    panels = [(name,) for name in comparison.series] if apart else [comparison.series]
+    chart, is_single = comparison.chart, len(subjects) == 1
+    most = (_MOST_BARS if comparison.is_bars else _MOST_LINES)[0 if is_single else 1]
+    in_panels = len(comparison.series) > most
+    panels = [(name,) for name in comparison.series] if in_panels else [comparison.series]
     draw = _bars if comparison.is_bars else _lines
     drawn = "".join(
-        f"<div>{f'<h3>{escape(panel[0])}</h3>' if apart else ''}{svg}</div>"
+        f"<div>{f'<h3>{escape(panel[0])}</h3>' if in_panels else ''}{svg}</div>"
         for panel, svg in zip(panels, draw(subjects, comparison, panels), strict=True)
     )
-    opening = '<figure class="wide">' if apart else "<figure>"
+    opening = '<figure class="wide">' if in_panels else "<figure>"
     return (
         f"{opening}<figcaption>{escape(chart.title)} "
         f'<span class="metric">{escape(chart.dataset)}</span></figcaption>'
-        f'{_legend(subjects, comparison, apart)}<div class="panels">{drawn}</div></figure>'
+        f'{_legend(subjects, comparison, in_panels)}<div class="panels">{drawn}</div></figure>'
     )
 
 
@@ -56,8 +56,8 @@ def _key(colour: str, dash: int) -> str:
     return f'<svg class="key" viewBox="0 0 26 10"><path class="{classes}" d="M1 5H25"/></svg>'
 
 
-def _legend(subjects: Sequence[str], comparison: Comparison, apart: bool) -> str:
-    together = not apart and len(comparison.series) > 1
+def _legend(subjects: Sequence[str], comparison: Comparison, in_panels: bool) -> str:
+    together = not in_panels and len(comparison.series) > 1
     keys = []
     if len(subjects) > 1:
         keys += [
@@ -112,7 +112,7 @@ def _lines_of(
                 series if len(subjects) == 1 else f"{subject}, {series}",
                 [(x, estimate.mean) for x, estimate in points],
                 band if any(low < high for _, low, high in band) else (),
-                *_colour_and_dash(index, place, alone=len(subjects) == 1),
+                *_colour_and_dash(index, place, is_single=len(subjects) == 1),
             )
         )
     return lines
@@ -125,21 +125,21 @@ def _bars(
     groups = list(dict.fromkeys(str(x) for x, _ in _estimates(comparison)))
     values = _values(comparison)
     x_axis = axis([0.0, *values], to_ticks=True, intervals=4) if values else None
-    alone = len(subjects) == 1
+    is_single = len(subjects) == 1
     return [
         bars_svg(
             _name(comparison, panel),
             groups,
             [
                 Bars(
-                    series if alone else f"{subject}, {series}",
+                    series if is_single else f"{subject}, {series}",
                     {
                         str(x): Extent(estimate.mean, *estimate.range)
                         for x, estimate in comparison.points.get(subject, {})
                         .get(series, {})
                         .items()
                     },
-                    _colour_and_dash(index, place, alone=alone)[0],
+                    _colour_and_dash(index, place, is_single=is_single)[0],
                 )
                 for place, series in enumerate(panel)
                 for index, subject in enumerate(subjects)
@@ -152,9 +152,9 @@ def _bars(
     ]
 
 
-def _colour_and_dash(subject: int, series: int, *, alone: bool) -> tuple[int, int]:
+def _colour_and_dash(subject: int, series: int, *, is_single: bool) -> tuple[int, int]:
     """Indices of colour and dash from the indices of subject and series within a panel."""
-    if alone:
+    if is_single:
         return series, series // len(RUN_COLOURS)
     return subject, series + subject // len(RUN_COLOURS)
 

@@ -84,13 +84,13 @@ def write_results(
         for subject, seeds in found.items()
     }
     lines = list(lines_of(table, found))
-    held = {
+    content = {
         "title": table.title,
         "question": table.question,
         "runs": list(runs),
         "lines": [{**line.cells(), "values": dict(line.values)} for line in lines],
     }
-    write_whole(folder / JSON, json.dumps(held, indent=1, ensure_ascii=False).encode())
+    write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False).encode())
     write_whole(folder / CSV, _csv(lines).encode())
     subjects = {subject: list(seeds.values()) for subject, seeds in found.items()}
     for line in lines:

@@ -223,14 +223,14 @@ def planned(run: RunSpec, images: int) -> RunSpec:
     an_epoch = max(1, images // config.batch_size)
     steps = config.steps or config.epochs * an_epoch
     warmup = min(float(config.optimizer.warmup_epochs), 0.1 * steps / an_epoch)
-    wanted = {"steps": steps, "probe.every_epochs": 0, "checkpoint.keep": 1}
+    schedule = {"steps": steps, "probe.every_epochs": 0, "checkpoint.keep": 1}
     if steps < _SHORT_RUN:
-        wanted["checkpoint.every_steps"] = max(1, steps // _SAVES)
-        wanted["log.every_steps"] = max(1, steps // _LOGS)
+        schedule["checkpoint.every_steps"] = max(1, steps // _SAVES)
+        schedule["log.every_steps"] = max(1, steps // _LOGS)
     if warmup < config.optimizer.warmup_epochs:
-        wanted["optimizer.warmup_epochs"] = warmup
+        schedule["optimizer.warmup_epochs"] = warmup
     return with_settings(
-        run, {name: value for name, value in wanted.items() if name not in run.values}
+        run, {name: value for name, value in schedule.items() if name not in run.values}
     )
 
 
