@@ -10,7 +10,6 @@ with the same folder, also on another machine; `--call_minutes` limits the lengt
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -124,10 +123,10 @@ def run_table(
         table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy
     )
     records = _RunRecords(to, table, protocol)
-    call = _Call(parallel, time.monotonic() + 60 * call_minutes if call_minutes else math.inf)
+    pool = WorkerPool(parallel, 60 * call_minutes)
     plan = read_plan(to, minutes)
     if minutes and not plan:
-        plan = _measured(to, minutes, runs, protocol, call, toy)
+        plan = _measured(to, minutes, runs, protocol, pool, toy)
     if plan:
         runs = expanded(f"steps={min([plan.steps, *(run.config.steps for run in runs)])}")
     missing = [run for run in runs if records.is_missing(run)]
@@ -146,7 +145,7 @@ def run_table(
         )
         for run in missing
     ]
-    all_done = call.work(jobs, records.on_end)
+    all_done = pool.run(jobs, records.on_end)
     page = records.write_page()
     if not all_done:
         raise command.Stop(_RESUMABLE, command.EXIT_PREEMPTED)
@@ -157,34 +156,16 @@ def run_table(
     return page
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """One call of the command.
-
-    Attributes:
-      parallel: number of runs at a time.
-      until: end of the call, on `time.monotonic`'s clock.
-    """
-
-    parallel: int
-    until: float
-
-    def work(self, jobs: Sequence[Job], on_end: Callable[[Job, int], None]) -> bool:
-        """Executes jobs; returns whether all of them ended within this call."""
-        left = 0.0 if self.until == math.inf else max(1.0, self.until - time.monotonic())
-        return not jobs or WorkerPool(self.parallel, left).run(jobs, on_end)
-
-
 def _measured(
     to: Path,
     minutes: float,
     runs: Sequence[RunSpec],
     evaluation: Evaluation,
-    call: _Call,
+    pool: WorkerPool,
     toy: bool,
 ) -> Plan:
     """Measures a step per group of rows, and one evaluation; returns and saves the plan."""
-    chosen = {to / MEASURED / run.name: run for run in runs_to_measure(runs, call.parallel)}
+    chosen = {to / MEASURED / run.name: run for run in runs_to_measure(runs, pool.parallel)}
     jobs = []
     for workdir, run in chosen.items():
         short = with_settings(run, MEASURED_RUN)
@@ -198,9 +179,9 @@ def _measured(
             reason = outcome_of(job.workdir)["last_line"]
             raise command.Stop(f"{job.subject} failed during its measurement: {reason}", code)
 
-    if not call.work(missing, on_end):
+    if not pool.run(missing, on_end):
         raise command.Stop(_RESUMABLE, command.EXIT_PREEMPTED)
-    plan = make_plan(to, minutes, runs, chosen, call.parallel)
+    plan = make_plan(to, minutes, runs, chosen, pool.parallel)
     shutil.rmtree(to / MEASURED)
     return plan
 

@@ -31,10 +31,11 @@ class WorkerPool:
 
     Args:
       parallel: number of processes at a time.
-      seconds: time after which all runs save and end; 0 for no limit.
+      seconds: time from now after which all runs save and end; 0 for no limit.
     """
 
     def __init__(self, parallel: int, seconds: float = 0.0):
+        self.parallel = parallel
         self._until = time.monotonic() + seconds if seconds else float("inf")
         self._free = deque(gpu_shares(visible_gpus(), parallel))
         self._stop_requested = False
