@@ -76,6 +76,15 @@ def _no_contact_sheets():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_programs():
+    from tests.shared_programs import share_programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
+
+
 @pytest.fixture
 def contact_sheets(monkeypatch):
     """The picture as users have it."""
