@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what CASSLE needs and runs its tests, two at a time.
-# Usage: bash launch/test.sh [options of pytest, such as tests/evaluation or -k knn]
+# Installs what CASSLE needs and runs its tests, two at a time; --all adds the repetitions marked exhaustive.
+# Usage: bash launch/test.sh [--all] [options of pytest, such as tests/evaluation or -k knn]
 
 # shellcheck source=launch/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
+if [ "${1:-}" = --all ]; then shift; else set -- -m "not exhaustive" "$@"; fi
 cd -- "$repository"
 say "running: python -m pytest -n 2 --dist worksteal $*"
 exec "$python" -m pytest -n 2 --dist worksteal "$@"

@@ -12,6 +12,7 @@ from cassle_jax.sweep.table import TABLES, find_table, planned, runs_of_table
 from cassle_jax.sweep.worker import EXPORTED, RESULT, Job, pretrain_and_evaluate
 from cassle_jax.tables import evaluation_of
 from cassle_jax.training.run import build_run
+from tests.everyday import everyday
 from tests.tiny import TinyEncoder
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.py"))
@@ -37,7 +38,7 @@ def tasks_by_table():
     return own
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", everyday(NAMES, "small_images", "transfer"))
 def test_every_row_is_a_run(name):
     mesh, table = device_mesh(), find_table(name)
     for run in runs_of_table(table, seeds=(0,)):

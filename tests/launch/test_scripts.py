@@ -268,3 +268,27 @@ def test_a_pod_that_is_there_is_used_again(stub, tmp_path, states, verbs):
     ended = run("tpu_pod.sh", "create", *POD, "--type=v4-8", **environment)
     assert (tmp_path / "verbs").read_text().split() == verbs
     assert ended.returncode == (2 if "FAILED" in states else 0), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        ([], ["-m", "not exhaustive"]),
+        (["-k", "knn"], ["-m", "not exhaustive", "-k", "knn"]),
+        (["--all"], []),
+        (["--all", "-n", "3"], ["-n", "3"]),
+    ],
+)
+def test_exhaustive_repetitions_are_left_out_unless_all_tests_are_requested(
+    stub, tmp_path, arguments, passed
+):
+    environment = stub("")
+    python = tmp_path / "environment" / "bin" / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\n[ "$2" = pytest ] || exec '
+        f'{sys.executable} "$@"\nprintf \'%s\\n\' "$@" >{tmp_path}/words\n'
+    )
+    ended = run("test.sh", *arguments, **environment)
+    assert ended.returncode == 0, ended.stderr
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words == ["-m", "pytest", "-n", "2", "--dist", "worksteal", *passed]

@@ -21,6 +21,7 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables, state_from_variables
 from cassle_jax.training.step import Update, make_train_step
+from tests.everyday import everyday
 from tests.methods.one_device import CLOCK, SPEC, compiled, random_views
 from tests.methods.test_every_method import small
 from tests.tiny import TinyEncoder, tiny_config
@@ -29,6 +30,8 @@ BATCH, CHUNKS = 16, 4
 AUGSELF = AugSelf({"crop": 0.5, "flip": 0.3}, hidden=8)
 CASSLE = Conditioning(depth=2, width=8)
 INTO_THE_IMAGE = Conditioning(injection="image", depth=2, width=8)
+CASES = {name: (name, CASSLE) for name in METHODS}
+CASES["byol into the image"] = "byol", INTO_THE_IMAGE
 TINY_VIT = partial(VisionTransformer, width=8, depth=1, heads=2, patch_size=4)
 # The tests compile for seconds and run for milliseconds.
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -154,13 +157,9 @@ class OneShot:
         return loss, (changed["batch_stats"], target_stats)
 
 
-@pytest.mark.parametrize(
-    ("name", "conditioning"),
-    [*((name, CASSLE) for name in METHODS), ("byol", INTO_THE_IMAGE)],
-    ids=[*METHODS, "byol into the image"],
-)
-def test_the_gradient_is_that_of_one_shot(name, conditioning):
-    method, networks, state, views = prepare(name, conditioning)
+@pytest.mark.parametrize("case", everyday(CASES, "moco_v2", "byol into the image"))
+def test_the_gradient_is_that_of_one_shot(case):
+    method, networks, state, views = prepare(*CASES[case])
     after, metrics = update_of(method, networks, CHUNKS)(state, views)
 
     target_params = state.target_params
@@ -236,6 +235,7 @@ def assert_same_run(found, expected):
     )
 
 
+@pytest.mark.exhaustive
 def test_a_chunk_has_the_same_images_on_any_number_of_devices():
     assert_same_run(train(devices=4, chunk_size=8), train(devices=1, chunk_size=8))
 
@@ -280,6 +280,7 @@ def megabytes(batch_size, chunk_size):
     return step.compile(QUICKLY).memory_analysis().temp_size_in_bytes / 1e6
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_a_chunk():
     whole, chunked, smaller = megabytes(256, 0), megabytes(256, 16), megabytes(64, 16)
     assert chunked < 1.25 * smaller

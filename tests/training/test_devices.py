@@ -9,9 +9,16 @@ from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
+from tests.everyday import everyday
 from tests.tiny import tiny_config
 
 STEPS = 4
+WITH_AUGSELF = "method=simclr,augself=main"
+ARGUMENTS = (
+    *(f"method={name}" for name in METHODS),
+    WITH_AUGSELF,
+    "method=moco_v2,follow=published",
+)
 
 
 def train(arguments, devices):
@@ -39,14 +46,7 @@ def train(arguments, devices):
     return losses, jax.device_get((networks, state.memory))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *[f"method={name}" for name in METHODS],
-        "method=simclr,augself=main",
-        "method=moco_v2,follow=published",
-    ],
-)
+@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, "method=moco_v2", WITH_AUGSELF))
 def test_eight_devices_are_one(arguments):
     losses, state = train(arguments, 1)
     losses_of_eight, state_of_eight = train(arguments, 8)

@@ -102,6 +102,7 @@ def leftovers(workdir):
 # --- kill -9 during a checkpoint write
 
 
+@pytest.mark.exhaustive
 def test_killed_while_a_checkpoint_is_written_it_ends_bit_identical(tmp_path):
     """Every life of the run is ended in the middle of a write; `REPEATS` lives."""
     steps = f"steps={20 + 5 * REPEATS}"

@@ -11,6 +11,7 @@ from etils import epath
 from cassle_jax.config import ConfigError
 from cassle_jax.distributed import runtime_arguments
 from cassle_jax.training.metrics import read_lines, read_metrics
+from tests.everyday import everyday
 from tests.training.processes import assert_same, ends, start, steps_saved
 
 REPEATS = int(os.environ.get("CASSLE_PROCESS_KILLS", "1"))
@@ -49,7 +50,7 @@ def assert_losses_equal(workdir, expected):
     return found, expected
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", everyday([2, 4], 2))
 def test_several_processes_are_one(alone, tmp_path, count):
     codes, errors = ends(start(tmp_path, count, *PROBED))
     assert codes == [0] * count, errors
@@ -101,6 +102,7 @@ def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_p
         assert_same(workdir, alone)
 
 
+@pytest.mark.exhaustive
 def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
     processes = start(tmp_path, 2, *PROBED)
     wait_for(tmp_path, 10, processes)
@@ -120,7 +122,11 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
             "log.every_steps=2 in process 1 of 2 and 1 in process 0; start all processes with",
         ),
         (lambda index: NOWHERE if index == 0 else [], "data.path='/nowhere'"),
-        (lambda index: NOWHERE if index == 1 else [], "data.path='/nowhere'"),
+        pytest.param(
+            lambda index: NOWHERE if index == 1 else [],
+            "data.path='/nowhere'",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_a_mistake_of_one_process_ends_all_with_its_line(tmp_path, each, message):
