@@ -98,7 +98,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         {
             "source": "scenes",  # scenes or motifs (rendered, need no files), folder or tfds
             "name": "",  # tfds: the builder, such as cifar10
-            "path": "",  # folder: holds <split>/<class>/<file>; tfds: its data_dir, "": the default
+            "path": "",  # folder: see docs/datasets.md; tfds: its data_dir, "": the default
             "train_split": "train",
             "classes": "",  # "": all; imagenet100; or a text file with one class name per line
             "canvas": 32,  # pixels; larger images are shrunk to fit
@@ -106,6 +106,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "threads": 0,  # reading and decoding threads; 0: half the CPUs, at least 2
             "cache_gib": 4.0,  # keep decoded images in memory if all of them fit in this size
             "on_device": "auto",  # all images on every device: auto (if they fit), always or never
+            "max_pixels": 89_478_485,  # images with more pixels, Pillow's limit, count as damaged
             "max_bad_fraction": 0.01,  # stop the run above this fraction of undecodable images
         }
     )

@@ -14,6 +14,7 @@ from cassle_jax.checks import check_at_least
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
+from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
 from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.findings import Finding
@@ -291,6 +292,9 @@ if __name__ == "__main__":
     )
     batch_flag = flags.DEFINE_integer("batch", 256, "Images of all devices together.")
     limit_flag = flags.DEFINE_integer("limit", 0, "At most so many images of each part; 0: all.")
+    max_pixels_flag = flags.DEFINE_integer(
+        "max_pixels", MAX_PIXELS, "Of an image; one that has more is damaged."
+    )
     analysed_flag = flags.DEFINE_integer(
         "analysed", 2000, "Images that invariance, matching and probes look at; 0: all."
     )
@@ -325,6 +329,7 @@ if __name__ == "__main__":
     def evaluate() -> None:
         """Evaluates what the flags say, with the other processes where there are any."""
         with all_processes():
+            allow_pixels(max_pixels_flag.value)
             evaluate_command(
                 runs=run_flag.value,
                 datasets=datasets_flag.value,

@@ -96,7 +96,7 @@ class Pairs:
         return len(self.files)
 
     def __getitem__(self, index):
-        with Image.open(self.files[index]) as file:
+        with Image.open(self.files[index], formats=("JPEG",)) as file:
             image = file.convert("RGB")
         return self.crop(image), self.crop(image)
 

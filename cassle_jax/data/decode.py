@@ -1,20 +1,48 @@
 """Decodes one image file into uint8 RGB that fits a square canvas, whatever the file holds."""
 
 import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from cassle_jax.data.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Images with more pixels are refused unread: Pillow's own line for a decompression bomb."""
+"""What an image may have unless `allow_pixels` says otherwise: Pillow's line for a bomb."""
 
-_ORIENTATION_TAG = 0x0112
-_EXIF_WITHIN = 65536
+_EXTENSIONS = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+# Raster formats alone: others have Pillow start a program, such as Ghostscript, on the bytes.
+_FORMATS = tuple(form for form in _EXTENSIONS if form != "AVIF" or features.check("avif"))
+
+EXTENSIONS = frozenset(each for extensions in _EXTENSIONS.values() for each in extensions)
+"""Lower-case endings of the names of files that are images."""
+
+_METADATA_WITH_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_EXTRAS = (b"tRNS", b"eXIf")  # of those a PNG can do without, what an image is shown by
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _FLOAT_MODES = ("F", "F;16", "F;32F")
+
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of images that are stored with their sides exchanged."""
 
 # EXIF orientation to the view of the stored array that stands upright.
 _UPRIGHT = {
@@ -47,6 +75,9 @@ def decode(
     one), takes Pillow. 16-bit greys are scaled to 8 bits, transparent pixels are composited on
     white, EXIF orientation is applied, and of an animation the first frame counts.
 
+    What is wrong beside the pixels does no harm: EXIF, text and colour profiles that are broken or
+    oversized are passed over, and a JPEG may lack its last marker.
+
     Args:
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
         or [height, width, 1 or 3].
@@ -60,14 +91,49 @@ def decode(
       uint8 RGB in [0, 255] of shape [height, width, 3], max(height, width) ≤ canvas.
 
     Raises:
-      DamagedImage: the image cannot be decoded whole, or has more than `MAX_PIXELS` pixels.
+      DamagedImage: the image cannot be decoded whole, or has more pixels than are allowed.
     """
     if isinstance(data, np.ndarray):
         return _reduce(_three_channels(data), canvas)
     if not data:
         raise DamagedImage("the file is empty")
-    image = _decode_jpeg(data, canvas, scratch, roughly) if data[:3] == _JPEG_START else None
-    return _decode_with_pillow(data, canvas) if image is None else image
+    if data[:3] != _JPEG_START:
+        return _decode_with_pillow(data, canvas)
+    # libjpeg notices where pixels are missing; where the end marker alone is, it need not.
+    ended = data if data.endswith(_JPEG_END) else data + _JPEG_END
+    image = _decode_jpeg(ended, canvas, scratch, roughly)
+    if image is not None:
+        return image
+    whole = ended is not data and _is_whole_cmyk(ended)
+    return _decode_with_pillow(ended if whole else data, canvas)
+
+
+def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """Opens an image of the raster formats with Pillow; only its header is read.
+
+    Raises:
+      OSError: the file cannot be read, or is no such image.
+    """
+    return Image.open(file, formats=_FORMATS)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How the stored image stands, as EXIF numbers it: 1, upright, where that cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises any of a dozen types, and broken EXIF is no broken image.
+        return 1
+
+
+def allow_pixels(most: int) -> None:
+    """Sets how many pixels an image may have at most: for the whole process, as Pillow has it.
+
+    Raises:
+      DataError: `most` is below 1.
+    """
+    if most < 1:
+        raise DataError(f"data.max_pixels={most} leaves no image; the default is {MAX_PIXELS}")
+    Image.MAX_IMAGE_PIXELS = most
 
 
 def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
@@ -95,9 +161,9 @@ def _decode_jpeg(
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    _refuse_bomb(height, width)
     if colours not in _DIRECT_COLOURS:
         return None
-    _refuse_bomb(height, width)
     fitted = _eighths_size if roughly else fitted_size
     target_height, target_width = fitted(height, width, canvas)
     if scratch is not None and height * width * 3 > scratch.size:
@@ -109,36 +175,67 @@ def _decode_jpeg(
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)
-    return _upright(image, data)
-
-
-def _upright(image: UInt8[np.ndarray, "h w 3"], data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Applies the EXIF orientation; only files that carry EXIF pay for reading it."""
-    if data.find(b"Exif\0\0", 0, _EXIF_WITHIN) < 0:
+    # Only files that carry an orientation pay for reading it.
+    if not any(start in data for start in _METADATA_WITH_ORIENTATION):
         return image
     try:
-        orientation = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION_TAG, 1)
-    except (
-        Exception
-    ):  # Pillow raises any of a dozen types here, and broken EXIF is no broken image.
+        with open_image(io.BytesIO(data)) as opened:
+            return _upright(image, orientation_of(opened))
+    except Exception:  # As below: what Pillow cannot open, libjpeg-turbo has decoded.
         return image
+
+
+def _is_whole_cmyk(data: bytes) -> bool:
+    """Whether libjpeg-turbo, which has no RGB for it, finds all pixels; Pillow would not notice."""
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="CMYK")
+    except ValueError:
+        return False
+    return True
+
+
+def _upright(
+    image: UInt8[np.ndarray, "h w 3"], orientation: int
+) -> UInt8[np.ndarray, "height width 3"]:
     return _UPRIGHT[orientation](image) if orientation in _UPRIGHT else image
 
 
 def _decode_with_pillow(data: bytes, canvas: int) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            _refuse_bomb(image.height, image.width)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            pixels = _to_rgb(upright)
+        return _reduce(_pillow_pixels(data), canvas)
     except (DamagedImage, MemoryError):
         raise
-    except UnidentifiedImageError as error:
-        raise DamagedImage("not an image in any known format") from error
+    except Image.DecompressionBombError as error:
+        raise DamagedImage(f"more than data.max_pixels={Image.MAX_IMAGE_PIXELS}") from error
     except Exception as error:  # Pillow's plugins raise whatever the bytes led them to.
+        bare = _bare_png(data)
+        if bare != data:
+            return _decode_with_pillow(bare, canvas)
+        if isinstance(error, UnidentifiedImageError):
+            raise DamagedImage("not an image in any known format") from error
         raise DamagedImage(f"{type(error).__name__}: {_one_line(error)}") from error
-    return _reduce(pixels, canvas)
+
+
+def _pillow_pixels(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    with open_image(io.BytesIO(data)) as image:
+        _refuse_bomb(image.height, image.width)
+        image.load()
+        return _upright(_to_rgb(image), orientation_of(image))
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG's pixels without the texts and profiles around them; anything else as it is."""
+    if not data.startswith(_PNG_START):
+        return data
+    kept, start = [_PNG_START], len(_PNG_START)
+    while len(data) - start >= 12:  # length, kind and checksum
+        length, kind = struct.unpack_from(">I4s", data, start)
+        chunk = data[start : start + 12 + length]
+        is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if kind[:1].isupper() or (kind in _PNG_EXTRAS and is_sound):
+            kept.append(chunk)
+        start += len(chunk)
+    return b"".join(kept)
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
@@ -180,8 +277,9 @@ def _resize(
 
 
 def _refuse_bomb(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DamagedImage(f"{width}x{height} pixels are more than the {MAX_PIXELS} that are read")
+    allowed = Image.MAX_IMAGE_PIXELS
+    if allowed is not None and height * width > allowed:
+        raise DamagedImage(f"{width}x{height} pixels are more than data.max_pixels={allowed}")
 
 
 def _one_line(error: Exception) -> str:

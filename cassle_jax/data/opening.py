@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from cassle_jax.data import folder
 from cassle_jax.data.damaged import DamagedLog
+from cassle_jax.data.decode import allow_pixels
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.families import FAMILIES, open_drawn
 from cassle_jax.data.feed import DeviceFeed
@@ -32,6 +33,7 @@ def open_source(data_config: Any, split: str) -> Source:
         the path of a text file with one class name a line. Labels follow the list's order.
         scenes: number of drawn images in the split 'train'.
         canvas: side of a drawn image, and the largest side of a decoded image, in pixels.
+        max_pixels: of an image of this process's; see `allow_pixels`.
       split: 'train', 'test', … of a folder or of drawn images; for tfds anything it understands,
         such as 'train[:90%]' or 'train+unlabelled'.
 
@@ -43,6 +45,7 @@ def open_source(data_config: Any, split: str) -> Source:
     """
     openers = {**dict.fromkeys(FAMILIES, _open_drawn), "folder": _open_folder, "tfds": _open_tfds}
     opener = openers.get(data_config.source)
+    allow_pixels(data_config.max_pixels)
     if opener is None:
         raise DataError(
             f"data.source={data_config.source!r} is unknown{closest(data_config.source, openers)}"

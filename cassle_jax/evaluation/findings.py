@@ -161,4 +161,6 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _decoded(png: str) -> Pixels:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(png)), formats=("PNG",)).convert("RGB")
+    )

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cassle_jax.data.decode import MAX_PIXELS
+
 
 def _image_bytes(seed: int, height: int = 20, width: int = 24, form: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
@@ -34,6 +36,7 @@ def settings():
             "classes": "",
             "scenes": 20,
             "canvas": 32,
+            "max_pixels": MAX_PIXELS,
         }
         return SimpleNamespace(**{**usual, **changed})
 

@@ -230,7 +230,7 @@ import sys
 from types import SimpleNamespace
 from cassle_jax.data import DamagedLog, evaluation_batches, open_source
 config = SimpleNamespace(source="tfds", name="tiny_animals", path={tiny().path!r},
-                         classes={str(listed)!r}, canvas=16, scenes=0)
+                         classes={str(listed)!r}, canvas=16, scenes=0, max_pixels=1000)
 source = open_source(config, "train")
 batches = evaluation_batches(source, batch=4, canvas=16, damaged=DamagedLog(len(source), 0.0))
 print(sum(int(batch["mask"].sum()) for batch in batches))

@@ -6,10 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from cassle_jax.data import DamagedImage, decode
-from cassle_jax.data.decode import MAX_PIXELS
+from cassle_jax.config import base_config
+from cassle_jax.data import DamagedImage, DataError, decode
+from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
 
 
 def photo(height: int, width: int) -> np.ndarray:
@@ -88,20 +89,18 @@ def test_cmyk_without_adobe_marker_is_read_as_browsers_and_pillow_do():
     np.testing.assert_array_equal(decode(plain, 32), pillow_rgb(plain))
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_chunks(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     """A PNG written by hand: the witness for depths that Pillow does not write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -167,10 +166,80 @@ def test_exif_orientation(orientation, form):
     assert_close(got, pillow_rgb(data), mean=0.5, most=4)
 
 
-def test_broken_exif_does_not_break_the_image():
-    data = encoded(photo(24, 40), "JPEG")
-    broken = data[:2] + b"\xff\xe1\x00\x10Exif\0\0garbage!" + data[2:]
-    assert decode(broken, 64).shape == (24, 40, 3)
+@pytest.mark.parametrize("exif", [b"garbage!", b"MM\0*\xff\xff\xff\xff", b"\0\0"])
+@pytest.mark.parametrize("form", ["JPEG", "CMYK", "PNG", "WEBP"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_broken_exif_does_not_break_the_image(form, exif):
+    image = Image.fromarray(photo(24, 40))
+    if form == "CMYK":
+        image, form = image.convert("CMYK"), "JPEG"
+    whole = encoded(image, form, quality=95)
+    broken = encoded(image, form, quality=95, exif=b"Exif\0\0" + exif)
+    assert len(broken) > len(whole)
+    np.testing.assert_array_equal(decode(broken, 64), decode(whole, 64))
+
+
+def oversized_chunks() -> dict[str, bytes]:
+    """What a PNG may carry beside its pixels, and Pillow stops at."""
+    bomb, text = zlib.compress(bytes(2**21)), b"a" * 2**21
+    return {
+        "compressed text": png_chunk(b"zTXt", b"Comment\0\0" + bomb),
+        "international text": png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + bomb),
+        "much text": png_chunk(b"iTXt", b"Comment\0\0\0\0\0" + text) * 40,
+        "colour profile": png_chunk(b"iCCP", b"profile\0\0" + bomb),
+        "wrong checksum": png_chunk(b"tEXt", b"Comment\0hello")[:-4] + b"oops",
+        "short resolution": png_chunk(b"pHYs", b"\0"),
+    }
+
+
+@pytest.mark.parametrize("chunk", oversized_chunks().values(), ids=oversized_chunks())
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_what_is_wrong_beside_the_pixels_of_a_png_does_no_harm(chunk, before):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    see_through = np.dstack([photo(24, 40), np.full((24, 40), 90, np.uint8)])
+    whole = encoded(see_through, "PNG", exif=exif)
+    place = whole.index(before) - 4
+    broken = whole[:place] + chunk + whole[place:]
+    np.testing.assert_array_equal(decode(broken, 64), decode(whole, 64))
+
+
+@pytest.mark.parametrize("options", [*JPEGS.values(), {"grey": True}, {"cmyk": True}])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_jpeg_may_lack_its_last_marker(options, lost):
+    options = dict(options)
+    image = Image.fromarray(photo(60, 80))
+    if options.pop("grey", False):
+        image = image.convert("L")
+    if options.pop("cmyk", False):
+        image = image.convert("CMYK")
+    whole = encoded(image, "JPEG", **options)
+    np.testing.assert_array_equal(decode(whole[:-lost], 96), decode(whole, 96))
+    with pytest.raises(DamagedImage):
+        decode(whole[:-40], 96)
+
+
+@pytest.mark.parametrize("kind", ["EXIF", "XMP"])
+def test_orientation_is_found_behind_a_large_colour_profile(kind):
+    if kind == "EXIF":
+        described = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    else:
+        described = b"http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation='6'/>"
+        described = described.replace(b"'", b'"')
+    data = encoded(photo(24, 40), "JPEG", icc_profile=bytes(200_000), quality=95)
+    table = data.index(b"\xff\xdb")
+    segment = b"\xff\xe1" + struct.pack(">H", len(described) + 2) + described
+    turned = data[:table] + segment + data[table:]
+    assert decode(turned, 64).shape == (40, 24, 3)
+    assert_close(decode(turned, 64), pillow_rgb(turned), mean=0.5, most=4)
+
+
+def test_no_program_is_started_on_what_calls_itself_postscript(monkeypatch):
+    """Pillow would run Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    with pytest.raises(DamagedImage, match="not an image in any known format"):
+        decode(data, 64)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
@@ -287,6 +356,31 @@ def test_a_bomb_is_refused_by_its_header():
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
     with pytest.raises(DamagedImage, match=str(MAX_PIXELS)):
         decode(bytes(jpeg), 64)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_how_many_pixels_an_image_may_have_is_a_setting(form, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)  # is put back afterwards
+    assert base_config().data.max_pixels == MAX_PIXELS
+    data = encoded(photo(30, 40), form)
+    allow_pixels(1200)
+    assert decode(data, 64).shape == (30, 40, 3)
+    for fewer in (1199, 300):
+        allow_pixels(fewer)
+        with pytest.raises(DamagedImage, match=f"data.max_pixels={fewer}"):
+            decode(data, 64)
+    with pytest.raises(DataError, match=f"data.max_pixels=0 .* {MAX_PIXELS}"):
+        allow_pixels(0)
+
+
+def test_images_above_the_usual_bound_can_be_allowed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)
+    data = encoded(Image.new("L", (9_600, 9_600)), "JPEG")
+    with pytest.raises(DamagedImage, match=r"9600x9600 .* data\.max_pixels"):
+        decode(data, 64)
+    allow_pixels(100_000_000)
+    assert decode(data, 64).shape == (64, 64, 3)
 
 
 def test_arrays_pass_through_and_are_reduced():
