@@ -12,14 +12,15 @@ from functools import partial
 from typing import Literal
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.folder import open_folder
+from cassle_jax.data.folder import open_folder, split_there
 from cassle_jax.data.landmarks import CelebaSource, LandmarkFolder
+from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Source, closest
 from cassle_jax.data.splits import Joined, cut, cut_shots
 
 LOG = logging.getLogger(__name__)
 
-Task = Literal["classification", "regression", "few-shot"]
+Task = Literal["classification", "regression", "few-shot", "unlabelled"]
 Metric = Literal["accuracy", "mean_per_class", "r2"]
 
 OWN_FOLDER = "folder:"
@@ -71,9 +72,11 @@ class EvaluationData:
       train: to fit on; None for few-shot.
       val: to choose the penalty on; None for few-shot. Protocols refit on train and val.
       test: to measure on; for few-shot, to draw episodes from.
-      classes: how many; 0 for regression, whose sources are `TargetSource`s.
+      classes: how many; 0 for images without labels and for regression, whose sources are
+        `TargetSource`s.
       metric: of the test part.
-      task: what the dataset is for.
+      task: what the dataset is for; a folder of one's own without labels is 'unlabelled', for
+        what looks at images alone.
       ten_crops: whether linear evaluation fits to ten crops of an image.
     """
 
@@ -142,7 +145,8 @@ def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> Evaluation
 
     Args:
       name: a line of the table, or 'folder:<path>' for an image folder
-        `<path>/<split>/<class>/<file>` with the splits 'train', 'test' and, if wanted, 'val'.
+        `<path>/<split>/<class>/<file>` with the splits 'train', 'test' and, if wanted, 'val';
+        without 'test', or with one that has no labels, 'val' is tested on.
       path: reads the dataset from this image folder, also where it has a tfds builder.
       data_dir: of tfds; '' is its default. Without a `path`, a dataset that has no builder lies in
         `<data_dir>/<name>`.
@@ -205,21 +209,27 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
     val_split, test_split = _split_names(entry, path)
     train = val = None
     test = open_split(test_split)
+    if entry is _OWN and val_split and len(test.class_names) < 2:
+        LOG.info("dataset %r: %s has no labels, %r is tested on", name, test.name, val_split)
+        test, val_split = open_split(val_split), ""
     if entry.task != "few-shot":
         train = open_split("train")
         val = open_split(val_split) if val_split else None
-    if entry.task != "regression":
-        _check_classes(entry, [part for part in (test, train, val) if part is not None])
+    parts = [part for part in (test, train, val) if part is not None]
+    task = entry.task
+    if entry is _OWN and not all(part.class_names for part in parts):
+        LOG.info("dataset %r has no labels: the tasks that need them are off", name)
+        task = "unlabelled"
+    elif task != "regression":
+        _check_classes(entry, parts)
     if entry.shots:
         train, val = cut_shots(Joined(train, val), entry.shots)
     elif train is not None and val is None:
         # A folder of one's own is cut alike wherever it lies.
         key = "folder" if entry is _OWN else name
         train, val = cut(train, entry.sizes[1] / sum(entry.sizes[:2]), f"{key}/train")
-    classes = len(test.class_names)
-    return EvaluationData(
-        name, train, val, test, classes, entry.metric, entry.task, entry.ten_crops
-    )
+    classes = 0 if task == "unlabelled" else len(test.class_names)
+    return EvaluationData(name, train, val, test, classes, entry.metric, task, entry.ten_crops)
 
 
 def _opener(entry: Entry, path: str, data_dir: str) -> Callable[[str], Source]:
@@ -244,8 +254,9 @@ def _split_names(entry: Entry, path: str) -> tuple[str, str]:
     """Names of the validation part ('' for none) and of the test part where the dataset lies."""
     if not path:
         return entry.val, entry.test
-    has_val = entry.folder_test != "val" and (pathlib.Path(path).expanduser() / "val").is_dir()
-    return "val" if entry.val or has_val else "", entry.folder_test
+    test = split_there(path, "test") if entry is _OWN else entry.folder_test
+    has_val = test != "val" and is_folder(pathlib.Path(path).expanduser() / "val")
+    return "val" if entry.val or has_val else "", test
 
 
 def _check_classes(entry: Entry, parts: list[Source]) -> None:

@@ -1,12 +1,16 @@
-"""An image folder `<path>/<split>/<class>/<file>` as a source that holds millions of files."""
+"""An image folder in any of the usual layouts, as a source that holds millions of files."""
 
+import logging
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.listing import Skipped, is_folder, list_folders, list_images
 from cassle_jax.data.sources import (
     Record,
     check_classes,
@@ -15,121 +19,196 @@ from cassle_jax.data.sources import (
     read_class_list,
 )
 
+LOG = logging.getLogger(__name__)
+
+NO_LINE = "without a line in the annotations"
+BESIDE_CLASSES = "beside the class folders"
+
+_STAND_INS = {
+    "test": ("val", "valid", "validation"),
+    "val": ("valid", "validation"),
+    "validation": ("val", "valid"),
+}
+_SPLIT = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?)[\W\d_]*", re.IGNORECASE)
+
 
 class FolderSource:
-    """The files of one split, by class and then by file name, whatever the file system's order.
+    """Image files in a fixed order, with their labels. Holds no file open."""
 
-    Any file counts as an image, whatever its extension; hidden files and folders do not, nor do
-    folders inside a class.
-    """
+    def __init__(
+        self,
+        root: pathlib.Path,
+        files: Sequence[bytes],
+        labels: Int[np.ndarray, " images"],
+        class_names: tuple[str, ...],
+    ):
+        """Reads nothing.
 
-    def __init__(self, root: pathlib.Path, class_names: tuple[str, ...]):
-        """Lists the files of `<root>/<class>/` for every class, which become the labels in order.
-
-        Raises:
-          DataError: a class has no files.
+        Args:
+          root: the folder; it is the source's name, too.
+          files: paths from `root`.
+          labels: of the files; -1 for none.
+          class_names: by label; empty where images have no labels.
         """
         self.name = str(root)
         self.class_names = class_names
-        files = [_list_files(root / name) for name in class_names]
-        self._class_ends = np.cumsum([len(names) for names in files])
+        self.labels = labels
         # One buffer instead of a Python string a file: a third of the memory, and quick to pickle.
-        lengths = np.fromiter((len(file) for names in files for file in names), np.int64)
-        self._name_ends = np.cumsum(lengths)
-        self._names = b"".join(file for names in files for file in names)
+        self._ends = np.cumsum(np.fromiter(map(len, files), np.int64, len(files)))
+        self._paths = b"".join(files)
 
     def __len__(self) -> int:
-        return len(self._name_ends)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
-        path, label = self._path(index)
-        return Record(pathlib.Path(path).read_bytes(), label, path)
+        path = self._path(index)
+        return Record(pathlib.Path(path).read_bytes(), int(self.labels[index]), path)
 
-    def _path(self, index: int) -> tuple[str, int]:
-        """Of the image at `index`, with its label."""
-        label = int(np.searchsorted(self._class_ends, index, side="right"))
-        start = int(self._name_ends[index - 1]) if index else 0
-        file = os.fsdecode(self._names[start : int(self._name_ends[index])])
-        return f"{self.name}/{self.class_names[label]}/{file}", label
+    def _path(self, index: int) -> str:
+        start = int(self._ends[index - 1]) if index else 0
+        return f"{self.name}/{os.fsdecode(self._paths[start : int(self._ends[index])])}"
 
     @property
     def content(self) -> str:
         """See `content_of`."""
-        return content_of_files(self._path(index)[0] for index in range(len(self)))
-
-    @property
-    def labels(self) -> Int[np.ndarray, " images"]:
-        """Of every image, see `labels_of`."""
-        counts = np.diff(self._class_ends, prepend=0)
-        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        return content_of_files(self._path(index) for index in range(len(self)))
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
-    """Opens `<path>/<split>`.
+    """Opens `<path>/<split>`, or all of `<path>` where it has no splits.
+
+    Folders that hold images are the classes, at whatever depth below them the images lie, unless
+    more images lie beside these folders than in them: then the images, at any depth, have no
+    labels. A file `<split>/<split>_annotations.txt`, as Tiny-ImageNet has it, gives the labels
+    where no more than one folder holds images. Images come by class, then by path.
 
     Args:
       path: root of the image folder.
-      split: name of the folder inside it.
+      split: name of the folder inside it. '', or any name where `path` has no folder that looks
+        like a split, is all of `path`, without labels.
       classes: see `open_source`.
 
     Raises:
-      DataError: the folder, the split or a class is missing, or a class is empty.
+      DataError: the folder or the split is missing or without images, a class is missing or empty,
+        or `classes` are wanted of images without labels.
     """
     if not path:
         raise DataError("data.path='' names no folder; give the root of <split>/<class>/<file>")
-    root = pathlib.Path(path).expanduser().absolute()
-    if not root.is_dir():
+    top = pathlib.Path(path).expanduser().absolute()
+    if not is_folder(top):
         raise DataError(
             f"data.path={path!r} is not a folder; give the root of <split>/<class>/<file>"
         )
-    splits = _list_folders(root)
-    if split not in splits:
-        raise DataError(
-            f"data.path={path!r} has no split {split!r}{closest(split, splits)}; "
-            f"there: {', '.join(splits) or 'no folders at all'}"
-        )
-    split_root = root / split
-    found = _list_folders(split_root)
-    if not found:
-        raise DataError(
-            f"data.path={path!r}: split {split!r} has no class folders; "
-            "images must lie in <split>/<class>/<file>"
-        )
-    wanted = read_class_list(classes)
-    if wanted is not None:
-        check_classes(classes, wanted, found)
-    return FolderSource(split_root, found if wanted is None else wanted)
-
-
-def _list_folders(root: pathlib.Path) -> tuple[str, ...]:
-    with os.scandir(os.fsencode(root)) as entries:
-        names = [e.name for e in entries if not e.name.startswith(b".") and e.is_dir()]
-    return tuple(os.fsdecode(name) for name in sorted(names))
-
-
-def _list_files(directory: pathlib.Path) -> list[bytes]:
-    try:
-        with os.scandir(os.fsencode(directory)) as entries:
-            visible = [e for e in entries if not e.name.startswith(b".")]
-        files = sorted(e.name for e in visible if _is_file(e))
-    except OSError as error:
-        raise DataError(
-            f"data.path: class folder {str(directory)!r} cannot be listed: {error.strerror}"
-        ) from error
+    root = _root_of(top, split)
+    files, skipped = list_images(root)
     if not files:
-        inside = f", only folders such as {os.fsdecode(visible[0].name)!r}" if visible else ""
         raise DataError(
-            f"data.path: class folder {str(directory)!r} has no files{inside}; "
-            "put images directly into it or remove it"
+            f"data.path={path!r}: split {split!r} has no images{skipped}; "
+            "images lie in <split>/<class>/<file>, or without labels in <split> or <path>"
         )
-    return files
+    class_of, known = ({}, ()) if root == top else _classes_of_files(root, files, skipped)
+    wanted = read_class_list(classes)
+    if class_of:
+        if wanted is not None:
+            check_classes(classes, wanted, known)
+        source = _labelled(root, class_of, known if wanted is None else wanted, skipped)
+    elif wanted is not None:
+        raise DataError(
+            f"data.classes={classes!r} needs labels, and the images of {str(root)!r} have none"
+        )
+    else:
+        LOG.info("%s: %d images without labels", root, len(files))
+        source = FolderSource(root, files, np.full(len(files), -1, np.int32), ())
+    skipped.log(source.name)
+    return source
 
 
-def _is_file(entry: os.DirEntry) -> bool:
-    """Whether it is a file or a link to one; a link that leads in a circle leads nowhere."""
+def split_there(path: str, split: str) -> str:
+    """The split, or the validation part that stands in for it where `path` lacks it; logs which."""
+    top = pathlib.Path(path).expanduser()
+    if not is_folder(top / split):
+        for other in _STAND_INS.get(split, ()):
+            if is_folder(top / other):
+                LOG.info("%s has no split %r: %r is taken", path, split, other)
+                return other
+    return split
+
+
+def _root_of(top: pathlib.Path, split: str) -> pathlib.Path:
+    """The folder of the split; `top` itself where there are no splits."""
+    if not split:
+        return top
+    folders = list_folders(top)
+    if split in folders:
+        return top / split
+    splits = [name for name in folders if _SPLIT.fullmatch(name)]
+    inner = next((name for name in folders if is_folder(top / name / split)), None)
+    likely = closest(split, folders)
+    if splits or inner or likely:
+        better = f" (did you mean data.path={str(top / inner)!r}?)" if inner else likely
+        raise DataError(
+            f"data.path={str(top)!r} has no split {split!r}{better}; there: {', '.join(folders)}; "
+            "the split '' is all images below, without labels"
+        )
+    LOG.warning("%s has no split %r, nor another: all images below it are taken", top, split)
+    return top
+
+
+def _classes_of_files(
+    root: pathlib.Path, files: Sequence[bytes], skipped: Skipped
+) -> tuple[dict[bytes, str], tuple[str, ...]]:
+    """Of each file with a class, its name, and the names of all classes; empty without labels."""
+    folder_of = {file: file.split(b"/", 1)[0] for file in files if b"/" in file}
+    names = {folder: os.fsdecode(folder) for folder in folder_of.values()}
+    annotations = root / f"{root.name}_annotations.txt"
+    if len(names) < 2 and annotations.is_file():
+        class_of = _annotated(annotations, files, skipped)
+        return class_of, tuple(sorted(set(class_of.values()), key=os.fsencode))
+    if 2 * len(folder_of) < len(files):
+        return {}, ()
+    for file in files:
+        if file not in folder_of:
+            skipped.note(BESIDE_CLASSES, file)
+    # A folder without images is a class that somebody expects.
+    return {file: names[folder] for file, folder in folder_of.items()}, list_folders(root)
+
+
+def _annotated(
+    annotations: pathlib.Path, files: Sequence[bytes], skipped: Skipped
+) -> dict[bytes, str]:
+    """Of each file, what stands behind its name in a line, separated by a tab."""
     try:
-        return entry.is_file()
-    except OSError:
-        return False
+        lines = annotations.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.path: {str(annotations)!r} cannot be read: {error}") from error
+    class_of_name = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    class_of = {}
+    for file in files:
+        name = os.fsdecode(file.rsplit(b"/", 1)[-1])
+        if name in class_of_name:
+            class_of[file] = class_of_name[name]
+        else:
+            skipped.note(NO_LINE, file)
+    return class_of
+
+
+def _labelled(
+    root: pathlib.Path,
+    class_of: dict[bytes, str],
+    names: tuple[str, ...],
+    skipped: Skipped,
+) -> FolderSource:
+    """The files of the classes, by class and then by path."""
+    empty = set(names) - set(class_of.values())
+    if empty:
+        raise DataError(
+            f"data.path: class folder {str(root / min(empty))!r} has no images{skipped}; "
+            "put images into it or remove it"
+        )
+    label_of = {name: label for label, name in enumerate(names)}
+    files = [file for file, name in class_of.items() if name in label_of]
+    labels = np.fromiter((label_of[class_of[file]] for file in files), np.int32, len(files))
+    order = np.argsort(labels, kind="stable")
+    return FolderSource(root, [files[place] for place in order], labels[order], names)

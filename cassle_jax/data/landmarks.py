@@ -7,20 +7,20 @@ resized to; a point outside the square lies outside [0, 1].
 
 import csv
 import functools
+import os
 import pathlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
-from PIL import ExifTags, Image
 
+from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.listing import is_folder, list_folders, list_images
 from cassle_jax.data.sources import Record, Source, closest, content_of_files
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
-
-_FIRST_SIDEWAYS_ORIENTATION = 5
 
 
 @runtime_checkable
@@ -119,20 +119,20 @@ def _in_square(
 
 
 def _image_files(root: pathlib.Path, split: str) -> list[str]:
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"data.path={str(root)!r} is not a folder; give the root of <split>/<file>")
     folder = root / split
-    if not folder.is_dir():
-        there = sorted(each.name for each in root.iterdir() if each.is_dir())
+    if not is_folder(folder):
+        there = list_folders(root)
         raise DataError(
             f"data.path={str(root)!r} has no split {split!r}{closest(split, there)}; "
             f"there: {', '.join(there) or 'no folders at all'}"
         )
-    visible = [each for each in folder.iterdir() if not each.name.startswith(".")]
-    files = sorted(each.name for each in visible if each.is_file())
-    if not files:
-        raise DataError(f"{str(folder)!r} has no images; put them directly into it")
-    return files
+    images, skipped = list_images(folder)
+    if not images:
+        raise DataError(f"{str(folder)!r} has no images{skipped}; put them into it")
+    skipped.log(str(folder))
+    return [os.fsdecode(image) for image in images]
 
 
 def _read_table(table: pathlib.Path, numbers: int) -> dict[str, Float[np.ndarray, " numbers"]]:
@@ -188,12 +188,10 @@ def _check_same_files(
 def _shown_size(path: pathlib.Path) -> tuple[int, int]:
     """Height and width of an image once it stands upright; only its header is read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             # Asked of a PNG without EXIF, Pillow would decode all of it to look for some.
-            exif = image.getexif() if "exif" in image.info else {}
+            orientation = orientation_of(image) if "exif" in image.info else 1
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read as an image: {error}") from error
-    if exif.get(ExifTags.Base.Orientation, 1) >= _FIRST_SIDEWAYS_ORIENTATION:
-        return width, height
-    return height, width
+    return (width, height) if orientation in SIDEWAYS else (height, width)

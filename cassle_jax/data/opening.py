@@ -123,7 +123,8 @@ def _open_drawn(data_config: Any, split: str) -> Source:
 
 
 def _open_folder(data_config: Any, split: str) -> Source:
-    return folder.open_folder(data_config.path, split, data_config.classes)
+    there = folder.split_there(data_config.path, split)
+    return folder.open_folder(data_config.path, there, data_config.classes)
 
 
 def _open_tfds(data_config: Any, split: str) -> Source:

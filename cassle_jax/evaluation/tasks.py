@@ -371,7 +371,7 @@ def _task(run, takes: str, usual: str | None = None) -> Task:
     return Task(run, kinds, kinds if usual is None else frozenset(usual.split()))
 
 
-_ANY = "classification regression few-shot"
+_ANY = "classification regression few-shot unlabelled"
 
 TASKS: Mapping[str, Task] = {
     "linear": _task(_linear, "classification"),

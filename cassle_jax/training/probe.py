@@ -1,5 +1,7 @@
 """Looks at the features while a run goes on: k-NN accuracy and RankMe, every few epochs."""
 
+import logging
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -12,6 +14,8 @@ from cassle_jax.evaluation.knn import knn_accuracy
 from cassle_jax.evaluation.spectrum import rank_me
 from cassle_jax.training.run import Run
 from cassle_jax.training.state import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 class FeatureReader:
@@ -78,9 +82,19 @@ class OnlineProbe:
                 ) from error
             return source, limit, DamagedLog(len(source), config.data.max_bad_fraction)
 
+        test_split = config.probe.test_split
         self._train = opened("probe.train_split", train_split, config.probe.train_images)
-        self._test = opened("probe.test_split", config.probe.test_split, config.probe.test_images)
-        _check_same_classes(self._train[0], self._test[0], config.probe.test_split)
+        try:
+            self._test = opened("probe.test_split", test_split, config.probe.test_images)
+        except DataError:
+            if _has_classes(self._train[0]):
+                raise
+            # RankMe needs no held-out images, and unlabelled ones seldom come with some.
+            self._test = opened("probe.train_split", train_split, config.probe.test_images)
+        for source, *_ in (self._train, self._test):
+            if not _has_classes(source):
+                LOG.info("k-NN accuracy is off: %s has no labels; RankMe is measured", source.name)
+        _check_same_classes(self._train[0], self._test[0], test_split)
         self._read = FeatureReader(config, run, mesh)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -88,15 +102,21 @@ class OnlineProbe:
         test, test_labels = self._read(state, *self._test)
         measured = {"rank_me": rank_me(test)}
         train, train_labels = self._read(state, *self._train)
-        if (train_labels >= 0).all() and (test_labels >= 0).all():
+        both = (self._train[0], self._test[0])
+        if all(map(_has_classes, both)) and min(train_labels.min(), test_labels.min()) >= 0:
             measured["knn_accuracy"] = knn_accuracy(train, train_labels, test, test_labels)
         return measured
+
+
+def _has_classes(source: Source) -> bool:
+    """Whether its labels tell images apart; one folder of images is no class."""
+    return len(source.class_names) > 1
 
 
 def _check_same_classes(train: Source, test: Source, test_split: str) -> None:
     """Labels are places in a split's own list of classes, and mean the same in equal lists only."""
     different = sorted(set(train.class_names) ^ set(test.class_names))
-    if train.class_names and test.class_names and different:
+    if _has_classes(train) and _has_classes(test) and different:
         raise DataError(
             f"probe.test_split={test_split!r} has not the classes of the training split: "
             f"{different[0]!r} is in one of them only; make them equal, or use probe.every_epochs=0"

@@ -546,7 +546,7 @@ def test_few_shot_needs_only_its_own_classes(tmp_path):
 WRONG_FOLDERS = {
     "no test": (lambda root: rename(root / "test", "tests"), ["no split 'test'", "'tests'?"]),
     "no train": (lambda root: rename(root / "train", "training"), ["no split 'train'"]),
-    "an empty class": (lambda root: empty(root / "test" / "bee"), ["bee", "has no files"]),
+    "an empty class": (lambda root: empty(root / "test" / "bee"), ["bee", "has no images"]),
     "no such class": (
         lambda root: rename(root / "train" / "cat", "cta"),
         ["train lacks 1 of the 3 classes", "the first is 'cat'", "'cta'?"],

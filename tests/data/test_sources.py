@@ -63,14 +63,15 @@ def test_folder_ignores_what_is_hidden_or_no_file(image_folder, settings):
     (root / "train" / "README.md").write_text("not a class")
     (root / "train" / "a" / ".DS_Store").write_text("hidden")
     (root / "train" / "a" / "folder").mkdir()
-    (root / "train" / "a" / "an image.weird").write_bytes(b"any extension counts")
+    (root / "train" / "a" / "an image.JPG").write_bytes(b"an extension of any case counts")
+    (root / "train" / "a" / "no image.txt").write_bytes(b"but it must be one of an image")
     (root / "train" / "b" / "link.png").symlink_to(root / "train" / "a" / "000.png")
     source = open_source(settings(source="folder", path=str(root)), "train")
     assert source.class_names == ("a", "b")
     assert [source[i].name.rsplit("/", 1)[1] for i in range(len(source))] == [
         "000.png",
         "001.png",
-        "an image.weird",
+        "an image.JPG",
         "000.png",
         "link.png",
     ]
@@ -200,7 +201,7 @@ def test_wrong_settings_say_what_would_work(image_folder, settings, changed, spl
 def test_empty_class_is_named(image_folder, settings):
     root = image_folder({"a": 1})
     (root / "train" / "empty" / "images").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"empty.*has no files.*'images'"):
+    with pytest.raises(DataError, match=r"empty.*has no images.*remove it"):
         open_source(settings(source="folder", path=str(root)), "train")
 
 

@@ -1,0 +1,129 @@
+"""Lists the image files below a folder, and counts by kind what it leaves out."""
+
+import errno
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+from cassle_jax.data.decode import EXTENSIONS
+from cassle_jax.data.errors import DataError
+
+LOG = logging.getLogger(__name__)
+
+HIDDEN = "hidden"
+NOT_AN_IMAGE = "not an image by its extension"
+DANGLING = "a dangling link"
+CIRCLE = "a link in a circle"
+UNREADABLE = "unreadable"
+SPECIAL = "neither file nor folder"
+
+_FOLDER, _IMAGE = "folder", "image"
+# Most datasets have these; all others are images that somebody may miss.
+_HARMLESS = (HIDDEN, NOT_AN_IMAGE)
+_ENDINGS = tuple(each.encode() for each in EXTENSIONS)
+
+
+class Skipped:
+    """What a listing leaves out: how many of each kind, and the first of them."""
+
+    def __init__(self):
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def note(self, kind: str, path: bytes) -> None:
+        """Counts one more of a kind."""
+        count, first = self._found.get(kind, (0, os.fsdecode(path)))
+        self._found[kind] = count + 1, first
+
+    def log(self, name: str) -> None:
+        """Says in a line for each kind what was left out of the listing called `name`."""
+        for kind, (count, first) in self._found.items():
+            level = logging.INFO if kind in _HARMLESS else logging.WARNING
+            LOG.log(level, "%s: skipped %d: %s, such as %r", name, count, kind, first)
+
+    def __str__(self) -> str:
+        """Such as ' (skipped: 3: hidden, such as 'a/.x')', or '' where nothing was left out."""
+        each = [f"{count}: {kind}, such as {one!r}" for kind, (count, one) in self._found.items()]
+        return f" (skipped: {'; '.join(each)})" if each else ""
+
+
+def list_images(root: pathlib.Path) -> tuple[list[bytes], Skipped]:
+    """The images below a folder at any depth, whatever the file system's order.
+
+    A file is an image by its extension, see `EXTENSIONS`. Links are followed.
+
+    Returns:
+      Their paths from `root`, sorted by their bytes, and what was left out.
+
+    Raises:
+      DataError: the folder itself cannot be listed.
+    """
+    skipped = Skipped()
+    return sorted(_images(root, b"", (), skipped)), skipped
+
+
+def list_folders(root: pathlib.Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted by their bytes; hidden ones are left out.
+
+    Raises:
+      DataError: it cannot be listed.
+    """
+    found = [entry.name for entry in _entries(root) if _kind(entry) == _FOLDER]
+    return tuple(map(os.fsdecode, found))
+
+
+def _images(
+    root: pathlib.Path, inside: bytes, above: tuple[tuple[int, int], ...], skipped: Skipped
+) -> Iterator[bytes]:
+    """The images below `<root>/<inside>`, which lies in the folders `above` (device and inode)."""
+    folder = root / os.fsdecode(inside)
+    try:
+        entries = _entries(folder)
+    except DataError as error:
+        if not inside or not isinstance(error.__cause__, PermissionError):
+            raise
+        skipped.note(UNREADABLE, inside)
+        return
+    found = folder.stat()
+    here = found.st_dev, found.st_ino
+    if here in above:
+        skipped.note(CIRCLE, inside)
+        return
+    for entry in entries:
+        path, kind = inside + b"/" * bool(inside) + entry.name, _kind(entry)
+        if kind == _FOLDER:
+            yield from _images(root, path, (*above, here), skipped)
+        elif kind == _IMAGE:
+            yield path
+        else:
+            skipped.note(kind, path)
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether it is a folder; what may not be looked at is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(os.fsencode(folder)) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"data.path: {str(folder)!r} cannot be listed: {error.strerror}") from error
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Folder, image, or why it is neither; only links cost a look at what they lead to."""
+    if entry.name.startswith(b"."):
+        return HIDDEN
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        if entry.is_file():
+            return _IMAGE if entry.name.lower().endswith(_ENDINGS) else NOT_AN_IMAGE
+    except OSError as error:
+        return CIRCLE if error.errno == errno.ELOOP else UNREADABLE
+    return DANGLING if entry.is_symlink() else SPECIAL

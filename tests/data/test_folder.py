@@ -1,0 +1,190 @@
+"""Image folders as they come: the published layouts, images without labels, what is left out."""
+
+import logging
+import os
+import pathlib
+
+import pytest
+
+from cassle_jax.data import DataError, open_source
+from cassle_jax.data.datasets import open_dataset
+from cassle_jax.data.folder import open_folder
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Writes files, given by their paths; their content is their path."""
+
+    def make(*paths: str) -> pathlib.Path:
+        root = tmp_path / "images"
+        for path in paths:
+            file = root / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(path)
+        return root
+
+    return make
+
+
+def read(source) -> list[tuple[str, str | None]]:
+    """What every record holds, with the name of its class."""
+    names = source.class_names
+    records = [source[index] for index in range(len(source))]
+    assert [record.label for record in records] == source.labels.tolist()
+    return [(r.image.decode(), names[r.label] if r.label >= 0 else None) for r in records]
+
+
+def test_tiny_imagenet_as_it_is_published(tree):
+    images = ["n1/images/n1_0.JPEG", "n1/images/n1_1.JPEG", "n2/images/n2_0.JPEG"]
+    root = tree(
+        *(f"train/{image}" for image in images),
+        "train/n1/n1_boxes.txt",
+        "train/n2/n2_boxes.txt",
+        "val/images/val_0.JPEG",
+        "val/images/val_1.JPEG",
+        "val/images/val_2.JPEG",
+        "test/images/test_0.JPEG",
+        "wnids.txt",
+    )
+    lines = [
+        "val_0.JPEG\tn2\t0\t0\t9\t9",
+        "val_1.JPEG\tn1\t0\t0\t9\t9",
+        "val_2.JPEG\tn2\t0\t0\t9\t9",
+    ]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    train = open_folder(str(root), "train")
+    assert train.class_names == ("n1", "n2")
+    assert read(train) == [(f"train/{image}", image[:2]) for image in images]
+    val = open_folder(str(root), "val")
+    assert val.class_names == train.class_names
+    assert read(val) == [
+        ("val/images/val_1.JPEG", "n1"),
+        ("val/images/val_0.JPEG", "n2"),
+        ("val/images/val_2.JPEG", "n2"),
+    ]
+    for data in (open_dataset(f"folder:{root}"), open_dataset("tiny_imagenet", path=str(root))):
+        assert data.task == "classification"
+        assert read(data.test) == read(val)
+        assert len(data.train) + len(data.val) == 3
+    (root / "val" / "images" / "val_3.JPEG").write_text("nobody knows")
+    assert len(open_folder(str(root), "val")) == 3
+
+
+@pytest.mark.parametrize("val", ["val/n1/b.JPEG val/n2/c.JPEG", "val/b.JPEG val/c.JPEG"])
+def test_imagenet_as_it_is_published(tree, val, caplog):
+    caplog.set_level(logging.INFO)
+    files = val.split()
+    root = tree("train/n1/a.JPEG", "train/n1/b.JPEG", "train/n2/a.JPEG", *files, "test/t.JPEG")
+    assert open_folder(str(root), "train").labels.tolist() == [0, 0, 1]
+    labels = ["n1", "n2"] if "n1" in val else [None, None]
+    assert read(open_folder(str(root), "val")) == list(zip(files, labels, strict=True))
+    data = open_dataset(f"folder:{root}")
+    assert len(data.test) == 2
+    assert (data.task, data.classes) == (
+        ("classification", 2) if "n1" in val else ("unlabelled", 0)
+    )
+    assert ("has no labels: the tasks that need them are off" in caplog.text) == ("n1" not in val)
+
+
+UNLABELLED = {
+    "directly in the path": ("", ["a.jpg", "b.png"]),
+    "directly in the split": ("train/", ["a.jpg", "b.png"]),
+    "of several depths, without splits": (
+        "",
+        ["2019/05/a.jpg", "2019/b.jpg", "c.jpg", "x/y/z/d.JPG"],
+    ),
+    "most of them beside folders": ("train/", ["a.jpg", "b.jpg", "c.jpg", "more/d.jpg"]),
+}
+
+
+@pytest.mark.parametrize(("inside", "files"), UNLABELLED.values(), ids=UNLABELLED)
+def test_a_folder_without_labels_is_read_at_any_depth(tree, settings, inside, files, caplog):
+    caplog.set_level(logging.INFO)
+    root = tree(*(inside + file for file in files), inside + "README.txt")
+    source = open_source(settings(source="folder", path=str(root)), "train")
+    assert source.class_names == ()
+    assert read(source) == [(inside + file, None) for file in files]
+    assert f"{len(files)} images without labels" in caplog.text
+    with pytest.raises(DataError, match=r"data\.classes='imagenet100' needs labels"):
+        open_source(settings(source="folder", path=str(root), classes="imagenet100"), "train")
+    data = open_dataset(f"folder:{root}") if not inside else None
+    assert data is None or (data.task, data.classes) == ("unlabelled", 0)
+
+
+def test_a_root_that_holds_datasets_is_no_folder_of_images(tree):
+    root = tree("pets/train/cat/a.jpg", "birds/train/owl/a.jpg")
+    with pytest.raises(DataError, match=f"did you mean data.path='{root}/(pets|birds)'"):
+        open_folder(str(root), "train")
+    assert len(open_folder(str(root), "")) == 2
+
+
+def test_a_folder_without_test_is_tested_on_its_validation_part(tree, settings):
+    files = [f"{name}/{number}.jpg" for name in "ab" for number in "12"]
+    root = tree(*(f"{split}/{file}" for split in ("train", "val") for file in files))
+    held_out = [(f"val/{file}", file[0]) for file in files]
+    assert read(open_source(settings(source="folder", path=str(root)), "test")) == held_out
+    data = open_dataset(f"folder:{root}")
+    assert read(data.test) == held_out
+    assert len(data.train) + len(data.val) == 4
+
+
+def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    root = tree("train/a/1.jpg", "train/a/2.PNG", "train/b/1.webp", "train/stray.jpg")
+    split = root / "train"
+    for number in range(16):
+        (split / "a" / f"gone{number:02d}.jpg").symlink_to(root / "nowhere" / f"{number}.jpg")
+    (split / "a" / "self.jpg").symlink_to(split / "a" / "self.jpg")
+    (split / "b" / "up").symlink_to(split)
+    (split / "b" / "also.jpg").symlink_to(split / "a" / "1.jpg")
+    (split / "a" / ".DS_Store").write_text("hidden")
+    for number in range(3):
+        (split / "b" / f"{number}_boxes.txt").write_text("text")
+    (split / "b" / "locked").mkdir()
+    os.mkfifo(split / "b" / "pipe.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fsdecode(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_folder(str(root), "train")
+    assert [name for _, name in read(source)] == ["a", "a", "b", "b"]
+    for count, kind, example in (
+        (16, "a dangling link", "a/gone"),
+        (2, "a link in a circle", ""),
+        (1, "unreadable", "b/locked"),
+        (1, "hidden", "a/.DS_Store"),
+        (3, "not an image by its extension", "_boxes.txt"),
+        (1, "neither file nor folder", "b/pipe.jpg"),
+        (1, "beside the class folders", "stray.jpg"),
+    ):
+        (line,) = [each for each in caplog.messages if f": {kind}," in each]
+        assert f"skipped {count}: " in line
+        assert example in line
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_cannot_be_read_is_told_in_one_line(tree, split, monkeypatch):
+    root = tree("train/a/1.jpg", "train/b/1.jpg")
+    (root / "test").symlink_to(root / "test")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fsdecode(path).endswith("train"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    said = "cannot be listed: Permission denied" if split == "train" else "no split 'test'"
+    with pytest.raises(DataError, match=said) as caught:
+        open_folder(str(root), split)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_files_are_no_images_says_what_they_are(tree):
+    root = tree("train/a/1.npy", "train/b/2.npy")
+    with pytest.raises(DataError, match=r"no images .*2: not an image by its extension, such as"):
+        open_folder(str(root), "train")
