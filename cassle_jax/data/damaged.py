@@ -22,8 +22,9 @@ class DamagedLog:
     """Counts the distinct damaged records of one dataset, logs each once, and remembers them.
 
     Thread-safe. With a `path` every name is appended to `<path>/damaged-<process>.txt` (a line
-    each: name, tab, reason) before it counts, and a later log with the same path starts from what
-    all processes wrote there. Give every dataset its own path.
+    each: name, tab, reason) before it counts. A later log with the same path neither writes nor
+    logs these again, and counts those alone that fail again: the others may have been mended or
+    removed. Give every dataset its own path.
     """
 
     def __init__(
@@ -44,7 +45,6 @@ class DamagedLog:
 
         Raises:
           DataError: `max_fraction` is outside [0, 1].
-          TooManyDamaged: what is remembered under `path` is already too much.
         """
         if not 0.0 <= max_fraction <= 1.0:
             raise DataError(
@@ -54,25 +54,30 @@ class DamagedLog:
         self._max_fraction = max_fraction
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
+        self._remembered: dict[str, str] = {}
         self._file: GrowingFile | None = None
         if path is not None:
             directory = epath.Path(path)
             directory.mkdir(parents=True, exist_ok=True)
             own = directory / f"damaged-{process_index:05d}.txt"
             for known in sorted(directory.glob("damaged-*.txt")):
-                self._reasons.update(_reasons_in(_whole_lines(known)))
+                self._remembered.update(_reasons_in(_whole_lines(known)))
             self._file = GrowingFile(own, _whole_lines(own) if own.exists() else b"")
-        self._stop_if_too_many()
 
     def __len__(self) -> int:
-        """Number of distinct damaged records known."""
+        """Number of distinct damaged records that count."""
         return len(self._reasons)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the damaged records known, sorted."""
+        """Names of the damaged records that count, sorted."""
         with self._lock:
             return tuple(sorted(self._reasons))
+
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Names under `path` when the log was opened, sorted."""
+        return tuple(sorted(self._remembered))
 
     def add(self, name: str, reason: str) -> None:
         """Notes that the record `name` is damaged; a record noted before is not counted again.
@@ -82,11 +87,11 @@ class DamagedLog:
         """
         name, reason = _printable(name), _printable(reason)
         with self._lock:
-            if name not in self._reasons:
+            if name not in self._reasons and name not in self._remembered:
                 if self._file is not None:
                     self._file.append(f"{name}\t{reason}\n".encode())
-                self._reasons[name] = reason
                 LOG.warning("damaged image: %s (%s)", name, reason)
+            self._reasons.setdefault(name, reason)
             self._stop_if_too_many()
 
     def _stop_if_too_many(self) -> None:

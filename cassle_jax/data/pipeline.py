@@ -154,9 +154,10 @@ def check_state(state: dict[str, int], identity: dict[str, int]) -> None:
     """Raises DataError where a data state is not of the order that `identity` describes."""
     for name, value in identity.items():
         if state.get(name) != value:
+            hint = ", or --accept_changes to continue in its order" if name == "length" else ""
             raise DataError(
                 f"the checkpoint has data of {name}={state.get(name)}, this run {value}: the "
-                "order would not continue; use the checkpoint's settings and dataset"
+                f"order would not continue; use the checkpoint's settings and dataset{hint}"
             )
 
 

@@ -126,6 +126,8 @@ class _Loop:
         else:
             self.state, self.data_state = restored
             self.step = int(self.state.step)
+            if accept_changes:
+                changes += self._take_dataset(len(source))
             done = self.step >= self.total
             LOG.info(
                 "%s at step %d of %d", "finished" if done else "continuing", self.step, self.total
@@ -172,6 +174,12 @@ class _Loop:
             opened.callback(self.writer.close)
             self.progress = ProgressReport(self.total, self.step)
             opened.callback(self.progress.close)
+
+    def _take_dataset(self, images: int) -> list[str]:
+        """Continues in the order of a dataset that lost or gained images, and returns what has."""
+        before = self.data_state["length"]
+        self.data_state = {**self.data_state, "length": images}
+        return [f"{images} training images were {before}"] if images != before else []
 
     def train(self, stop: StopRequest) -> TrainState:
         """Runs to the last step, or saves and raises `Preempted` once asked to stop."""

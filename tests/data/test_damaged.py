@@ -65,15 +65,28 @@ def test_a_restarted_run_remembers(tmp_path, warnings):
     warnings.clear()
 
     again = DamagedLog(100, 0.02, tmp_path)
-    assert len(again) == 2
+    assert len(again.remembered) == 2
     again.add("folder/ä\tb\n\udcff.jpg", "broken\nin two lines")
     again.add("other", "empty")
     assert len(again) == 2
     assert not warnings
     with pytest.raises(TooManyDamaged, match="other"):
         again.add("third", "empty")
-    with pytest.raises(TooManyDamaged, match="third"):
-        DamagedLog(100, 0.02, tmp_path)
+    assert len(DamagedLog(100, 0.02, tmp_path).remembered) == 3
+
+
+def test_what_was_mended_or_removed_does_not_count(tmp_path):
+    before = DamagedLog(131, 0.02, tmp_path)
+    with pytest.raises(TooManyDamaged, match="3 of 131"):
+        for name in ("removed", "mended", "still torn"):
+            before.add(name, "torn")
+    now = DamagedLog(128, 0.02, tmp_path)
+    assert (len(now), now.names) == (0, ())
+    now.add("still torn", "torn")
+    now.add("new", "empty")
+    assert now.names == ("new", "still torn")
+    with pytest.raises(TooManyDamaged, match="3 of 128"):
+        now.add("mended", "torn once more")
 
 
 def test_a_line_torn_by_a_kill_does_not_count(tmp_path):
@@ -82,9 +95,9 @@ def test_a_line_torn_by_a_kill_does_not_count(tmp_path):
     with file.open("a") as opened:
         opened.write("tor")
     log = DamagedLog(100, 0.5, tmp_path)
-    assert log.names == ("whole",)
+    assert log.remembered == ("whole",)
     log.add("torn", "empty")
-    assert DamagedLog(100, 0.5, tmp_path).names == ("torn", "whole")
+    assert DamagedLog(100, 0.5, tmp_path).remembered == ("torn", "whole")
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])

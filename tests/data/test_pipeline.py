@@ -163,6 +163,15 @@ def test_restart_is_exact(chunk, step):
     assert_same(take(training(source, start_step=step), 6), expected)
 
 
+def test_a_dataset_that_lost_images_continues_in_the_order_of_a_new_run():
+    state = training(Numbered(50)).get_state()
+    fewer = training(Numbered(47))
+    with pytest.raises(DataError, match=r"length=50, this run 47: .*--accept_changes"):
+        fewer.set_state({**state, "step": 9})
+    fewer.set_state({**state, "step": 9, "length": 47})
+    assert_same(take(fewer, 6), take(training(Numbered(47)), 15)[9:])
+
+
 def test_restart_with_another_number_of_processes():
     source = Numbered(50)
     half = training(source, process_index=1, process_count=2)

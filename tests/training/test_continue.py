@@ -272,3 +272,51 @@ def test_a_damaged_image_is_named_once_however_often_the_features_are_probed(tmp
     with caplog.at_level("WARNING", logger="cassle_jax"):
         pretrain(config, tmp_path / "run")
     assert sum("torn.png" in message for message in caplog.messages) == 1
+
+
+@pytest.fixture
+def of_images(tmp_path):
+    """Writes images of one colour each into a folder without classes; the configuration of it."""
+    for index in range(33):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index:02d}.png")
+    config = tiny_config("method=simclr")
+    config.steps, config.checkpoint.every_steps = 4, 2
+    config.data.update({"source": "folder", "path": str(tmp_path), "cache_gib": 0.0})
+    return config
+
+
+def test_a_run_whose_damaged_images_were_removed_continues_where_that_is_wanted(
+    of_images, tmp_path
+):
+    config, run = of_images, tmp_path / ".run"
+    torn = [tmp_path / f"{index}.png" for index in range(90, 93)]
+    for file in torn:
+        file.write_bytes(b"torn")
+    config.data.max_bad_fraction = 0.1
+    pretrain(config, run)
+    assert (run / "damaged" / "damaged-00000.txt").read_text().count("\n") == 3
+    shutil.rmtree(run / "checkpoints" / "4")
+
+    config.data.max_bad_fraction = 0.0
+    torn[0].write_bytes((tmp_path / "00.png").read_bytes())
+    for file in torn[1:]:
+        file.unlink()
+    with pytest.raises(DataError, match=r"length=36, this run 34: .*--accept_changes"):
+        pretrain(config, run)
+    assert int(pretrain(config, run, accept_changes=True).step) == 4
+    assert "34 training images were 36" in (run / "starts.jsonl").read_text()
+
+
+def test_a_folder_without_labels_is_probed_by_rank_me_alone(of_images, tmp_path, caplog):
+    of_images.steps, of_images.probe.every_epochs = 2, 1
+    with caplog.at_level("INFO", logger="cassle_jax"):
+        pretrain(of_images, tmp_path / ".run")
+    assert {"rank_me", "knn_accuracy"} & read_metrics(tmp_path / ".run").keys() == {"rank_me"}
+    assert f"k-NN accuracy is off: {tmp_path} has no labels" in caplog.text
+
+
+def test_images_of_more_pixels_than_allowed_are_damaged(of_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # is put back
+    of_images.data.max_pixels = 63
+    with pytest.raises(DataError, match=r"8x8 pixels are more than data\.max_pixels=63"):
+        pretrain(of_images, tmp_path / ".run")

@@ -76,7 +76,7 @@ def test_the_other_files_of_a_run_are_kept(bucket):
     append_line(bucket / "starts.jsonl", {"step": 7})
     assert [line["step"] for line in read_lines(bucket / "starts.jsonl")] == [0, 7]
     DamagedLog(10, 0.5, bucket / "damaged").add("a.png", "torn")
-    assert DamagedLog(10, 0.5, bucket / "damaged").names == ("a.png",)
+    assert DamagedLog(10, 0.5, bucket / "damaged").remembered == ("a.png",)
     with workdir_held(bucket), workdir_held(bucket):
         pass  # no locks there, and nobody is refused
 
