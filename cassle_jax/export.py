@@ -16,6 +16,7 @@ from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
+from cassle_jax.storage import write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
 LOG = logging.getLogger("cassle_jax.export")  # also where this is the main module
@@ -86,8 +87,8 @@ def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
         for name in formats:
             FORMATS[name].write(weights, architecture, card, folder)
         loading = {FORMATS[n].title: FORMATS[n].loading(architecture, card) for n in formats}
-        (folder / "model_card.json").write_text(json.dumps(card, indent=2))
-        (folder / "model_card.md").write_text(markdown(card, loading))
+        write_whole(folder / "model_card.json", json.dumps(card, indent=2))
+        write_whole(folder / "model_card.md", markdown(card, loading))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error

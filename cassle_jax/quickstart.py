@@ -149,7 +149,7 @@ def write_scores(path: epath.Path, method: str, seed: int, scores: Scores) -> No
         },
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode())
+    write_whole(path, text)
 
 
 def write_results(

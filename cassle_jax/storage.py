@@ -1,13 +1,24 @@
 """Files of a run on local disks and object stores: written whole, or growing at their end."""
 
+import contextlib
+import glob
 import logging
+import os
+import secrets
 import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
 
 from etils import epath
 
 LOG = logging.getLogger(__name__)
 
 OBJECT_STORES = ("gs", "s3")
+
+_PARTIAL = "partial"
+_DEAD_AFTER = 3600.0  # seconds without a byte, after which a file's writer is taken for killed
 
 
 def on_object_store(path: epath.PathLike) -> bool:
@@ -23,23 +34,58 @@ def free_bytes(folder: epath.PathLike) -> int | None:
         return None
 
 
-def write_whole(path: epath.PathLike, content: bytes) -> None:
+def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file that is never seen half written: the old one stays until the new is complete.
+
+    Text is UTF-8; what that cannot hold, such as a byte of a file name, is written as an escape,
+    which in JSON stands for itself.
 
     Raises:
       OSError: it cannot be written; the old one is untouched.
     """
     path = epath.Path(path)
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     if on_object_store(path):
         path.write_bytes(content)  # an object appears when it is complete
         return
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with _becoming(path) as partial:
         partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A local file to write, which gets its name when the block ends; until then the old one stays.
+
+    Several processes may write the same file at once: each writes its own, and the last one stays.
+    A block that raises leaves nothing; what a killed process left goes with a later one.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with _becoming(epath.Path(path)) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _becoming(path: epath.Path) -> Iterator[epath.Path]:
+    """A path beside this one, whose file takes its place when the block ends."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{_PARTIAL}")
+    try:
+        yield partial
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    remove_dead_partials(Path(os.fspath(path)).parent, glob.escape(path.name))
+
+
+def remove_dead_partials(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left half written in a folder of the files called `name`."""
+    for partial in folder.glob(f"{name}.*.{_PARTIAL}"):
+        with contextlib.suppress(OSError):  # its writer finished, or removed it
+            if time.time() - partial.stat().st_mtime > _DEAD_AFTER:
+                partial.unlink()
 
 
 class GrowingFile:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cassle_jax.interop.architecture import Architecture, ResNetArchitecture
 from cassle_jax.interop.errors import WeightsError
@@ -15,6 +15,7 @@ from cassle_jax.interop.naming import to_detectron2, to_torchvision
 from cassle_jax.interop.pytorch import State
 from cassle_jax.interop.torch_file import write_detectron2
 from cassle_jax.interop.weights import Weights
+from cassle_jax.storage import write_whole, written_whole
 
 Card = Mapping[str, Any]
 
@@ -40,7 +41,7 @@ class Format:
 
 def save_safetensors(arrays: State, path: Path, card: Card) -> None:
     """Writes arrays with their model card."""
-    save_file(arrays, path, {"format": "pt", "card": json.dumps(card)})
+    write_whole(path, save(arrays, {"format": "pt", "card": json.dumps(card)}))
 
 
 def timm_config(architecture: Architecture, card: Card) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _write_timm(weights: Weights, architecture: Architecture, card: Card, folder
     (folder / "timm").mkdir(exist_ok=True)
     save_safetensors(weights.encoder, folder / "timm" / "model.safetensors", card)
     config = json.dumps(timm_config(architecture, card), indent=2)
-    (folder / "timm" / "config.json").write_text(config)
+    write_whole(folder / "timm" / "config.json", config)
 
 
 def _write_detectron2(weights: Weights, _: Architecture, card: Card, folder: Path) -> None:
@@ -89,7 +90,8 @@ def _write_torch(weights: Weights, _: Architecture, card: Card, folder: Path) ->
 
     state = to_torchvision(weights.encoder)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
-    torch.save(tensors, folder / "torch.pth")
+    with written_whole(folder / "torch.pth") as file:
+        torch.save(tensors, file)
 
 
 def _check_nothing(_: Architecture) -> None:

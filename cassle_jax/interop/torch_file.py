@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cassle_jax.interop.errors import WeightsError
+from cassle_jax.storage import written_whole
 
 # Of each storage class the type of its elements; bfloat16 is read as the integers it is stored in.
 STORAGES = {
@@ -71,7 +72,7 @@ def read_torch_file(path: str | Path) -> Any:
 def write_detectron2(path: str | Path, arrays: dict[str, np.ndarray], author: str) -> None:
     """Writes arrays as a pickle that detectron2 loads, matching names by their ends."""
     content = {"model": arrays, "__author__": author, "matching_heuristics": True}
-    with Path(path).open("wb") as file:
+    with written_whole(path) as file:
         _ArrayPickler(file, protocol=4).dump(content)
 
 

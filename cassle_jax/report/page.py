@@ -10,6 +10,7 @@ from pathlib import Path
 from cassle_jax.report.curves import Curves, curves_svg
 from cassle_jax.report.palette import RUN_COLOURS
 from cassle_jax.report.table import Table, cell_text
+from cassle_jax.storage import write_whole
 
 
 def write_page(
@@ -54,7 +55,7 @@ def write_page(
         rows = Table(("setting", "value"), [(name, str(settings[name])) for name in settings])
         sections.append(f"<section><h2>Settings</h2>{table_html(rows)}</section>")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(html_page(title, sections), encoding="utf-8")
+    write_whole(path, html_page(title, sections))
 
 
 def html_page(title: str, sections: Sequence[str], style: str = "") -> str:

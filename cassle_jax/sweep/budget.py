@@ -103,7 +103,7 @@ def make_plan(
     step_seconds_of_all = sum(seconds[group_of(run.subject)] for run in runs)
     steps = steps_within(minutes, spent, len(runs), overhead, step_seconds_of_all, parallel)
     plan = Plan(minutes, steps, seconds, overhead)
-    write_whole(folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1).encode())
+    write_whole(folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))
     return plan
 
 

@@ -115,7 +115,7 @@ class Command:
     def _write_outcome(self, code: int) -> None:
         lines = (self.folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
         outcome = {"exit_code": code, "last_line": lines[-1] if lines else ""}
-        write_whole(self.folder / OUTCOME, json.dumps(outcome).encode())
+        write_whole(self.folder / OUTCOME, json.dumps(outcome))
 
 
 def outcome_of(folder: Path) -> dict[str, object] | None:

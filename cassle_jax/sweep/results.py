@@ -90,8 +90,8 @@ def write_results(
         "runs": list(runs),
         "lines": [{**line.cells(), "values": dict(line.values)} for line in lines],
     }
-    write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False).encode())
-    write_whole(folder / CSV, _csv(lines).encode())
+    write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False))
+    write_whole(folder / CSV, _csv(lines))
     subjects = {subject: list(seeds.values()) for subject, seeds in found.items()}
     for line in lines:
         for seed, difference in line.differences.items():

@@ -77,7 +77,7 @@ def sweep(
     missing = [run for run in runs if records.state(run) != FINISHED]
     LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2).encode())
+    write_whole(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
     try:
         records.run(missing, executor)
         done = [run for run in runs if records.state(run) == FINISHED]
@@ -158,7 +158,7 @@ class _RunRecords:
         old = self._path.read_text().splitlines() if self._path.exists() else []
         lines = [line for line in old if json.loads(line)["run"] not in names]
         lines += [json.dumps(self._line(run)) for run in self._runs]
-        write_whole(self._path, "".join(line + "\n" for line in lines).encode())
+        write_whole(self._path, "".join(line + "\n" for line in lines))
 
     def _line(self, run: RunSpec) -> Mapping[str, object]:
         state, workdir = self.state(run), self.workdir(run)
@@ -199,7 +199,7 @@ def _evaluate(
     fresh = outcome and outcome["exit_code"] == 0 and (folder / OUTCOME).stat().st_mtime > newest
     if not fresh or not saved.exists() or json.loads(saved.read_text()) != arguments:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, json.dumps(arguments).encode())
+        write_whole(saved, json.dumps(arguments))
         (folder / OUTCOME).unlink(missing_ok=True)
         LOG.info("evaluating %d runs", len(runs))
         executor.run([Command("cassle_jax.evaluate", arguments, folder)], lambda _: None)

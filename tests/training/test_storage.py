@@ -4,6 +4,7 @@ The arrays of checkpoints are written by TensorStore, which speaks to gs:// and 
 are not part of this.
 """
 
+import os
 from typing import ClassVar
 
 import fsspec
@@ -14,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog
-from cassle_jax.storage import GrowingFile, free_bytes, on_object_store, write_whole
+from cassle_jax.storage import GrowingFile, free_bytes, on_object_store, write_whole, written_whole
 from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter, append_line, read_lines, read_metrics
@@ -103,6 +104,24 @@ def test_a_file_is_never_half_written(tmp_path, monkeypatch):
             write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_two_writers_and_a_stopped_one_leave_whole_files(tmp_path):
+    path, killed = tmp_path / "found", tmp_path / "found.0a1b2c3d.partial"
+    killed.write_bytes(b"half")
+    with written_whole(path) as slow:
+        slow.write(b"slow")
+        write_whole(path, b"quick")
+        assert path.read_bytes() == b"quick" and killed.exists()  # it may be being written
+    assert path.read_bytes() == b"slow"
+    os.utime(killed, (0, 0))
+    for stopped in (KeyboardInterrupt, MemoryError):
+        with pytest.raises(stopped), written_whole(path) as file:
+            file.write(b"half")
+            raise stopped
+    write_whole(path, "caf\udce9")
+    assert path.read_bytes() == rb"caf\udce9"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def refuse(path, content):
