@@ -17,6 +17,7 @@ from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_
 from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
 from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
 from cassle_jax.distributed import agree, all_processes
+from cassle_jax.evaluation.feature_cache import CACHE_GIB
 from cassle_jax.evaluation.findings import Finding
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
@@ -41,6 +42,7 @@ def evaluate_command(
     network: str = "online",
     data_dir: str = "",
     cache: str = "",
+    cache_gib: float = CACHE_GIB,
     batch: int = 256,
     limit: int = 0,
     settings: Settings | None = None,
@@ -61,6 +63,7 @@ def evaluate_command(
       network: of runs: `online` or `momentum`.
       data_dir: of tensorflow-datasets.
       cache: folder features are kept in; empty for none.
+      cache_gib: what all features there may take, GiB; those read longest ago go first.
       batch: images of all devices together.
       limit: at most so many images of each part; 0 for all.
       settings: of the protocols.
@@ -80,6 +83,7 @@ def evaluate_command(
         )
     try:
         _check_settings(settings or Settings(), limit)
+        check_at_least(0, cache_gib=cache_gib)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     opened = [open_evaluated(each, data_dir) for each in datasets]
@@ -97,7 +101,9 @@ def evaluate_command(
 
     def evaluate(subject: Subject, findings: list[Finding]) -> None:
         kept_in = Path(cache).expanduser() if cache else None
-        store = FeatureStore(subject, mesh, batch=batch, folder=kept_in, limit=limit)
+        store = FeatureStore(
+            subject, mesh, batch=batch, folder=kept_in, cache_gib=cache_gib, limit=limit
+        )
         for data in opened:
             bench = Bench(subject, data, store, mesh, settings or Settings())
             for name in plan[data.name]:
@@ -290,6 +296,9 @@ if __name__ == "__main__":
     cache_flag = flags.DEFINE_string(
         "cache", "~/.cache/cassle_jax/features", "Folder of features; empty for none."
     )
+    cache_gib_flag = flags.DEFINE_float(
+        "cache_gib", CACHE_GIB, "What it may take; features read longest ago go first."
+    )
     batch_flag = flags.DEFINE_integer("batch", 256, "Images of all devices together.")
     limit_flag = flags.DEFINE_integer("limit", 0, "At most so many images of each part; 0: all.")
     max_pixels_flag = flags.DEFINE_integer(
@@ -338,6 +347,7 @@ if __name__ == "__main__":
                 network=network_flag.value,
                 data_dir=data_dir_flag.value,
                 cache=cache_flag.value,
+                cache_gib=cache_gib_flag.value,
                 batch=batch_flag.value,
                 limit=limit_flag.value,
                 settings=chosen_settings(),

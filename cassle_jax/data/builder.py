@@ -1,12 +1,12 @@
 """Any tensorflow-datasets builder prepared as array_record, read without TensorFlow."""
 
 import functools
+import glob
 import hashlib
 import logging
 import os
 import pathlib
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,7 +19,15 @@ from tensorflow_datasets.core import read_only_builder
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.shards import Shards
-from cassle_jax.data.sources import DAMAGED, Record, check_classes, closest, read_class_list
+from cassle_jax.data.sources import (
+    DAMAGED,
+    Record,
+    check_classes,
+    closest,
+    content_of_files,
+    read_class_list,
+)
+from cassle_jax.storage import written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -90,6 +98,11 @@ class TfdsSource:
             raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
         return Record(image, self._label(example), f"{self.name} #{position}")
 
+    @property
+    def content(self) -> str:
+        """See `content_of`."""
+        return content_of_files(self._shards.paths)
+
     @functools.cached_property
     def labels(self) -> Int[np.ndarray, " images"]:
         """Of every image, see `labels_of`."""
@@ -138,7 +151,8 @@ class TfdsSource:
         self, paths: Sequence[FeaturePath]
     ) -> Int[np.ndarray, "records numbers"]:
         shape = (len(self._records), len(paths))
-        cache_file = _cache_file(self._records.dataset_info, self._split, paths)
+        info = self._records.dataset_info
+        cache_file = _cache_file(info, self._split, paths, self.content)
         return _cached_numbers(functools.partial(self._scan, paths), shape, cache_file)
 
     def _scan(self, paths: Sequence[FeaturePath]) -> Iterator[list[list[int]]]:
@@ -320,31 +334,35 @@ def _cached_numbers(
             LOG.info("%d of %d labels read", done, len(numbers))
     # Corrupt records may be mended, and their file then is called the same.
     if not (numbers == DAMAGED).all(axis=1).any():
-        _write_atomically(numbers, cache_file)
+        _keep(numbers, cache_file)
     return numbers
 
 
-def _write_atomically(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
+def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
+    """Writes numbers, in place of those of the same files as they were before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with written_whole(path) as file:
             np.save(file, numbers)
-        pathlib.Path(file.name).replace(path)
+        stem = glob.escape(path.stem.rpartition("-")[0])
+        for other in path.parent.glob(f"{stem}-*.npy"):
+            if other != path:
+                other.unlink(missing_ok=True)
     except OSError as error:
         LOG.warning("Labels not kept, the next start reads them again: %s", error)
 
 
 def _cache_file(
-    info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath]
+    info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath], content: str
 ) -> pathlib.Path:
-    """Names dataset, version and split; the digest tells apart other files and other features."""
+    """Names dataset, version and split, then which files and features, then the files' content."""
     files = info.splits[split].file_instructions
     described = repr(
         ([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files], list(paths))
     )
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{info.full_name}-{split}")
-    return label_cache_folder() / f"{readable}-{digest}.npy"
+    return label_cache_folder() / f"{readable}-{digest}-{content}.npy"
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,9 @@ from cassle_jax.data.errors import DataError
 MAX_PIXELS = 89_478_485
 """What an image may have unless `allow_pixels` says otherwise: Pillow's line for a bomb."""
 
+ANY_SIDE = 1 << 30
+"""A canvas, in pixels, that no image is reduced for."""
+
 _EXTENSIONS = {
     "AVIF": (".avif",),
     "BMP": (".bmp", ".dib"),

@@ -82,6 +82,11 @@ class Drawn:
         return type(self), self._arguments
 
     @property
+    def content(self) -> tuple[int, int, int, str]:
+        """See `content_of`."""
+        return self._arguments
+
+    @property
     def labels(self) -> Int[np.ndarray, " images"]:
         """The label of every image."""
         return self.factors[self.LABEL].astype(np.int32)

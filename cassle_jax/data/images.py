@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from cassle_jax.data.damaged import DamagedLog
-from cassle_jax.data.decode import DamagedImage, decode
+from cassle_jax.data.decode import ANY_SIDE, DamagedImage, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.pool import BufferPool
 from cassle_jax.data.sources import Source
+from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
 
 Batch = dict[str, np.ndarray]
 
@@ -38,6 +39,7 @@ class Images:
         damaged: DamagedLog,
         *,
         substitute: bool,
+        short_side: int = 0,
         cache_bytes: int = 0,
     ):
         """Sets up; nothing is read.
@@ -49,16 +51,21 @@ class Images:
           substitute: as training has it, a damaged record is replaced by the next good one, and
             images larger than the canvas are fitted to it roughly, see `decode`; if False, a
             damaged one's row is left blank, and batches have a 'mask'.
+          short_side: pixels that the short side of an image is resized to, so that the canvas is
+            its centre, see `squares_of`; 0 reduces whole images to fit the canvas.
           cache_bytes: images are kept where the whole dataset fits into this many bytes; only
             together with `substitute`.
         """
         if canvas < 1:
             raise DataError(f"data.canvas={canvas} is no size in pixels; use 1 or more")
+        if short_side:
+            check_short_side(short_side, canvas)
         self.canvas_bytes = canvas * canvas * 3
         self._source = source
         self._canvas = canvas
         self._damaged = damaged
         self._substitute = substitute
+        self._short_side = short_side
         self._pools: dict[int, BufferPool] = {}
         self._scratch = threading.local()
         keep = substitute and 0 < len(source) * self.canvas_bytes <= cache_bytes
@@ -136,9 +143,7 @@ class Images:
         try:
             record = self._source[index]
             name = record.name
-            scratch = self._thread_scratch()
-            image = decode(record.image, self._canvas, scratch, roughly=self._substitute)
-            return _Decoded(image, record.label, index)
+            return _Decoded(self._pixels(record.image), record.label, index)
         except DamagedImage as error:
             self._damaged.add(name, str(error))
         except OSError as error:
@@ -146,6 +151,14 @@ class Images:
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
             self._damaged.add(error.filename or name, error.strerror or str(error))
         return None
+
+    def _pixels(self, image: bytes | np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
+        """An image as it goes onto the canvas."""
+        scratch = self._thread_scratch()
+        if not self._short_side:
+            return decode(image, self._canvas, scratch, roughly=self._substitute)
+        pixels = decode(image, ANY_SIDE, scratch)
+        return squares_of(pixels, self._canvas, self._short_side)(CENTRE)
 
     def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
         """Memory of this thread that holds a decoded image until it is on its canvas."""

@@ -76,7 +76,8 @@ class LandmarkFolder:
     @property
     def content(self) -> str:
         """See `content_of`."""
-        return content_of_files(f"{self.name}/{file}" for file in self._files)
+        files = [f"{self.name}/{file}" for file in self._files]
+        return content_of_files([f"{self.name}.csv", *files])
 
 
 class CelebaSource:
@@ -101,6 +102,11 @@ class CelebaSource:
 
     def __getitem__(self, index: int) -> Record:
         return self._images[index]
+
+    @property
+    def content(self) -> str:
+        """See `content_of`."""
+        return self._images.content
 
     @functools.cached_property
     def targets(self) -> Float32[np.ndarray, "images 10"]:

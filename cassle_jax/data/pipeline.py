@@ -95,6 +95,7 @@ def evaluation_batches(
     process_count: int = 1,
     threads: int = 0,
     limit: int = 0,
+    short_side: int = 0,
 ) -> grain.DatasetIterator:
     """One pass in the dataset's order, this process's slice of each global batch.
 
@@ -112,25 +113,28 @@ def evaluation_batches(
       threads: as in `training_batches`.
       limit: number of images, one from each of as many equal stretches of the dataset, always the
         same ones; where the dataset is in order of its classes, each gets its share. 0 takes all.
+      short_side: pixels that the short side of an image is resized to, bicubic, so that the canvas
+        is the centre of it, as Pillow and torchvision have it; 0 reduces whole images to fit it.
 
     Returns:
       An iterator of batches as in `training_batches`, with `'mask': bool[b]`.
 
     Raises:
-      DataError: `batch` is not a positive multiple of `process_count`, or the dataset is empty.
+      DataError: `batch` is not a positive multiple of `process_count`, the dataset is empty, or
+        `short_side` is smaller than the canvas.
       TooManyDamaged: from `next`, see `DamagedLog`.
     """
     if len(source) == 0:
         raise DataError(f"the dataset {source.name!r} has no images to evaluate")
     rows = _rows_of_process(batch, process_index, process_count)
-    chosen = _evenly_spaced(len(source), limit)
+    chosen = evenly_spaced(len(source), limit)
     steps = -(-len(chosen) // batch)
     padded = np.pad(chosen, (0, steps * batch - len(chosen)), constant_values=-1)
 
     def indices(step: int) -> Int[np.ndarray, " rows"]:
         return padded[step * batch :][rows]
 
-    images = Images(source, canvas, damaged, substitute=False)
+    images = Images(source, canvas, damaged, substitute=False, short_side=short_side)
     loader = _Loader(images, indices, rows.stop - rows.start)
     identity = {"batch": batch, "length": len(source), "limit": limit}
     return BatchIterator(loader, thread_count(threads), identity, 0, steps)
@@ -305,7 +309,7 @@ class EpochOrder:
         return np.argsort(drawn, kind="stable").astype(np.int32)
 
 
-def _evenly_spaced(length: int, limit: int) -> Int[np.ndarray, " chosen"]:
+def evenly_spaced(length: int, limit: int) -> Int[np.ndarray, " chosen"]:
     """One index from each of `limit` equal stretches, at a place that repeats with no period."""
     if not 0 < limit < length:
         return np.arange(length)

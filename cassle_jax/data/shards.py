@@ -25,16 +25,19 @@ class Shards:
       name: of the dataset.
       instructions: tfds' file instructions of the split, in its order.
 
+    Attributes:
+      paths: of the files, in the split's order.
+
     Raises:
       DataError: a local file is missing or must not be read.
     """
 
     def __init__(self, name: str, instructions: Sequence[Any]):
         self._name = name
-        self._paths = [os.fspath(each.filename) for each in instructions]
+        self.paths = [os.fspath(each.filename) for each in instructions]
         self._records = [each.examples_in_shard for each in instructions]
         self._ends = np.cumsum([each.take for each in instructions])
-        for path in self._paths:
+        for path in self.paths:
             if "://" not in path and not os.access(path, os.R_OK):
                 there = os.path.exists(path)  # noqa: PTH110 - a shard's path stays a string
                 raise self._unreadable(path, "Permission denied" if there else "it is not there")
@@ -49,11 +52,11 @@ class Shards:
         shard = int(np.searchsorted(self._ends, position, side="right"))
         failed = _SYSTEM_ERROR.search(str(error))
         if failed:
-            raise self._unreadable(self._paths[shard], failed[0]) from error
-        found = _records_in(self._paths[shard])
+            raise self._unreadable(self.paths[shard], failed[0]) from error
+        found = _records_in(self.paths[shard])
         if found != self._records[shard]:
             raise self._unreadable(
-                self._paths[shard], f"{found} of its {self._records[shard]} records can be found"
+                self.paths[shard], f"{found} of its {self._records[shard]} records can be found"
             ) from error
 
     def _unreadable(self, path: str, reason: str) -> DataError:

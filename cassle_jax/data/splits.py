@@ -5,19 +5,16 @@ A choice by hash is the same everywhere and always.
 
 import hashlib
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
-from PIL import Image
+from jaxtyping import Float32, Int
 
-from cassle_jax.data.decode import decode
+from cassle_jax.data.decode import ANY_SIDE, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, Source, content_of, labels_of
-
-_ANY_SIDE = 1 << 30  # pixels: images are decoded as large as they are
-_CENTRE = 4
-_PLACES = 5
+from cassle_jax.data.squares import CENTRE, PLACES, Square, check_short_side, squares_of
 
 
 class Part:
@@ -118,17 +115,13 @@ class Crops:
         Raises:
           DataError: `short_side` is smaller than `size`.
         """
-        if short_side < size:
-            raise DataError(
-                f"short_side={short_side} is smaller than the crops' size={size}; "
-                f"use {size} or more"
-            )
+        check_short_side(short_side, size)
         which = "ten crops" if ten else "centre"
         self.name = f"{source.name} ({which} of {size} pixels, short side {short_side})"
         self.class_names = source.class_names
         self._arguments = (source, size, short_side, ten)
         self._source, self._size, self._short_side = source, size, short_side
-        self._crops = tuple(range(2 * _PLACES)) if ten else (_CENTRE,)
+        self._crops = tuple(range(2 * PLACES)) if ten else (CENTRE,)
         self._last = threading.local()
 
     def __len__(self) -> int:
@@ -138,9 +131,9 @@ class Crops:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         image, place = divmod(index, len(self._crops))
-        picture, label, name = self._decoded(image)
+        square, label, name = self._resized(image)
         crop = self._crops[place]
-        return Record(self._cut_out(picture, crop), label, f"{name}, crop {crop}")
+        return Record(square(crop), label, f"{name}, crop {crop}")
 
     def __reduce__(self):
         return Crops, self._arguments
@@ -150,31 +143,13 @@ class Crops:
         """See `content_of`."""
         return content_of(self._source)
 
-    def _decoded(self, image: int) -> tuple[Image.Image, int, str]:
-        """An image, its label and name; each thread keeps its last one for the crops to come."""
+    def _resized(self, image: int) -> tuple[Callable[[int], Square], int, str]:
+        """An image's squares, label and name; a thread keeps its last one for the crops to come."""
         if getattr(self._last, "image", None) != image:
             record = self._source[image]
-            picture = Image.fromarray(decode(record.image, _ANY_SIDE))
-            self._last.image, self._last.found = image, (picture, record.label, record.name)
+            squares = squares_of(decode(record.image, ANY_SIDE), self._size, self._short_side)
+            self._last.image, self._last.found = image, (squares, record.label, record.name)
         return self._last.found
-
-    def _cut_out(self, picture: Image.Image, crop: int) -> UInt8[np.ndarray, "size size 3"]:
-        """One crop, resized straight from its box, so that the resized image need not exist."""
-        size, sides = self._size, np.array(picture.size)
-        resized = self._short_side * sides // sides.min()
-        free = resized - size
-        # Torchvision rounds half to even here, as numpy does.
-        middle = np.round(free / 2)
-        right, bottom = free
-        mirrored, place = divmod(crop, _PLACES)
-        left, top = [(0, 0), (right, 0), (0, bottom), (right, bottom), middle][place]
-        if mirrored:
-            left = right - left
-        scale = sides / resized
-        start, stop = np.array([left, top]) * scale, np.array([left + size, top + size]) * scale
-        box = (*start, *np.minimum(stop, sides))
-        cut_out = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
-        return cut_out[:, ::-1] if mirrored else cut_out
 
 
 def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:

@@ -231,7 +231,8 @@ def measured_accuracies(
     batches = evaluation_batches(
         test,
         batch=batch,
-        canvas=canvas_for(subject.spec.size),
+        canvas=subject.spec.size,
+        short_side=uncropped_side(subject.spec.size),
         damaged=DamagedLog(len(test), MAX_BAD_FRACTION),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -401,8 +402,7 @@ def _measurement(
     is among the five most probable, and the images.
     """
     neutral = subject.conditioning.neutral
-    short_side = uncropped_side(subject.spec.size)
-    center = partial(center_view, spec=subject.spec, short_side=short_side)
+    center = partial(center_view, spec=subject.spec)
 
     def measure(variables, batch):
         images = jax.vmap(center)(batch["image"], batch["size"])

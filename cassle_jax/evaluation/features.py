@@ -29,7 +29,8 @@ def feature_extractor(
     """A function that turns a dataset into features; it is compiled once, at its first call.
 
     Images are resized to `spec.size` on their short side (bicubic), cropped at the centre and
-    normalised. An encoder that takes ω in with the image is told that nothing was augmented.
+    normalised; batches of that size have been. An encoder that takes ω in with the image is told
+    that nothing was augmented.
 
     Args:
       networks: of the run.

@@ -3,9 +3,6 @@
 import dataclasses
 import hashlib
 import logging
-import os
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +17,7 @@ from jaxtyping import Float, Int
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.sources import content_of
 from cassle_jax.data.splits import Part
+from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods.base import PyTree
@@ -28,6 +26,9 @@ from cassle_jax.parallel import replicate
 LOG = logging.getLogger(__name__)
 
 MAX_BAD_FRACTION = 0.01
+
+PREPARATION = 2
+"""Of the code between a file and its features; another one makes none of those kept count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,17 @@ def uncropped_side(size: int) -> int:
     return round(size * 256 / 224)
 
 
+def described(source: Source) -> tuple[object, ...]:
+    """What tells a source from any other, also of the same name, for `repr`."""
+    return source.name, len(source), content_of(source), source.class_names
+
+
+def computed_on(mesh: Mesh) -> tuple[str | None, ...]:
+    """What rounds the results: the kind of device, and the precision of products."""
+    device = mesh.devices.flat[0]
+    return device.platform, device.device_kind, jax.config.jax_default_matmul_precision
+
+
 class FeatureStore:
     """The features of one subject, by source.
 
@@ -66,6 +78,7 @@ class FeatureStore:
       mesh: the devices.
       batch: images of all devices together.
       folder: where they are kept between calls of the command; `None` to keep them nowhere.
+      cache_gib: what all features in the folder may take, GiB; those read longest ago go first.
       limit: at most so many images of a source; 0 for all.
       threads: that read and decode; 0 for half the CPUs.
     """
@@ -77,6 +90,7 @@ class FeatureStore:
         *,
         batch: int,
         folder: Path | None = None,
+        cache_gib: float = CACHE_GIB,
         limit: int = 0,
         threads: int = 0,
     ):
@@ -84,7 +98,8 @@ class FeatureStore:
         self.programs: dict[str, Any] = {}  # compiled for the subject, whatever the dataset
         self._subject, self._mesh = subject, mesh
         self._limit, self._threads = limit, threads
-        self._folder = folder and folder / subject.fingerprint()
+        self._fingerprint = subject.fingerprint()
+        self._cache = FeatureCache(folder, cache_gib) if folder else None
         self._extract = feature_extractor(
             subject.networks, subject.spec, subject.conditioning.neutral, mesh
         )
@@ -94,19 +109,26 @@ class FeatureStore:
         """The subject's, put on every device once."""
         return replicate(self._subject.variables, self._mesh)
 
-    def __call__(self, source: Source) -> Features:
+    def __call__(self, source: Source, short_side: int = 0) -> Features:
         """The features of a source, from the disk where they are there.
+
+        Args:
+          source: the images.
+          short_side: pixels their short side is resized to before the view is cut out of the
+            centre; 0 for the view's own size.
 
         Raises:
           DataError: features that are not finite, or too many damaged images.
         """
-        path = self._folder and self._folder / f"{self._key(source)}.npz"
-        features = path and _read(path)
+        short_side = short_side or self._subject.spec.size
+        key = self._key(source, short_side)
+        kept = self._cache and self._cache.read(self._fingerprint, key)
+        features = kept and Features(**kept)
         # Some processes may find a file that others do not, and all must extract or none.
         if not multihost_utils.process_allgather(np.array(bool(features))).all():
             LOG.info("features of %s on %s", self._subject.name, source.name)
             params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
-            extracted = self._extract(params, batch_stats, self.batches(source))
+            extracted = self._extract(params, batch_stats, self._views(source, short_side))
             features = Features(*extracted)
             if not np.isfinite(features.features).all():
                 raise DataError(
@@ -115,8 +137,8 @@ class FeatureStore:
                 )
             # Damaged images may be mended, and are then to be seen.
             whole = len(features.features) == len(self.limited(source))
-            if path and whole and jax.process_index() == 0:
-                _write(path, features)
+            if self._cache and whole and jax.process_index() == 0:
+                self._cache.write(self._fingerprint, key, vars(features))
         return features
 
     def limited(self, source: Source) -> Source:
@@ -127,55 +149,38 @@ class FeatureStore:
         return Part(source, places, f"{self._limit} images")
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The images of a source, at most `limit` of them, as `evaluation_batches` gives them."""
+        """The whole images of a source, at most `limit` of them, to draw views from."""
+        return self._batches(source, limit, canvas=canvas_for(self._subject.spec.size))
+
+    def _views(self, source: Source, short_side: int) -> Iterator[dict[str, np.ndarray]]:
+        """The views that are evaluated of a source's images."""
+        return self._batches(source, canvas=self._subject.spec.size, short_side=short_side)
+
+    def _batches(self, source: Source, limit: int = 0, **prepared) -> Iterator:
         limits = [each for each in (limit, self._limit) if each]
         return evaluation_batches(
             source,
             batch=self.batch,
-            canvas=canvas_for(self._subject.spec.size),
             damaged=DamagedLog(len(source), MAX_BAD_FRACTION),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=self._threads,
             limit=min(limits, default=0),
+            **prepared,
         )
 
-    def _key(self, source: Source) -> str:
-        """What else features depend on: the images and how they are prepared."""
+    def _key(self, source: Source, short_side: int) -> str:
+        """What else features depend on: the images, how they are prepared, and what computes."""
         spec = self._subject.spec
         settings = (
-            source.name,
-            len(source),
-            content_of(source),
-            source.class_names,
+            PREPARATION,
+            computed_on(self._mesh),
+            described(source),
             self._limit,
             spec.size,
             spec.mean,
             spec.std,
-            canvas_for(spec.size),
+            short_side,
             np.asarray(self._subject.conditioning.neutral).tolist(),
         )
         return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
-
-
-def _read(path: Path) -> Features | None:
-    """What is kept at `path`; `None` where there is nothing, or nothing that can be read."""
-    try:
-        with np.load(path) as kept:
-            return Features(kept["features"], kept["labels"], kept["places"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        LOG.warning("%s cannot be read and is made anew: %s", path, error)
-        return None
-
-
-def _write(path: Path, features: Features) -> None:
-    """Writes beside `path` first, so that nobody finds half a file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.savez(file, **vars(features))
-        os.replace(file.name, path)  # noqa: PTH105 (a name, not a path)
-    except OSError as error:
-        LOG.warning("features cannot be kept in %s: %s", path.parent, error.strerror)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -110,9 +110,9 @@ class Bench:
         data, size = self.data, self.subject.spec.size
         if not data.ten_crops:
             return [self.train, self.val, self.test]
-        crops = partial(Crops, size=size, short_side=uncropped_side(size))
-        fitted = [self.store(crops(part, ten=True)) for part in (data.train, data.val)]
-        return [*fitted, self.store(crops(data.test, ten=False))]
+        side = uncropped_side(size)
+        ten = [Crops(part, size, side, ten=True) for part in (data.train, data.val)]
+        return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments):
         """What `make` makes for the subject, compiled for one dataset and kept for the others."""

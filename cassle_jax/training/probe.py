@@ -29,7 +29,7 @@ class FeatureReader:
 
     def __init__(self, config: ConfigDict, run: Run, mesh: Mesh):
         self._data = config.data
-        self._batch = run.batch_size
+        self._batch, self._size = run.batch_size, run.augment.size
         self._extract = feature_extractor(run.networks, run.augment, run.conditioning.neutral, mesh)
 
     def __call__(
@@ -44,7 +44,8 @@ class FeatureReader:
         batches = evaluation_batches(
             source,
             batch=self._batch,
-            canvas=self._data.canvas,
+            canvas=self._size,
+            short_side=self._size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=self._data.threads,

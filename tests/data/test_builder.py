@@ -21,24 +21,23 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import builder as builder_module
-from cassle_jax.data.sources import DAMAGED, labels_of
+from cassle_jax.data.sources import DAMAGED, content_of, labels_of
 
 KINDS = ("ant", "bee", "cat", "dog")
 TRAIN, UNLABELLED, TEST = 30, 6, 8
 
 
-def example(split: str, number: int, image_bytes):
-    label = -1 if split == "unlabelled" else number % len(KINDS)
-    seed = {"train": 0, "unlabelled": 100, "test": 200}[split] + number
+def example(split: str, number: int, image_bytes, seed: int = 0):
+    label = -1 if split == "unlabelled" else (number + seed) % len(KINDS)
+    seed += {"train": 0, "unlabelled": 100, "test": 200}[split] + number
     return image_bytes(seed, 9 + seed % 5, 8 + seed % 7), label
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, image_bytes):
-    """A tfds data_dir with two builders; keys of features are not the usual ones."""
+def build_animals(root, image_bytes, seed=0):
+    """Prepares the builder `tiny_animals`; keys of its features are not the usual ones."""
 
     # A module without a file: tfds then looks for no download checksums beside the code.
-    class TinyAnimals(tfds.core.GeneratorBasedBuilder):
+    class TinyAnimals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         __module__ = "generated"
         VERSION = tfds.core.Version("1.2.0")
 
@@ -59,7 +58,7 @@ def data_dir(tmp_path_factory, image_bytes):
 
         def _generate_examples(self, split, count):
             for number in range(count):
-                data, label = example(split, number, image_bytes)
+                data, label = example(split, number, image_bytes, seed)
                 yield (
                     number,
                     {
@@ -69,6 +68,13 @@ def data_dir(tmp_path_factory, image_bytes):
                         "kind": label,
                     },
                 )
+
+    TinyAnimals(data_dir=root, file_format="array_record").download_and_prepare()
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, image_bytes):
+    """A tfds data_dir with two builders."""
 
     class TinyNumbers(tfds.core.GeneratorBasedBuilder):
         __module__ = "generated"
@@ -85,8 +91,8 @@ def data_dir(tmp_path_factory, image_bytes):
             yield 0, {"value": 1}
 
     root = tmp_path_factory.mktemp("tfds")
-    for builder in (TinyAnimals, TinyNumbers):
-        builder(data_dir=root, file_format="array_record").download_and_prepare()
+    build_animals(root, image_bytes)
+    TinyNumbers(data_dir=root, file_format="array_record").download_and_prepare()
     return root
 
 
@@ -171,6 +177,27 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
 
     cached.write_bytes(b"torn by a kill")
     assert len(open_source(config, "train")) == len(first)
+
+
+def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("bee\n")
+    root = tmp_path / "tfds"
+
+    def opened(seed):
+        shutil.rmtree(root, ignore_errors=True)
+        build_animals(root, image_bytes, seed)
+        whole = open_source(tiny(path=str(root)), "train")
+        labels = [whole[index].label for index in range(TRAIN)]
+        assert labels_of(whole).tolist() == labels
+        bees = open_source(tiny(path=str(root), classes=str(listed)), "train")
+        assert [bees[index].label for index in range(len(bees))] == [0] * labels.count(1)
+        return whole.name, len(whole), content_of(whole)
+
+    (*before, its_content), (*after, other_content) = opened(0), opened(1)
+    assert before == after and its_content != other_content
+    (kept,) = builder_module.label_cache_folder().iterdir()  # what nobody can read has gone
+    assert "tiny_animals-1.2.0-train" in kept.name
 
 
 def test_labels_are_those_of_the_records(tiny, tmp_path):

@@ -1,0 +1,87 @@
+"""Keeps arrays in a folder of bounded size, from which those go first that nobody read lately."""
+
+import contextlib
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cassle_jax.storage import remove_dead_partials, written_whole
+
+LOG = logging.getLogger(__name__)
+
+CACHE_GIB = 20.0
+
+_NAME = re.compile(r"[0-9a-f]{16}")
+
+
+class FeatureCache:
+    """Files `<folder>/<subject>/<key>.npz`, all of them together at most so large.
+
+    Several processes may share the folder. What cannot be read or written ends nothing.
+
+    Args:
+      folder: of all subjects; made when something is kept. Other files in it are left alone.
+      gib: its bound, GiB; 0 keeps nothing.
+    """
+
+    def __init__(self, folder: Path, gib: float = CACHE_GIB):
+        self._folder, self._bytes = folder, gib * 2**30
+
+    def read(self, subject: str, key: str) -> Mapping[str, np.ndarray] | None:
+        """The arrays by name; `None` where there are none, or none that can be read."""
+        path = self._path(subject, key)
+        try:
+            with np.load(path) as kept:
+                arrays = dict(kept)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            LOG.warning("%s cannot be read and is made anew: %s", path, error)
+            return None
+        with contextlib.suppress(OSError):  # somebody else's cache
+            os.utime(path)
+        return arrays
+
+    def write(self, subject: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps arrays, and removes the least recently read ones beyond the bound.
+
+        Args:
+          subject: 16 hexadecimal digits.
+          key: of the arrays, likewise.
+          arrays: by name.
+        """
+        if sum(each.nbytes for each in arrays.values()) > self._bytes:
+            return
+        path = self._path(subject, key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            LOG.warning("features cannot be kept in %s: %s", path.parent, error.strerror)
+        self._trim()
+
+    def _path(self, subject: str, key: str) -> Path:
+        return self._folder / subject / f"{key}.npz"
+
+    def _trim(self) -> None:
+        """Removes what is beyond the bound, and what killed processes left."""
+        found = []
+        for path in self._folder.glob("*/*.npz"):
+            if _NAME.fullmatch(path.stem) and _NAME.fullmatch(path.parent.name):
+                with contextlib.suppress(OSError):  # another process removed it
+                    known = path.stat()
+                    found.append((known.st_mtime_ns, known.st_size, path))
+        for folder in {path.parent for _, _, path in found}:
+            remove_dead_partials(folder)
+        total = 0
+        for _, size, path in sorted(found, reverse=True):
+            total += size
+            if total > self._bytes:
+                with contextlib.suppress(OSError):
+                    path.unlink()

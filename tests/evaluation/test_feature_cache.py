@@ -1,0 +1,93 @@
+"""Features on disk: which are read again, and which go when the folder is full."""
+
+import os
+import time
+
+import jax
+import numpy as np
+
+from cassle_jax.data import Motifs
+from cassle_jax.evaluation import feature_cache, store
+from cassle_jax.evaluation.feature_cache import FeatureCache
+from cassle_jax.evaluation.store import FeatureStore
+from tests.evaluation.analysed import devices
+from tests.evaluation.taught import colour_subject
+
+SUBJECT = "0123456789abcdef"
+ARRAYS = {"features": np.ones(1000, np.float32), "labels": np.zeros(3, np.int32)}
+KIB = 2.0**-20  # GiB
+
+
+def key(number):
+    return f"{number:016x}"
+
+
+def aged(path, hours):
+    os.utime(path, (time.time() - 3600 * hours,) * 2)
+
+
+def test_what_was_read_longest_ago_goes_first(tmp_path):
+    cache = FeatureCache(tmp_path, 10 * KIB)  # room for two
+    others = [tmp_path / SUBJECT / "mine.npz", tmp_path / "photos" / f"{key(0)}.npz"]
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(bytes(20000))
+    for number in range(2):
+        cache.write(SUBJECT, key(number), ARRAYS)
+        aged(tmp_path / SUBJECT / f"{key(number)}.npz", hours=5 - number)
+    read = cache.read(SUBJECT, key(0))
+    np.testing.assert_array_equal(read["features"], ARRAYS["features"])
+    cache.write("f" * 16, key(2), ARRAYS)
+    assert cache.read(SUBJECT, key(1)) is None
+    assert cache.read(SUBJECT, key(0)) and cache.read("f" * 16, key(2))
+    assert all(other.exists() for other in others)
+    FeatureCache(tmp_path, 1 * KIB).write(SUBJECT, key(3), ARRAYS)
+    assert cache.read(SUBJECT, key(3)) is None  # what fits nowhere pushes nothing out
+    assert cache.read(SUBJECT, key(0))
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch, caplog):
+    cache = FeatureCache(tmp_path)
+    dead = tmp_path / SUBJECT / f"{key(9)}.npz.0a1b2c3d.partial"
+    alive = tmp_path / SUBJECT / f"{key(8)}.npz.0a1b2c3d.partial"
+    dead.parent.mkdir()
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    aged(dead, hours=2)
+
+    def full(file, **arrays):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    cache.write(SUBJECT, key(1), ARRAYS)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache.np, "savez", full)
+        cache.write(SUBJECT, key(2), ARRAYS)
+    assert "No space left on device" in caplog.text
+    assert sorted(path.name for path in dead.parent.iterdir()) == [f"{key(1)}.npz", alive.name]
+
+
+def test_files_are_readable_by_whom_the_user_lets(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        FeatureCache(tmp_path).write(SUBJECT, key(1), ARRAYS)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / SUBJECT / f"{key(1)}.npz").stat().st_mode & 0o777 == 0o644
+
+
+def test_features_made_in_another_way_are_not_read(tmp_path, monkeypatch):
+    features = FeatureStore(colour_subject(), devices(1), batch=4, folder=tmp_path)
+
+    def kept():
+        return len(list(tmp_path.rglob("*.npz")))
+
+    for count, size in ((1, 16), (1, 16), (2, 24)):
+        features(Motifs(4, size=size))
+        assert kept() == count
+    with jax.default_matmul_precision("bfloat16"):
+        features(Motifs(4, size=16))
+    assert kept() == 3
+    monkeypatch.setattr(store, "PREPARATION", store.PREPARATION + 1)
+    features(Motifs(4, size=16))
+    assert kept() == 4
