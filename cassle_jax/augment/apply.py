@@ -2,10 +2,12 @@
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
 from cassle_jax.augment.draw import Size, ViewParams, draw
+from cassle_jax.augment.inputs import check_params
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
 from cassle_jax.augment.spec import AugmentSpec
 
@@ -43,7 +45,11 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
 
     Returns:
       View with image [S, S, 3].
+
+    Raises:
+      ValueError: if the image or the parameters cannot be meant, such as a grey image or a batch.
     """
+    check_params(params)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
     color_diff = jnp.zeros(3)
     if spec.jitter:
@@ -84,7 +90,8 @@ def augment(
       View with image [S, S, 3].
 
     Raises:
-      ValueError: if ``spec.jitter_order`` is 'batch' and there is no ``order_key``.
+      ValueError: if the image cannot be meant, such as a grey image or a batch; or if
+        ``spec.jitter_order`` is 'batch' and there is no ``order_key``.
     """
     true_size = size_of(image, size)
     return apply(image, draw(key, true_size, spec, order_key), spec, true_size)
@@ -101,5 +108,12 @@ def denormalize(
 
     Returns:
       [..., height, width, 3], RGB clipped to [0, 1].
+
+    Raises:
+      ValueError: if the last axis is not RGB.
     """
+    if np.ndim(image) < 3 or image.shape[-1] != 3:
+        raise ValueError(
+            f"image has shape {np.shape(image)}; use [..., height, width, 3], channels last"
+        )
     return jnp.clip(image * jnp.array(spec.std) + jnp.array(spec.mean), 0, 1)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float32
 
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.descriptors import DESCRIPTORS
+from cassle_jax.augment.inputs import check_one, check_params
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = [
@@ -52,7 +53,12 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
           nothing about the image.
         rotation: quarter turns, one-hot.
         solarize: threshold; 1 if not applied.
+
+    Raises:
+      ValueError: if it is more than one view, or its parameters are out of range.
     """
+    check_params(view.params)
+    check_one("color_diff", view.color_diff, (3,))
     return {name: each.read(view, spec) for name, each in DESCRIPTORS.items()}
 
 
@@ -72,6 +78,9 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
           mirrored where view 1 is flipped, whether view 2 is or not.
         flip: 1 where both views are flipped or neither is, else 0.
         rotation: (turns 1 - turns 2) mod 4, one-hot: a class for cross-entropy.
+
+    Raises:
+      ValueError: if either is more than one view, or its parameters are out of range.
     """
     omega_1, omega_2 = describe(view_1, spec), describe(view_2, spec)
     return {
@@ -93,11 +102,18 @@ def concatenate(
       [..., descriptor_width(names)].
 
     Raises:
-      ValueError: what ``check_descriptors`` raises, or if there is no name.
+      ValueError: what ``check_descriptors`` raises, if there is no name, or if a descriptor is
+        missing or has another width than in ``DESCRIPTORS``.
     """
     names = check_descriptors(names)
     if not names:
         raise ValueError("descriptors=() leaves nothing to concatenate; name at least one")
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        shape = jnp.shape(descriptors[name]) if name in descriptors else ()
+        size = DESCRIPTORS[name].size
+        if shape[-1:] != (size,):
+            has = f"has shape {shape}" if name in descriptors else "is missing"
+            raise ValueError(f"descriptor {name!r} {has}; use [..., {size}]")
     return jnp.concatenate([_select(descriptors, name) for name in names], axis=-1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from cassle_jax.augment.draw import Size
+from cassle_jax.augment.inputs import check_image, check_size
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
@@ -25,7 +26,14 @@ PRECISION = jax.lax.Precision.HIGH
 
 
 def size_of(image: Canvas, size: Size | None) -> Size:
-    """The picture's height and width, int [2]: ``size``, or the whole canvas where that is None."""
+    """The picture's height and width, int [2]: ``size``, or the whole canvas where that is None.
+
+    Raises:
+      ValueError: if the image or the size cannot be meant; see ``inputs``.
+    """
+    if size is not None:
+        check_size(size, tuple(np.shape(image)[:2]) if np.ndim(image) == 3 else None)
+    check_image(image, size)
     return np.array(image.shape[:2], np.int32) if size is None else size
 
 
@@ -88,7 +96,7 @@ def center_view(
       [S, S, 3], normalised.
 
     Raises:
-      ValueError: if ``short_side`` is smaller than S.
+      ValueError: if ``short_side`` is smaller than S, or the image is none; see ``inputs``.
     """
     short_side = spec.size if short_side is None else short_side
     if short_side < spec.size:

@@ -1,7 +1,9 @@
 """AugmentSpec: which augmentations are drawn, how often and how strongly; checked when made."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 __all__ = [
     "CHANCES",
@@ -146,7 +148,8 @@ class AugmentSpec:
           ValueError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
         """
         hue = tuple(strength * end for end in self.hue)
-        if strength < 0 or max(map(abs, hue)) > 0.5 or strength * self.grayscale > 1:
+        possible = strength >= 0 and max(map(abs, hue)) <= 0.5 and strength * self.grayscale <= 1
+        if not (possible and math.isfinite(strength)):
             raise ValueError(
                 f"augment.color_strength={strength} takes hue to {hue} and grayscale to "
                 f"{strength * self.grayscale}; use a strength from 0 on that keeps hue within "
@@ -160,13 +163,14 @@ class AugmentSpec:
 
     def _check_integer(self, name: str, smallest: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or int(value) != value or value < smallest:
+        number = isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool)
+        if not number or int(value) != value or value < smallest:
             raise ValueError(f"augment.{name}={value} is not valid; use an integer >= {smallest}")
         object.__setattr__(self, name, int(value))
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
-        if not 0 <= value <= 1:
+        if not (isinstance(value, Real) and 0 <= value <= 1):
             raise ValueError(f"augment.{name}={value} is not a probability; use a value in [0, 1]")
         object.__setattr__(self, name, float(value))
 
@@ -180,8 +184,10 @@ class AugmentSpec:
 
     def _set_floats(self, name: str, length: int, advice: str) -> tuple[float, ...]:
         value = getattr(self, name)
-        if isinstance(value, int | float | str) or len(value) != length:
+        if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
             raise ValueError(f"augment.{name}={value} does not have {length} values; {advice}")
+        if not all(isinstance(entry, Real) and math.isfinite(entry) for entry in value):
+            raise ValueError(f"augment.{name}={value} has a value that is no number; {advice}")
         floats = tuple(float(entry) for entry in value)
         object.__setattr__(self, name, floats)
         return floats

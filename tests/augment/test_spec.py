@@ -41,7 +41,7 @@ def test_color_strength(strength, factor, hue, grayscale):
     assert spec.sigma == (0.1, 2.0)
 
 
-@pytest.mark.parametrize("strength", [-1, 5.5])
+@pytest.mark.parametrize("strength", [-1, 5.5, float("nan")])
 def test_impossible_color_strength(strength):
     with pytest.raises(ValueError, match=rf"augment\.color_strength={strength} .*use a strength"):
         AugmentSpec(32).with_color_strength(strength)
@@ -51,6 +51,10 @@ def test_impossible_color_strength(strength):
     ("settings", "message"),
     [
         ({"size": 0}, r"augment\.size=0 .*integer >= 1"),
+        ({"flip": float("nan")}, r"augment\.flip=nan is not a probability"),
+        ({"hue": (0.0, float("nan"))}, r"augment\.hue=.*no number; use \(low, high\)"),
+        ({"sigma": (0.1, float("inf"))}, r"augment\.sigma=.*no number; use \(low, high"),
+        ({"std": (1, float("nan"), 1)}, r"augment\.std=.*no number; use three numbers"),
         ({"kernel_size": -1}, r"augment\.kernel_size=-1 .*integer >= 0"),
         ({"kernel_size": 8}, r"augment\.kernel_size=8 is even; use an odd number such as 9"),
         ({"kernel_size": 65}, r"augment\.kernel_size=65 needs 32 pixels.*size=32.*at most 63"),

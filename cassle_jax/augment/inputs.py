@@ -1,0 +1,149 @@
+"""Refuses images, sizes and parameters that cannot be meant, while a program is traced.
+
+Shapes and dtypes are known then. Values are looked at only where that is free: in numpy arrays and
+in arrays that already lie in the host's memory; those of a traced or a device's array never are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["check_image", "check_one", "check_params", "check_size"]
+
+_LENGTHS = {"crop": (4,), "jitter_order": (4,)}  # of what is no single number
+# parameter: (the flag it belongs to, lowest, highest)
+_RANGES = {
+    "brightness": ("jitter", 0, np.inf),
+    "contrast": ("jitter", 0, np.inf),
+    "saturation": ("jitter", 0, np.inf),
+    "hue": ("jitter", -0.5, 0.5),
+    "sigma": ("blur", 1e-6, np.inf),
+    "solarize_threshold": ("solarize", 0, 1),
+    "turns": ("", 0, 3),
+    "crop": ("", 0, 1),
+}
+_ROUNDING = 1e-3  # of values that were computed
+
+
+def check_image(image: Any, size: Any = None) -> None:
+    """Refuses what is no [height, width, 3] picture of uint8, or of floats in [0, 1].
+
+    Args:
+      image: what a caller gave for one.
+      size: height and width of the picture at its top left; None: all of it.
+
+    Raises:
+      ValueError: names the shape, dtype or values, and what would work.
+    """
+    if not hasattr(image, "dtype"):
+        raise ValueError(f"image is a {type(image).__name__}; use an array, as by np.asarray")
+    shape = tuple(image.shape)
+    if advice := _wrong_shape(shape):
+        raise ValueError(f"image has shape {shape}, {advice}")
+    if image.dtype == np.uint8:
+        return
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(f"image has dtype {image.dtype}; use uint8, or float32 in [0, 1]")
+    if image.dtype == np.float64:
+        raise ValueError("image has dtype float64; use float32, as by image.astype(np.float32)")
+    picture = _known(image)
+    if picture is not None and size is not None:
+        corner = _known(size)
+        picture = None if corner is None else picture[: corner[0], : corner[1]]
+    if picture is not None:
+        low, high = float(picture.min()), float(picture.max())
+        if not (-_ROUNDING <= low <= high <= 1 + _ROUNDING):
+            raise ValueError(
+                f"image has floats from {low:g} to {high:g}; use floats in [0, 1], such as "
+                "image / 255, or uint8"
+            )
+
+
+def _wrong_shape(shape: tuple[int, ...]) -> str:
+    """What is wrong with an image's shape, and what would work; empty where it is right."""
+    if len(shape) == 2:
+        return "that of a grey image; use [height, width, 3], as by np.stack([image] * 3, axis=-1)"
+    if len(shape) > 3:
+        return "that of a batch, and one image is augmented at a time; use jax.vmap"
+    if len(shape) < 3:
+        return "that of no image; use [height, width, 3]"
+    if shape[-1] == 1:
+        return "that of a grey image; use three channels, as by np.repeat(image, 3, axis=-1)"
+    if shape[-1] == 4:
+        return "that of an image with transparency; use its RGB, as by image[..., :3]"
+    if shape[-1] != 3 and shape[0] == 3:
+        return "its channels first; use [height, width, 3], as by image.transpose(1, 2, 0)"
+    if shape[-1] != 3:
+        return "which has not the three channels of RGB; use [height, width, 3]"
+    if 0 in shape:
+        return "which has no pixels; use an image of at least 1×1"
+    return ""
+
+
+def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
+    """Refuses what is no height and width in whole pixels, or more than the canvas has.
+
+    Raises:
+      ValueError: names the size and what would work.
+    """
+    shape, dtype = np.shape(size), getattr(size, "dtype", None) or np.asarray(size).dtype
+    if shape != (2,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"size has shape {shape} and dtype {dtype}; use two integers, height and width of one "
+            "picture, and jax.vmap for several"
+        )
+    pixels = _known(size)
+    if pixels is None:
+        return
+    if pixels.min() < 1 or (canvas is not None and (pixels > canvas).any()):
+        most = f", and at most the canvas's {canvas[0]}×{canvas[1]}" if canvas else ""
+        raise ValueError(f"size={tuple(pixels.tolist())} is no picture's; use at least 1×1{most}")
+
+
+def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
+    """Refuses several values where one view's is needed: as batches they would be misread.
+
+    Raises:
+      ValueError: names the shape and what would work.
+    """
+    if np.shape(value) != shape:
+        raise ValueError(
+            f"{name} has shape {np.shape(value)}, and that of one view has {shape}; use jax.vmap "
+            "for several"
+        )
+
+
+def check_params(params: Any) -> None:
+    """Refuses parameters of several views, and values that no view can have.
+
+    Raises:
+      ValueError: names the parameter, its value and what would work.
+    """
+    for name in vars(params):
+        check_one(f"params.{name}", getattr(params, name), _LENGTHS.get(name, ()))
+    for name, (flag, lowest, highest) in _RANGES.items():
+        applied, value = _known(getattr(params, flag, True)), _known(getattr(params, name))
+        if value is None or not (flag == "" or (applied is not None and applied)):
+            continue
+        if not ((value >= lowest) & (value <= highest) & np.isfinite(value)).all():
+            raise ValueError(
+                f"params.{name}={value.tolist()} is out of range; use {lowest:g} to {highest:g}"
+            )
+    order = _known(params.jitter_order)
+    if order is not None and sorted(order.tolist()) != [0, 1, 2, 3]:
+        raise ValueError(
+            f"params.jitter_order={order.tolist()} is no order of the four operations; use each "
+            "of 0 to 3 once"
+        )
+
+
+def _known(value: Any) -> np.ndarray | None:
+    """The values of an array, where they are in the host's memory; else `None`."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array):
+        on_host = all(device.platform == "cpu" for device in value.devices())
+        return np.asarray(value) if on_host and value.is_fully_addressable else None
+    return np.asarray(value)

@@ -1,0 +1,172 @@
+"""What cannot be meant is refused in one line while a program is traced, and costs it nothing."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from cassle_jax.augment import (
+    AugmentSpec,
+    View,
+    apply,
+    augment,
+    center_view,
+    concatenate,
+    denormalize,
+    describe,
+    difference,
+    draw,
+)
+
+SPEC = AugmentSpec(8, jitter=0, grayscale=0, blur=0)
+KEY = jax.random.key(0)
+BYTES = np.zeros((12, 10, 3), np.uint8)
+FLOATS = np.full((12, 10, 3), 0.5, np.float32)
+IMAGES = {
+    "grey": (BYTES[..., 0], r"shape \(12, 10\), that of a grey image; use .*np\.stack"),
+    "grey channel": (BYTES[..., :1], r"shape \(12, 10, 1\), that of a grey image; .*np\.repeat"),
+    "RGBA": (np.zeros((12, 10, 4), np.uint8), r"transparency; use its RGB, as by image\[\.\.\., :"),
+    "channels first": (np.zeros((3, 12, 10), np.uint8), r"channels first; .*transpose\(1, 2, 0\)"),
+    "two channels": (BYTES[..., :2], r"\(12, 10, 2\), which has not the three channels of RGB"),
+    "batch": (BYTES[None], r"shape \(1, 12, 10, 3\), that of a batch.* use jax\.vmap"),
+    "row": (BYTES[0, 0], r"shape \(3,\), that of no image"),
+    "empty": (BYTES[:0], r"shape \(0, 10, 3\), which has no pixels"),
+    "0 to 255": (255 * FLOATS, r"floats from 127\.5 to 127\.5; use .*image / 255, or uint8"),
+    "−1 to 1": (2 * FLOATS - 1.5, r"floats from -0\.5 to -0\.5; use floats in \[0, 1\]"),
+    "NaN": (np.nan * FLOATS, r"floats from nan to nan"),
+    "float64": (FLOATS.astype(np.float64), r"dtype float64; use float32, as by image\.astype"),
+    "int32": (BYTES.astype(np.int32), r"dtype int32; use uint8, or float32 in \[0, 1\]"),
+    "list": (BYTES.tolist(), r"image is a list; use an array"),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_a_library(monkeypatch):
+    """Without the checks of shapes that the tests run with, and a user does not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def view():
+    return augment(KEY, BYTES, SPEC)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_that_cannot_be_meant_is_one_line(name, view):
+    image, message = IMAGES[name]
+    for use in (
+        lambda: augment(KEY, image, SPEC),
+        lambda: apply(image, view.params, SPEC),
+        lambda: center_view(image, None, SPEC),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            use()
+        assert "\n" not in str(refused.value)
+
+
+def test_it_is_refused_while_it_is_traced():
+    compiled = jax.jit(jax.vmap(lambda image: augment(KEY, image, SPEC).image))
+    with pytest.raises(ValueError, match="that of a grey image"):
+        jax.eval_shape(compiled, jax.ShapeDtypeStruct((4, 12, 10), jnp.uint8))
+    with pytest.raises(ValueError, match="that of a batch"):
+        jax.eval_shape(compiled, jax.ShapeDtypeStruct((4, 2, 12, 10, 3), jnp.uint8))
+
+
+def test_values_of_a_traced_image_are_not_looked_at():
+    with jax.transfer_guard("disallow"):
+        traced = jax.jit(lambda image: augment(KEY, image, SPEC).image).trace(
+            jax.ShapeDtypeStruct(FLOATS.shape, jnp.float32)
+        )
+    assert "callback" not in str(traced.jaxpr)
+
+
+def test_padding_may_hold_anything():
+    canvas = np.full((12, 10, 3), 99, np.float32)
+    canvas[:6, :5] = 0.5
+    size = np.array([6, 5], np.int32)
+    np.testing.assert_array_equal(
+        augment(KEY, canvas, SPEC, size).image, augment(KEY, canvas[:6, :5], SPEC).image
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (np.array([12, 10, 3]), r"size has shape \(3,\) .*two integers"),
+        (np.array([12.0, 10.0]), r"dtype float64; use two integers"),
+        (np.array([[12, 10]] * 2), r"shape \(2, 2\) .* jax\.vmap for several"),
+        (np.array([0, 10]), r"size=\(0, 10\) is no picture's; use at least 1×1"),
+        (np.array([13, 10]), r"size=\(13, 10\) .* at most the canvas's 12×10"),
+    ],
+)
+def test_a_size_that_is_none(size, message):
+    with pytest.raises(ValueError, match=message):
+        augment(KEY, BYTES, SPEC, size)
+    with pytest.raises(ValueError, match=message):
+        center_view(BYTES, size, SPEC)
+
+
+def test_several_keys_views_or_parameters_want_vmap(view):
+    with pytest.raises(ValueError, match=r"key has shape \(2,\).* use jax\.vmap for several"):
+        draw(jax.random.split(KEY), np.array([12, 10]), SPEC)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), view)
+    for use in (
+        lambda: apply(BYTES, several.params, SPEC),
+        lambda: describe(several, SPEC),
+        lambda: difference(view, several, SPEC),
+    ):
+        with pytest.raises(ValueError, match=r"params\.crop has shape \(4, 4\).* use jax\.vmap"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop": np.float32([0, 0, 32, 32])}, r"params\.crop=.*32.* out of range; use 0 to 1"),
+        ({"jitter": np.True_, "hue": np.float32(36)}, r"params\.hue=36\.0 .*use -0\.5 to 0\.5"),
+        ({"jitter": np.True_, "contrast": np.float32(-1)}, r"params\.contrast=-1\.0 .* 0 to inf"),
+        ({"blur": np.True_, "sigma": np.float32(0)}, r"params\.sigma=0\.0 is out of range"),
+        ({"turns": np.int32(90)}, r"params\.turns=90 is out of range; use 0 to 3"),
+        ({"jitter_order": np.int32([0, 0, 1, 2])}, r"jitter_order=\[0, 0, 1, 2\] is no order"),
+    ],
+)
+def test_parameters_out_of_range_make_no_view_and_no_descriptor(view, wrong, message):
+    params = view.params.replace(**wrong)
+    with pytest.raises(ValueError, match=message):
+        apply(BYTES, params, SPEC)
+    with pytest.raises(ValueError, match=message):
+        describe(View(image=view.image, params=params, color_diff=view.color_diff), SPEC)
+
+
+def test_what_is_not_applied_may_have_any_value(view):
+    params = view.params.replace(blur=np.False_, sigma=np.float32(0), jitter=np.False_)
+    apply(BYTES, params.replace(hue=np.float32(9)), SPEC)
+
+
+def test_descriptors_of_another_width_are_not_concatenated(view):
+    descriptors = describe(view, SPEC)
+    with pytest.raises(ValueError, match=r"descriptor 'crop' has shape \(3,\); use \[\.\.\., 4\]"):
+        concatenate({**descriptors, "crop": descriptors["crop"][:3]}, ("blur", "crop"))
+    with pytest.raises(ValueError, match=r"descriptor 'crop' is missing"):
+        concatenate({"blur": descriptors["blur"]}, ("blur", "crop.row"))
+
+
+def test_pictures_have_their_channels_last(view):
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\); use \[\.\.\., height, width, 3\]"):
+        denormalize(view.image.transpose(2, 0, 1), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": float("nan")}, r"augment\.size=nan .*integer >= 1"),
+        ({"size": "8"}, r"augment\.size=8 .*integer >= 1"),
+        ({"flip": "often"}, r"augment\.flip=often is not a probability"),
+        ({"sigma": ("a", 2)}, r"augment\.sigma=.*no number; use \(low, high\)"),
+        ({"sigma": None}, r"augment\.sigma=None does not have 2 values; use \(low, high\)"),
+    ],
+)
+def test_settings_of_another_type_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentSpec(**{"size": 8, **settings})
