@@ -12,12 +12,12 @@ from cassle_jax.augment import AugmentSpec
 from cassle_jax.config import ConfigError
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.interop.architecture import architecture_of
-from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import AXIS
-from cassle_jax.training.run import augment_spec, build_method, networks_of, view_specs
+from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
+from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.state import initial_variables
 
@@ -46,20 +46,25 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         if "config" in weights.card:
             return _of_run(name, weights)
         return _of_encoder(name, weights)
-    except WeightsError as error:
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def _of_run(name: str, weights: Weights) -> Subject:
-    config = ConfigDict(weights.card["config"])
-    networks = networks_of(config, axis_name=AXIS)
+    config = todays_settings(ConfigDict(weights.card["config"]))
+    method = method_of(config, weights.card)
+    if isinstance(method, RecordedMethod):
+        weights = weights.without(*method.missing)
+    networks = networks_of(config, method=method, axis_name=AXIS)
     conditioning = Conditioning(**config.conditioning.to_dict())
     spec = augment_spec(config)
     shapes = _shapes(networks, spec.size, conditioning.size)
     known = [network for network in shapes["params"] if network in weights.networks]
     shapes = {part: {n: tree[n] for n in known if n in tree} for part, tree in shapes.items()}
     variables = _loaded(weights, shapes)
-    views = view_specs(config, build_method(config))[:2]
+    views = view_specs(config, method)[:2]
     return Subject(name, networks, variables, spec, conditioning, views, weights.card)
 
 

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cassle_jax.evaluate import evaluate_command
+from cassle_jax.export import export_command
 from cassle_jax.methods import METHODS, Encoded, Moment, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.subjects import open_subject
 from cassle_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -83,23 +87,54 @@ def test_its_loss_is_the_papers_on_any_number_of_devices(method):
         np.testing.assert_allclose(four[term], value, rtol=1e-5)
 
 
-def test_the_command_trains_it_with_cassle(example, tmp_path):
+@pytest.fixture(scope="module")
+def workdir(example, tmp_path_factory):
+    """What the command leaves; this process has never heard of the method."""
+    workdir = tmp_path_factory.mktemp("align_uniform")
     subprocess.run(
         [
             sys.executable,
             "-m",
             "cassle_jax.pretrain",
             f"--config={example}",
-            f"--workdir={tmp_path}",
+            f"--workdir={workdir}",
             *(f"--config.{name}={value}" for name, value in OVERRIDES.items()),
         ],
         cwd=ROOT,
         check=True,
         timeout=600,
     )
-    metrics = read_metrics(tmp_path)
+    return workdir
+
+
+def test_the_command_trains_it_with_cassle(workdir):
+    metrics = read_metrics(workdir)
     losses, terms = metrics["loss"], (metrics["loss_alignment"], metrics["loss_uniformity"])
     assert len(losses) == 2
     for (step, loss), *parts in zip(losses, *terms, strict=True):
         assert step in (4, 8)
         np.testing.assert_allclose(loss, sum(value for _, value in parts), rtol=1e-5)
+
+
+def test_it_is_exported_and_evaluated_where_nobody_registers_it(workdir, tmp_path):
+    assert "align_uniform" not in METHODS
+    subject = open_subject(workdir)
+    assert subject.has_projector
+    assert (
+        subject.variables["params"]["projector"]["projector"]["linear_1"]["kernel"].shape[1] == 128
+    )
+    export_command(run=str(workdir), to=str(tmp_path / "exported"))
+    exported = open_subject(tmp_path / "exported" / "cassle.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, exported.variables, subject.variables)
+    assert exported.views == subject.views
+    evaluate_command(
+        runs=[f"mine={workdir}"],
+        datasets=["scenes"],
+        to=str(tmp_path / "report"),
+        tasks=["knn"],
+        limit=64,
+        batch=32,
+        cache="",
+    )
+    ((findings,),) = read_report(tmp_path / "report" / "report.json")[0].values()
+    assert all(0 <= finding.value <= 1 for finding in findings)

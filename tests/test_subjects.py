@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ from safetensors.numpy import save_file
 from cassle_jax.config import ConfigError
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import weights_of
-from cassle_jax.methods import ViewBatch
+from cassle_jax.methods import METHODS, ViewBatch
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
+from cassle_jax.training.starts import note_start
 from tests.tiny import tiny_config
 
 
@@ -95,3 +98,41 @@ def test_what_cannot_be_opened_is_one_line(tmp_path):
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match=r"neither a ResNet's conv1\.weight nor"):
         open_subject(tmp_path / "a.safetensors")
+
+
+def test_settings_that_came_or_went_since_a_run_began_do_not_matter(run, tmp_path, caplog):
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    for section, name in (
+        ("method", "projector_depth"),
+        ("conditioning", "plain_branch"),
+        ("augment", "asymmetric"),
+        ("augself", "flip"),
+        ("encoder", "remat"),
+        ("data", "classes"),
+    ):
+        del config[section][name]
+        config[section]["gone"] = 1
+    del config["weights"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    expected, subject = open_subject(run[0]), open_subject(workdir)
+    assert_equal(subject.variables, expected.variables)
+    assert subject.conditioning == expected.conditioning
+    assert "exist no more are left out: method.gone" in caplog.text.replace("encoder.gone, ", "")
+    export_command(run=str(workdir), to=str(tmp_path / "exported"), formats=["cassle"])
+    exported = open_subject(tmp_path / "exported" / "cassle.safetensors")
+    assert exported.fingerprint() == expected.fingerprint()
+
+
+def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, caplog):
+    """One that an older version began; those of this version record their heads."""
+    expected = open_subject(run[0])
+    monkeypatch.delitem(METHODS, "byol")
+    subject = open_subject(run[0])
+    assert not subject.has_projector
+    assert subject.fingerprint() == expected.fingerprint()
+    assert "method.name='byol' is not among the methods here" in caplog.text
+    note_start(run[0], step=0, images=64, mesh=device_mesh(), record={"heads": {"projector": 1}})
+    with pytest.raises(ConfigError, match="record of heads and views is damaged"):
+        open_subject(run[0])
+    (run[0] / "starts.jsonl").unlink()

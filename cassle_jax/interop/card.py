@@ -41,7 +41,8 @@ def run_card(
         step: after which they are taken.
         network: `online` or `momentum`.
         metrics: by name their values, as (step, value) in order.
-        start: what is known of the run's last start: `versions`, `devices`, `images`.
+        start: what is known of the run's last start: `versions`, `devices`, `images`, and of its
+            method `heads` and `views`, which evaluation needs.
     """
     last = {
         name: [(at, value) for at, value in values if at <= step][-1:]
@@ -69,6 +70,7 @@ def run_card(
         },
         "devices": start.get("devices", "unknown"),
         "versions": start.get("versions", {}),
+        **{name: start[name] for name in ("heads", "views") if name in start},
         "config": config.to_dict(),
     }
 

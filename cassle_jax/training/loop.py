@@ -24,6 +24,7 @@ from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import OnlineProbe
 from cassle_jax.training.progress import ProgressReport
+from cassle_jax.training.recorded import record_of
 from cassle_jax.training.run import Run, build_run
 from cassle_jax.training.saved_config import (
     check_unchanged,
@@ -165,7 +166,14 @@ class _Loop:
                 write_config(config, workdir)
                 if changes:
                     LOG.warning("continuing with changed settings: %s", "; ".join(changes))
-                note_start(workdir, step=self.step, images=len(source), mesh=mesh, changes=changes)
+                note_start(
+                    workdir,
+                    step=self.step,
+                    images=len(source),
+                    mesh=mesh,
+                    changes=changes,
+                    record=record_of(run),
+                )
                 if self.step == 0:
                     _warn_of_leaks(run.conditioning)
                     write_contact_sheet(run, source, config.data, workdir / "views.png")

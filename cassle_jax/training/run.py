@@ -146,12 +146,17 @@ def build_augself(config: ConfigDict) -> AugSelf:
 
 
 def networks_of(
-    config: ConfigDict, *, dtype: DTypeLike = jnp.float32, axis_name: str | None = None
+    config: ConfigDict,
+    *,
+    method: Method | None = None,
+    dtype: DTypeLike = jnp.float32,
+    axis_name: str | None = None,
 ) -> Networks:
-    """The networks of a configuration, for whom no dataset is needed.
+    """The networks of a configuration, which need no dataset.
 
     Args:
       config: as from `base_config`.
+      method: gives the heads; `None` for the configuration's own.
       dtype: of convolutions and matrix products.
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
@@ -164,7 +169,7 @@ def networks_of(
         return make_encoder(**config.encoder.to_dict(), dtype=dtype, axis_name=axis_name)
 
     return build_networks(
-        build_method(config),
+        method or build_method(config),
         encoder,
         encoder().feature_width,
         Conditioning(**config.conditioning.to_dict()),

@@ -15,6 +15,7 @@ from cassle_jax.models import make_encoder
 from cassle_jax.training.checkpoints import check_sums, checksums_of
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.metrics import read_metrics
+from cassle_jax.training.recorded import todays_settings, with_defaults
 from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.starts import start_before
 
@@ -44,8 +45,9 @@ def read_run(
     if not (workdir / "config.json").exists():
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
     with _of_damage(workdir):
-        config = read_config(workdir)
-        heads = getattr(make_encoder(**config.encoder.to_dict()), "heads", None)
+        config = with_defaults(read_config(workdir))
+        encoder = todays_settings(config).encoder
+        heads = getattr(make_encoder(**encoder.to_dict()), "heads", None)
         method = config.method.name
     step, variables = _newest(workdir / "checkpoints", NETWORKS[network], step)
     if not variables["params"]:

@@ -1,6 +1,6 @@
-"""Notes beside a run what each of its starts had: versions, devices, images."""
+"""Notes beside a run what each of its starts had: versions, devices, images, heads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,13 @@ Start = dict[str, Any]
 
 
 def note_start(
-    workdir: epath.PathLike, *, step: int, images: int, mesh: Mesh, changes: Sequence[str] = ()
+    workdir: epath.PathLike,
+    *,
+    step: int,
+    images: int,
+    mesh: Mesh,
+    changes: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Appends a line to `<workdir>/starts.jsonl`.
 
@@ -24,6 +30,7 @@ def note_start(
       images: number of training images.
       mesh: the devices.
       changes: of settings since the start before, as `saved_config.check_unchanged` tells them.
+      record: what evaluation needs of the method, as `recorded.record_of` gives it.
 
     Raises:
       OSError: it cannot be written.
@@ -34,6 +41,7 @@ def note_start(
         "processes": jax.process_count(),
         "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         "versions": versions(),
+        **(record or {}),
     }
     if changes:
         start["changes"] = list(changes)

@@ -1,0 +1,135 @@
+"""What a run records of its method: evaluation then needs neither its code nor today's settings."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cassle_jax.augment import AugmentSpec
+from cassle_jax.config import base_config
+from cassle_jax.methods import METHODS, HeadShape, Method
+from cassle_jax.training.run import Run, build_method
+
+LOG = logging.getLogger(__name__)
+
+UNKNOWN = HeadShape(hidden=1, out=1, depth=1)
+HEADS = ("projector", "predictor")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedMethod(Method):
+    """The method of a run as far as evaluation needs it.
+
+    Attributes:
+      heads: shapes by name; a head that is missing is not evaluated.
+      specs: how the first two views were augmented; empty where that is not recorded.
+    """
+
+    heads: Mapping[str, HeadShape] = dataclasses.field(default_factory=dict)
+    specs: tuple[AugmentSpec, ...] = ()
+
+    def projector(self, feature_width: int) -> HeadShape:
+        """The recorded shape."""
+        del feature_width
+        return self.heads.get("projector", UNKNOWN)
+
+    def predictor(self, feature_width: int) -> HeadShape | None:
+        """The recorded shape; `None` for no such head."""
+        del feature_width
+        return self.heads.get("predictor") if self.heads else UNKNOWN
+
+    def views(self, first: AugmentSpec, second: AugmentSpec) -> tuple[AugmentSpec, ...]:
+        """The recorded augmentations, or those of the settings."""
+        return self.specs or (first, second)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The heads whose shape is not known."""
+        return tuple(name for name in HEADS if name not in self.heads)
+
+
+def record_of(run: Run) -> dict[str, Any]:
+    """`heads`, the shapes of those that are MLPs, and `views`, the first two augmentations."""
+    width = run.networks.factories["encoder"]().feature_width
+    heads = {"projector": run.method.projector(width), "predictor": run.method.predictor(width)}
+    shapes = {name: head for name, head in heads.items() if isinstance(head, HeadShape)}
+    return {
+        "heads": {name: dataclasses.asdict(shape) for name, shape in shapes.items()},
+        "views": [dataclasses.asdict(spec) for spec in run.views[:2]],
+    }
+
+
+def method_of(config: ConfigDict, record: Mapping[str, Any]) -> Method:
+    """The method of a run that has begun: the recorded one, or that which its settings name.
+
+    Args:
+      config: of the run, as from `todays_settings`.
+      record: what `record_of` returned, among other things; runs before it have none.
+
+    Raises:
+      ValueError: settings or a record that cannot work.
+    """
+    if "heads" in record:
+        try:
+            heads = {name: _of(HeadShape, fields) for name, fields in record["heads"].items()}
+            return RecordedMethod(heads, tuple(_of(AugmentSpec, each) for each in record["views"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its record of heads and views is damaged: {error}") from error
+    if config.method.name in METHODS:
+        return build_method(config)
+    LOG.warning(
+        "method.name=%r is not among the methods here, and its run recorded no heads: they are "
+        "left out, and the encoder is evaluated alone",
+        config.method.name,
+    )
+    return RecordedMethod()
+
+
+def with_defaults(config: ConfigDict) -> ConfigDict:
+    """A run's settings, completed by the defaults of those that it was begun without."""
+    return ConfigDict(_merged(_defaults(config), config.to_dict()))
+
+
+def todays_settings(config: ConfigDict) -> ConfigDict:
+    """A run's settings, completed, and without those that exist no more."""
+    defaults = _defaults(config)
+    gone: list[str] = []
+    kept = _known(_merged(defaults, config.to_dict()), defaults, "", gone)
+    if gone:
+        LOG.warning("settings of the run that exist no more are left out: %s", ", ".join(gone))
+    return ConfigDict(kept)
+
+
+def _defaults(config: ConfigDict) -> dict[str, Any]:
+    """Today's defaults; a method that is not known here keeps what it has."""
+    name = config.method.name
+    defaults = base_config(f"method={name}" if name in METHODS else "").to_dict()
+    return defaults if name in METHODS else {**defaults, "method": config.method.to_dict()}
+
+
+def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **values}
+    for name in defaults.keys() & values.keys():
+        if isinstance(defaults[name], dict) and isinstance(values[name], dict):
+            merged[name] = _merged(defaults[name], values[name])
+    return merged
+
+
+def _known(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str, gone: list[str]
+) -> dict[str, Any]:
+    gone += [f"{prefix}{name}" for name in values if name not in defaults]
+    return {
+        name: _known(values[name], default, f"{prefix}{name}.", gone)
+        if isinstance(default, dict) and isinstance(values[name], dict)
+        else values[name]
+        for name, default in defaults.items()
+    }
+
+
+def _of(kind: type, fields: Mapping[str, Any]) -> Any:
+    """A dataclass of the recorded fields it still has."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in fields.items() if name in known})
