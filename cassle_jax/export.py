@@ -1,4 +1,4 @@
-"""Hands on weights: python -m cassle_jax.export --run=WORKDIR --to=FOLDER, or --weights=FILE."""
+"""Exports weights: python -m cassle_jax.export --run=WORKDIR --to=FOLDER, or --weights=FILE."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def export_command(
       formats: names in `FORMATS`; empty for the usual ones that can be written.
       network: `online` or `momentum`, of a run.
       step: of the run's checkpoint; `None` for the newest.
-      heads: of the attention of a ViT in a file that does not tell.
+      heads: of the attention of a ViT in a file that does not say.
 
     Raises:
       ConfigError: there is nothing to export, or it cannot be written so.
@@ -107,7 +107,7 @@ def _check_renewed(folder: Path, formats: Sequence[str]) -> None:
 
 
 def _that_fit(architecture: Architecture, formats: Sequence[str]) -> list[str]:
-    """The formats asked for, or of the usual ones those that can be written."""
+    """The requested formats, or the usual ones that can be written."""
     fitting = []
     for name in formats or USUAL:
         try:
@@ -130,7 +130,7 @@ if __name__ == "__main__":
         "network", "online", "online, or momentum where there is one."
     )
     step_flag = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.")
-    heads_flag = flags.DEFINE_integer("heads", None, "Of a ViT in a file that does not tell.")
+    heads_flag = flags.DEFINE_integer("heads", None, "Of a ViT in a file that does not say.")
     flags.mark_flags_as_required(["to"])
     command.run(
         lambda: export_command(

@@ -1,5 +1,6 @@
 """Opens the subject of an evaluation: a run, an exported file, or another project's encoder."""
 
+import logging
 from functools import partial
 
 import jax
@@ -20,6 +21,8 @@ from cassle_jax.training.recorded import RecordedMethod, method_of, todays_setti
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.state import initial_variables
+
+LOG = logging.getLogger(__name__)
 
 IMAGE_SIZE = 224  # for an encoder whose file does not give a size
 
@@ -53,7 +56,9 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
 
 
 def _of_run(name: str, weights: Weights) -> Subject:
-    config = todays_settings(ConfigDict(weights.card["config"]))
+    config, gone = todays_settings(ConfigDict(weights.card["config"]))
+    if gone:
+        LOG.warning("%s: settings that exist no more are left out: %s", name, ", ".join(gone))
     method = method_of(config, weights.card)
     if isinstance(method, RecordedMethod):
         weights = weights.without(*method.missing)

@@ -15,12 +15,12 @@ from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
 from cassle_jax.models.vit import VisionTransformer
 
 VIT_HEADS = 12  # MoCo-v3's choice for every width, and this project's
-VIT_BASE_WIDTH = 768  # at which everybody has 12 heads
+VIT_BASE_WIDTH = 768  # at which every project has 12 heads
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetArchitecture:
-    """A ResNet, as its arrays tell.
+    """A ResNet, read off its arrays.
 
     Attributes:
         depth: 18, 34 or 50.
@@ -73,7 +73,7 @@ class ResNetArchitecture:
         return lines
 
     def timm_config(self) -> dict[str, Any]:
-        """What of timm's `config.json` is the architecture's.
+        """The architecture's part of timm's `config.json`.
 
         Raises:
             WeightsError: timm has no such ResNet.
@@ -96,7 +96,7 @@ class ResNetArchitecture:
 
 @dataclasses.dataclass(frozen=True)
 class ViTArchitecture:
-    """A Vision Transformer, as its arrays tell but for the heads.
+    """A Vision Transformer, read off its arrays but for the heads.
 
     Attributes:
         width: of a token.
@@ -147,7 +147,7 @@ class ViTArchitecture:
         return lines
 
     def timm_config(self) -> dict[str, Any]:
-        """What of timm's `config.json` is the architecture's."""
+        """The architecture's part of timm's `config.json`."""
         arguments = {
             "embed_dim": self.width,
             "depth": self.depth,
@@ -175,10 +175,10 @@ def architecture_of(state: State, heads: int | None = None) -> Architecture:
 
     Args:
         state: of which names and a few shapes are looked at; see `check_arrays`.
-        heads: of a ViT's attention, which its arrays do not tell; `None` where nobody knows.
+        heads: of a ViT's attention, which its arrays do not show; `None` where they are unknown.
 
     Raises:
-        WeightsError: it is none that this project has, or a ViT of heads that nobody knows.
+        WeightsError: it is none that this project has, or a ViT whose number of heads is unknown.
     """
     try:
         return _vit(state, heads) if is_vit(state) else _resnet(state)

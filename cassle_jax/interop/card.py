@@ -15,9 +15,9 @@ from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.versions import versions
 
 Card = dict[str, Any]
-# What of a run's metrics is worth telling, and as what.
+# The metrics that a card shows, with their titles.
 METRICS = {"loss": "Training loss", "knn_accuracy": "k-NN accuracy", "rank_me": "RankMe"}
-# Of an encoder that comes without a word about it.
+# Assumed of an encoder whose file says nothing about its images.
 ASSUMED_INPUT = {
     "size": 224,
     "mean": list(IMAGENET_MEAN),
@@ -87,8 +87,8 @@ def file_card(path: Path, card: Mapping[str, Any]) -> Card:
 def with_encoder(
     card: Mapping[str, Any], architecture: Architecture, networks: Sequence[str]
 ) -> Card:
-    """A card that also tells what the encoder is, which networks there are, and today's date."""
-    size = getattr(architecture, "image_size", card["input"]["size"])  # a ViT's positions tell
+    """Adds the encoder's architecture, the networks and today's date to a card."""
+    size = getattr(architecture, "image_size", card["input"]["size"])  # a ViT's positions show it
     return {
         **card,
         "input": {**card["input"], "size": size},
@@ -101,7 +101,7 @@ def with_encoder(
 
 
 def is_card(card: Any) -> bool:
-    """Whether what a file carries for a card has what is asked of one."""
+    """Whether what a file carries as its card has a card's entries."""
     try:
         card = {
             "input": ASSUMED_INPUT,
@@ -155,7 +155,7 @@ def _front_matter(card: Card) -> str:
 def _origin(card: Card) -> str:
     if "method" not in card:
         return f"converted from {card['converted_from']['file']}"
-    kind = "with CASSLE" if _told(card["conditioning"]) else "plain"
+    kind = "with CASSLE" if _descriptors(card["conditioning"]) else "plain"
     return f"pretrained by {card['method']}, {kind}"
 
 
@@ -172,13 +172,13 @@ def _table(card: Card) -> str:
 
 def _of_run(card: Card) -> dict[str, str]:
     conditioning = dict(card["conditioning"])
-    told = _told(conditioning)
+    descriptors = _descriptors(conditioning)
     del conditioning["descriptors"]
     weights = {n: w for n, w in card["augself"].items() if n != "hidden" and w}
     planned = f" of a run of {card['epochs']} epochs" if card["epochs"] else ""
     rows = {
         "Method": card["method"],
-        "Conditioned on": f"{told} ({_listed(conditioning)})" if told else "nothing",
+        "Conditioned on": f"{descriptors} ({_listed(conditioning)})" if descriptors else "nothing",
         "AugSelf": _listed(weights) or "none",
         "Network": card["network"],
         "Data": _listed(card["dataset"]),
@@ -192,7 +192,7 @@ def _of_run(card: Card) -> dict[str, str]:
     return rows
 
 
-def _told(conditioning: Mapping[str, Any]) -> str:
+def _descriptors(conditioning: Mapping[str, Any]) -> str:
     """The descriptors that a run was conditioned on; empty for the plain method."""
     conditioned = is_conditioned(conditioning["treatment"], conditioning["injection"])
     return ", ".join(conditioning["descriptors"]) if conditioned else ""

@@ -1,4 +1,4 @@
-"""The files an encoder is handed on in, and how each is loaded at the other end."""
+"""Writes an encoder in the file formats of other libraries, and says how each is loaded."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ Card = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One way to hand on weights.
+    """A file format for weights.
 
     Attributes:
         title: what the model card calls it.

@@ -1,10 +1,10 @@
 """Reads PyTorch's files into numpy arrays, without PyTorch and without running what they carry.
 
 A PyTorch file is a pickle whose tensors refer to storages outside it. A pickle is a program that
-may call anything it can name, so this reader knows a handful of names, each answered by a function
-of its own; a file that asks for any other is refused before anything it names is even imported.
-The names are a part of those that `torch.load(weights_only=True)` knows. Nothing that is handed to
-the pickle can be changed by it, and what it makes is no larger than its file.
+may call anything it can name. This reader accepts a handful of names, all among those that
+`torch.load(weights_only=True)` accepts, and replaces each by a function of its own. It refuses a
+file with any other name before importing anything. The pickle cannot change what it receives, and
+makes nothing larger than its file.
 """
 
 import collections
@@ -22,7 +22,7 @@ import numpy as np
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.storage import written_whole
 
-# Of each storage class the type of its elements; bfloat16 is read as the integers it is stored in.
+# Element type by storage class; bfloat16 is read as the integers it is stored in.
 STORAGES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -50,7 +50,7 @@ def read_torch_file(path: str | Path) -> Any:
     pickle as `write_detectron2` writes it.
 
     Raises:
-        WeightsError: the file asks for something other than arrays, is damaged, or is none.
+        WeightsError: the file names something other than arrays, is damaged, or is none.
     """
     path = Path(path)
     try:
@@ -159,7 +159,7 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file: io.BufferedIOBase, size: int):
         super().__init__(file, encoding="utf-8")
-        # Of each storage that is not filled yet, by its key, kind and numbers.
+        # Storages that are not filled yet: kind and numbers by key.
         self.storages: dict[str, tuple[str, np.ndarray]] = {}
         self._room = size
         self._known = {
@@ -176,7 +176,7 @@ class _Unpickler(pickle._Unpickler):
             "torch._utils._rebuild_parameter": self._parameter,
             "torch._utils._rebuild_parameter_with_state": self._parameter,
         }
-        # Names are answered by themselves: what stands for a type must not be one.
+        # Types are answered by their names: what stands for a type must not be one.
         self._known |= {f"torch.{dtype}": dtype for dtype in DTYPES}
         self._known |= {f"torch.{kind}": kind for kind in STORAGES}
         self._known |= {f"torch.cuda.{kind}": kind for kind in STORAGES}
@@ -226,7 +226,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
-        # A state dict's versions of its modules, which nothing here asks for.
+        # A state dict's versions of its modules, which nothing here needs.
         versions = isinstance(state, dict) and state.keys() == {"_metadata"}
         if not (versions and isinstance(self.stack[-1], collections.OrderedDict)):
             raise WeightsError("it sets attributes, which weights have not")

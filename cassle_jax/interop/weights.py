@@ -1,4 +1,4 @@
-"""What a file of weights holds, whoever wrote it: an encoder and perhaps its heads."""
+"""Reads a file of weights of any origin: an encoder and perhaps its heads."""
 
 import dataclasses
 import json
@@ -49,14 +49,14 @@ PUBLISHED = {"encoder": "backbone"}
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """An encoder's arrays, and those of the heads that came with it.
+    """Holds an encoder's arrays, and those of the heads that came with it.
 
     Attributes:
         networks: by this project's name of a network (`encoder`, `projector`, `predictor`,
             `image_conditioner`) its state, in the names `interop.pytorch` gives it.
         ignored: names of what else the file holds.
-        card: what is known of how they came about, as a model card has it; empty for nothing.
-        heads: of the attention of an encoder that is a ViT; `None` where nothing tells.
+        card: the origin of the weights as a model card describes it; empty where it is unknown.
+        heads: of the attention of an encoder that is a ViT; `None` where it is unknown.
     """
 
     networks: Mapping[str, State]
@@ -150,7 +150,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
 
     Args:
         path: of the file.
-        heads: of a ViT's attention, where neither the file's card nor its origin tells.
+        heads: of a ViT's attention, where neither the file's card nor its origin says.
 
     Raises:
         WeightsError: it cannot be read, has no encoder in it that is known here, or weights that

@@ -30,7 +30,7 @@ ENCODING = ("encoder", "image_conditioner")
 
 @struct.dataclass
 class ViewBatch:
-    """One view of every image in a batch, with what the projector is told of it.
+    """One view of every image in a batch, with the ω that conditions the projector.
 
     Attributes:
       images: normalised views.
@@ -91,7 +91,7 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step has made of this device's samples when the loss is asked for.
+    """What one step has made of this device's samples before its loss.
 
     Attributes:
       online: by view index, what the trained networks made of it.
@@ -256,7 +256,7 @@ class Method:
 
     A new method is a subclass in a file of its own and a line in `METHODS`. It says which views go
     through which network, which heads there are, and what the loss is; optimisers, conditioning,
-    AugSelf, devices and checkpoints are nobody's business here.
+    AugSelf, devices and checkpoints are no part of a method.
 
     Class attributes (or properties, where they depend on hyper-parameters):
       recipe: settings a configuration of the method starts from, by full name, such as

@@ -1,4 +1,4 @@
-"""Puts encoder, heads, conditioning and AugSelf together into the networks of a run."""
+"""Builds the networks of a run from encoder, heads, conditioning and AugSelf."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ _GIVEN = 0x67697665
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """What the projector is told of each view, and how it takes it in (CASSLE, section 3).
+    """The ω that conditions the projector, and how the projector uses it (CASSLE, section 3).
 
     Attributes:
       descriptors: names of the descriptors that make up ω, or of components such as `color.hue`;
@@ -202,10 +202,10 @@ def build_networks(
       ValueError: a conditioning that cannot work, naming the setting.
     """
     projector, predictor = method.projector(feature_width), method.predictor(feature_width)
-    told = _told(method, conditioning, predictor)
-    if "projector" in told:
+    conditioned_heads = _conditioned_heads(method, conditioning, predictor)
+    if "projector" in conditioned_heads:
         _check_fits(conditioning, feature_width)
-    if "predictor" in told:
+    if "predictor" in conditioned_heads:
         _check_fits(conditioning, projector.out)
         if conditioning.injection == "image":
             raise ValueError(
@@ -231,11 +231,12 @@ def build_networks(
     for branch in ("", PLAIN) if conditioning.plain_branch else ("",):
         for name, shape in (("projector", projector), ("predictor", predictor)):
             if isinstance(shape, HeadShape):
-                conditioned = name in told and branch != PLAIN
+                conditioned = name in conditioned_heads and branch != PLAIN
                 factories[branch + name] = head(shape, conditioned=conditioned)
             elif shape is not None:
                 factories[branch + name] = shape
-    if told and conditioning.injection == "image" and conditioning.treatment != "none":
+    conditions_images = conditioning.injection == "image" and conditioning.treatment != "none"
+    if conditioned_heads and conditions_images:
         factories["image_conditioner"] = partial(
             ImageConditioner,
             treatment=conditioning.treatment,
@@ -252,8 +253,10 @@ def build_networks(
     return Networks(factories)
 
 
-def _told(method: Method, conditioning: Conditioning, predictor: object) -> tuple[str, ...]:
-    """The heads that are told ω."""
+def _conditioned_heads(
+    method: Method, conditioning: Conditioning, predictor: object
+) -> tuple[str, ...]:
+    """The heads that receive ω."""
     if not conditioning.descriptors:
         return ()
     if conditioning.into != "projector" and not isinstance(predictor, HeadShape):

@@ -94,8 +94,8 @@ ARCHITECTURES = {
 class ResNet(nn.Module):
     """A residual network (v1.5: the stride is in the 3×3) up to its global average pooling.
 
-    What evaluation looks at is sown in the collection `intermediates`, free unless that collection
-    is asked for: `stem`, `layer1` … `layer4` (feature maps) and `features`.
+    The module sows what evaluation reads in the collection `intermediates`, at no cost unless a
+    caller makes it mutable: `stem`, `layer1` … `layer4` (feature maps) and `features`.
 
     Attributes:
         depth: 18, 34 or 50.

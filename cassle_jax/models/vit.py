@@ -157,8 +157,8 @@ class VisionTransformer(nn.Module):
 
     Patch embedding and positions are parameters, so that checkpoints hold them, but keep their
     initial values: no gradient reaches them, and the optimizer must leave them alone too, weight
-    decay included. What evaluation looks at is sown in the collection `intermediates`, free unless
-    that collection is asked for: `stem` (the patches as they enter the blocks), `layer1` …
+    decay included. The module sows what evaluation reads in the collection `intermediates`, at no
+    cost unless a caller makes it mutable: `stem` (the patches as they enter the blocks), `layer1` …
     `layer4` (the patches after each quarter of the blocks, rounded up), both as feature maps
     without the class token, and `features`.
 

@@ -92,14 +92,12 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
     return ConfigDict(_merged(_defaults(config), config.to_dict()))
 
 
-def todays_settings(config: ConfigDict) -> ConfigDict:
-    """A run's settings, completed, and without those that exist no more."""
+def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
+    """A run's settings, completed, without those that exist no more; and the names of these."""
     defaults = _defaults(config)
     gone: list[str] = []
     kept = _known(_merged(defaults, config.to_dict()), defaults, "", gone)
-    if gone:
-        LOG.warning("settings of the run that exist no more are left out: %s", ", ".join(gone))
-    return ConfigDict(kept)
+    return ConfigDict(kept), gone
 
 
 def _defaults(config: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The weights of a run, from its newest checkpoint, with what is known of how they came about."""
+"""Reads the weights of a run from its newest checkpoint, with a card of their origin."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ from cassle_jax.training.starts import start_before
 
 LOG = logging.getLogger(__name__)
 
-# Of each network a run trains, the parts of its state that hold it.
+# The parts of a run's state that hold its networks.
 NETWORKS = {
     "online": ("params", "batch_stats"),
     "momentum": ("target_params", "target_batch_stats"),
@@ -46,7 +46,7 @@ def read_run(
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
     with _of_damage(workdir):
         config = with_defaults(read_config(workdir))
-        encoder = todays_settings(config).encoder
+        encoder = todays_settings(config)[0].encoder
         heads = getattr(make_encoder(**encoder.to_dict()), "heads", None)
         method = config.method.name
     step, variables = _newest(workdir / "checkpoints", NETWORKS[network], step)

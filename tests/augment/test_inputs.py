@@ -47,7 +47,7 @@ def as_a_library(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def view():
     return augment(KEY, BYTES, SPEC)
 
