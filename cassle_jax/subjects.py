@@ -31,8 +31,7 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
     """Opens the subject at `path`.
 
     Args:
-      path: workdir of a run, or a file of weights from an export, torchvision, timm, MoCo-v3 or
-        the published CASSLE code.
+      path: workdir of a run, or a file of weights that `load_weights` reads.
       name: name in the report; empty for the path's last part.
       network: network of a run: `online`, or `momentum` if the method has one.
 
