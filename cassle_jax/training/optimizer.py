@@ -34,9 +34,13 @@ class Clock:
         return self.total_steps / self.steps_per_epoch
 
     def at(self, step: Int[Array, ""]) -> Moment:
-        """Where `step` stands in the run."""
+        """Where `step` stands in the run; an epoch begins exactly at its first step."""
         step = jnp.asarray(step)
-        return Moment(step, step.astype(jnp.float32) / self.steps_per_epoch, self.epochs)
+        # XLA divides by multiplying with a rounded 1/n, which can fall short of a whole number.
+        whole, part = step // self.steps_per_epoch, step % self.steps_per_epoch
+        before_next = jnp.nextafter(jnp.float32(whole + 1), 0)
+        epoch = jnp.minimum(whole + jnp.float32(part) / self.steps_per_epoch, before_next)
+        return Moment(step, epoch, self.epochs)
 
 
 @dataclasses.dataclass(frozen=True)

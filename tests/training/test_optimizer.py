@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import SimCLR
+from cassle_jax.methods import BYOL, SimCLR
 from cassle_jax.methods.base import FROZEN, constant
+from cassle_jax.methods.build import Conditioning
 from cassle_jax.training.optimizer import (
     Clock,
     OptimizerSpec,
@@ -210,6 +211,31 @@ def test_the_clock_counts_whole_epochs_and_parts():
         moment = clock.at(jnp.int32(step))
         assert moment.epoch == epochs
         assert moment.whole_epoch == int(epochs)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [41, 100_000])
+def test_whatever_changes_by_the_epoch_changes_at_its_first_step(steps_per_epoch):
+    epochs = np.arange(1, 1001)
+    clock = Clock(steps_per_epoch, 1001 * steps_per_epoch)
+
+    schedule = learning_rate(OptimizerSpec(schedule_by="epoch"), clock, BATCH)
+
+    @jax.jit
+    @jax.vmap
+    def changing(step):
+        moment = clock.at(step)
+        momentum = BYOL(momentum_by="epoch").target_momentum(moment)
+        given = Conditioning(start_epoch=500.0).given(
+            jax.random.key(0), jnp.zeros(1, int), moment.epoch
+        )
+        return moment.whole_epoch, given[0], schedule(step), momentum
+
+    first, last = (changing(jnp.asarray(epochs * steps_per_epoch - before)) for before in (0, 1))
+    np.testing.assert_array_equal(first[0], epochs)
+    np.testing.assert_array_equal(last[0], epochs - 1)
+    np.testing.assert_array_equal(first[1], epochs >= 500)
+    np.testing.assert_array_equal(first[2][:-1], last[2][1:])
+    np.testing.assert_array_equal(first[3][:-1], last[3][1:])
 
 
 @pytest.mark.parametrize(
