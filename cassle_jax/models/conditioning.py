@@ -177,7 +177,12 @@ class ConditionedProjector(nn.Module):
             weights = numbers[:, start:stop].reshape(-1, inputs, outputs)
             biases = numbers[:, stop : stop + outputs]
             start = stop + outputs
-            x = jnp.einsum("bi,bio->bo", x.astype(self.dtype), weights.astype(self.dtype)) + biases
+            x = biases + jnp.einsum(
+                "bi,bio->bo",
+                x.astype(self.dtype),
+                weights.astype(self.dtype),
+                preferred_element_type=biases.dtype,
+            )
             if layer < self.depth - 1:
                 if self.hypernetwork_bn:
                     x = BatchNorm(axis_name=self.axis_name, name=f"bn_{layer}")(x, train)

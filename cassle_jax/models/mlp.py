@@ -50,10 +50,16 @@ class MLP(nn.Module):
             x = self._linear(x, self.hidden, layer, use_bias=False)
             x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn_{layer}")(x, train)
             x = jax.nn.relu(x)
-        # Its sums stay float32 even of narrower factors, so that nothing is rounded before a loss.
+        # Its sums and bias stay float32, so that nothing is rounded before a loss.
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        dot = partial(jax.lax.dot_general, preferred_element_type=wide)
-        x = self._linear(x, self.out, last, use_bias=not self.last_bn, dot_general=dot)
+        x = self._linear(
+            x,
+            self.out,
+            last,
+            use_bias=not self.last_bn,
+            dtype=wide,
+            dot_general=partial(_dot_of_narrow_factors, self.dtype, wide),
+        )
         if self.last_bn:
             affine = self.last_bn_affine
             norm = BatchNorm(
@@ -68,9 +74,13 @@ class MLP(nn.Module):
         return nn.Dense(
             width,
             use_bias=use_bias,
-            dtype=self.dtype,
-            **kwargs,
+            **{"dtype": self.dtype, **kwargs},
             kernel_init=fan_in_uniform,
             bias_init=bias_uniform(x.shape[-1]),
             name=f"linear_{layer}",
         )(x)
+
+
+def _dot_of_narrow_factors(dtype: DTypeLike, wide: DTypeLike, left, right, *args, **kwargs):
+    kwargs["preferred_element_type"] = wide
+    return jax.lax.dot_general(left.astype(dtype), right.astype(dtype), *args, **kwargs)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.models import ConditionedProjector, ImageConditioner, check_conditioning
+from cassle_jax.models.conditioning import TREATMENTS
 
 
 def projector_for(**fields):
@@ -42,6 +43,20 @@ def test_a_hypernetworks_projector_may_end_in_a_norm():
     output, _ = projector.apply(variables, features, descriptor, True, mutable=["batch_stats"])
     np.testing.assert_allclose(np.mean(output, axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(np.std(output, axis=0), 1, rtol=1e-2)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_loss_gets_float32_embeddings_of_bfloat16_layers(treatment):
+    projector = projector_for(treatment=treatment, dtype=jnp.bfloat16)
+    features, descriptor = jnp.split(jax.random.normal(jax.random.key(0), (8, 37)), [24], axis=1)
+    # Without biases, which are float32: a product is not hidden behind them.
+    variables = jax.tree.map_with_path(
+        lambda path, leaf: 0 * leaf if path[-1].key == "bias" else leaf,
+        projector.init(jax.random.key(1), features, descriptor, True),
+    )
+    output, _ = projector.apply(variables, features, descriptor, True, mutable=["batch_stats"])
+    assert output.dtype == jnp.float32
+    assert np.mean(output != output.astype(jnp.bfloat16)) > 0.9
 
 
 @pytest.mark.parametrize(("treatment", "added"), [("mlp", 16), ("raw", 13)])

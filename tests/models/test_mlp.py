@@ -46,6 +46,12 @@ def test_bfloat16_layers_give_a_float32_result(last_bn):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+def test_the_last_bias_is_not_rounded_to_bfloat16():
+    mlp = MLP(hidden=5, out=3, depth=1, dtype=jnp.bfloat16)
+    result, variables = mlp.init_with_output(jax.random.key(0), jnp.zeros((1, 4)), True)
+    np.testing.assert_array_equal(result[0], variables["params"]["linear_0"]["bias"])
+
+
 def test_an_mlp_needs_a_layer():
     with pytest.raises(ValueError, match="depth=0"):
         MLP(hidden=5, out=3, depth=0)
