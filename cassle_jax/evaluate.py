@@ -1,5 +1,6 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
+import hashlib
 import logging
 import tempfile
 import time
@@ -7,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from cassle_jax import command
 from cassle_jax.checks import check_at_least
@@ -18,19 +21,17 @@ from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
 from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.feature_cache import CACHE_GIB
-from cassle_jax.evaluation.findings import Finding
+from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.comparison import check_subjects
-from cassle_jax.report.evaluation_page import HTML, remove_report, write_report
+from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
 
 DRAWN, DRAWN_PIXELS = 5000, 64
-INCOMPLETE = "incomplete"  # folder, in that of the report, of what was found before an error
 
 
 def evaluate_command(
@@ -49,16 +50,18 @@ def evaluate_command(
 ) -> Path:
     """Evaluates as the command does, and returns the path of the page.
 
-    Everything is opened and checked before the first image is read. Several processes share the
-    images and gather the features; what is computed of them each computes, and the first writes.
+    Everything is opened and checked before the first image is read. A task that cannot be run on a
+    dataset, or fails, is a red line on the page, and the rest is done. The page grows as results
+    come; the same call goes on where an earlier one ended, and tries what failed again. Several
+    processes share the images and gather the features; what is computed of them each computes, and
+    the first writes.
 
     Args:
       runs: workdirs of runs or files of weights, each as `path` or `name=path`; those of one name
         are seeds of it.
       datasets: names in `DATASETS`, `motifs`, `scenes`, `folder:<path>`, or `name=<path of its
         folder>`.
-      to: folder of the report; where the evaluation ends early, what was found by then is in its
-        `incomplete` folder.
+      to: folder of the report; its page says so where the evaluation ended early.
       tasks: names in `TASKS`; empty for the usual ones that suit each dataset.
       network: of runs: `online` or `momentum`.
       data_dir: of tensorflow-datasets.
@@ -69,7 +72,7 @@ def evaluate_command(
       settings: of the protocols.
 
     Raises:
-      ConfigError, DataError: what cannot work, in one line.
+      ConfigError, DataError: what cannot work, in one line; at the end, that a task failed.
     """
     for name in tasks:
         knows("tasks", name, TASKS)
@@ -93,48 +96,116 @@ def evaluate_command(
             raise ConfigError(f"dataset {name!r} is asked for twice; the report tells by name")
     subjects = _open_subjects(runs, network)
     agree(_shared_facts(opened, subjects, tasks, batch, limit, settings))
-    plan = {data.name: _tasks_for(data, tasks) for data in opened}
+    chosen = settings or Settings()
+    plan = {data.name: tasks_for(data, tasks) for data in opened}
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
+    unmet = _unmet_needs(opened, plan, chosen, limit, mesh.size)
     folder = Path(to).expanduser()
     _check_writable(folder)
-
-    def evaluate(subject: Subject, findings: list[Finding]) -> None:
-        kept_in = Path(cache).expanduser() if cache else None
-        store = FeatureStore(
-            subject, mesh, batch=batch, folder=kept_in, cache_gib=cache_gib, limit=limit
-        )
-        for data in opened:
-            bench = Bench(subject, data, store, mesh, settings or Settings())
-            for name in plan[data.name]:
-                new = _run(name, bench)
-                check_subjects({subject.name: [[*findings, *new]]})  # what cannot be told, now
-                findings += new
-
-    found: dict[str, list[list[Finding]]] = {}
-    summary = f"{_summary(opened, limit)} {_of_settings(settings or Settings())}"
-
-    def write(folder: Path, summary: str) -> Path:
-        facts = {name: _facts(subjects[name]) for name in found}
-        return write_report(folder, found, provenance=facts, summary=summary)
-
+    report = GrowingReport(
+        folder,
+        f"{_summary(opened, limit)} {_of_settings(chosen)}",
+        {name: _facts(seeds) for name, seeds in subjects.items()},
+        writes=jax.process_index() == 0,
+    )
+    kept_in = Path(cache).expanduser() if cache else None
+    complete = False
     try:
-        for name, seeds in subjects.items():
-            for each in seeds:
-                findings = []
-                found.setdefault(name, []).append(findings)
-                evaluate(each, findings)
-    except BaseException:
-        if not jax.process_index() and any(any(runs) for runs in found.values()):
-            page = write(folder / INCOMPLETE, f"INCOMPLETE. {summary}")
-            LOG.warning("%s has what was found before", page)
-        raise
-    if jax.process_index():
-        return folder / HTML
-    page = write(folder, summary)
-    remove_report(folder / INCOMPLETE)
-    LOG.info("the page is %s", page)
+        for subject in (each for seeds in subjects.values() for each in seeds):
+            report.begin(subject.name)
+            store = FeatureStore(
+                subject, mesh, batch=batch, folder=kept_in, cache_gib=cache_gib, limit=limit
+            )
+            for data in opened:
+                bench = Bench(subject, data, store, mesh, chosen)
+                _evaluate(bench, plan[data.name], unmet[data.name], report, (batch, limit))
+        complete = True
+    finally:
+        page = _written(report, complete=complete)
+    if jax.process_index() == 0:
+        LOG.info("the page is %s", page)
+    if report.failures:
+        raise DataError(_told(report.failures, page))
     return page
+
+
+def _evaluate(
+    bench: Bench,
+    tasks: Sequence[str],
+    unmet: Mapping[str, str],
+    report: GrowingReport,
+    how: tuple[int, int],
+) -> None:
+    """Runs tasks on a bench, each unless an earlier call did or the dataset does not do."""
+    identity = bench.identity(*how)
+    for name in tasks:
+        key = hashlib.blake2b(f"{name}{identity}".encode(), digest_size=16).hexdigest()
+        kept = report.kept(key)
+        if name in unmet:
+            report.add([Failure(name, bench.data.name, unmet[name])])
+        elif _in_all_processes(kept is not None):
+            LOG.info("%s of %s on %s: done before", name, bench.subject.name, bench.data.name)
+            report.add(kept, key)
+        else:
+            findings = _run(name, bench, report)
+            failed = any(isinstance(each, Failure) for each in findings)
+            report.add(findings, "" if failed else key)
+
+
+def unmet_needs(
+    data: EvaluationData, tasks: Sequence[str], settings: Settings, limit: int = 0, devices: int = 1
+) -> dict[str, str]:
+    """Of these tasks, those that a dataset does not do for, each with the reason in one line."""
+    needs = {name: TASKS[name].needs(settings, devices) for name in tasks}
+    reasons = {
+        name: each.unmet(data, limit=limit, analysed=settings.analysed)
+        for name, each in needs.items()
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _unmet_needs(
+    opened: Sequence[EvaluationData],
+    plan: Mapping[str, Sequence[str]],
+    settings: Settings,
+    limit: int,
+    devices: int,
+) -> dict[str, dict[str, str]]:
+    """By dataset and task, why it cannot be run there, each told at once.
+
+    Raises:
+      DataError: nothing at all can be run.
+    """
+    unmet = {
+        data.name: unmet_needs(data, plan[data.name], settings, limit, devices) for data in opened
+    }
+    lines = [
+        f"{task} on {data}: {why}" for data, each in unmet.items() for task, why in each.items()
+    ]
+    if len(lines) == sum(map(len, plan.values())):
+        raise DataError("nothing can be evaluated; " + "; ".join(lines))
+    for line in lines:
+        LOG.warning("%s; the rest is done", line)
+    return unmet
+
+
+def _written(report: GrowingReport, *, complete: bool) -> Path:
+    try:
+        return report.write(complete=complete)
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written: {error.strerror or error}") from error
+
+
+def _told(failures: Sequence[tuple[str, Failure]], page: Path) -> str:
+    name, first = failures[0]
+    what = "1 task" if len(failures) == 1 else f"{len(failures)} tasks"
+    why = f"{first.task} of {name} on {first.dataset}: {first.reason}"
+    return f"{what} failed, the rest is in {page}; {why}"
+
+
+def _in_all_processes(here: bool) -> bool:
+    return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
 def _shared_facts(
@@ -203,7 +274,7 @@ def _open_subjects(runs: Sequence[str], network: str) -> dict[str, list[Subject]
     return subjects
 
 
-def _tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
+def tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
     """The tasks to run, in the table's order; those asked for that do not suit are told."""
     suiting = [
         name
@@ -215,14 +286,22 @@ def _tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
     return suiting
 
 
-def _run(name: str, bench: Bench) -> list[Finding]:
+def _run(name: str, bench: Bench, report: GrowingReport) -> list[Finding]:
+    """What a task finds, or its failure; what may be of one process alone ends all of several."""
     start = time.monotonic()
     try:
         findings = TASKS[name].run(bench)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{name} of {bench.subject.name} on {bench.data.name}: {error}") from error
+        report.check(findings)
+    except Exception as error:
+        if jax.process_count() > 1 and (
+            isinstance(error, DataError) or not isinstance(error, ValueError)
+        ):
+            raise
+        if not isinstance(error, ValueError):
+            LOG.exception("%s of %s on %s", name, bench.subject.name, bench.data.name)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        LOG.error("%s of %s on %s failed: %s", name, bench.subject.name, bench.data.name, reason)
+        return [Failure(name, bench.data.name, reason)]
     seconds = time.monotonic() - start
     LOG.info("%s of %s on %s: %.1f s", name, bench.subject.name, bench.data.name, seconds)
     return findings

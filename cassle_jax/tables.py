@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
-from cassle_jax.data import open_source
-from cassle_jax.evaluate import check_names, open_evaluated
+from cassle_jax.data import DataError, open_source
+from cassle_jax.evaluate import check_names, open_evaluated, tasks_for, unmet_needs
 from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
@@ -206,7 +206,7 @@ class _RunRecords:
                     f"{name}={value!r} was {saved.get(name)!r} when {folder} was created; use the "
                     "same value, or another folder (--to)"
                 )
-        write_whole(path, json.dumps(facts, indent=1).encode())
+        write_whole(path, json.dumps(facts, indent=1))
 
     def workdir(self, name: str) -> Path:
         return self._folder / "runs" / name
@@ -358,8 +358,7 @@ def evaluation_of(
     if toy:
         chosen = ("scenes",) if chosen else ()
     check_names(chosen, tasks)
-    for dataset in chosen:
-        open_evaluated(dataset, data_dir)
+    opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
     for format_name in table.export:
         knows("export", format_name, FORMATS)
     values = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
@@ -370,6 +369,10 @@ def evaluation_of(
     typed = {name: _value(name, value, kinds[name]) for name, value in values.items()}
     settings = Settings(**{name: value for name, value in typed.items() if name not in own})
     others = {name: value for name, value in typed.items() if name in own}
+    for data in opened:
+        limit = others.get("limit", 0)
+        for task, reason in unmet_needs(data, tasks_for(data, tasks), settings, limit).items():
+            raise DataError(f"{task} on {data.name}: {reason}")
     return Evaluation(chosen, tasks, data_dir, settings=settings, **others)
 
 

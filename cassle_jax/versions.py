@@ -1,7 +1,10 @@
 """The versions of what computes a run."""
 
+import functools
+import hashlib
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import cassle_jax
 
@@ -15,3 +18,13 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """A name for this project's code and for the versions: equal for equal ones."""
+    digest = hashlib.blake2b(repr(versions()).encode(), digest_size=8)
+    root = Path(cassle_jax.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -11,10 +11,10 @@ from PIL import Image
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
-from cassle_jax.evaluation.findings import Score
+from cassle_jax.evaluation.findings import Failure, Score
 from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.parallel import device_mesh, on_every_device
-from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.report.evaluation_page import is_complete, read_report
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
@@ -96,40 +96,121 @@ def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
     assert {name: len(one["runs"]) for name, one in held.items()} == {"a": 2, "b": 1}
 
 
-def test_an_evaluation_that_ends_early_is_not_taken_for_a_whole_one(run, tmp_path, monkeypatch):
+def fails(bench):
+    raise ValueError("in the second task")
+
+
+def says_it_twice(bench):
+    return 2 * [Score("spectrum", bench.data.name, "RankMe", 1.0)]
+
+
+def runs_out_of_memory(bench):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocated so far: much")
+
+
+@pytest.mark.parametrize(
+    ("runs_badly", "reason"),
+    [
+        (fails, "in the second task"),
+        (says_it_twice, "two findings for spectrum, scenes, RankMe"),
+        (runs_out_of_memory, "RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
+    run, tmp_path, monkeypatch, runs_badly, reason
+):
+    broken = dataclasses.replace(TASKS["knn"], run=runs_badly)
     folder = tmp_path / "report"
-
-    def fails(bench):
-        raise ValueError("in the second task")
-
-    monkeypatch.setitem(TASKS, "spectrum", dataclasses.replace(TASKS["spectrum"], run=fails))
-    with pytest.raises(DataError, match=r"spectrum of a on scenes: in the second task"):
-        evaluate(run, tmp_path, "knn", "spectrum", runs=[f"a={run}"])
-    assert not list(folder.glob("report.*"))
-    assert "INCOMPLETE" in (folder / "incomplete" / "report.html").read_text()
-    ((findings,),) = read_report(folder / "incomplete" / "report.json")[0].values()
-    assert {finding.task for finding in findings} == {"k-NN (k = 1)"}
-    evaluate(run, tmp_path, "knn")
+    with monkeypatch.context() as patch:
+        patch.setitem(TASKS, "knn", broken)
+        with pytest.raises(DataError, match=f"1 task failed.*knn of a on scenes: .*{reason}$"):
+            evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])
+    page = (folder / "report.html").read_text()
+    assert 'class="failed"' in page and reason in page and "INCOMPLETE" not in page
+    ((findings,),) = read_report(folder / "report.json")[0].values()
+    (failure,) = (each for each in findings if isinstance(each, Failure))
+    assert (failure.task, failure.dataset) == ("knn", "scenes") and reason in failure.reason
+    assert {each.task for each in findings} == {"knn", "factor probes"}
+    evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])  # what failed is tried again
+    assert 'class="failed"' not in (folder / "report.html").read_text()
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".html", ".json"]
 
 
-def test_what_cannot_be_reported_takes_nothing_else_with_it(run, tmp_path, monkeypatch):
-    kept = tmp_path / "report" / "incomplete" / "notes.txt"
-    kept.parent.mkdir(parents=True)
-    kept.touch()
+def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch, caplog):
+    done = []
 
-    def says_it_twice(bench):
-        return 2 * [Score("spectrum", "scenes", "RankMe", 1.0)]
+    def watched(name, stop=False):
+        def runs(bench):
+            if stop:
+                page = (tmp_path / "report" / "report.html").read_text()
+                assert "INCOMPLETE" in page and "k-NN" in page
+                raise KeyboardInterrupt
+            done.append((name, bench.subject.name))
+            return [Score(name, bench.data.name, "k-NN", len(done))]
 
-    spectrum = dataclasses.replace(TASKS["spectrum"], run=says_it_twice)
-    with monkeypatch.context() as patch:
-        patch.setitem(TASKS, "spectrum", spectrum)
-        with pytest.raises(ValueError, match="two findings for spectrum, scenes, RankMe"):
-            evaluate(run, tmp_path, "knn", "spectrum", runs=[f"a={run}"])
-    ((findings,),) = read_report(kept.parent / "report.json")[0].values()
-    assert {finding.task for finding in findings} == {"k-NN (k = 1)"}
-    evaluate(run, tmp_path, "knn")
-    assert list(kept.parent.iterdir()) == [kept]
+        monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], run=runs))
+
+    runs = [f"a={run}", f"a={run}", f"b={run}"]
+    watched("knn")
+    watched("spectrum", stop=True)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, tmp_path, "knn", "spectrum", runs=runs)
+    report = tmp_path / "report" / "report.json"
+    assert not is_complete(report)
+    watched("spectrum")
+    evaluate(run, tmp_path, "knn", "spectrum", runs=runs)
+    assert is_complete(report)
+    assert "INCOMPLETE" not in report.with_suffix(".html").read_text()
+    # Equal weights are evaluated once, and nothing is done again that was done before.
+    assert done == [("knn", "a"), ("spectrum", "a")]
+    found = read_report(report)[0]
+    assert [[score.value for score in each] for each in found["a"]] == [[1, 2], [1, 2]]
+    evaluate(run, tmp_path, "knn", "spectrum", runs=runs)
+    assert len(done) == 2
+    evaluate(run, tmp_path, "knn", "spectrum", runs=runs, limit=64)
+    assert len(done) == 4
+    report.write_text("torn by a kill")
+    evaluate(run, tmp_path, "knn", runs=runs, limit=64)
+    assert len(done) == 5 and "cannot be read and is made anew" in caplog.text
+
+
+def write_images(root, counts, names=("a", "b", "c", "d")):
+    for split, count in counts.items():
+        for shade, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((8, 8, 3), 40 * shade + 2 * number, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return f"folder:{root}"
+
+
+def test_what_a_dataset_lacks_is_told_first_and_the_rest_is_done(run, tmp_path, caplog):
+    small = write_images(tmp_path / "small", {"train": 2, "test": 1})
+    with pytest.raises(DataError, match="2 tasks failed"):
+        evaluate(run, tmp_path, "knn", "augmentation_probes", "few_shot", datasets=[small], batch=8)
+    warnings = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert [each.getMessage() for each in warnings[:2]] == [
+        f"few_shot on {small}: ways=5 is more than its 4 classes; the rest is done",
+        f"augmentation_probes on {small}: too few test images to analyse: 4; 13 is the least "
+        "(limit=96, analysed=32); the rest is done",
+    ]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "ways=5 is more than its 4 classes" in page and "k-NN (k = 1)" in page
+    settings = dataclasses.replace(SMALL, ways=4)
+    with pytest.raises(DataError, match="too few images of class 'a'.*: 3; 21 is the least"):
+        evaluate(run, tmp_path / "none", "few_shot", datasets=[small], batch=8, settings=settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_names_of_any_bytes_reach_the_page(run, tmp_path):
+    names = ("caf\udce9", "tea")
+    images = write_images(tmp_path / "drinks\udcff", {"train": 2, "test": 4}, names)
+    page = evaluate(run, tmp_path, "knn", "neighbours", datasets=[images], batch=8)
+    text = page.read_text(encoding="utf-8")
+    assert r"drinks\udcff" in text and r"caf\udce9" in text
+    found, _ = read_report(page.with_name("report.json"))
+    assert {each.dataset for runs in found.values() for each in runs[0]} == {images}
 
 
 @pytest.mark.parametrize(

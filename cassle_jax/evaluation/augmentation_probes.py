@@ -26,7 +26,7 @@ from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
 _HELD_OUT_OF = 4
-_FEWEST_IMAGES = 13
+FEWEST_IMAGES = 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,8 @@ def read_augmentations(
       ValueError: For fewer than 13 rows, features that are not finite, or descriptors that never
         differ.
     """
-    if len(plain) < _FEWEST_IMAGES:
-        raise ValueError(f"{len(plain)} images are too few to probe; {_FEWEST_IMAGES} is the least")
+    if len(plain) < FEWEST_IMAGES:
+        raise ValueError(f"{len(plain)} images are too few to probe; {FEWEST_IMAGES} is the least")
     held_out = np.arange(len(plain)) % _HELD_OUT_OF == _HELD_OUT_OF - 1
     factors = {
         name: values

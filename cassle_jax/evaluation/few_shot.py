@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 from cassle_jax.checks import check_at_least
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
 
+QUERIES = 16  # of a class and episode
+
 _TOLERANCE = 1e-6
 _MAX_STEPS = 50
 _LONGEST = 1e4
@@ -83,7 +85,7 @@ def few_shot(
     *,
     ways: int = 5,
     shots: int = 1,
-    queries: int = 16,
+    queries: int = QUERIES,
     episodes: int = 2000,
     seed: int = 0,
 ) -> FewShotResult:

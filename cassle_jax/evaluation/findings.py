@@ -1,4 +1,4 @@
-"""What a protocol hands to the report: scores, curves, bars and galleries, and their JSON."""
+"""What a protocol hands to the report: scores, curves, galleries, a failure; and their JSON."""
 
 import base64
 import dataclasses
@@ -100,8 +100,23 @@ class Gallery:
     rows: Sequence[Sequence[tuple[Pixels, str]]]
 
 
-Finding = Score | Chart | Gallery
-KINDS = {kind.__name__.lower(): kind for kind in (Score, Chart, Gallery)}
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A protocol that could not be run on a dataset.
+
+    Attributes:
+      task: the protocol.
+      dataset: by its name.
+      reason: in one line.
+    """
+
+    task: str
+    dataset: str
+    reason: str
+
+
+Finding = Score | Chart | Gallery | Failure
+KINDS = {kind.__name__.lower(): kind for kind in (Score, Chart, Gallery, Failure)}
 
 
 def to_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:

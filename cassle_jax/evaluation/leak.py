@@ -34,7 +34,7 @@ _LEARNING_RATE = 3e-3
 # How much of the embeddings, beside a constant, there may be in the end; of 0 they are all equal.
 _SHARES = np.linspace(0, 1, 17) ** 2
 _DRAWS = 8  # views of each held-out image
-_FEWEST_IMAGES = 8  # two held-out batches of two
+FEWEST_IMAGES = 8  # two held-out batches of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ def leak_of(
     check_positive(temperature=temperature)
     if not conditioning.descriptors:
         raise ValueError("there are no descriptors, so there is no ω that could give images away")
-    if len(images) < _FEWEST_IMAGES:
-        raise ValueError(f"{len(images)} images are too few; {_FEWEST_IMAGES} is the least")
+    if len(images) < FEWEST_IMAGES:
+        raise ValueError(f"{len(images)} images are too few; {FEWEST_IMAGES} is the least")
     if sizes is None:
         sizes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
     batch = min(batch, len(images) // 4)

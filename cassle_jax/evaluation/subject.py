@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,15 +43,23 @@ class Subject:
 
     def fingerprint(self) -> str:
         """A name for what makes the features: equal for equal weights, of 16 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=8)
+        return self._digest(lambda network: network in ("encoder", "image_conditioner"))
+
+    def whole_fingerprint(self) -> str:
+        """Likewise for all that analyses see: every network, and how training augmented views."""
+        described = repr((self.spec, self.views, self.conditioning))
+        return self._digest(lambda _: True, described)
+
+    def _digest(self, counts: Callable[[str], bool], described: str = "") -> str:
+        digest = hashlib.blake2b(described.encode(), digest_size=8)
         # The arrays of a ViT are the same whatever its heads; the features are not.
         heads = getattr(self.networks.factories["encoder"](), "heads", None)
         if heads is not None:
             digest.update(f"heads={heads}".encode())
         for collection in ("params", "batch_stats"):
             networks = self.variables.get(collection, {})
-            encoding = {n: networks[n] for n in ("encoder", "image_conditioner") if n in networks}
-            for path, array in jax.tree_util.tree_leaves_with_path(encoding):
+            counted = {name: tree for name, tree in networks.items() if counts(name)}
+            for path, array in jax.tree_util.tree_leaves_with_path(counted):
                 digest.update(f"{collection}{jax.tree_util.keystr(path)}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

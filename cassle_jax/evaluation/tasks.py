@@ -13,26 +13,36 @@ from cassle_jax.data import Drawn, Source, decode
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.landmarks import TargetSource
 from cassle_jax.data.splits import Crops, Joined, Part
+from cassle_jax.evaluation.augmentation_probes import FEWEST_IMAGES as PROBED_IMAGES
 from cassle_jax.evaluation.augmentation_probes import augmentation_prober
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.evaluation.features import view_extractor
-from cassle_jax.evaluation.few_shot import few_shot
+from cassle_jax.evaluation.few_shot import QUERIES, few_shot
 from cassle_jax.evaluation.findings import Chart, Finding, Pixels, Score
 from cassle_jax.evaluation.fine_tune import fine_tune
 from cassle_jax.evaluation.invariance import invariance_meter
 from cassle_jax.evaluation.knn import knn_evaluation
+from cassle_jax.evaluation.leak import FEWEST_IMAGES as LEAK_IMAGES
 from cassle_jax.evaluation.leak import leak_of, pictures_of
 from cassle_jax.evaluation.linear import linear_evaluation
 from cassle_jax.evaluation.matching import ViewMatcher
+from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.neighbours import nearest
 from cassle_jax.evaluation.projection import encoder_takes_omega, projector_takes_omega
 from cassle_jax.evaluation.regression import regression
 from cassle_jax.evaluation.resampled import resampled_linear_evaluation
 from cassle_jax.evaluation.sgd_probe import sgd_probe
 from cassle_jax.evaluation.spectrum import alignment_and_uniformity, lidar, spectrum
-from cassle_jax.evaluation.store import Features, FeatureStore, uncropped_side
+from cassle_jax.evaluation.store import (
+    Features,
+    FeatureStore,
+    computed_on,
+    described,
+    uncropped_side,
+)
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.views import protocol_key
+from cassle_jax.versions import code_fingerprint
 
 LOG = logging.getLogger(__name__)
 
@@ -85,6 +95,19 @@ class Bench:
     store: FeatureStore
     mesh: Mesh
     settings: Settings
+
+    def identity(self, *how: int) -> str:
+        """All that the results depend on but the task: weights, images, settings, devices, code.
+
+        Args:
+          how: further settings that are not of the protocols.
+        """
+        parts = (self.data.train, self.data.val, self.data.test)
+        images = [None if part is None else described(part) for part in parts]
+        data = self.data.name, self.data.task, self.data.metric, self.data.ten_crops
+        devices = self.mesh.size, computed_on(self.mesh)
+        weights = self.subject.whole_fingerprint()
+        return repr((weights, data, images, self.settings, how, devices, code_fingerprint()))
 
     @cached_property
     def train(self) -> Features:
@@ -231,7 +254,7 @@ def _neighbours(bench: Bench) -> list[Finding]:
     def picture(row: int) -> Pixels:
         return _thumbnail(source, int(part.places[row]))
 
-    names = [_name(source, part.labels[row]) for row in chosen]
+    names = [_name(source, int(part.labels[row])) for row in chosen]
     return found.findings(
         bench.data.name, lambda query: picture(int(chosen[query])), picture, names=names
     )
@@ -353,11 +376,13 @@ class Task:
       run: on a bench.
       takes: the kinds of dataset it is for: their tasks, or `drawn` for the embedded ones.
       usual: the kinds that it is run on unless other tasks are asked for.
+      needs: what a dataset must have, by the settings and the number of devices.
     """
 
     run: Callable[[Bench], list[Finding]]
     takes: frozenset[str]
     usual: frozenset[str]
+    needs: Callable[[Settings, int], Needs]
 
     def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
         """Whether it is run on a dataset."""
@@ -366,26 +391,54 @@ class Task:
         return bool(kinds & takes)
 
 
-def _task(run, takes: str, usual: str | None = None) -> Task:
+_TWO_IMAGES = Needs(test=2)
+
+
+def _task(
+    run,
+    takes: str,
+    usual: str | None = None,
+    needs: Needs | Callable[[Settings, int], Needs] = _TWO_IMAGES,
+) -> Task:
     kinds = frozenset(takes.split())
-    return Task(run, kinds, kinds if usual is None else frozenset(usual.split()))
+    usual_kinds = kinds if usual is None else frozenset(usual.split())
+    return Task(run, kinds, usual_kinds, (lambda *_: needs) if isinstance(needs, Needs) else needs)
+
+
+def _episodes(settings: Settings, _: int) -> Needs:
+    images = max(settings.shots, default=1) + QUERIES
+    return Needs(labels=True, ways=settings.ways, of_a_class=images)
+
+
+def _neighbours_asked(settings: Settings, _: int) -> Needs:
+    return Needs(labels=True, neighbours=settings.neighbours)
+
+
+def _training(_: Settings, devices: int) -> Needs:
+    return Needs(labels=True, every_class=True, devices=max(2, devices))
+
+
+def _training_on_few(settings: Settings, devices: int) -> Needs:
+    needs = _training(settings, devices)
+    return dataclasses.replace(needs, share=min(settings.fractions, default=1.0))
 
 
 _ANY = "classification regression few-shot unlabelled"
+_LINEAR = Needs(train=2, val=1, labels=True)
 
 TASKS: Mapping[str, Task] = {
-    "linear": _task(_linear, "classification"),
-    "linear_resampled": _task(_linear_resampled, "classification", usual=""),
-    "knn": _task(_knn, "classification"),
-    "few_shot": _task(_few_shot, "few-shot classification", usual="few-shot"),
-    "regression": _task(_regression, "regression"),
-    "factors": _task(_factors, "drawn"),
+    "linear": _task(_linear, "classification", needs=_LINEAR),
+    "linear_resampled": _task(_linear_resampled, "classification", usual="", needs=_LINEAR),
+    "knn": _task(_knn, "classification", needs=_neighbours_asked),
+    "few_shot": _task(_few_shot, "few-shot classification", usual="few-shot", needs=_episodes),
+    "regression": _task(_regression, "regression", needs=Needs(train=2, val=2, test=2)),
+    "factors": _task(_factors, "drawn", needs=Needs(train=10)),
     "spectrum": _task(_spectrum, _ANY),
     "neighbours": _task(_neighbours, _ANY),
-    "invariance": _task(_invariance, _ANY),
-    "matching": _task(_matching, _ANY),
-    "augmentation_probes": _task(_augmentation_probes, _ANY),
-    "leak": _task(_leak, _ANY, usual=""),
-    "sgd_probe": _task(_sgd_probe, "classification", usual=""),
-    "fine_tune": _task(_fine_tune, "classification", usual=""),
+    "invariance": _task(_invariance, _ANY, needs=Needs(analysed=2)),
+    "matching": _task(_matching, _ANY, needs=Needs(analysed=2)),
+    "augmentation_probes": _task(_augmentation_probes, _ANY, needs=Needs(analysed=PROBED_IMAGES)),
+    "leak": _task(_leak, _ANY, usual="", needs=Needs(analysed=LEAK_IMAGES)),
+    "sgd_probe": _task(_sgd_probe, "classification", usual="", needs=_training),
+    "fine_tune": _task(_fine_tune, "classification", usual="", needs=_training_on_few),
 }

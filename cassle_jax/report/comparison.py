@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cassle_jax.evaluation.findings import Chart, Finding, Gallery, Score, half_interval
+from cassle_jax.evaluation.findings import Chart, Failure, Finding, Gallery, Score, half_interval
 
 # Findings by subject, one list per seed.
 FindingsBySubject = Mapping[str, Sequence[Sequence[Finding]]]
@@ -120,8 +120,14 @@ def check_subjects(subjects: FindingsBySubject) -> None:
 
 
 def tasks_of(subjects: FindingsBySubject) -> list[str]:
-    """The tasks, in order of appearance."""
-    return list(dict.fromkeys(finding.task for _, finding in _findings(subjects)))
+    """The tasks with results, in order of appearance."""
+    results = (each for _, each in _findings(subjects) if not isinstance(each, Failure))
+    return list(dict.fromkeys(finding.task for finding in results))
+
+
+def failures_of(subjects: FindingsBySubject) -> list[tuple[str, Failure]]:
+    """The tasks that failed, each with its subject."""
+    return [(name, each) for name, each in _findings(subjects) if isinstance(each, Failure)]
 
 
 def rows_of(subjects: FindingsBySubject, task: str) -> list[Row]:
@@ -166,8 +172,8 @@ def _findings(subjects: FindingsBySubject) -> Iterator[tuple[str, Finding]]:
 
 
 def _key(finding: Finding) -> tuple[str, ...]:
-    name = finding.metric if isinstance(finding, Score) else finding.title
-    return finding.task, finding.dataset, name
+    names = {Score: "metric", Failure: "reason"}
+    return finding.task, finding.dataset, getattr(finding, names.get(type(finding), "title"))
 
 
 def _row(by_subject: Mapping[str, Sequence[Score]]) -> Row:

@@ -1,6 +1,5 @@
 """Writes the findings of one or several subjects as a page, as JSON and as CSV."""
 
-import contextlib
 import csv
 import io
 import json
@@ -10,13 +9,14 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
-from cassle_jax.evaluation.findings import Gallery, Score, from_json, to_json
+from cassle_jax.evaluation.findings import Finding, Gallery, Score, from_json, to_json
 from cassle_jax.report.comparison import (
     Estimate,
     FindingsBySubject,
     Row,
     charts_of,
     check_subjects,
+    failures_of,
     galleries_of,
     rows_of,
     tasks_of,
@@ -28,6 +28,8 @@ from cassle_jax.report.table import cell_text
 from cassle_jax.storage import write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
+Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
+"""By subject, for each run: keys, "" for none, and how many of the findings stand under each."""
 
 HTML, JSON, CSV = "report.html", "report.json", "report.csv"
 CSV_COLUMNS = (
@@ -37,15 +39,6 @@ CSV_COLUMNS = (
 _SHORT_FACT = 64
 
 
-def remove_report(folder: str | PathLike[str]) -> None:
-    """Removes the files of `write_report`, and the folder if it is then empty."""
-    folder = Path(folder)
-    for name in (JSON, CSV, HTML):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the folder is missing, or holds other files
-        folder.rmdir()
-
-
 def write_report(
     folder: str | PathLike[str],
     subjects: FindingsBySubject,
@@ -53,6 +46,8 @@ def write_report(
     title: str = "Evaluation",
     summary: str = "",
     provenance: Facts | None = None,
+    parts: Parts | None = None,
+    complete: bool = True,
 ) -> Path:
     """Writes `report.html`, `report.json` and `report.csv` that compare subjects.
 
@@ -60,19 +55,21 @@ def write_report(
     section per task has a table, charts and galleries. Tables give the mean over a subject's seeds
     ± half the 95 % interval (Student's t), charts the mean and the range, galleries the pictures of
     the first seed. Numbers are printed to three decimals, with all digits in a tooltip. A dash
-    marks a missing value. All text is escaped.
+    marks a missing value; a red line at the top names a task that failed. All text is escaped.
 
     The JSON holds everything; `read_report` reads it. The CSV has one row per score and run, in
     full precision.
 
     Args:
       folder: Folder of the files; created where missing, and existing files are replaced. The JSON
-        is written last, so it exists only in a complete report.
+        is written last, so the others exist where it does.
       subjects: Lists of findings by subject, one list per seed; the report keeps the order.
       title: The heading.
       summary: Text under the heading; an empty line starts a new paragraph.
       provenance: Facts by subject, such as the weights' fingerprint, versions and the
         configuration; long facts are listed below the table.
+      parts: For `read_parts`.
+      complete: Whether no results are to follow; see `is_complete`.
 
     Returns:
       The path of the page.
@@ -88,32 +85,71 @@ def write_report(
             raise ValueError(
                 f"provenance of {name!r}, which is not a subject; use one of {', '.join(subjects)}"
             )
-    page = _page(subjects, title, summary, provenance)
+    page = _page(subjects, title, summary if complete else f"INCOMPLETE. {summary}", provenance)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / HTML, page.encode())
-    write_whole(folder / CSV, _csv(subjects).encode())
-    # The JSON comes last, so it exists only in a complete report.
-    write_whole(folder / JSON, _json(subjects, title, summary, provenance).encode())
+    write_whole(folder / HTML, page)
+    write_whole(folder / CSV, _csv(subjects))
+    held = {"title": title, "summary": summary, "complete": complete}
+    write_whole(folder / JSON, _json(held, subjects, provenance, parts or {}))
     return folder / HTML
 
 
 def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
     """Reads the findings and the provenance that `write_report` wrote to `report.json`."""
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))["subjects"]
+    entries = _held(path)["subjects"]
     subjects = {name: [from_json(run) for run in entry["runs"]] for name, entry in entries.items()}
     facts = {name: entry["provenance"] for name, entry in entries.items() if entry["provenance"]}
     return subjects, facts
 
 
-def _json(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -> str:
+def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
+    """By key, the findings of all `parts` that were given to `write_report`; none without a file.
+
+    Raises:
+      OSError, ValueError, KeyError: the file cannot be read, or is no report.
+    """
+    if not Path(path).exists():
+        return {}
+    read: dict[str, list[Finding]] = {}
+    for one in _held(path)["subjects"].values():
+        for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
+            first = 0
+            for key, count in parts:
+                if key:
+                    read[key] = from_json(run[first : first + count])
+                first += count
+    return read
+
+
+def is_complete(path: str | PathLike[str]) -> bool:
+    """Whether there is a `report.json` at the path of an evaluation that was done, all of it."""
+    if not Path(path).exists():
+        return False
+    held = _held(path)
+    runs = (run for one in held["subjects"].values() for run in one["runs"])
+    failed = any(each["kind"] == "failure" for run in runs for each in run)
+    return held.get("complete", True) and not failed
+
+
+def _held(path: str | PathLike[str]) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _json(
+    held: Mapping[str, object], subjects: FindingsBySubject, facts: Facts, parts: Parts
+) -> str:
     # Values that JSON cannot represent, such as NaN, a path or a date, become text.
     plain = json.loads(json.dumps(facts, default=str), parse_constant=str)
-    entries = {
-        name: {"provenance": plain.get(name, {}), "runs": [to_json(run) for run in runs]}
+    by_name = {
+        name: {
+            "provenance": plain.get(name, {}),
+            "parts": parts.get(name, ()),
+            "runs": [to_json(run) for run in runs],
+        }
         for name, runs in subjects.items()
     }
-    content = {"title": title, "summary": summary, "subjects": entries}
+    content = {**held, "subjects": by_name}
     return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
@@ -140,12 +176,23 @@ def _page(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -
     if facts:
         sections.append(("provenance", _provenance_html(list(subjects), facts)))
     header = f"<header><h1>{escape(title)}</h1>{paragraphs_html(summary)}</header>"
-    parts = [header, _subjects_html(subjects), _contents_html([name for name, _ in sections])]
+    names = [name for name, _ in sections]
+    parts = [header, _failures_html(subjects), _subjects_html(subjects), _contents_html(names)]
     parts += [
         f'<section id="section-{index}"><h2>{escape(name)}</h2>{body}</section>'
         for index, (name, body) in enumerate(sections)
     ]
     return html_page(title, parts, _STYLE)
+
+
+def _failures_html(subjects: FindingsBySubject) -> str:
+    """What could not be run, in red; nothing where all could."""
+    lines = "".join(
+        f"<li><b>{escape(failure.task)}</b> of {escape(name)} on {escape(failure.dataset)}: "
+        f"{escape(failure.reason)}</li>"
+        for name, failure in failures_of(subjects)
+    )
+    return f'<section class="failed"><h2>Failed</h2><ul>{lines}</ul></section>' if lines else ""
 
 
 def _subjects_html(subjects: FindingsBySubject) -> str:
@@ -305,8 +352,11 @@ def _is_long(text: str) -> bool:
 
 # CSS in addition to the style that all pages share.
 _STYLE = """
+:root{--failed:#b3261e}
+@media screen and (prefers-color-scheme:dark){:root{--failed:#ff8a80}}
 h1{overflow-wrap:anywhere}
 h3{font-size:.95rem;font-weight:600;margin:1rem 0 .4rem}
+.failed{color:var(--failed)}
 .note{font-size:.9rem;color:var(--soft)}
 .keys{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;margin:.4rem 0;padding:0;
 font-size:.9rem;color:var(--soft)}

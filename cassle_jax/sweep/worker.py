@@ -22,7 +22,7 @@ from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.export import export_command
 from cassle_jax.pretrain import pretrain_command, set_up_devices
-from cassle_jax.report.evaluation_page import JSON
+from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.jobs import LOG_FILE, OUTCOME
 from cassle_jax.sweep.space import parsed
@@ -117,7 +117,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
 def write_outcome(workdir: Path, code: int, line: str, seconds: float) -> None:
     """Writes `outcome.json`: exit code, last line, and duration of the last start in seconds."""
     outcome = {"exit_code": code, "last_line": line, "seconds": round(seconds, 1)}
-    write_whole(workdir / OUTCOME, json.dumps(outcome).encode())
+    write_whole(workdir / OUTCOME, json.dumps(outcome))
 
 
 def pretrain_and_evaluate(job: Job) -> None:
@@ -128,7 +128,7 @@ def pretrain_and_evaluate(job: Job) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
-    if not (report / JSON).exists():
+    if not is_complete(report / JSON):
         if job.weights:
             LOG.info("using the weights of %s", job.weights)
             write_config(config, job.workdir)

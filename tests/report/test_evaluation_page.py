@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from scipy.stats import t
 
-from cassle_jax.evaluation.findings import Chart, Gallery, Score
+from cassle_jax.evaluation.findings import Chart, Failure, Gallery, Score
 from cassle_jax.report.axis import axis
 from cassle_jax.report.comparison import rows_of
-from cassle_jax.report.evaluation_page import read_report, write_report
+from cassle_jax.report.evaluation_page import is_complete, read_parts, read_report, write_report
 
 NAN = float("nan")
 VOID = {"meta", "img", "br"}
@@ -371,6 +371,25 @@ def test_a_report_of_what_was_read_is_the_same_report(tmp_path):
     write_report(tmp_path / "2", read, title="t", summary="s", provenance=provenance)
     for name in ("report.json", "report.csv"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_what_failed_stands_at_the_top_and_what_was_found_is_found_by_its_key(tmp_path):
+    failure = Failure("few_shot", "pets", "ways=5 is more than its <4> classes")
+    subjects = {"a": [[accuracy(0.5), failure, accuracy(0.7, dataset="pets")]]}
+    parts = {"a": [[("one", 1), ("", 1), ("two", 1)]]}
+    page = page_of(tmp_path, subjects, parts=parts, complete=False)
+    words = " ".join(page.words)
+    assert "INCOMPLETE" in words
+    assert words.index("ways=5 is more than its <4> classes") < words.index("linear")
+    assert "failed" in page.attributes("section", "class")
+    report = tmp_path / "deep" / "report.json"
+    assert read_parts(report) == {"one": [accuracy(0.5)], "two": [accuracy(0.7, dataset="pets")]}
+    assert read_report(report)[0]["a"][0][1] == failure
+    whole = {"a": [[accuracy(0.5)]]}
+    for found, complete in ((subjects, True), (whole, False), (whole, True)):
+        write_report(report.parent, found, complete=complete)
+        assert is_complete(report) == (found is whole and complete)
+    assert not is_complete(tmp_path / "report.json")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""A report that grows while results come, and from which another call of the command goes on."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cassle_jax.evaluation.findings import Failure, Finding
+from cassle_jax.report.comparison import check_subjects
+from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_report
+
+LOG = logging.getLogger(__name__)
+
+# Of the time since a page was written, at most so much goes into writing the next.
+_WRITING_SHARE = 0.05
+
+
+class GrowingReport:
+    """The report in a folder, of subjects whose results come one after the other.
+
+    Args:
+      folder: of the report; what an earlier call left there is read.
+      summary: see `write_report`.
+      facts: of each subject, see `write_report`.
+      writes: whether this process writes the files; of several processes, one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        summary: str,
+        facts: Mapping[str, Mapping[str, object]],
+        *,
+        writes: bool = True,
+    ):
+        self._folder, self._summary, self._facts, self._writes = folder, summary, facts, writes
+        self._runs: dict[str, list[list[tuple[str, Sequence[Finding]]]]] = {}
+        self._due = 0.0
+        self._kept: dict[str, Sequence[Finding]] = {}
+        try:
+            self._kept = read_parts(folder / JSON)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOG.warning("%s cannot be read and is made anew: %s", folder / JSON, error)
+
+    @property
+    def failures(self) -> list[tuple[str, Failure]]:
+        """What could not be run, each with its subject."""
+        return [
+            (name, finding)
+            for name, runs in self._runs.items()
+            for run in runs
+            for _, findings in run
+            for finding in findings
+            if isinstance(finding, Failure)
+        ]
+
+    def kept(self, key: str) -> Sequence[Finding] | None:
+        """What is found under a key by now, or by an earlier call; `None` where nothing is."""
+        return self._kept.get(key)
+
+    def begin(self, subject: str) -> None:
+        """Begins another run of a subject, to which is added from now on."""
+        self._runs.setdefault(subject, []).append([])
+
+    def check(self, findings: Sequence[Finding]) -> None:
+        """Raises ValueError where findings cannot be reported beside those of the newest run."""
+        name = next(reversed(self._runs))
+        newest = [each for _, part in self._runs[name][-1] for each in part]
+        check_subjects({name: [[*newest, *findings]]})
+
+    def add(self, findings: Sequence[Finding], key: str = "") -> None:
+        """Adds to the newest run, and writes the page where that takes little of the time.
+
+        Args:
+          findings: see `check`.
+          key: under which another call finds them; "" where they are to be found anew.
+        """
+        self._runs[next(reversed(self._runs))][-1].append((key, findings))
+        if key:
+            self._kept[key] = findings
+        if time.monotonic() < self._due:
+            return
+        start = time.monotonic()
+        try:
+            self.write(complete=False)
+        except OSError as error:
+            LOG.warning("%s cannot be written for now: %s", self._folder, error.strerror)
+        now = time.monotonic()
+        self._due = now + (now - start) / _WRITING_SHARE
+
+    def write(self, *, complete: bool) -> Path:
+        """Writes all there is, and returns the path of the page.
+
+        Raises:
+          OSError: it cannot be written.
+          ValueError: there is nothing to write, or see `write_report`.
+        """
+        if not self._writes:
+            return self._folder / HTML
+        runs = {
+            name: [[each for _, part in run for each in part] for run in its]
+            for name, its in self._runs.items()
+        }
+        parts = {
+            name: [[(key, len(part)) for key, part in run] for run in its]
+            for name, its in self._runs.items()
+        }
+        return write_report(
+            self._folder,
+            runs,
+            summary=self._summary,
+            provenance={name: self._facts[name] for name in runs},
+            parts=parts,
+            complete=complete,
+        )
