@@ -18,6 +18,7 @@ def get_config(arguments=""):
     config.batch_size = 2048
     config.encoder.name = "resnet50"
     config.augment.asymmetric = True
+    config.augment.solarize_after = "blur"
     config.augment.crop_area = (0.08, 1.0)
     config.augment.saturation = (0.8, 1.2)
     config.optimizer.name = "lars"

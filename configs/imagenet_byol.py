@@ -17,6 +17,7 @@ def get_config(arguments=""):
     config.encoder.name = "resnet50"
     config.method.projector_hidden = 4096
     config.augment.asymmetric = True
+    config.augment.solarize_after = "blur"
     config.augment.crop_area = (0.08, 1.0)
     config.augment.saturation = (0.8, 1.2)
     config.optimizer.name = "lars"

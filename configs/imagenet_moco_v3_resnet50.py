@@ -23,6 +23,7 @@ def get_config(arguments=""):
     config.method.projector_depth = 2
     config.method.predictor_last_bn = False
     config.augment.asymmetric = True
+    config.augment.solarize_after = "blur"
     config.augment.saturation = (0.8, 1.2)
     config.optimizer.name = "lars"
     config.optimizer.base_learning_rate = 0.3

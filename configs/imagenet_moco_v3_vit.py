@@ -20,6 +20,7 @@ def get_config(arguments=""):
     config.method.momentum = 0.99
     config.method.momentum_schedule = "cosine"
     config.augment.asymmetric = True
+    config.augment.solarize_after = "blur"
     config.augment.crop_area = (0.08, 1.0)
     config.augment.saturation = (0.8, 1.2)
     config.optimizer.name = "adamw"

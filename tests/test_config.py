@@ -1,9 +1,12 @@
 """The arguments of a configuration choose a method, its conditioning, AugSelf and the variant."""
 
+import runpy
+
 import pytest
 
 from cassle_jax.config import ConfigError, base_config, flat_settings, knows
 from cassle_jax.methods import METHODS
+from cassle_jax.training.run import view_specs
 
 AUGSELF_OFF = dict.fromkeys(("crop", "color", "blur", "solarize", "flip", "rotation"), 0.0)
 
@@ -112,6 +115,15 @@ def test_a_method_brings_its_own_recipe():
     }
     assert base_config("method=barlow_twins").optimizer.warmup_epochs == 10
     assert base_config("method=simsiam").optimizer.base_learning_rate == 0.05
+
+
+@pytest.mark.parametrize(
+    "recipe", ["barlow_twins", "byol", "moco_v3_resnet50", "moco_v3_vit", "vicreg"]
+)
+def test_recipes_of_asymmetric_views_solarize_after_grayscale_and_blur(recipe):
+    config = runpy.run_path(f"configs/imagenet_{recipe}.py")["get_config"]()
+    second = view_specs(config, METHODS[config.method.name]())[1]
+    assert second.solarize > 0 and second.solarize_after == "blur"
 
 
 def test_arguments_go_together_in_any_order():

@@ -32,7 +32,8 @@ class View:
 def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | None = None) -> View:
     """Augments one image as ``params`` say, in CASSLE's order (arXiv 2306.06082).
 
-    Crop, resize and flip; colour jitter; solarize; grayscale; blur; rotation; normalisation.
+    Crop, resize and flip; colour jitter; solarize; grayscale; blur; rotation; normalisation. Where
+    ``spec.solarize_after`` is 'blur', solarize comes after blur.
     Steps whose probability is 0 in the spec are left out of the compiled program, whatever
     ``params`` say of them.
 
@@ -57,12 +58,14 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
         color_diff = view.mean(axis=(0, 2)) - jittered.mean(axis=(0, 2))
         color_diff = jnp.where(params.jitter, color_diff, 0)
         view = jittered
-    if spec.solarize:
+    if spec.solarize and spec.solarize_after == "jitter":
         view = operations.solarize(view, params)
     if spec.grayscale:
         view = operations.grayscale(view, params)
     if spec.blur:
         view = operations.gaussian_blur(view, params, spec.blur_kernel_size)
+    if spec.solarize and spec.solarize_after == "blur":
+        view = operations.solarize(view, params)
     view = view.transpose(0, 2, 1)
     if spec.rotation:
         view = operations.rotate(view, params.turns)

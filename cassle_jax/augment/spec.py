@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
+from cassle_jax.checks import check_one_of
+
 __all__ = [
     "CHANCES",
     "IMAGENET_MEAN",
@@ -67,6 +69,8 @@ class AugmentSpec:
         96 px, never below 3).
       solarize: probability of inverting all values from a threshold on.
       solarize_threshold: range of that threshold, in [0, 1].
+      solarize_after: 'jitter' solarizes before grayscale and blur, as the published CASSLE code
+        does, 'blur' after them, as BYOL, Barlow Twins, VICReg and MoCo-v3 do.
       rotation: probability of a rotation by a number of quarter turns, uniform over 0 to 3.
       mean: per channel, subtracted from the view in [0, 1].
       std: per channel, the view is divided by it.
@@ -92,6 +96,7 @@ class AugmentSpec:
     kernel_size: int = 0
     solarize: Number = 0.0
     solarize_threshold: Sequence[Number] = (0.0, 1.0)
+    solarize_after: str = "jitter"
     rotation: Number = 0.0
     mean: Sequence[Number] = IMAGENET_MEAN
     std: Sequence[Number] = IMAGENET_STD
@@ -107,10 +112,8 @@ class AugmentSpec:
             self._set_floats(name, 3, "use three numbers, one a channel")
         if min(self.std) <= 0:
             raise ValueError(f"augment.std={self.std} has a value that is not positive; use > 0")
-        if self.jitter_order not in ("image", "batch"):
-            raise ValueError(
-                f"augment.jitter_order={self.jitter_order!r} is unknown; use 'image' or 'batch'"
-            )
+        check_one_of(("image", "batch"), augment__jitter_order=self.jitter_order)
+        check_one_of(("jitter", "blur"), augment__solarize_after=self.solarize_after)
         self._check_kernel()
 
     @property

@@ -1,6 +1,7 @@
 """The operations against plain references: every jitter order, solarize, rotation, not applied."""
 
 import colorsys
+import dataclasses
 import functools
 import itertools
 
@@ -117,6 +118,16 @@ def test_solarize_comes_between_jitter_and_grayscale(image, make_params):
     expected = np.where(bright < 0.6, bright, 1 - bright) @ [0.299, 0.587, 0.114]
     actual = _compiled()(image, params).image[0]
     np.testing.assert_allclose(actual, np.tile(expected[..., None], 3), rtol=0, atol=1e-5)
+
+
+def test_solarize_comes_last_where_the_papers_have_it_so(image, make_params):
+    settings = {"grayscale": True, "blur": True, "sigma": 1.0}
+    before = _compiled()(image, make_params(1, **settings)).image[0]
+    assert (before > 0.45).any() and (before < 0.45).any()
+    last = dataclasses.replace(PLAIN, solarize_after="blur")
+    params = make_params(1, **settings, solarize=True, solarize_threshold=0.45)
+    actual = _compiled(last)(image, params).image[0]
+    np.testing.assert_allclose(actual, np.where(before < 0.45, before, 1 - before), atol=1e-5)
 
 
 def test_blur_keeps_the_mean_of_a_constant_and_the_borders_reflect(make_params):
