@@ -19,6 +19,16 @@ def check_at_least(least: int, **settings: Real) -> None:
             raise ValueError(f"{name.replace('__', '.')}={value} must be at least {least}")
 
 
+def check_seed(**settings: int) -> None:
+    """Raises ValueError unless each setting is a whole number in [0, 2³²), all of a key's seeds."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:
+            raise ValueError(
+                f"{name.replace('__', '.')}={value} is no seed; use a whole number of at least 0 "
+                "and below 2**32"
+            )
+
+
 def check_fraction(usual: float, **settings: Real) -> None:
     """Raises ValueError unless each setting is in [0, 1]; `__` in a name is a dot."""
     for name, value in settings.items():

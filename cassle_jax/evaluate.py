@@ -13,7 +13,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from cassle_jax import command
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import check_at_least, check_seed
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
@@ -316,7 +316,8 @@ def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
 
 def _check_settings(settings: Settings, limit: int) -> None:
     """Refuses what a protocol would only refuse once it is its turn."""
-    check_at_least(0, limit=limit, analysed=settings.analysed, seed=settings.seed)
+    check_at_least(0, limit=limit, analysed=settings.analysed)
+    check_seed(seed=settings.seed)
     check_at_least(0, fine_tune_epochs=settings.fine_tune_epochs)
     check_at_least(1, episodes=settings.episodes, neighbours=settings.neighbours)
     check_at_least(1, probe_epochs=settings.probe_epochs)

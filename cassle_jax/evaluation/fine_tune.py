@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.data.splits import Part, hashed_by_class
@@ -181,7 +181,8 @@ def _check_settings(
 ) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} is not in (0, 1]; 0.01, 0.1 and 1 are usual")
-    check_at_least(0, epochs=epochs, seed=seed)
+    check_at_least(0, epochs=epochs)
+    check_seed(seed=seed)
     for name, rate in (("encoder_rate", encoder_rate), ("head_rate", head_rate)):
         if rate:
             check_positive(**{name: rate})

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.evaluation.classifier import (
@@ -91,7 +91,7 @@ def sgd_probe(
       section 4.1, and its published code.
     """
     check_at_least(1, epochs=epochs)
-    check_at_least(0, seed=seed)
+    check_seed(seed=seed)
     check_positive(learning_rate=learning_rate)
     check_classes(train, test, labels_of(train), labels_of(test), classes)
     shared = fitting_batch(batch, len(train), mesh)

@@ -28,6 +28,7 @@ from cassle_jax.augment import (
     apply,
     draw,
 )
+from cassle_jax.checks import check_seed
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import shard_batch
 
@@ -38,7 +39,8 @@ Batch = Mapping[str, Array | np.ndarray]
 
 
 def protocol_key(protocol: str, seed: int) -> PRNGKeyArray:
-    """The random key of a protocol: for every protocol and seed another one."""
+    """The random key of a protocol: for every protocol and seed, in [0, 2³²), another one."""
+    check_seed(seed=seed)
     return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(protocol.encode())))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cassle_jax.checks import check_seed
 from cassle_jax.config import ARGUMENTS, ConfigError, closest_setting, flat_settings
 
 Values = dict[str, str]
@@ -174,6 +175,10 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _draws(listed: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Values]:
+    try:
+        check_seed(draw_seed=seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     generator = np.random.default_rng(seed)
     return [
         {name: _drawn(generator, name, values) for name, values in listed.items()}

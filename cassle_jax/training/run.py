@@ -12,7 +12,7 @@ from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import check_at_least, check_seed
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
@@ -232,11 +232,11 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least(2, batch_size=config.batch_size)  # BatchNorm has no variance of one image
     check_at_least(1, epochs=config.epochs)
+    check_seed(seed=config.seed)
     check_at_least(1, encoder__patch_size=config.encoder.patch_size)
     check_at_least(1, checkpoint__keep=config.checkpoint.keep)
     check_at_least(
         0,
-        seed=config.seed,
         chunk_size=config.chunk_size,
         encoder__width=config.encoder.width,
         steps=config.steps,
@@ -255,8 +255,6 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
         raise ConfigError(
             f"data.max_bad_fraction={config.data.max_bad_fraction} is not a fraction; use at most 1"
         )
-    if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed} is too large; use one below 2**63")
     if config.batch_size % devices:
         raise ConfigError(
             f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"

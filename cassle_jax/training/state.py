@@ -8,6 +8,7 @@ import optax
 from flax import struct
 from jaxtyping import PRNGKeyArray
 
+from cassle_jax.checks import check_seed
 from cassle_jax.methods import Method, Networks, ViewBatch
 from cassle_jax.methods.base import PLAIN, PyTree
 
@@ -84,9 +85,18 @@ def of_branches(memory: PyTree, branches: Collection[str]) -> dict[str, PyTree]:
 
 
 def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
-    """The keys of a run's steps, of its initial parameters and of its initial memory."""
-    key = jax.random.key(seed) if isinstance(seed, int) else seed
-    return tuple(jax.random.split(key, 3))
+    """The keys of a run's steps, of its initial parameters and of its initial memory.
+
+    Args:
+      seed: in [0, 2³²), or its key.
+
+    Raises:
+      ValueError: a seed out of that range.
+    """
+    if isinstance(seed, int):
+        check_seed(seed=seed)
+        seed = jax.random.key(seed)
+    return tuple(jax.random.split(seed, 3))
 
 
 def create_state(

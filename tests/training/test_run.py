@@ -112,6 +112,7 @@ def test_what_a_method_cannot_work_with_is_a_config_error():
     ("setting", "value"),
     [
         ("seed", -1),
+        ("seed", 2**32),
         ("encoder.width", -1),
         ("encoder.patch_size", 0),
         ("method.projector_depth", 0),
