@@ -1,0 +1,57 @@
+"""Programs that XLA is known to miscompile for CPUs are right where cassle_jax is imported."""
+
+import os
+import subprocess
+import sys
+
+IMPORTS = "import cassle_jax, jax, jax.numpy as jnp"
+
+# jaxlib 0.10.2 gives 1071645696 for the first, and dies of the second, as 0.11.0 of others like it.
+KNOWN = """
+rows = jnp.zeros((32_769, 3)).at[:, 0].set(jnp.arange(32_769))
+squares = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
+assert squares[-1] == 32_768**2, squares[-1]
+ones = jnp.ones((3, 1, 2, 2, 8, 8, 8))
+assert (jax.jit(lambda a, b: jnp.sum(a * b, axis=3))(ones, ones) == 2).all()
+"""
+
+
+def run(program, **environment):
+    """Runs it with XLA's own optimisations, most of which the suite does without."""
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_known_miscompilations_are_avoided():
+    done = run(f"{IMPORTS}{KNOWN}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_import_after_the_first_use_of_the_cpu_warns_how_to_be_safe():
+    done = run("import jax; jax.devices(); import cassle_jax")
+    assert "import cassle_jax first, or set XLA_FLAGS=--xla_cpu_experimental_ynn" in done.stderr
+    assert done.returncode == 0
+
+
+def test_flags_of_the_user_stay_and_another_jaxlib_gets_none_that_would_end_it(monkeypatch):
+    from cassle_jax import cpu_fusions
+
+    for release, flags, expected in (
+        ("0.10.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.12.0", "", "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.13.0", "--a=1", "--a=1"),
+        ("0.9.2", "", ""),
+        ("0.11.1", f"{cpu_fusions._FLAG}=-reduce", f"{cpu_fusions._FLAG}=-reduce"),
+    ):
+        monkeypatch.setattr(cpu_fusions.metadata, "version", lambda _, release=release: release)
+        monkeypatch.setattr(cpu_fusions, "_computes_on_cpus", lambda: False)
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        cpu_fusions.switch_off_ynnpack()
+        assert os.environ["XLA_FLAGS"] == expected
