@@ -22,7 +22,7 @@ from cassle_jax.augment import (
 from cassle_jax.methods import METHODS
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.training.optimizer import OptimizerSpec
+from cassle_jax.optimizer import OptimizerSpec
 
 ARGUMENTS = ("method", "conditioning", "augself", "follow")
 

@@ -198,7 +198,7 @@ def test_what_a_dataset_lacks_is_told_first_and_the_rest_is_done(run, tmp_path, 
     page = (tmp_path / "report" / "report.html").read_text()
     assert "ways=5 is more than its 4 classes" in page and "k-NN (k = 1)" in page
     settings = dataclasses.replace(SMALL, ways=4)
-    with pytest.raises(DataError, match="too few images of class 'a'.*: 3; 21 is the least"):
+    with pytest.raises(DataError, match=r"too few images of class 'a'.*: 3; 21 is the least"):
         evaluate(run, tmp_path / "none", "few_shot", datasets=[small], batch=8, settings=settings)
     assert not (tmp_path / "none").exists()
 

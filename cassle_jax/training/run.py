@@ -19,8 +19,8 @@ from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer, make_encoder
 from cassle_jax.models.vit import check_image_size
+from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.parallel import AXIS
-from cassle_jax.training.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.training.state import TrainState, create_state
 
 

@@ -24,9 +24,9 @@ from cassle_jax.methods.base import (
 )
 from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.methods.views import augmented_views, batch_positions, training_views
+from cassle_jax.optimizer import Clock
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 from cassle_jax.training.chunks import in_chunks
-from cassle_jax.training.optimizer import Clock
 from cassle_jax.training.run import Run
 from cassle_jax.training.state import TrainState, joined, of_branches
 

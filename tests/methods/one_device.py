@@ -11,7 +11,7 @@ import numpy as np
 from cassle_jax.methods import AugSelf, Networks, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.training.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
+from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.training.state import TrainState, initial_variables, state_from_variables
 from cassle_jax.training.step import Update
 from tests.tiny import TinyEncoder

@@ -10,7 +10,7 @@ import pytest
 from cassle_jax.methods import METHODS, AugSelf, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.simclr import SimCLR
-from cassle_jax.training.optimizer import learning_rate, make_optimizer
+from cassle_jax.optimizer import learning_rate, make_optimizer
 from cassle_jax.training.state import create_state
 from cassle_jax.training.step import Update
 from tests.everyday import everyday

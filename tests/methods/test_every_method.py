@@ -12,7 +12,7 @@ from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import METHODS, AugSelf, Moment, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.training.optimizer import learning_rate, make_optimizer
+from cassle_jax.optimizer import learning_rate, make_optimizer
 from cassle_jax.training.state import create_state
 from cassle_jax.training.step import Update
 from tests.everyday import everyday

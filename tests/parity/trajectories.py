@@ -25,7 +25,7 @@ from cassle_jax.interop.pytorch import (
 )
 from cassle_jax.methods import METHODS, AugSelf, TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.training.optimizer import Clock, OptimizerSpec, make_optimizer
+from cassle_jax.optimizer import Clock, OptimizerSpec, make_optimizer
 from cassle_jax.training.state import initial_variables, state_from_variables
 from cassle_jax.training.step import Update
 from tests.methods.one_device import compiled

@@ -15,8 +15,8 @@ from cassle_jax.data import DamagedLog, open_source, training_batches
 from cassle_jax.methods import METHODS, AugSelf, Step
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer
+from cassle_jax.optimizer import learning_rate
 from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
-from cassle_jax.training.optimizer import learning_rate
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables, state_from_variables

@@ -10,7 +10,7 @@ import pytest
 from cassle_jax.methods import BYOL, SimCLR
 from cassle_jax.methods.base import FROZEN, constant
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.training.optimizer import (
+from cassle_jax.optimizer import (
     Clock,
     OptimizerSpec,
     learning_rate,
