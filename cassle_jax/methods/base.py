@@ -344,6 +344,11 @@ class Method:
         del peak
         return {"default": schedule}
 
+    def in_steps(self, steps_per_epoch: int) -> "Method":
+        """The method of a run, with all that `group_schedules` needs in steps counted in them."""
+        del steps_per_epoch
+        return self
+
     def check_projector(self, hidden: int, out: int, depth: int) -> None:
         """Raises ValueError for sizes no projector can have; hidden 0 is the features' width."""
         check_at_least(0, method__projector_hidden=hidden)

@@ -1,6 +1,7 @@
 """SwAV: from any crop of an image, predict the cluster codes of its two large crops."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import ClassVar
@@ -65,8 +66,9 @@ class SwAV(Method):
       queue_size: embeddings of either large crop kept for the codes, a multiple of the batch; 0 for
         no queue, as in the paper at a batch of 4096.
       queue_start: epochs before the queue is used.
-      freeze_prototypes_steps: steps before the prototypes move; in the paper an epoch of ImageNet,
-        which is 313 at a batch of 4096 and 5005 at 256.
+      freeze_prototypes_epochs: epochs before the prototypes move; the paper's code has one, stated
+        in steps of ImageNet: 313 at a batch of 4096 and 5005 at 256.
+      freeze_prototypes_steps: more than 0: steps before the prototypes move, instead of epochs.
       projector_hidden: width of the projector's hidden layers; 0 for the features' width.
       projector_out: width of the embedding.
       projector_depth: number of linear layers.
@@ -89,7 +91,8 @@ class SwAV(Method):
     small_crop_area: Sequence[float] = (0.05, 0.14)
     queue_size: int = 3840
     queue_start: float = 15.0
-    freeze_prototypes_steps: int = 313
+    freeze_prototypes_epochs: float = 1.0
+    freeze_prototypes_steps: int = 0
     projector_hidden: int = 2048
     projector_out: int = 128
     projector_depth: int = 2
@@ -104,6 +107,7 @@ class SwAV(Method):
             method__small_crop_size=self.small_crop_size,
             method__queue_size=self.queue_size,
             method__queue_start=self.queue_start,
+            method__freeze_prototypes_epochs=self.freeze_prototypes_epochs,
             method__freeze_prototypes_steps=self.freeze_prototypes_steps,
         )
         area = tuple(self.small_crop_area)
@@ -211,6 +215,13 @@ class SwAV(Method):
     @override
     def parameter_group(self, path, array):
         return "prototypes" if path[0] == "predictor" else "default"
+
+    @override
+    def in_steps(self, steps_per_epoch):
+        if self.freeze_prototypes_steps:
+            return self
+        steps = math.ceil(self.freeze_prototypes_epochs * steps_per_epoch)
+        return dataclasses.replace(self, freeze_prototypes_steps=steps)
 
     @override
     def group_schedules(self, schedule, peak):

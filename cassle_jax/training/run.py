@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
+from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import check_at_least, check_seed
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
@@ -130,10 +130,11 @@ def build_method(config: ConfigDict) -> Method:
     name = settings.pop("name")
     knows("method.name", name, METHODS)
     known = {field.name for field in dataclasses.fields(METHODS[name])}
-    if set(settings) != known:
+    # What an older version did not know, a saved configuration lacks; it gets the default.
+    if unknown := sorted(set(settings) - known):
         raise ConfigError(
-            f"method.name={name!r} does not take {sorted(set(settings) ^ known)}; choose the method"
-            f" with the config argument instead: --config=…:method={name}"
+            f"method.name={name!r} does not take {unknown}; choose the method with the config "
+            f"argument instead: --config=…:method={name}"
         )
     return METHODS[name](**settings)
 
@@ -195,6 +196,7 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    method = method.in_steps(steps_per_epoch)
     recipe = OptimizerSpec(**config.optimizer.to_dict())
     if recipe.warmup_epochs >= clock.epochs:
         raise ConfigError(
@@ -219,12 +221,12 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         schedule=schedule,
         clock=clock,
     )
-    for name in (*conditioning.descriptors, *augself.names):
-        setting = DESCRIPTORS[name.partition(".")[0]].setting
-        if setting in RARE and not run.draws(setting):
+    for name in ("solarize", "rotation"):
+        described = [each.partition(".")[0] for each in conditioning.descriptors]
+        if name in (*described, *augself.names) and not run.draws(name):
             raise ConfigError(
-                f"augment.{setting}=0 never draws what conditioning.descriptors or augself name; "
-                f"use augment.{setting}=0.5, or leave {name} out"
+                f"augment.{name}=0 never draws what conditioning.descriptors or augself name; "
+                f"use augment.{name}=0.5, or leave {name} out"
             )
     return run
 

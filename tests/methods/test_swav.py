@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from cassle_jax.augment import AugmentSpec, draw
+from cassle_jax.config import base_config
 from cassle_jax.methods import Encoded, Moment, Networks, Step, losses
 from cassle_jax.methods.swav import Prototypes, SwAV
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.training.run import build_run
 from tests.methods.one_device import BATCH, CLOCK, compiled, random_views, training, unit
 
 SAMPLES, COUNT, OUT, DEVICES = 16, 5, 4, 8
@@ -271,6 +273,18 @@ def test_prototypes_stay_for_the_frozen_steps_and_then_move_at_unit_length(run):
         np.testing.assert_allclose(np.linalg.norm(new, axis=1), 1, rtol=1e-6)
         moved = np.abs(new - old).max()
         assert moved < 1e-6 if number < FROZEN_STEPS else moved > 1e-3
+
+
+def test_prototypes_are_frozen_for_an_epoch_of_whatever_dataset_and_batch():
+    for images, batch in ((64, 8), (96, 32), (50, 16)):
+        config = base_config("method=swav,conditioning=none")
+        config.batch_size = batch
+        config.method.queue_size = 0
+        run = build_run(config, device_mesh(jax.devices()[:1]), images)
+        rates = run.method.group_schedules(lambda step: 1.0, 1.0)["prototypes"]
+        epoch = images // batch
+        np.testing.assert_array_equal(rates(jnp.arange(2 * epoch)), [0.0] * epoch + [1.0] * epoch)
+    assert method(freeze_prototypes_steps=7).in_steps(100).freeze_prototypes_steps == 7
 
 
 def test_the_terms_are_logged_and_add_up_to_the_loss(run):
