@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from cassle_jax import command
+from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import check_at_least, check_seed
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, Source
@@ -88,13 +90,13 @@ def evaluate_command(
         _check_settings(settings or Settings(), limit)
         check_at_least(0, cache_gib=cache_gib)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).removeprefix("augment.")) from error
     opened = [open_evaluated(each, data_dir) for each in datasets]
     names = [data.name for data in opened]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"dataset {name!r} is asked for twice; the report tells by name")
-    subjects = _open_subjects(runs, network)
+    subjects = _open_subjects(runs, network, settings or Settings())
     agree(_shared_facts(opened, subjects, tasks, batch, limit, settings))
     chosen = settings or Settings()
     plan = {data.name: tasks_for(data, tasks) for data in opened}
@@ -258,13 +260,19 @@ def open_evaluated(described: str, data_dir: str) -> EvaluationData:
     return open_dataset(name, path=path, data_dir=data_dir)
 
 
-def _open_subjects(runs: Sequence[str], network: str) -> dict[str, list[Subject]]:
+def _open_subjects(
+    runs: Sequence[str], network: str, settings: Settings
+) -> dict[str, list[Subject]]:
     subjects: dict[str, list[Subject]] = {}
     for described in runs:
         name, separator, path = described.partition("=")
         if not separator:
             name, path = "", described
         subject = open_subject(path, name=name, network=network)
+        try:
+            subject = subject.with_images(**_preparation(settings))
+        except ValueError as error:
+            raise ConfigError(f"{subject.name}: {str(error).removeprefix('augment.')}") from error
         if not separator and subject.name in subjects:
             raise ConfigError(
                 f"run={path} would be a seed of another run called {subject.name!r}; "
@@ -327,10 +335,16 @@ def _check_settings(settings: Settings, limit: int) -> None:
     for fraction in settings.fractions:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fractions={fraction:g} is not in (0, 1]")
+    AugmentSpec(**{"size": 1, "blur": 0, **_preparation(settings)})
     for name in ("shots", "fractions"):
         values = getattr(settings, name)
         if len(set(values)) < len(values):
             raise ConfigError(f"{name}={','.join(map(str, values))} has a value twice")
+
+
+def _preparation(settings: Settings) -> dict[str, Any]:
+    """What the settings say of images, where they say something."""
+    return {name: v for name in ("size", "mean", "std") if (v := getattr(settings, name))}
 
 
 def _check_writable(folder: Path) -> None:
@@ -397,6 +411,9 @@ if __name__ == "__main__":
     probe_epochs_flag = flags.DEFINE_integer("probe_epochs", 100, "Of the SGD probe.")
     fine_tune_epochs_flag = flags.DEFINE_integer("fine_tune_epochs", 0, "0: its own.")
     seed_flag = flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
+    size_flag = flags.DEFINE_integer("size", 0, "Of images, pixels; 0: as in training.")
+    mean_flag = flags.DEFINE_list("mean", [], "Of the channels, in [0, 1]; training's.")
+    std_flag = flags.DEFINE_list("std", [], "Of the channels; training's.")
 
     def chosen_settings() -> Settings:
         """The protocols' settings as the flags give them."""
@@ -411,9 +428,14 @@ if __name__ == "__main__":
                 probe_epochs=probe_epochs_flag.value,
                 fine_tune_epochs=fine_tune_epochs_flag.value,
                 seed=seed_flag.value,
+                size=size_flag.value,
+                mean=tuple(map(float, mean_flag.value)),
+                std=tuple(map(float, std_flag.value)),
             )
         except ValueError as error:
-            raise ConfigError(f"shots and fractions are lists of numbers: {error}") from error
+            raise ConfigError(
+                f"shots, fractions, mean and std are lists of numbers: {error}"
+            ) from error
 
     def evaluate() -> None:
         """Evaluates what the flags say, with the other processes where there are any."""

@@ -200,6 +200,8 @@ class _RunRecords:
         facts = json.loads(json.dumps({"table": table.title, **_facts(evaluation)}))
         path = folder / TABLE_FILE
         saved = json.loads(path.read_text()) if path.exists() else facts
+        # What an older version did not know counts as today's default.
+        saved = json.loads(json.dumps(_facts(Evaluation()))) | saved
         for name, value in facts.items():
             if saved.get(name) != value:
                 raise ConfigError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cassle_jax.augment import IMAGENET_STD
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
@@ -15,6 +16,7 @@ from cassle_jax.evaluation.findings import Failure, Score
 from cassle_jax.evaluation.tasks import TASKS, Settings
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.report.evaluation_page import is_complete, read_report
+from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
@@ -66,6 +68,19 @@ def test_protocols_read_features_that_are_extracted_once(run, tmp_path, caplog):
     assert facts["mine"]["step"] == 1
     assert "mine" in page.read_text()
     assert (tmp_path / "report" / "report.csv").read_text().startswith("subject,")
+
+
+def test_images_may_be_prepared_otherwise_than_in_training(run, tmp_path):
+    cache = tmp_path / "features"
+    chosen = Settings(size=40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    evaluate(run, tmp_path, "knn", cache=str(cache))
+    own = set(cache.rglob("*.npz"))
+    page = evaluate(run, tmp_path, "knn", settings=chosen, cache=str(cache))
+    assert "size 40, mean (0.1, 0.2, 0.3), std (0.5, 0.25, 1.0)" in page.read_text()
+    assert len(set(cache.rglob("*.npz")) - own) == len(own)
+    subject = open_subject(run).with_images(size=40, mean=chosen.mean)
+    for spec in (subject.spec, *subject.views):
+        assert (spec.size, spec.mean, spec.std) == (40, chosen.mean, IMAGENET_STD)
 
 
 def test_protocols_that_train_are_run_when_asked_for(run, tmp_path):
@@ -220,6 +235,9 @@ def test_names_of_any_bytes_reach_the_page(run, tmp_path):
         ({"tasks": ["regression"]}, r"tasks=regression suit none of scenes"),
         ({"runs": []}, r"evaluate needs --run=WORKDIR"),
         ({"batch": 30}, r"batch=30 cannot be split over 8 devices"),
+        ({"settings": Settings(size=-8)}, r"^size=-8 is not valid; use an integer >= 1"),
+        ({"settings": Settings(mean=(0.5,))}, r"^mean=\(0\.5,\) does not have 3 values"),
+        ({"settings": Settings(std=(0.2, 0.2, 0.0))}, r"^std=.* not positive; use > 0"),
         ({"network": "teacher"}, r"network='teacher' is unknown"),
         ({"datasets": ["cifar"]}, r"dataset 'cifar' is unknown \(did you mean 'cifar10'\?\)"),
     ],

@@ -12,6 +12,8 @@ from cassle_jax.augment import AugmentSpec
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
+from cassle_jax.models import VisionTransformer
+from cassle_jax.models.vit import check_image_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Subject:
     def has_projector(self) -> bool:
         """Whether there is more than an encoder."""
         return "projector" in self.variables["params"]
+
+    def with_images(self, **prepared: Any) -> "Subject":
+        """The subject on images of another `size`, `mean` or `std` than training had.
+
+        Raises:
+          ValueError: one that cannot be, or a size that a ViT's patches do not make up.
+        """
+        encoder = self.networks.factories["encoder"]()
+        if "size" in prepared and isinstance(encoder, VisionTransformer):
+            check_image_size(prepared["size"], encoder.patch_size)
+        spec, *views = (dataclasses.replace(e, **prepared) for e in (self.spec, *self.views))
+        return dataclasses.replace(self, spec=spec, views=tuple(views))
 
     def fingerprint(self) -> str:
         """A name for what makes the features: equal for equal weights, of 16 hexadecimal digits."""

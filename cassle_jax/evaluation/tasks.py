@@ -65,6 +65,9 @@ class Settings:
       probe_epochs: of the SGD probe.
       fine_tune_epochs: of fine-tuning; 0 for its own, by the fraction.
       seed: of all that is drawn.
+      size: of images, pixels; 0 for what the encoder was trained on.
+      mean: per channel, subtracted from an image in [0, 1]; empty for training's.
+      std: per channel, the image is divided by it; empty for training's.
     """
 
     analysed: int = 2000
@@ -76,6 +79,9 @@ class Settings:
     probe_epochs: int = 100
     fine_tune_epochs: int = 0
     seed: int = 0
+    size: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
