@@ -2,14 +2,16 @@
 
 Every fit minimises Σ cross-entropy + w·‖θ‖² over the weights and biases θ: a sum over the rows, not
 a mean, and the biases are penalised like the weights. So it is strictly convex, with one optimum.
-Three things make that quick to reach in float32, also where w is tiny and the classes separable:
+Three things make that quick to reach, whatever the features' scale, also where w is tiny and the
+classes separable; all is done in float64, on TPUs, which have none, in float32:
 
-- The features, beside a column of ones for the bias, are turned onto their principal axes (in
-  float64, on the host). The penalty does not notice a rotation; a product with the features loses
-  nothing to rounding there; and one number an axis preconditions well (at θ = 0, perfectly).
+- The features, beside a column of ones for the bias, are turned onto their principal axes. The
+  penalty does not notice a rotation, and one number an axis, its curvature, preconditions well (at
+  θ = 0, perfectly).
 - Newton's method, its steps from preconditioned conjugate gradients, its line search along logits
   already known, so that it needs no product with the features.
-- The penalties go from large to small, several together, each lot from the optimum before it.
+- The penalties go from large to small. A fit starts where the line through the two optima before
+  it leads, in log w: where the classes are separable, θ grows along nearly that line.
 
 Logits are kept relative to the logit of the row's own label. The loss and the residual of a row
 that is all but certain are then accurate, where softmax minus one would be all rounding.
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+from jaxtyping import Array, Bool, Float, Float64, Int
 
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
@@ -34,12 +36,10 @@ PENALTIES = np.logspace(-6, 5, 45)
 Split = tuple[Float[np.ndarray, "_ _"], Int[np.ndarray, " _"]]
 
 _TOLERANCE = 1e-6
+# Steps of conjugate gradients before a small decrease is believed: others may come late.
+_SURE_STEPS = 20
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
-_TOGETHER = 9
-_WORKING_BYTES = 64 << 20
-# Of classes × rows, for each penalty: logits and their change, twice, probabilities and their flow.
-_WORKING_ARRAYS = 6
 _HOST_ROWS = 4096
 _TEST_ROWS = 1024
 
@@ -59,8 +59,8 @@ class LogisticPath:
     """
 
     penalties: Float64[np.ndarray, " penalties"]
-    weights: Float32[np.ndarray, "penalties classes features"]
-    biases: Float32[np.ndarray, "penalties classes"]
+    weights: Float64[np.ndarray, "penalties classes features"]
+    biases: Float64[np.ndarray, "penalties classes"]
     objectives: Float64[np.ndarray, " penalties"]
     converged: Bool[np.ndarray, " penalties"]
 
@@ -68,11 +68,12 @@ class LogisticPath:
         self, features: Float[np.ndarray, "rows features"]
     ) -> Int[np.ndarray, "penalties rows"]:
         """The most probable class of every row, for each penalty; of equals the first."""
-        weights, biases = jnp.asarray(self.weights), jnp.asarray(self.biases)
-        blocks = [
-            np.asarray(_most_probable(weights, biases, jnp.asarray(block, jnp.float32)))
-            for block in _blocks(features, _TEST_ROWS)
-        ]
+        with _widest_floats():
+            weights, biases = jnp.asarray(self.weights), jnp.asarray(self.biases)
+            blocks = [
+                np.asarray(_most_probable(weights, biases, jnp.asarray(block, float)))
+                for block in _blocks(features, _TEST_ROWS)
+            ]
         return np.concatenate(blocks, axis=1)
 
 
@@ -97,8 +98,8 @@ class LinearResult:
     converged: Bool[np.ndarray, " fits"]
     test_accuracy: float
     test_class_average: float
-    weights: Float32[np.ndarray, "classes features"]
-    biases: Float32[np.ndarray, " classes"]
+    weights: Float64[np.ndarray, "classes features"]
+    biases: Float64[np.ndarray, " classes"]
 
     def findings(self, dataset: str, metric: str = "accuracy") -> list[Finding]:
         """The test rows' accuracies, the dataset's metric first, and validation by penalty."""
@@ -188,7 +189,7 @@ def fit_logistic(
     penalties: Sequence[float] | np.ndarray,
     *,
     start: tuple[np.ndarray, np.ndarray] | None = None,
-    together: int | None = None,
+    together: int = 1,
     max_steps: int = 50,
 ) -> LogisticPath:
     """Minimises Σ cross-entropy + w·‖θ‖², weights and biases both in θ, for every penalty w.
@@ -196,8 +197,9 @@ def fit_logistic(
     A fit has converged when Newton's step, which is still taken, was predicted to lower the
     objective by less than 1e-6 of its value.
 
-    The device holds the features, all solutions, and for each penalty of a lot six numbers a row
-    and class: for 75 000 × 2048 features, 0.6 GB and, with 200 classes, 0.4 GB a penalty.
+    The device holds the features and their squares, all solutions, and for each penalty of a lot
+    six numbers a row and class: for 75 000 × 2048 features, 2.5 GB and, with 200 classes, 0.7 GB a
+    penalty.
 
     Args:
       features: Any scale; used as they are.
@@ -206,8 +208,8 @@ def fit_logistic(
       penalties: The values of w, each above 0, in any order.
       start: Weights [classes, features] and biases [classes] to begin the largest penalty from;
         zero if not given.
-      together: How many penalties make a lot; if not given, up to 9, fewer where they would need
-        more than 64 MiB: then a lot of one keeps the device busy, and starts nearer its optimum.
+      together: How many penalties make a lot, which is solved at once. One alone starts nearest to
+        its optimum.
       max_steps: Newton steps for a lot.
 
     Returns:
@@ -225,22 +227,16 @@ def fit_logistic(
         raise ValueError(f"penalties of shape {penalties.shape} must be a list of one or more")
     for penalty in penalties:
         check_positive(penalties=penalty)
-    if together is None:
-        bytes_each = 4 * _WORKING_ARRAYS * classes * len(features)
-        together = max(1, min(_TOGETHER, len(penalties), _WORKING_BYTES // bytes_each))
     check_at_least(1, together=together, max_steps=max_steps)
 
-    rotated, spectrum, axes = principal_axes(features)
+    rotated, _, axes = principal_axes(features)
     order, lots = _lots(penalties, together)
-    solved = _solve_lots(
-        jnp.asarray(rotated),
-        jnp.asarray(labels, jnp.int32),
-        jnp.asarray(spectrum, jnp.float32),
-        jnp.asarray(lots, jnp.float32),
-        jnp.asarray(_rotated_start(start, axes, classes).T, jnp.float32),
-        max_steps,
-    )
-    return _path(penalties, axes, jax.tree.map(lambda array: np.asarray(array)[order], solved))
+    start = _rotated_start(start, axes, classes).T
+    with _widest_floats():
+        floats = (jnp.asarray(each, float) for each in (rotated, lots, start))
+        solved = _solve_lots(jnp.asarray(labels, jnp.int32), *floats, max_steps)
+        solved = jax.tree.map(lambda array: np.asarray(array)[order], solved)
+    return _path(penalties, axes, solved)
 
 
 def _check_rows(name: str, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -283,7 +279,7 @@ def _with_ones(
 def principal_axes(
     features: Float[np.ndarray, "rows features"],
 ) -> tuple[
-    Float32[np.ndarray, "rows axes"],
+    Float64[np.ndarray, "rows axes"],
     Float64[np.ndarray, " axes"],
     Float64[np.ndarray, "features+1 axes"],
 ]:
@@ -293,13 +289,13 @@ def principal_axes(
         # The optimum lies in the span of the rows, which fewer axes describe.
         span, triangle = np.linalg.qr(_with_ones(features).T)
         spectrum, axes = np.linalg.eigh(triangle @ triangle.T)
-        return (triangle.T @ axes).astype(np.float32), spectrum.clip(0), span @ axes
+        return triangle.T @ axes, spectrum.clip(0), span @ axes
     gram = np.zeros((width + 1, width + 1))
     for block in _blocks(features, _HOST_ROWS):
         block = _with_ones(block)
         gram += block.T @ block
     spectrum, axes = np.linalg.eigh(gram)
-    rotated = np.empty((rows, width + 1), np.float32)
+    rotated = np.empty((rows, width + 1))
     for first, block in enumerate(_blocks(features, _HOST_ROWS)):
         rotated[first * _HOST_ROWS :][: len(block)] = _with_ones(block) @ axes
     return rotated, spectrum.clip(0), axes
@@ -339,11 +335,10 @@ def _path(penalties: np.ndarray, axes: np.ndarray, solved: "_Solved") -> Logisti
     if not solved.converged.all():
         missed = ", ".join(f"{penalty:.3g}" for penalty in penalties[~solved.converged])
         warnings.warn(
-            f"logistic regression did not converge for the penalties {missed}; raise max_steps, or "
-            f"bring the features to a scale near 1",
+            f"logistic regression did not converge for the penalties {missed}; raise max_steps",
             stacklevel=3,
         )
-    thetas = np.stack([(theta @ axes.T).astype(np.float32) for theta in solved.thetas])
+    thetas = solved.thetas @ axes.T
     squares = np.sum(np.square(solved.thetas, dtype=np.float64), axis=(1, 2))
     return LogisticPath(
         penalties=penalties,
@@ -352,6 +347,11 @@ def _path(penalties: np.ndarray, axes: np.ndarray, solved: "_Solved") -> Logisti
         objectives=np.sum(solved.losses, axis=1, dtype=np.float64) + penalties * squares,
         converged=solved.converged,
     )
+
+
+def _widest_floats():
+    """Where JAX computes in float64, unless on TPUs."""
+    return jax.enable_x64(jax.default_backend() != "tpu")
 
 
 @jax.jit
@@ -375,39 +375,70 @@ class _Solved(NamedTuple):
 
 @jax.jit
 def _solve_lots(
-    features: Float32[Array, "N D"],
     labels: Int[Array, " N"],
-    spectrum: Float32[Array, " D"],
-    lots: Float32[Array, "lots P"],
-    start: Float32[Array, "D K"],
+    features: Float[Array, "N D"],
+    lots: Float[Array, "lots P"],
+    start: Float[Array, "D K"],
     max_steps: int | Int[Array, ""],
 ) -> _Solved:
-    """Solves lot after lot, each from the last solution of the one before."""
+    """Solves lot after lot, each from where the last two solutions before it lead."""
     is_label = labels[:, None, None] == jnp.arange(start.shape[-1])
 
-    def solve(start, penalties):
-        thetas = jnp.repeat(start[:, None], len(penalties), axis=1)
-        thetas, logits, converged = _newton(
-            features, is_label, spectrum, penalties, thetas, max_steps
-        )
+    def solve(before, penalties):
+        begin = _lead_on(features, is_label, penalties, *before)
+        thetas, logits, converged = _newton(features, is_label, penalties, *begin, max_steps)
         losses = _softmax(logits, is_label).losses[..., 0]
-        return thetas[:, -1], _Solved(jnp.moveaxis(thetas, 0, -1), losses.T, converged)
+        after = jax.tree.map(
+            lambda old, new: jnp.concatenate([old, new], axis=-2)[..., -2:, :],
+            before,
+            (thetas, jnp.log(penalties)[:, None]),
+        )
+        return after, _Solved(jnp.moveaxis(thetas, 0, -1), losses.T, converged)
 
-    _, solved = jax.lax.scan(solve, start, lots)
+    before = jnp.repeat(start[:, None], 2, axis=1), jnp.zeros((2, 1), lots.dtype)
+    _, solved = jax.lax.scan(solve, before, lots)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), solved)
 
 
-def _newton(
-    features: Float32[Array, "N D"],
+def _lead_on(
+    features: Float[Array, "N D"],
     is_label: Bool[Array, "N 1 K"],
-    spectrum: Float32[Array, " D"],
-    penalties: Float32[Array, " P"],
-    thetas: Float32[Array, "D P K"],
+    penalties: Float[Array, " P"],
+    thetas: Float[Array, "D 2 K"],
+    exponents: Float[Array, "2 1"],
+) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"]]:
+    """Where the line through two solutions, in log w, leads, or the second where that is better.
+
+    Returns:
+      θ of each penalty, and the relative logits there.
+    """
+    logits = _relative(_einsum("nd,dpk->npk", features, thetas), is_label)
+    gap, beyond = exponents[1] - exponents[0], jnp.log(penalties) - exponents[1]
+    ahead = jnp.where(gap == 0, 0, beyond / jnp.where(gap == 0, 1, gap))
+
+    def at(ahead):
+        thetas_there, logits_there = (
+            solutions[:, 1:] + ahead[:, None] * (solutions[:, 1:] - solutions[:, :1])
+            for solutions in (thetas, logits)
+        )
+        losses = jnp.sum(_softmax(logits_there, is_label).losses, axis=(0, 2))
+        return losses + penalties * _dot(thetas_there, thetas_there), thetas_there, logits_there
+
+    (led, *there), (least, *here) = at(ahead), at(jnp.zeros_like(ahead))
+    better = (led < least)[:, None]
+    return tuple(jnp.where(better, *each) for each in zip(there, here, strict=True))
+
+
+def _newton(
+    features: Float[Array, "N D"],
+    is_label: Bool[Array, "N 1 K"],
+    penalties: Float[Array, " P"],
+    thetas: Float[Array, "D P K"],
+    logits: Float[Array, "N P K"],
     max_steps: int | Int[Array, ""],
-) -> tuple[Float32[Array, "D P K"], Float32[Array, "N P K"], Bool[Array, " P"]]:
+) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"], Bool[Array, " P"]]:
     """Newton's method from `thetas`: the solutions, their relative logits, and who got there."""
     ridge = 2 * penalties[:, None]
-    others = jnp.shape(is_label)[-1] - 1
 
     def logits_of(thetas):
         return _relative(_einsum("nd,dpk->npk", features, thetas), is_label)
@@ -428,33 +459,34 @@ def _newton(
             )
             return _einsum("nd,npk->dpk", features, flow) + ridge * vector, change
 
-        # The mean row's curvature, on average over the directions its loss notices.
+        # The Hessian's diagonal.
         spread = probabilities * jnp.where(is_label, -residuals, 1 - probabilities)
-        curvature = jnp.mean(jnp.sum(spread, axis=-1, keepdims=True), axis=0) / others
-        inverse = 1 / (curvature * spectrum[:, None, None] + ridge)
+        inverse = 1 / (_einsum("nd,npk->dpk", features**2, spread) + ridge)
+        objectives = jnp.sum(losses, axis=(0, 2)) + penalties * _dot(thetas, thetas)
+        small = _TOLERANCE * objectives
         direction, change, decrease = _conjugate_gradients(
-            hessian, gradient, inverse, logits, ~converged
+            hessian, gradient, inverse, logits, small, ~converged
         )
         length = _line_search(thetas, logits, direction, change, ridge, is_label)
-        objectives = jnp.sum(losses, axis=(0, 2)) + penalties * _dot(thetas, thetas)
         return (
             step + 1,
             thetas + length[:, None] * direction,
             logits + length[:, None] * change,
-            converged | (decrease <= _TOLERANCE * objectives),
+            converged | (decrease <= small),
         )
 
-    state = (0, thetas, logits_of(thetas), jnp.zeros(len(penalties), bool))
+    state = (0, thetas, logits, jnp.zeros(len(penalties), bool))
     return jax.lax.while_loop(unfinished, improve, state)[1:]
 
 
 def _conjugate_gradients(
-    hessian, gradient: Float32[Array, "D P K"], inverse, logits, active: Bool[Array, " P"]
-) -> tuple[Float32[Array, "D P K"], Float32[Array, "N P K"], Float32[Array, " P"]]:
+    hessian, gradient: Float[Array, "D P K"], inverse, logits, small, active: Bool[Array, " P"]
+) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"], Float[Array, " P"]]:
     """Newton's direction, how it changes the logits, and by how much it should lower the objective.
 
     A penalty is finished when another step would add little to that decrease: the k-th step adds
-    less than a tenth of the mean of those before it. Where `active` is false the direction is zero.
+    less than a tenth of the mean of those before it. A decrease below `small` ends a fit, and is
+    only believed after some more steps. Where `active` is false the direction is zero.
 
     References:
       Nash and Sofer, Assessing a search direction within a truncated-Newton method, Operations
@@ -476,7 +508,8 @@ def _conjugate_gradients(
         residual = residual - length[:, None] * curved
         scaled = inverse * residual
         next_product = _dot(residual, scaled)
-        active &= (next_product > 0) & ((step + 1) * gain > 0.1 * decrease)
+        unsure = (decrease <= small) & (step < _SURE_STEPS)
+        active &= (next_product > 0) & (((step + 1) * gain > 0.1 * decrease) | unsure)
         # Without a zero here, the vector of a penalty that has finished could become 0/0.
         keep = jnp.where(active, next_product / product, 0)
         vector = scaled + keep[:, None] * vector
@@ -492,13 +525,13 @@ def _conjugate_gradients(
 
 
 def _line_search(
-    thetas: Float32[Array, "D P K"],
-    logits: Float32[Array, "N P K"],
-    direction: Float32[Array, "D P K"],
-    change: Float32[Array, "N P K"],
-    ridge: Float32[Array, "P 1"],
+    thetas: Float[Array, "D P K"],
+    logits: Float[Array, "N P K"],
+    direction: Float[Array, "D P K"],
+    change: Float[Array, "N P K"],
+    ridge: Float[Array, "P 1"],
     is_label: Bool[Array, "N 1 K"],
-) -> Float32[Array, " P"]:
+) -> Float[Array, " P"]:
     """The length of each step at which the slope along it has all but vanished.
 
     Newton's method in one variable, between the longest step known to fall short and the shortest
@@ -537,19 +570,19 @@ def _line_search(
 
 
 def _relative(
-    logits: Float32[Array, "N P K"], is_label: Bool[Array, "N 1 K"]
-) -> Float32[Array, "N P K"]:
+    logits: Float[Array, "N P K"], is_label: Bool[Array, "N 1 K"]
+) -> Float[Array, "N P K"]:
     """Logits less that of the row's label, which becomes zero."""
     return logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
 
 
 class _Softmax(NamedTuple):
-    losses: Float32[Array, "N P 1"]
-    probabilities: Float32[Array, "N P K"]
-    residuals: Float32[Array, "N P K"]
+    losses: Float[Array, "N P 1"]
+    probabilities: Float[Array, "N P K"]
+    residuals: Float[Array, "N P K"]
 
 
-def _softmax(logits: Float32[Array, "N P K"], is_label: Bool[Array, "N 1 K"]) -> _Softmax:
+def _softmax(logits: Float[Array, "N P K"], is_label: Bool[Array, "N 1 K"]) -> _Softmax:
     """Of relative logits; residuals are probabilities, less one for the label, uncancelled."""
     top = jnp.max(logits, axis=-1, keepdims=True)
     others = jnp.where(is_label, 0, jnp.exp(logits - top))
@@ -565,5 +598,5 @@ def _softmax(logits: Float32[Array, "N P K"], is_label: Bool[Array, "N 1 K"]) ->
     )
 
 
-def _dot(a: Float32[Array, "X P K"], b: Float32[Array, "X P K"]) -> Float32[Array, " P"]:
+def _dot(a: Float[Array, "X P K"], b: Float[Array, "X P K"]) -> Float[Array, " P"]:
     return jnp.sum(a * b, axis=(0, 2))

@@ -235,7 +235,7 @@ def fit_absolute(
 
 
 def _solve_lots(
-    rotated: Float32[np.ndarray, "rows axes"],
+    rotated: Float64[np.ndarray, "rows axes"],
     spectrum: Float64[np.ndarray, " axes"],
     targets: Float[np.ndarray, "rows targets"],
     lots: Float64[np.ndarray, "lots together"],
@@ -245,7 +245,7 @@ def _solve_lots(
     together = lots.shape[1]
     # All problems are on one axis: of each target its penalties, side by side.
     repeated = jnp.repeat(jnp.asarray(targets.T, jnp.float32), together, axis=0)
-    rotated, spectrum = jnp.asarray(rotated), jnp.asarray(spectrum, jnp.float32)
+    rotated, spectrum = (jnp.asarray(each, jnp.float32) for each in (rotated, spectrum))
     state = _start(repeated, spectrum)
     for penalties in lots:
         ridge = jnp.tile(jnp.asarray(2 * penalties, jnp.float32), targets.shape[1])

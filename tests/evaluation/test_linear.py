@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
@@ -80,6 +81,58 @@ def test_separable_digits_are_solved_at_the_smallest_penalties():
     assert path.objectives[0] < 1e-3
     witness = Witness(features, labels, 10)
     assert max(witness.excess(path, index) for index in range(45)) < 1e-5
+
+
+def kinds_of_features():
+    """Features of many scales, conditions and separabilities, most of the same shape."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    noise = generator.normal(size=(60, 5))
+    near = noise + 2 * generator.normal(size=(3, 5))[labels]
+    outlier = np.where(np.arange(60)[:, None] == 0, 1e3, near)
+    yield "small", near * 1e-4, labels
+    yield "large", near * 1e4, labels
+    yield "of unlike scales", near * np.logspace(-4, 4, 5), labels
+    yield "far from zero", near + 1000, labels
+    yield "of which one repeats", near[:, [0, 1, 2, 0, 1]], labels
+    yield "noise", noise, labels
+    yield "far apart", 1e3 * np.eye(5)[labels] + noise, labels
+    yield "all but collinear", noise[:, :1] + 1e-4 * near, labels
+    yield "with an outlier", outlier, labels
+    yield "with a rare class", near, np.where(np.arange(60) < 1, 0, 1 + np.arange(60) % 2)
+    yield "more than the rows", np.tile(near[:8], 4) * 1e-2, labels[:8]
+
+
+@pytest.mark.parametrize(
+    ("features", "labels"), [pytest.param(*each, id=name) for name, *each in kinds_of_features()]
+)
+def test_all_penalties_converge_whatever_the_features(features, labels):
+    features = features.astype(np.float32)
+    path = fit_logistic(features, labels, 3, PENALTIES)
+    assert path.converged.all()
+    rows = np.column_stack([features, np.ones(len(features))]).astype(np.float64)
+    for index, penalty in enumerate(PENALTIES):
+        theta = np.column_stack([path.weights[index], path.biases[index]])
+        logits = rows @ theta.T
+        loss = logsumexp(logits, axis=1) - logits[np.arange(len(rows)), labels]
+        gradient, hessian = derivatives(rows, labels, theta, penalty)
+        # Newton's step, in units in which the Hessian's diagonal is 1.
+        units = np.sqrt(np.diag(hessian))
+        step = np.linalg.solve(hessian / np.outer(units, units), gradient / units)
+        assert path.objectives[index] == pytest.approx(
+            loss.sum() + penalty * np.sum(theta**2), rel=1e-6, abs=1e-9
+        )
+        assert step @ (gradient / units) / 2 < 1e-6 * path.objectives[index]
+
+
+def derivatives(rows, labels, theta, penalty):
+    """Of the objective, as it is written: the gradient, and all second derivatives."""
+    probabilities = softmax(rows @ theta.T, axis=1)
+    wrong = probabilities - np.eye(len(theta))[labels]
+    gradient = wrong.T @ rows + 2 * penalty * theta
+    spread = probabilities[:, :, None] * (np.eye(len(theta)) - probabilities[:, None])
+    hessian = np.einsum("nab,ni,nj->aibj", spread, rows, rows).reshape(theta.size, theta.size)
+    return gradient.ravel(), hessian + 2 * penalty * np.eye(theta.size)
 
 
 def test_more_features_than_rows():
