@@ -493,6 +493,11 @@ def _conjugate_gradients(
       Research Letters 1990 (the rule to stop).
     """
 
+    def preconditioned(residual):
+        # What all classes have in common changes no probability: it stays zero, as in the residual.
+        scaled = inverse * residual
+        return scaled - jnp.mean(scaled, axis=-1, keepdims=True)
+
     def unfinished(state):
         step, *_, active = state
         return (step < _GRADIENT_STEPS) & active.any()
@@ -506,7 +511,7 @@ def _conjugate_gradients(
         direction = direction + length[:, None] * vector
         change = change + length[:, None] * vector_change
         residual = residual - length[:, None] * curved
-        scaled = inverse * residual
+        scaled = preconditioned(residual)
         next_product = _dot(residual, scaled)
         unsure = (decrease <= small) & (step < _SURE_STEPS)
         active &= (next_product > 0) & (((step + 1) * gain > 0.1 * decrease) | unsure)
@@ -515,7 +520,7 @@ def _conjugate_gradients(
         vector = scaled + keep[:, None] * vector
         return step + 1, direction, change, residual, vector, next_product, decrease, active
 
-    vector = -inverse * gradient
+    vector = preconditioned(-gradient)
     product = _dot(-gradient, vector)
     active &= product > 0
     nothing = (jnp.zeros_like(gradient), jnp.zeros_like(logits))
