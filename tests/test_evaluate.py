@@ -297,7 +297,7 @@ def test_images_that_were_replaced_are_not_read_from_the_cache(run, tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({"a": 2, "b": 0}, r"dataset 'folder:.*test/b' has no files"),
+        ({"a": 2, "b": 0}, r"dataset 'folder:.*test/b' has no images"),
         ({"a": 2}, r"has 1 class; a classifier needs 2 or more"),
     ],
 )

@@ -274,11 +274,14 @@ def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
-    """The squared correlation; 0 where all predictions are the same."""
+    """The squared correlation; 0 where the predictions, which are float32, differ by rounding."""
     targets, predicted = targets.ravel().astype(np.float64), predicted.ravel().astype(np.float64)
+    if np.ptp(predicted) <= 8 * np.finfo(np.float32).eps * np.abs(predicted).max():
+        return 0.0
     targets, predicted = targets - targets.mean(), predicted - predicted.mean()
     scale = np.sum(targets**2) * np.sum(predicted**2)
     return float(np.sum(targets * predicted) ** 2 / scale) if scale > 0 else 0.0
+
 
 
 def _penalties_together(penalties: int, targets: int) -> int:
