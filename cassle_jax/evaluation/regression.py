@@ -283,7 +283,6 @@ def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.sum(targets * predicted) ** 2 / scale) if scale > 0 else 0.0
 
 
-
 def _penalties_together(penalties: int, targets: int) -> int:
     """The most that share out evenly, are at most 9, and need at most 2 GiB."""
     limit = max(1, min(_TOGETHER, _WORKING_BYTES // (4 * _WORKING_ARRAYS * targets)))
