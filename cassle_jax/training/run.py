@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import AugmentSpec
+from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
 from cassle_jax.checks import check_at_least, check_seed
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
@@ -221,12 +221,12 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         schedule=schedule,
         clock=clock,
     )
-    for name in ("solarize", "rotation"):
-        described = [each.partition(".")[0] for each in conditioning.descriptors]
-        if name in (*described, *augself.names) and not run.draws(name):
+    for name in (*conditioning.descriptors, *augself.names):
+        setting = DESCRIPTORS[name.partition(".")[0]].setting
+        if setting in RARE and not run.draws(setting):
             raise ConfigError(
-                f"augment.{name}=0 never draws what conditioning.descriptors or augself name; "
-                f"use augment.{name}=0.5, or leave {name} out"
+                f"augment.{setting}=0 never draws what conditioning.descriptors or augself name; "
+                f"use augment.{setting}=0.5, or leave {name} out"
             )
     return run
 

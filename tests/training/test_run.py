@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.config import ConfigError
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh
@@ -230,6 +231,12 @@ def test_what_is_never_drawn_cannot_be_told_or_predicted(name):
     with pytest.raises(ConfigError, match=rf"augment\.{name}=0 never draws"):
         build({"conditioning.descriptors": ("crop", name)})
     build({"conditioning.descriptors": ("crop", name), f"augment.{name}": 0.5})
+
+
+def test_a_descriptor_of_ones_own_is_refused_likewise(monkeypatch):
+    monkeypatch.setitem(DESCRIPTORS, "inverted", DESCRIPTORS["solarize"])
+    with pytest.raises(ConfigError, match=r"augment\.solarize=0 never draws .*leave inverted out"):
+        build({"conditioning.descriptors": ("crop", "inverted")})
 
 
 @pytest.fixture
