@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
+from cassle_jax.data.pipeline import evenly_spaced
 from cassle_jax.data.sources import content_of
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
@@ -142,11 +143,10 @@ class FeatureStore:
         return features
 
     def limited(self, source: Source) -> Source:
-        """At most `limit` images of a source, evenly spread, for what reads images itself."""
+        """The images of a source whose features there are, for what reads images itself."""
         if not 0 < self._limit < len(source):
             return source
-        places = np.arange(self._limit) * len(source) // self._limit
-        return Part(source, places, f"{self._limit} images")
+        return Part(source, evenly_spaced(len(source), self._limit), f"{self._limit} images")
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The whole images of a source, at most `limit` of them, to draw views from."""

@@ -91,3 +91,12 @@ def test_features_made_in_another_way_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PREPARATION", store.PREPARATION + 1)
     features(Motifs(4, size=16))
     assert kept() == 4
+
+
+def test_what_reads_images_itself_reads_those_whose_features_there_are():
+    source = Motifs(16, size=16)
+    of_four = FeatureStore(colour_subject(), devices(1), batch=4, limit=4)
+    limited = of_four.limited(source)
+    names = [limited[index].name for index in range(len(limited))]
+    assert names == [source[int(place)].name for place in of_four(source).places]
+    assert of_four.limited(limited) is limited
