@@ -1,5 +1,7 @@
 """An image folder in any of the usual layouts, as a source that holds millions of files."""
 
+import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -70,10 +72,11 @@ class FolderSource:
         start = int(self._ends[index - 1]) if index else 0
         return f"{self.name}/{os.fsdecode(self._paths[start : int(self._ends[index])])}"
 
-    @property
-    def content(self) -> str:
-        """See `content_of`."""
-        return content_of_files(self._path(index) for index in range(len(self)))
+    @functools.cached_property
+    def content(self) -> tuple[str, str]:
+        """See `content_of`; labels may lie in a file beside the images."""
+        files = content_of_files(self._path(index) for index in range(len(self)))
+        return files, hashlib.blake2b(self.labels.tobytes(), digest_size=8).hexdigest()
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:

@@ -9,6 +9,7 @@ import pytest
 from cassle_jax.data import DataError, open_source
 from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.folder import open_folder
+from cassle_jax.data.sources import content_of
 
 
 @pytest.fixture
@@ -68,6 +69,27 @@ def test_tiny_imagenet_as_it_is_published(tree):
         assert len(data.train) + len(data.val) == 3
     (root / "val" / "images" / "val_3.JPEG").write_text("nobody knows")
     assert len(open_folder(str(root), "val")) == 3
+
+
+def test_other_labels_of_the_same_images_are_other_content(tree):
+    root = tree(*(f"val/images/{number}.png" for number in range(3)))
+
+    def opened(*labels):
+        lines = [f"{number}.png\t{label}\n" for number, label in enumerate(labels)]
+        (root / "val" / "val_annotations.txt").write_text("".join(lines))
+        source = open_folder(str(root), "val")
+        return source.class_names, [path for path, _ in read(source)], content_of(source)
+
+    (*before, content), (*after, other) = opened("a", "a", "b"), opened("a", "b", "b")
+    assert before == after and content != other
+
+
+def test_a_folder_is_looked_through_once_for_what_it_holds(tree, monkeypatch):
+    source = open_folder(str(tree("train/a/1.png", "train/b/2.png")), "train")
+    content = content_of(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "stat", None)
+        assert content_of(source) == content
 
 
 @pytest.mark.parametrize("val", ["val/n1/b.JPEG val/n2/c.JPEG", "val/b.JPEG val/c.JPEG"])
