@@ -411,9 +411,9 @@ if __name__ == "__main__":
     probe_epochs_flag = flags.DEFINE_integer("probe_epochs", 100, "Of the SGD probe.")
     fine_tune_epochs_flag = flags.DEFINE_integer("fine_tune_epochs", 0, "0: its own.")
     seed_flag = flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
-    size_flag = flags.DEFINE_integer("size", 0, "Of images, pixels; 0: as in training.")
-    mean_flag = flags.DEFINE_list("mean", [], "Of the channels, in [0, 1]; training's.")
-    std_flag = flags.DEFINE_list("std", [], "Of the channels; training's.")
+    size_flag = flags.DEFINE_integer("size", 0, "Side of an image in pixels; 0: as in training.")
+    mean_flag = flags.DEFINE_list("mean", [], "Mean per channel, in [0, 1]; default: training's.")
+    std_flag = flags.DEFINE_list("std", [], "Standard deviation per channel; default: training's.")
 
     def chosen_settings() -> Settings:
         """The protocols' settings as the flags give them."""
