@@ -52,29 +52,29 @@ def evaluate_command(
 ) -> Path:
     """Evaluates as the command does, and returns the path of the page.
 
-    Everything is opened and checked before the first image is read. A task that cannot be run on a
-    dataset, or fails, is a red line on the page, and the rest is done. The page grows as results
-    come; the same call goes on where an earlier one ended, and tries what failed again. Several
-    processes share the images and gather the features; what is computed of them each computes, and
-    the first writes.
+    Everything is opened and checked before the first image is read. A task that cannot run on a
+    dataset, or fails, is a red line on the page, and the other tasks still run. The page grows as
+    results come in. The same call continues where an earlier one ended, and retries failed tasks.
+    Several processes share the images and gather the features. Each computes all results from them,
+    and the first writes the page.
 
     Args:
-      runs: workdirs of runs or files of weights, each as `path` or `name=path`; those of one name
-        are seeds of it.
+      runs: workdirs of runs or files of weights, each as `path` or `name=path`; paths of the same
+        name are seeds of one subject.
       datasets: names in `DATASETS`, `motifs`, `scenes`, `folder:<path>`, or `name=<path of its
         folder>`.
-      to: folder of the report; its page says so where the evaluation ended early.
+      to: folder of the report; its page says where the evaluation ended early.
       tasks: names in `TASKS`; empty for the usual ones that suit each dataset.
-      network: of runs: `online` or `momentum`.
-      data_dir: of tensorflow-datasets.
-      cache: folder features are kept in; empty for none.
-      cache_gib: what all features there may take, GiB; those read longest ago go first.
-      batch: images of all devices together.
-      limit: at most so many images of each part; 0 for all.
-      settings: of the protocols.
+      network: the network of a run to evaluate: `online` or `momentum`.
+      data_dir: data_dir of tensorflow-datasets.
+      cache: folder that keeps features; empty for none.
+      cache_gib: bound of that folder's size, GiB; the least recently read features go first.
+      batch: images per step, all devices together.
+      limit: largest number of images per part; 0 for all.
+      settings: settings of the protocols.
 
     Raises:
-      ConfigError, DataError: what cannot work, in one line; at the end, that a task failed.
+      ConfigError, DataError: a setting cannot work, or, at the end, a task failed; in one line.
     """
     for name in tasks:
         knows("tasks", name, TASKS)
@@ -139,7 +139,7 @@ def _evaluate(
     report: GrowingReport,
     how: tuple[int, int],
 ) -> None:
-    """Runs tasks on a bench, each unless an earlier call did or the dataset does not do."""
+    """Runs tasks on a bench, except those that an earlier call ran or the dataset rules out."""
     identity = bench.identity(*how)
     for name in tasks:
         key = hashlib.blake2b(f"{name}{identity}".encode(), digest_size=16).hexdigest()
@@ -158,7 +158,7 @@ def _evaluate(
 def unmet_needs(
     data: EvaluationData, tasks: Sequence[str], settings: Settings, limit: int = 0, devices: int = 1
 ) -> dict[str, str]:
-    """Of these tasks, those that a dataset does not do for, each with the reason in one line."""
+    """The tasks that a dataset rules out, each with the reason in one line."""
     needs = {name: TASKS[name].needs(settings, devices) for name in tasks}
     reasons = {
         name: each.unmet(data, limit=limit, analysed=settings.analysed)
@@ -174,10 +174,10 @@ def _unmet_needs(
     limit: int,
     devices: int,
 ) -> dict[str, dict[str, str]]:
-    """By dataset and task, why it cannot be run there, each told at once.
+    """Logs and returns, by dataset and task, the reasons why tasks cannot run.
 
     Raises:
-      DataError: nothing at all can be run.
+      DataError: no task can run on any dataset.
     """
     unmet = {
         data.name: unmet_needs(data, plan[data.name], settings, limit, devices) for data in opened
@@ -218,7 +218,7 @@ def _shared_facts(
     limit: int,
     settings: Settings | None,
 ) -> dict[str, object]:
-    """What all processes must have alike."""
+    """Facts that must be equal in all processes."""
     return {
         "tasks": list(tasks),
         "batch": batch,
@@ -231,10 +231,10 @@ def _shared_facts(
 
 
 def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
-    """Refuses names of datasets and tasks that there are not, without opening anything.
+    """Refuses unknown names of datasets and tasks, without opening anything.
 
     Raises:
-      ConfigError: with the closest name there is.
+      ConfigError: a name is unknown; the message has the closest known one.
     """
     for task in tasks:
         knows("tasks", task, TASKS)
@@ -244,10 +244,10 @@ def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
 
 
 def open_evaluated(described: str, data_dir: str) -> EvaluationData:
-    """A dataset as the command names it: in the table, drawn, `folder:<path>`, or with its path.
+    """Opens a dataset by its name in the table, a drawn one, `folder:<path>`, or `name=<path>`.
 
     Raises:
-      DataError: it is not there, or not whole.
+      DataError: the dataset is missing or incomplete.
     """
     if described in FAMILIES:
         parts = (open_drawn(described, DRAWN, DRAWN_PIXELS, split) for split in SPLITS)
@@ -283,7 +283,7 @@ def _open_subjects(
 
 
 def tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
-    """The tasks to run, in the table's order; those asked for that do not suit are told."""
+    """The tasks to run, in the table's order; logs the requested ones that do not suit."""
     suiting = [
         name
         for name, task in TASKS.items()
@@ -295,7 +295,7 @@ def tasks_for(data: EvaluationData, chosen: Sequence[str]) -> list[str]:
 
 
 def _run(name: str, bench: Bench, report: GrowingReport) -> list[Finding]:
-    """What a task finds, or its failure; what may be of one process alone ends all of several."""
+    """The findings of a task, or its failure; with several processes, some errors end them all."""
     start = time.monotonic()
     try:
         findings = TASKS[name].run(bench)
@@ -316,14 +316,14 @@ def _run(name: str, bench: Bench, report: GrowingReport) -> list[Finding]:
 
 
 def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
-    """What is known of a subject; of several seeds their fingerprints, and the first one's rest."""
+    """Facts of a subject: the fingerprints of all seeds, and other facts of the first seed."""
     facts = {"fingerprint": ", ".join(seed.fingerprint() for seed in seeds)}
     known = ("encoder", "method", "network", "step", "dataset", "devices", "versions", "config")
     return facts | {name: seeds[0].facts[name] for name in known if name in seeds[0].facts}
 
 
 def _check_settings(settings: Settings, limit: int) -> None:
-    """Refuses what a protocol would only refuse once it is its turn."""
+    """Refuses at the start what a protocol would only refuse at its turn."""
     check_at_least(0, limit=limit, analysed=settings.analysed)
     check_seed(seed=settings.seed)
     check_at_least(0, fine_tune_epochs=settings.fine_tune_epochs)
@@ -343,7 +343,7 @@ def _check_settings(settings: Settings, limit: int) -> None:
 
 
 def _preparation(settings: Settings) -> dict[str, Any]:
-    """What the settings say of images, where they say something."""
+    """The settings of image preparation that the user has set."""
     return {name: v for name in ("size", "mean", "std") if (v := getattr(settings, name))}
 
 
@@ -376,47 +376,55 @@ def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:
 
 if __name__ == "__main__":
     run_flag = flags.DEFINE_multi_string(
-        "run", [], "Workdir of a run or file of weights, or name=path; may be repeated."
+        "run", [], "Workdir of a run or file of weights, as path or name=path; may be repeated."
     )
     datasets_flag = flags.DEFINE_list(
         "datasets",
         [],
-        "Names of the table, motifs, scenes, folder:<path>, or name=<path of its folder>.",
+        "Names in the table, motifs, scenes, folder:<path>, or name=<path of its folder>.",
     )
     to_flag = flags.DEFINE_string("to", "runs/evaluation", "Folder of the report.")
-    tasks_flag = flags.DEFINE_list("tasks", [], f"Of {', '.join(TASKS)}; the usual ones.")
-    network_flag = flags.DEFINE_string("network", "online", "online, or momentum.")
-    data_dir_flag = flags.DEFINE_string("data_dir", "", "Of tensorflow-datasets.")
+    tasks_flag = flags.DEFINE_list(
+        "tasks", [], f"Tasks to run; default: the usual ones. One or more of {', '.join(TASKS)}."
+    )
+    network_flag = flags.DEFINE_string(
+        "network", "online", "Network of a run to evaluate: online or momentum."
+    )
+    data_dir_flag = flags.DEFINE_string("data_dir", "", "data_dir of tensorflow-datasets.")
     cache_flag = flags.DEFINE_string(
-        "cache", "~/.cache/cassle_jax/features", "Folder of features; empty for none."
+        "cache", "~/.cache/cassle_jax/features", "Folder that keeps features; empty for none."
     )
     cache_gib_flag = flags.DEFINE_float(
-        "cache_gib", CACHE_GIB, "What it may take; features read longest ago go first."
+        "cache_gib",
+        CACHE_GIB,
+        "Bound of the cache's size, GiB; the least recently read features go first.",
     )
-    batch_flag = flags.DEFINE_integer("batch", 256, "Images of all devices together.")
-    limit_flag = flags.DEFINE_integer("limit", 0, "At most so many images of each part; 0: all.")
+    batch_flag = flags.DEFINE_integer("batch", 256, "Images per step, all devices together.")
+    limit_flag = flags.DEFINE_integer("limit", 0, "Largest number of images per part; 0: all.")
     max_pixels_flag = flags.DEFINE_integer(
-        "max_pixels", MAX_PIXELS, "Of an image; one that has more is damaged."
+        "max_pixels", MAX_PIXELS, "Most pixels of an image; one with more counts as damaged."
     )
     analysed_flag = flags.DEFINE_integer(
-        "analysed", 2000, "Images that invariance, matching and probes look at; 0: all."
+        "analysed", 2000, "Images for invariance, matching, leak and augmentation probes; 0: all."
     )
-    shots_flag = flags.DEFINE_list("shots", ["1", "5"], "Of few-shot.")
-    ways_flag = flags.DEFINE_integer("ways", 5, "Of few-shot.")
-    episodes_flag = flags.DEFINE_integer("episodes", 2000, "Of few-shot.")
-    neighbours_flag = flags.DEFINE_integer("neighbours", 1, "k of k-NN.")
+    shots_flag = flags.DEFINE_list("shots", ["1", "5"], "Few-shot: images per class to fit.")
+    ways_flag = flags.DEFINE_integer("ways", 5, "Few-shot: classes per episode.")
+    episodes_flag = flags.DEFINE_integer("episodes", 2000, "Few-shot: number of episodes.")
+    neighbours_flag = flags.DEFINE_integer("neighbours", 1, "k-NN: number of neighbours, k.")
     fractions_flag = flags.DEFINE_list(
-        "fractions", ["0.01", "0.1", "1"], "Of the labels, for fine-tuning."
+        "fractions", ["0.01", "0.1", "1"], "Fine-tuning: shares of the labels, each in (0, 1]."
     )
-    probe_epochs_flag = flags.DEFINE_integer("probe_epochs", 100, "Of the SGD probe.")
-    fine_tune_epochs_flag = flags.DEFINE_integer("fine_tune_epochs", 0, "0: its own.")
-    seed_flag = flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
+    probe_epochs_flag = flags.DEFINE_integer("probe_epochs", 100, "SGD probe: epochs.")
+    fine_tune_epochs_flag = flags.DEFINE_integer(
+        "fine_tune_epochs", 0, "Fine-tuning: epochs; 0: its default."
+    )
+    seed_flag = flags.DEFINE_integer("seed", 0, "Seed of all random draws.")
     size_flag = flags.DEFINE_integer("size", 0, "Side of an image in pixels; 0: as in training.")
     mean_flag = flags.DEFINE_list("mean", [], "Mean per channel, in [0, 1]; default: training's.")
     std_flag = flags.DEFINE_list("std", [], "Standard deviation per channel; default: training's.")
 
     def chosen_settings() -> Settings:
-        """The protocols' settings as the flags give them."""
+        """The protocols' settings from the flags."""
         try:
             return Settings(
                 analysed=analysed_flag.value,
@@ -438,7 +446,7 @@ if __name__ == "__main__":
             ) from error
 
     def evaluate() -> None:
-        """Evaluates what the flags say, with the other processes where there are any."""
+        """Evaluates as the flags say, together with the other processes where there are any."""
         with all_processes():
             allow_pixels(max_pixels_flag.value)
             evaluate_command(

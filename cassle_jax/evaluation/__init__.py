@@ -1,1 +1,1 @@
-"""Measures what frozen features know: pure functions of arrays, one file for each protocol."""
+"""Measures what frozen features know: pure functions of arrays, one file per protocol."""

@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How well the embeddings of one view of the images agree with those of another view.
+    """Agreement between the embeddings of two views of the same images.
 
     Attributes:
       same: mean cosine similarity between the two embeddings of an image, in [−1, 1].
@@ -37,7 +37,7 @@ class Agreement:
 
     @property
     def difference(self) -> float:
-        """By how much the similarity to itself exceeds the similarity to another image."""
+        """The similarity of an image to itself minus its similarity to another image."""
         return self.same - self.different
 
 
@@ -117,7 +117,7 @@ def agreement_sums(
       rows: this device's rows and all candidates.
       queries: this device's first embeddings, of any length.
       keys: the second embeddings of all candidates, scaled to unit length.
-      temperature: InfoNCE's, above 0.
+      temperature: the temperature of InfoNCE, above 0.
     """
 
     def compare(row):
@@ -161,13 +161,13 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
     Args:
       sums: summed over all devices and batches.
       counts: summed over all devices and batches.
-      name: what was compared, for the message.
+      name: what was compared; part of the error message.
 
     Raises:
       ValueError: a mean is not finite.
     """
     sums, counts = jax.tree.map(partial(np.asarray, dtype=np.float64), (sums, counts))
-    # The sum over all pairs less the sum over pairs of one image.
+    # The sum over all pairs, minus the sum over pairs of one image.
     different = np.vdot(sums.queries, sums.keys) - sums.same
     found = Agreement(
         same=float(sums.same / counts.images),
@@ -181,12 +181,12 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
 
 
 def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: str) -> Agreement:
-    """The mean of two comparisons: first views look for second ones, and the reverse.
+    """The mean of two comparisons: first views as queries, then second views as queries.
 
     Args:
-      embeddings: of the two views of every image.
-      temperature: InfoNCE's, above 0.
-      name: what is compared, for the message.
+      embeddings: embeddings of the two views of every image.
+      temperature: the temperature of InfoNCE, above 0.
+      name: what is compared; part of the error message.
 
     Raises:
       ValueError: an embedding is not finite.

@@ -31,13 +31,16 @@ FEWEST_IMAGES = 13
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How well a component of a view's descriptors is read off features of held-out images.
+    """Scores of linear probes that predict one component of a view's descriptors.
+
+    The probes are tested on held-out images.
 
     Attributes:
-      metric: `R²`, or `accuracy` of a yes or no and of the quarter turns.
-      from_pair: off the features of the plain and of the augmented image, side by side.
-      from_augmented: off those of the augmented image alone.
-      constant: what the best constant answer gets: 0 of R², the most frequent class's share.
+      metric: `R²` for numbers; `accuracy` for yes-or-no components and the quarter turns.
+      from_pair: score from the features of the plain and the augmented image, side by side.
+      from_augmented: score from the features of the augmented image alone.
+      constant: score of the best constant answer: 0 for R², the most frequent class's share for
+        accuracy.
     """
 
     metric: Literal["R²", "accuracy"]
@@ -48,10 +51,10 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationReadings:
-    """How well the augmentations of views are read off features.
+    """Scores of linear probes that predict how views were augmented.
 
     Attributes:
-      readings: by component, such as `crop row` or `grayscale`.
+      readings: the scores by component, such as `crop row` or `grayscale`.
       images: number of images, those held out included.
     """
 
@@ -59,7 +62,7 @@ class AugmentationReadings:
     images: int
 
     def findings(self, dataset: str) -> list[Finding]:
-        """What is read, as scores and as bars."""
+        """The readings, as scores and as bars."""
         scores = [
             Score("augmentation probes", dataset, f"{metric} of {name}, {source}", value)
             for name, metric, values in self._values()
@@ -98,23 +101,23 @@ class AugmentationReadings:
 def augmentation_prober(
     networks: Networks, spec: AugmentSpec, neutral: Float[Array, " D"], mesh: Mesh
 ) -> Callable[..., AugmentationReadings]:
-    """A function that probes features for augmentations; it is compiled once, at its first call.
+    """Returns a function that probes features for augmentations; its first call compiles it.
 
     Every image is encoded plain (its largest centred square) and augmented as in training. Every
-    fourth is held out; on the others `probe_factors` fits a ridge regression to each component of
-    each descriptor, or a logistic regression to one that is a class, its penalty chosen on a part
-    of them. Components that are the same in all images fitted to, or in all held out, are left out.
-    An encoder that takes ω in with the image is told that nothing was augmented.
+    fourth image is held out. On the others `probe_factors` fits a ridge regression to each
+    component of each descriptor, or a logistic regression to one that is a class, and chooses its
+    penalty on a part of them. Components that are constant over the fitted or over the held-out
+    images are left out. An encoder that takes ω in with the image gets `neutral`.
 
     Args:
-      networks: of the run.
+      networks: the run's networks.
       spec: the run's augmentation.
       neutral: ω of an image that was not augmented, as the run conditions on it.
       mesh: the devices.
 
     Returns:
       A function of variables (`params` and `batch_stats`), batches (as from `evaluation_batches`)
-      and, by default 0, the seed of the augmentations; every process gets the same. It raises
+      and the seed of the augmentations (default 0). It returns the same in every process. It raises
       ValueError for fewer than 13 images, features that are not finite, or augmentations that never
       differ.
     """
@@ -137,15 +140,15 @@ def read_augmentations(
     augmented: Float[np.ndarray, "N F"],
     descriptors: Mapping[str, Float[np.ndarray, "N _"]],
 ) -> AugmentationReadings:
-    """How well each component of the descriptors is read off features, on every fourth row.
+    """Probes features for each component of the descriptors; every fourth row is held out.
 
     Args:
-      plain: features of the images as they are.
-      augmented: features of a view of each.
-      descriptors: of these views, by name, as `describe` has them.
+      plain: features of the unaugmented images.
+      augmented: features of one augmented view of each image.
+      descriptors: the descriptors of these views, by name, as `describe` returns them.
 
     Raises:
-      ValueError: For fewer than 13 rows, features that are not finite, or descriptors that never
+      ValueError: for fewer than 13 rows, features that are not finite, or descriptors that never
         differ.
     """
     if len(plain) < FEWEST_IMAGES:
@@ -179,7 +182,7 @@ def read_augmentations(
 
 
 def _encoding(networks: Networks, spec: AugmentSpec, neutral: Array) -> Callable[..., PyTree]:
-    """The function of variables, key and batch that every device runs.
+    """Returns the function of variables, key and batch that every device runs.
 
     It returns plain features, augmented features and descriptors.
     """
@@ -197,7 +200,7 @@ def _encoding(networks: Networks, spec: AugmentSpec, neutral: Array) -> Callable
 
 
 def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every component by its name, [N]: a number, or a class."""
+    """Every component by its name, [N]: a number or a class."""
     factors = {}
     for name, values in descriptors.items():
         descriptor = DESCRIPTORS[name]
@@ -216,7 +219,7 @@ def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _reading(
     from_pair: float, from_augmented: float, tested: np.ndarray, is_class: bool
 ) -> Reading:
-    """A reading from the shares of a constant answer's error that the probes remove."""
+    """A reading, from the shares of a constant answer's error that the probes remove."""
     if not is_class:
         return Reading("R²", from_pair, from_augmented, 0.0)
     constant = np.unique(tested, return_counts=True)[1].max() / len(tested)

@@ -1,9 +1,10 @@
-"""Trains a linear classifier on an encoder, frozen or not, by SGD on images; and measures it.
+"""Trains a linear classifier on an encoder, frozen or not, by SGD on images, and measures it.
 
-What the protocols that train on images share. Training images are cropped at random and flipped,
-nothing else; test images have their short side resized to 256/224 of the view, whose centre is cut
-out. The head sees float32 features. Order and augmentation are functions of the seed, the step and
-an image's position in the global batch alone: any number of devices trains the same classifier.
+The protocols that train on images share this file. Training images are cropped at random and
+flipped, nothing else. Test images are resized so that the short side is 256/224 of the view, and
+the view is cut out of the centre. The head sees float32 features. Order and augmentation depend
+only on the seed, the step and an image's position in the global batch: any number of devices trains
+the same classifier.
 """
 
 import dataclasses
@@ -44,8 +45,8 @@ from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel, shard_batch
 LOG = logging.getLogger(__name__)
 
 MOMENTUM = 0.9
-CROP_AREA = (0.08, 1.0)  # of supervised training, torchvision's
-TOP_5_CLASSES = 10  # from which on a top-5 accuracy says something
+CROP_AREA = (0.08, 1.0)  # torchvision's for supervised training
+TOP_5_CLASSES = 10  # with fewer classes a top-5 accuracy says little
 
 _CACHE_BYTES = 4 << 30
 _STEPS_AHEAD = 2
@@ -54,17 +55,17 @@ _REPORTS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a classifier is trained: SGD with momentum 0.9, without weight decay.
+    """Settings of a classifier's training: SGD with momentum 0.9, without weight decay.
 
     Attributes:
-      rates: the learning rate of each part that is trained over the steps: of the `head`, and of
-        the `encoder` unless it is frozen. Frozen, it is in evaluation mode; trained, its BatchNorm
-        takes the statistics of the batch over all devices.
-      steps: in all.
-      batch: images of a step, of all devices.
-      seed: of the head's initial values, the order of the images and their augmentation.
-      dtype: of the encoder's convolutions and products; `None` for bfloat16 on accelerators and
-        float32 on CPUs.
+      rates: the learning rate over the steps, by trained part: the `head`, and the `encoder` unless
+        it is frozen. A frozen encoder is in evaluation mode; the BatchNorm of a trained one takes
+        the statistics of the batch over all devices.
+      steps: number of steps.
+      batch: images per step, all devices together.
+      seed: seed of the head's initial values, the order of the images and their augmentation.
+      dtype: dtype of the encoder's convolutions and products; `None` for bfloat16 on accelerators
+        and float32 on CPUs.
     """
 
     rates: Mapping[str, Schedule]
@@ -76,12 +77,13 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracies:
-    """How often a classifier is right on the test images; shares in [0, 1].
+    """Accuracies of a classifier on the test images; shares in [0, 1].
 
     Attributes:
-      top_1: over the images.
+      top_1: share of the images classified correctly.
       class_average: the mean of that share over the classes that occur.
-      top_5: the right class is among the five most probable; `None` below ten classes.
+      top_5: share of the images whose class is among the five most probable; `None` below ten
+        classes.
     """
 
     top_1: float
@@ -96,7 +98,7 @@ def check_classes(
     test_labels: Int[np.ndarray, " M"],
     classes: int,
 ) -> None:
-    """Checks that a classifier of `classes` classes can learn from `train` what `test` asks.
+    """Checks that a classifier of `classes` classes can learn from `train` what `test` measures.
 
     Raises:
       ValueError: no images or no labels, labels outside the classes, one class only, or a class of
@@ -131,10 +133,10 @@ def _class_name(source: Source, label: int) -> str:
 
 
 def fitting_batch(batch: int, images: int, mesh: Mesh) -> int:
-    """The batch itself, or where the images are fewer, as many as the devices can share equally.
+    """The batch, or with fewer images, as many as the devices can share equally.
 
     Raises:
-      ValueError: the devices cannot share the batch, or are more than the images.
+      ValueError: the devices cannot share the batch, or there are more devices than images.
     """
     devices = mesh.size
     if batch < 2 or batch % devices:
@@ -158,21 +160,22 @@ def train_classifier(
 ) -> PyTree:
     """Trains a linear head on the subject's encoder, and the encoder where it has a learning rate.
 
-    The head begins at N(0, 0.01) with biases 0. An encoder that takes ω in with the image is told
-    that nothing was augmented; what takes it in stays as it is.
+    The head begins at N(0, 0.01) with biases 0. An encoder that takes ω in with the image gets the
+    ω of an unaugmented image; its layers for ω are not trained.
 
     Args:
-      subject: whose encoder; it stays as it is.
+      subject: provides the encoder; it is not changed.
       train: images with labels from 0 to `classes` − 1.
-      training: how.
-      classes: how many there are.
+      training: the settings of the training.
+      classes: number of classes.
       mesh: the devices.
 
     Returns:
       Parameters and BatchNorm statistics of the encoder and the `head`, on the devices.
 
     Raises:
-      ValueError: the loss or the update of a step is not finite; names the learning rates.
+      ValueError: the loss or the update of a step is not finite; the message names the learning
+        rates.
     """
     networks = _networks(subject, classes, training.dtype, mesh)
     optimizer = _optimizer(training.rates)
@@ -210,14 +213,14 @@ def measured_accuracies(
     mesh: Mesh,
     dtype: DTypeLike | None = None,
 ) -> Accuracies:
-    """How often a classifier is right.
+    """The accuracies of a trained classifier.
 
     Args:
-      subject: whose encoder was trained on.
+      subject: the subject whose encoder was trained on.
       variables: from `train_classifier`.
       test: images with labels.
-      classes: how many there are.
-      batch: images of all devices together.
+      classes: number of classes.
+      batch: images per step, all devices together.
       mesh: the devices.
       dtype: see `Training`.
     """
@@ -250,13 +253,13 @@ def measured_accuracies(
 
 @struct.dataclass
 class _State:
-    """What changes from step to step; equal on all devices.
+    """The values that change from step to step; equal on all devices.
 
     Attributes:
       step: number of steps done.
-      params: of the parts that are trained.
-      batch_stats: of the encoder, where it is trained.
-      opt_state: the optimiser's.
+      params: parameters of the trained parts.
+      batch_stats: statistics of the encoder, where it is trained.
+      opt_state: state of the optimiser.
     """
 
     step: PyTree
@@ -285,7 +288,7 @@ def _networks(subject: Subject, classes: int, dtype: DTypeLike | None, mesh: Mes
 
 
 def _in_dtype(factory: Callable[[], nn.Module], dtype: DTypeLike) -> Callable[[], nn.Module]:
-    """What builds the module to compute in `dtype`, where it lets itself be told."""
+    """A factory whose module computes in `dtype`, where the module takes one."""
     module = factory()
     return partial(module.clone, dtype=dtype) if hasattr(module, "dtype") else factory
 
@@ -299,7 +302,7 @@ def _optimizer(rates: Mapping[str, Schedule]) -> optax.GradientTransformation:
 def _logits(
     networks: Networks, images: Float[Array, "B S S 3"], neutral: Float[Array, " D"], train: bool
 ) -> Float[Array, "B classes"]:
-    """The head on the encoder; `train` is the encoder's mode."""
+    """The head's logits; `train` is the encoder's mode."""
     if "image_conditioner" in networks.factories:
         told = jnp.broadcast_to(neutral, (len(images), neutral.size))
         images = networks.image_conditioner(images, told, False)
@@ -317,7 +320,7 @@ def _start(
     size, neutral = subject.spec.size, subject.conditioning.neutral
 
     def start(variables):
-        # The compiler leaves out what makes the parameters that the subject already has.
+        # The compiler leaves out the computation of parameters that the subject already has.
         made = networks.init(
             jax.random.key(training.seed),
             jnp.zeros((2, size, size, 3)),
@@ -334,7 +337,7 @@ def _start(
             "batch_stats": {part: batch_stats[part] for part in batch_stats if part not in moving},
         }
         state = _State(jnp.zeros((), jnp.int32), trained, moving, optimizer.init(trained))
-        # Copies, since the state is donated and the subject is not.
+        # Copies, since the state is donated and the subject must not be.
         return jax.tree.map(jnp.copy, (state, fixed))
 
     encoding = {
@@ -361,7 +364,7 @@ def _training_step(
     subject: Subject,
     training: Training,
 ) -> Callable[[_State, PyTree, PyTree], tuple[_State, Float[Array, ""]]]:
-    """A step, written for one device of `AXIS`; its loss is NaN where the update is not finite."""
+    """The step of one device of `AXIS`; its loss is NaN where the update is not finite."""
     spec = _crop_and_flip(subject.spec)
     neutral = subject.conditioning.neutral
     trains_encoder = "encoder" in training.rates
@@ -396,10 +399,10 @@ def _crop_and_flip(spec: AugmentSpec) -> AugmentSpec:
 def _measurement(
     networks: Networks, subject: Subject, classes: int
 ) -> Callable[[PyTree, PyTree], Float[Array, "3 classes"]]:
-    """A function of variables and a batch, for one device of `AXIS`.
+    """Returns a function of variables and a batch, for one device of `AXIS`.
 
-    It counts, over all devices and for each class, the images whose class is the most probable,
-    is among the five most probable, and the images.
+    It counts per class, over all devices: the images whose class is the most probable, the images
+    whose class is among the five most probable, and all images.
     """
     neutral = subject.conditioning.neutral
     center = partial(center_view, spec=subject.spec)
@@ -416,14 +419,14 @@ def _measurement(
 
 
 def _ahead(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Int[Array, " B"]:
-    """How many classes are more probable than the label; of equals the first is, and NaN always."""
+    """The number of classes ranked above the label; ties rank by class number, NaN ranks above."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1]) < labels[:, None]
     return jnp.sum(~(logits <= own) | ((logits == own) & earlier), axis=1)
 
 
 def _shuffled(train: Source, training: Training, canvas: int) -> BatchIterator:
-    """Endless batches. One damaged image is always borne, however few there are."""
+    """Endless batches. At least one damaged image is tolerated, however few images there are."""
     return training_batches(
         train,
         batch=training.batch,
@@ -437,9 +440,9 @@ def _shuffled(train: Source, training: Training, canvas: int) -> BatchIterator:
 
 
 def _steps_behind(results: Iterable[Array]) -> Iterator[np.ndarray]:
-    """Results on the host, in order, each once the devices have been given two more to compute.
+    """Yields results on the host, in order, each once the devices have two more to compute.
 
-    So the host neither stands still for the devices nor runs far ahead of them.
+    So the host neither waits for the devices nor runs far ahead of them.
     """
     pending: deque = deque()
     for result in results:

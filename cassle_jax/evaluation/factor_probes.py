@@ -22,7 +22,7 @@ def probe_factors(
     test_factors: Mapping[str, np.ndarray],
     kinds: Mapping[str, FactorKind],
 ) -> dict[str, float]:
-    """How much of each factor a linear probe reads off the features of unseen images.
+    """Scores linear probes that predict each factor from the features of unseen images.
 
     Every score is the share of a constant answer's error that the probe removes, on the test rows:
     1 is perfect, 0 is what the best constant answer gets, below 0 is worse than that.
@@ -41,14 +41,14 @@ def probe_factors(
     fifth of the training rows, drawn with a fixed seed; the probe is then fitted to all of them.
 
     Args:
-      train_features: Frozen features, one row an image.
-      train_factors: For each factor, its value for every training row.
+      train_features: Frozen features, one row per image.
+      train_factors: The value for every training row, by factor.
       test_features: Features of other images.
-      test_factors: For each factor, its value for every test row.
-      kinds: Which factors to probe, and how; the order is kept.
+      test_factors: The value for every test row, by factor.
+      kinds: The kind of each factor to probe, by name; the scores keep this order.
 
     Returns:
-      The score of each factor.
+      The scores by factor.
 
     Raises:
       ValueError: If a factor is missing, has another length than the features, is not finite, is
@@ -69,25 +69,25 @@ def probe_factors(
         probe = probes[kind]
         answers = on_fit[probe].predict(target[fit], probe.penalties, train[validation])
         validated = [_score(kind, answer, target[validation]) for answer in answers]
-        # Penalties go from strong to weak, so that of equals the most regular one is taken.
+        # Penalties go from strong to weak: ties go to the stronger one.
         chosen = probe.penalties[int(np.argmax(validated))]
         (answer,) = on_all[probe].predict(target, [chosen], test)
         return _score(kind, answer, test_target)
 
-    # On busy cores the threads of these small fits wait for each other far longer than they work.
+    # On busy cores the threads of these small fits spend far longer waiting than working.
     with threadpool_limits(1, user_api="openmp"):
         return {name: probe_factor(name, kind) for name, kind in kinds.items()}
 
 
 def group_means(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
-    """The mean score of every group of factors.
+    """The mean score per group of factors.
 
     Args:
-      scores: Of each factor.
-      groups: Of each factor the group it belongs to.
+      scores: The score of each factor.
+      groups: The group of each factor.
 
     Returns:
-      The mean of each group, in the order in which the groups first occur.
+      The means by group, in the order in which the groups first occur.
     """
     members: dict[str, list[float]] = {}
     for name, group in groups.items():
@@ -132,7 +132,7 @@ def _target(
 
 
 class _Logistic:
-    """Multinomial logistic regressions of one set of rows, each started from the one before."""
+    """Multinomial logistic regressions of one set of rows, each started from the previous one."""
 
     penalties = (1.0, 1e-1, 1e-2, 1e-3)
 
@@ -142,7 +142,7 @@ class _Logistic:
     def predict(
         self, labels: np.ndarray, penalties: Sequence[float], rows: np.ndarray
     ) -> list[np.ndarray]:
-        # A component of the gradient below 1e-3 moves hardly an answer and takes a tenth as long.
+        # A gradient component below 1e-3 changes hardly any answer; this is ten times as quick.
         probe = LogisticRegression(warm_start=True, tol=1e-3, max_iter=1000)
         answers = []
         for penalty in penalties:

@@ -1,4 +1,4 @@
-"""Keeps arrays in a folder of bounded size, from which those go first that nobody read lately."""
+"""Keeps arrays in a folder of bounded size; the least recently read ones are removed first."""
 
 import contextlib
 import logging
@@ -20,20 +20,20 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 
 
 class FeatureCache:
-    """Files `<folder>/<subject>/<key>.npz`, all of them together at most so large.
+    """Files `<folder>/<subject>/<key>.npz` of bounded total size.
 
-    Several processes may share the folder. What cannot be read or written ends nothing.
+    Several processes may share the folder. A file that cannot be read or written stops nothing.
 
     Args:
-      folder: of all subjects; made when something is kept. Other files in it are left alone.
-      gib: its bound, GiB; 0 keeps nothing.
+      folder: the folder of all subjects; made by the first write. Other files in it are left alone.
+      gib: bound of the total size, GiB; 0 keeps nothing.
     """
 
     def __init__(self, folder: Path, gib: float = CACHE_GIB):
         self._folder, self._bytes = folder, gib * 2**30
 
     def read(self, subject: str, key: str) -> Mapping[str, np.ndarray] | None:
-        """The arrays by name; `None` where there are none, or none that can be read."""
+        """The arrays by name; `None` where there is no file, or one that cannot be read."""
         path = self._path(subject, key)
         try:
             with np.load(path) as kept:
@@ -43,7 +43,7 @@ class FeatureCache:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             LOG.warning("%s cannot be read and is made anew: %s", path, error)
             return None
-        with contextlib.suppress(OSError):  # somebody else's cache
+        with contextlib.suppress(OSError):  # the cache belongs to another user
             os.utime(path)
         return arrays
 
@@ -52,8 +52,8 @@ class FeatureCache:
 
         Args:
           subject: 16 hexadecimal digits.
-          key: of the arrays, likewise.
-          arrays: by name.
+          key: the key of the arrays, likewise.
+          arrays: the arrays by name.
         """
         if sum(each.nbytes for each in arrays.values()) > self._bytes:
             return
@@ -70,7 +70,7 @@ class FeatureCache:
         return self._folder / subject / f"{key}.npz"
 
     def _trim(self) -> None:
-        """Removes what is beyond the bound, and what killed processes left."""
+        """Removes files beyond the bound, and leftovers of killed processes."""
         found = []
         for path in self._folder.glob("*/*.npz"):
             if _NAME.fullmatch(path.stem) and _NAME.fullmatch(path.parent.name):

@@ -26,22 +26,22 @@ Extract = Callable[
 def feature_extractor(
     networks: Networks, spec: AugmentSpec, neutral: Float[Array, " D"], mesh: Mesh
 ) -> Extract:
-    """A function that turns a dataset into features; it is compiled once, at its first call.
+    """Returns a function that turns a dataset into features; its first call compiles it.
 
     Images are resized to `spec.size` on their short side (bicubic), cropped at the centre and
-    normalised; batches of that size have been. An encoder that takes ω in with the image is told
-    that nothing was augmented.
+    normalised, unless the batches already have that size. An encoder that takes ω in with the image
+    gets `neutral`.
 
     Args:
-      networks: of the run.
-      spec: size and normalisation.
+      networks: the run's networks.
+      spec: size and normalisation of the views.
       neutral: ω of an image that was not augmented, as the run conditions on it.
       mesh: the devices.
 
     Returns:
       A function of parameters, BatchNorm statistics and batches (as from `evaluation_batches`) that
       returns float32 features [N, F], integer labels [N] and the images' places in the dataset [N],
-      in its order, the same in every process.
+      in the dataset's order, the same in every process.
     """
 
     def features(params, batch_stats, batch):
@@ -73,12 +73,12 @@ def feature_extractor(
 def view_extractor(
     networks: Networks, spec: AugmentSpec, neutral: Float[Array, " D"], mesh: Mesh
 ) -> Callable[[PyTree, Batches, PRNGKeyArray], Float[np.ndarray, "N F"]]:
-    """A function that turns a view of every image into features; compiled once.
+    """Returns a function that turns one view of every image into features; compiled once.
 
     Args:
-      networks: of the run.
-      spec: how views are augmented.
-      neutral: ω an encoder is told that takes it in with the image.
+      networks: the run's networks.
+      spec: the augmentation of the views.
+      neutral: the ω given to an encoder that takes it in with the image.
       mesh: the devices.
 
     Returns:

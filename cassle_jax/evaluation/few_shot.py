@@ -1,13 +1,13 @@
 """Few-shot classification: logistic regressions of many small episodes, solved side by side.
 
-An episode draws N classes, K images of each to fit and 16 others of each to classify. It is solved
-as scikit-learn's liblinear solves it: one against the rest, every class minimising
-½‖θ‖² + C·Σ log(1 + exp(−y·θᵀx)) with C = 1 on the features as they are, a one beside them whose
-weight, the intercept, is penalised like the others. That is strictly convex, with one optimum.
+An episode draws N classes, and per class K images to fit and 16 others to classify. It is solved
+as scikit-learn's liblinear solves it: one class against the rest, each class minimising
+½‖θ‖² + C·Σ log(1 + exp(−y·θᵀx)) with C = 1 on the features as they are. The intercept is the weight
+of a constant one and is penalised like the others. That is strictly convex, with one optimum.
 
-The optimum lies in the span of the N·K images, so each episode is turned onto the principal axes of
-that span (in float64, on the host) and solved there by Newton's method, all classes of many
-episodes in one batch. The penalty does not notice a rotation.
+The optimum lies in the span of the N·K images. So each episode is rotated onto the principal axes
+of that span (in float64, on the host), which leaves the penalty unchanged, and solved there by
+Newton's method, all classes of many episodes in one batch.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 from cassle_jax.checks import check_at_least
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
 
-QUERIES = 16  # of a class and episode
+QUERIES = 16  # per class and episode
 
 _TOLERANCE = 1e-6
 _MAX_STEPS = 50
@@ -38,14 +38,14 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """What few-shot classification found.
+    """Accuracies of few-shot classification.
 
     Attributes:
-      ways: Classes of an episode (N).
-      shots: Images of each class to fit (K).
-      queries: Images of each class to classify.
-      accuracies: Share of the queries classified rightly, of each episode.
-      converged: Whether the fits of an episode got to their optimum.
+      ways: Classes per episode (N).
+      shots: Images per class to fit (K).
+      queries: Images per class to classify.
+      accuracies: Share of the queries classified correctly, per episode.
+      converged: Whether the fits of an episode reached their optimum.
     """
 
     ways: int
@@ -56,7 +56,7 @@ class FewShotResult:
 
     @property
     def mean(self) -> float:
-        """Of the accuracies, in [0, 1]."""
+        """Mean accuracy over the episodes, in [0, 1]."""
         return float(self.accuracies.mean())
 
     @property
@@ -72,7 +72,7 @@ class FewShotResult:
 
 
 class OneAgainstRest(NamedTuple):
-    """Of each episode and class: weights, intercept, and whether they are the optimum."""
+    """Weights, intercept and whether they are the optimum, per episode and class."""
 
     weights: Float32[Array, "episodes ways features"]
     intercepts: Float32[Array, "episodes ways"]
@@ -91,24 +91,24 @@ def few_shot(
 ) -> FewShotResult:
     """The CASSLE paper's few-shot protocol on frozen features.
 
-    The same seed draws the same episodes, whatever the device and the number solved together.
+    The same seed draws the same episodes, on any device and for any number solved together.
 
     Args:
-      features: One row an image; used as they are.
-      labels: Their classes, any integers.
-      ways: Classes of an episode (N).
-      shots: Images of each class to fit (K).
-      queries: Images of each class to classify.
-      episodes: How many to draw.
-      seed: Of the draws.
+      features: One row per image; used as they are.
+      labels: The classes of the images, any integers.
+      ways: Classes per episode (N).
+      shots: Images per class to fit (K).
+      queries: Images per class to classify.
+      episodes: Number of episodes to draw.
+      seed: Seed of the draws.
 
     Returns:
-      Every episode's accuracy, with their mean and its interval. A `UserWarning` says how many
-      episodes did not reach their optimum.
+      The accuracy of every episode, with their mean and its interval. A `UserWarning` reports the
+      number of episodes that did not reach their optimum.
 
     Raises:
       ValueError: If a feature is not finite, there are fewer classes than `ways`, a class has fewer
-        images than an episode takes, or a number is too small.
+        images than an episode draws, or a number is too small.
     """
     check_at_least(1, shots=shots, queries=queries, episodes=episodes)
     check_at_least(2, ways=ways)
@@ -139,15 +139,15 @@ def fit_one_against_rest(
 ) -> OneAgainstRest:
     """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of each episode.
 
-    A fit has converged when Newton's step, which is still taken, was predicted to lower the
-    objective by less than 1e-6 of its value. Images longer than 1e4 are never said to converge:
-    beside their curvature the penalty's is lost to float32.
+    A fit has converged when its last Newton step was predicted to lower the objective by less than
+    1e-6 of its value. Images longer than 1e4 never count as converged: float32 loses the penalty's
+    curvature beside theirs.
 
     Args:
       support: The features of each episode's classes; used as they are.
 
     Returns:
-      For each class what tells it from the episode's other classes.
+      The classifier that separates each class from the episode's other classes.
     """
     episodes, ways, shots, _ = support.shape
     images = support.astype(np.float32).reshape(episodes, ways * shots, -1)
@@ -160,7 +160,7 @@ def fit_one_against_rest(
 def _rows_of_classes(
     features: np.ndarray, labels: np.ndarray, ways: int, images: int
 ) -> list[Int[np.ndarray, " _"]]:
-    """The rows of each class, of which there must be enough."""
+    """The rows of each class; raises ValueError where a class has too few."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features of shape {features.shape} must be rows × features")
     if labels.shape != (len(features),):
@@ -182,7 +182,7 @@ def _rows_of_classes(
 def _draw(
     rows_of: list[np.ndarray], ways: int, images: int, episodes: int, seed: int
 ) -> Int[np.ndarray, "episodes ways images"]:
-    """Rows of each episode's images: classes without repetition, images without repetition."""
+    """Rows of each episode's images; neither classes nor images repeat within an episode."""
     generator = np.random.default_rng(seed)
     drawn = np.empty((episodes, ways, images), np.int32)
     for episode in drawn:
@@ -192,16 +192,16 @@ def _draw(
 
 
 def _episodes_together(drawn: tuple[int, int, int], shots: int, width: int) -> int:
-    """As many as 1 GiB holds, and at most 256."""
+    """The number of episodes that fit in 1 GiB, at most 256."""
     episodes, ways, images = drawn
     fitted = ways * shots
-    # The images, those to fit once more, and a class's Hessian, with its parts and its factor.
+    # The images (those to fit twice), and per class a Hessian, with its parts and its factor.
     numbers = ways * images * width + fitted * (width + 1) + 4 * ways * fitted**2
     return max(1, min(_TOGETHER, episodes, _WORKING_BYTES // (4 * numbers)))
 
 
 def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
-    """Equally many episodes at a time; the first ones fill up the last part."""
+    """Equally many episodes at a time; the last part is filled up with the first episodes."""
     missing = -len(drawn) % together
     filled = np.concatenate([drawn, drawn[:missing]])
     yield from np.split(filled, len(filled) // together)
@@ -210,7 +210,7 @@ def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
 def _principal_axes(
     images: Float32[np.ndarray, "episodes rows _"],
 ) -> tuple[Float32[np.ndarray, "episodes rows rows"], Float64[np.ndarray, " episodes"]]:
-    """Every episode's images on the principal axes of their span, and the longest one's length."""
+    """Every episode's images on the principal axes of their span; the longest image's length."""
     images = images.astype(np.float64)
     gram = images @ images.swapaxes(1, 2)
     spectrum, axes = np.linalg.eigh(gram)
@@ -225,13 +225,13 @@ def _count_right(
     weights: Float32[Array, "episodes ways features"],
     intercepts: Float32[Array, "episodes ways"],
 ) -> Int[Array, " episodes"]:
-    """How many of each episode's queries are classified rightly."""
+    """The number of queries classified correctly, per episode."""
     scores = _einsum("evqd,ewd->evqw", features[queries], weights)
     found = jnp.argmax(scores + intercepts[:, None, None], axis=-1)
     return jnp.sum(found == jnp.arange(queries.shape[1])[:, None], axis=(1, 2))
 
 
-# E episodes, W ways (a problem each), R rows to fit, A axes of their span.
+# E episodes, W ways (one problem each), R rows to fit, A axes of their span.
 
 
 @jax.jit
@@ -242,7 +242,7 @@ def _fit(
     is_solvable: Bool[Array | np.ndarray, " E"],
 ) -> OneAgainstRest:
     margins, converged = _newton(jnp.asarray(rows), jnp.asarray(signs))
-    # At the optimum θ is the sum of the images, each by how wrong it is: no need of the axes.
+    # At the optimum θ is the sum of the images weighted by their residuals: no need of the axes.
     thetas = _einsum("ewr,erd->ewd", signs * jax.nn.sigmoid(-margins), images)
     return OneAgainstRest(thetas[..., :-1], thetas[..., -1], converged & is_solvable[:, None])
 
@@ -250,7 +250,7 @@ def _fit(
 def _newton(
     rows: Float32[Array, "E R A"], signs: Float32[Array, "W R"]
 ) -> tuple[Float32[Array, "E W R"], Bool[Array, "E W"]]:
-    """Minimises ½‖θ‖² + Σ log(1 + exp(−sign·θᵀrow)): sign·θᵀrow there, and who got there."""
+    """Minimises ½‖θ‖² + Σ log(1 + exp(−sign·θᵀrow)); returns sign·θᵀrow and what converged."""
     identity = jnp.eye(rows.shape[2])
 
     def margins_of(thetas):
@@ -287,9 +287,9 @@ def _line_search(
     direction: Float32[Array, "E W A"],
     change: Float32[Array, "E W R"],
 ) -> Float32[Array, "E W"]:
-    """The longest step of 1, ½, ¼, … that ends before the objective rises again, or hardly later.
+    """The longest step of 1, ½, ¼, … at whose end the objective still falls, or hardly rises.
 
-    Slopes are compared and not values, whose differences near the optimum are all rounding.
+    Slopes are compared, not values: near the optimum, differences of values are all rounding.
     """
 
     def slope(length):

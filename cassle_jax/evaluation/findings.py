@@ -1,4 +1,4 @@
-"""What a protocol hands to the report: scores, curves, galleries, a failure; and their JSON."""
+"""Findings of a protocol for the report: scores, curves, galleries, a failure; and their JSON."""
 
 import base64
 import dataclasses
@@ -18,15 +18,15 @@ Pixels = UInt8[np.ndarray, "_ _ 3"]
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A number of a protocol on a dataset.
+    """A number that a protocol measured on a dataset.
 
     Attributes:
       task: the protocol, such as `linear`.
-      dataset: by its name.
+      dataset: name of the dataset.
       metric: such as `accuracy`, `mean per class` or `R²`.
-      value: accuracies in [0, 1].
+      value: the number; accuracies are in [0, 1].
       interval: half the width of its 95 % interval, where the protocol knows one.
-      higher_is_better: or lower, or neither (`None`).
+      higher_is_better: whether higher or lower values are better; `None` for neither.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Score:
 
 
 def half_interval(values: Sequence[float] | np.ndarray) -> float:
-    """Half the 95 % interval of the mean of two values or more (Student's t)."""
+    """Half the width of the 95 % interval of the mean of two or more values (Student's t)."""
     count = len(values)
     return float(stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count))
 
@@ -46,7 +46,7 @@ def half_interval(values: Sequence[float] | np.ndarray) -> float:
 def missed_optima(
     task: str, dataset: str, converged: Bool[np.ndarray, " fits"], fits: str = "fits"
 ) -> list[Score]:
-    """How many of a protocol's fits did not get to their optimum; nothing where all did."""
+    """Reports the fits of a protocol that missed their optimum; empty where none did."""
     missed = float(np.sum(~converged))
     name = f"{fits} that did not converge"
     return [Score(task, dataset, name, missed, higher_is_better=False)] if missed else []
@@ -58,13 +58,13 @@ class Chart:
 
     Attributes:
       task: the protocol.
-      dataset: by its name.
-      title: of the chart.
-      x_label: of the axis of strengths, dimensions, stages, ….
-      y_label: of the values.
-      series: by name its points (x, y); x is a number for lines and a name for bars.
-      log_x: whether equal ratios of x, not equal differences, are drawn equally far apart.
-      log_y: the same for y; not for bars, which begin at zero.
+      dataset: name of the dataset.
+      title: title of the chart.
+      x_label: label of the axis of strengths, dimensions, stages, ….
+      y_label: label of the axis of values.
+      series: points (x, y) by name; x is a number for lines and a name for bars.
+      log_x: whether x has a logarithmic axis.
+      log_y: whether y has one; not for bars, which begin at zero.
     """
 
     task: str
@@ -88,10 +88,10 @@ class Gallery:
 
     Attributes:
       task: the protocol.
-      dataset: by its name.
-      title: of the gallery.
-      rows: of pictures, uint8 RGB of any size, with a caption each; the first of a row is what
-        the others were found for.
+      dataset: name of the dataset.
+      title: title of the gallery.
+      rows: pictures, uint8 RGB of any size, each with a caption; the first of a row is the query
+        of the others.
     """
 
     task: str
@@ -106,8 +106,8 @@ class Failure:
 
     Attributes:
       task: the protocol.
-      dataset: by its name.
-      reason: in one line.
+      dataset: name of the dataset.
+      reason: one line.
     """
 
     task: str
@@ -120,9 +120,9 @@ KINDS = {kind.__name__.lower(): kind for kind in (Score, Chart, Gallery, Failure
 
 
 def to_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Findings as what any reader of JSON takes: no NaN, and pictures as PNG in base64.
+    """Converts findings to strict JSON: no NaN, and pictures as PNG in base64.
 
-    Numbers that are not finite, which JSON has no word for, become "nan", "inf" and "-inf".
+    Numbers that are not finite, which JSON lacks, become "nan", "inf" and "-inf".
     """
     return [{"kind": type(finding).__name__.lower(), **_fields(finding)} for finding in findings]
 
@@ -147,7 +147,7 @@ def _fields(finding: Finding) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy's as Python's, and one that is not finite as its name."""
+    """A NumPy number as a Python number, and one that is not finite as its name."""
     value = value.item() if isinstance(value, np.generic) else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -26,33 +26,33 @@ from cassle_jax.evaluation.subject import Subject
 LOG = logging.getLogger(__name__)
 
 EPOCHS = 20
-# What 20 epochs are on 1 % of ImageNet; on small datasets they would be a handful of steps.
+# The number in 20 epochs on 1 % of ImageNet; on small datasets 20 epochs are a handful of steps.
 LEAST_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The first learning rates of fine-tuning, for a batch of 256."""
+    """The initial learning rates of fine-tuning, for a batch of 256."""
 
     encoder: float
     head: float
 
 
-# SwAV's on ImageNet. It has none for all labels; as in SimCLR they are treated like 10 %.
+# SwAV's on ImageNet. SwAV has none for all labels; as in SimCLR they take the rates for 10 %.
 FEW_LABELS, MANY_LABELS = Rates(0.02, 5.0), Rates(0.01, 0.2)
 FEW = 0.03  # fractions up to it are nearer to 1 % than to 10 %
 
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """What fine-tuning found.
+    """Accuracies of a fine-tuned classifier.
 
     Attributes:
-      fraction: of the labels.
-      images: that were trained on.
-      steps: of training.
-      batch: images of a step; fewer than asked for where there are fewer.
-      accuracy: share of the test images classified rightly, in [0, 1].
+      fraction: share of the labels that was used.
+      images: number of images trained on.
+      steps: number of training steps.
+      batch: images per step; less than requested where there are fewer images.
+      accuracy: share of the test images classified correctly, in [0, 1].
       class_average: the mean of that share over the classes of the test images.
       top_5: share of the test images whose class is among the five most probable; `None` below ten
         classes.
@@ -94,30 +94,31 @@ def fine_tune(
 ) -> FineTuneResult:
     """Trains the encoder and a linear head together on some of the labels, and measures them.
 
-    SGD with momentum 0.9 and no weight decay, half a cosine down to 0, learning rates of their own
-    for encoder and head; random crops and flips; BatchNorm over the batches of all devices.
-    Measured after the last step. The subject stays as it is.
+    SGD with momentum 0.9 and no weight decay, half a cosine down to 0, separate learning rates for
+    encoder and head; random crops and flips; BatchNorm over the batches of all devices. The
+    accuracies are those after the last step. The subject is not changed.
 
     Args:
-      subject: whose encoder is begun from.
-      train: images to take from, with labels.
-      test: images to measure on, with labels.
-      classes: how many there are.
-      fraction: of the images of each class, in (0, 1], see `labelled_subset`.
+      subject: provides the pretrained encoder.
+      train: labelled images to take the subset from.
+      test: labelled images to measure on.
+      classes: number of classes.
+      fraction: share of the images of each class, in (0, 1], see `labelled_subset`.
       mesh: the devices.
-      epochs: of training; 0 for 20, and at least 1000 steps.
-      batch: images of all devices; with fewer training images, as many of them as can be shared.
-      encoder_rate: first learning rate of the encoder for a batch of 256; the run's is
-        encoder_rate · batch / 256. 0 for SwAV's: 0.02 up to 3 % of the labels, 0.01 above.
-      head_rate: the same of the head; 0 for SwAV's: 5 up to 3 % of the labels, 0.2 above.
-      seed: of the head's initial values, the order of the images and their augmentation; not of
-        the subset.
-      dtype: of the encoder's products; `None` for bfloat16 on accelerators, float32 on CPUs.
+      epochs: number of epochs; 0 for 20 epochs, but at least 1000 steps.
+      batch: images per step, all devices together; with fewer training images, as many as the
+        devices can share.
+      encoder_rate: initial learning rate of the encoder for a batch of 256; it is scaled by
+        batch / 256. 0 for SwAV's: 0.02 up to 3 % of the labels, 0.01 above.
+      head_rate: the same for the head; 0 for SwAV's: 5 up to 3 % of the labels, 0.2 above.
+      seed: seed of the head's initial values, the order of the images and their augmentation; the
+        subset does not depend on it.
+      dtype: dtype of the encoder's products; `None` for bfloat16 on accelerators, float32 on CPUs.
 
     Raises:
       ValueError: before training, a setting out of its range, one class only, unlabelled images, a
-        class only the test images have, or a batch that devices cannot share; during it, a loss
-        that is not finite.
+        class that only the test images have, or a batch that the devices cannot share; during it, a
+        loss that is not finite.
 
     References:
       Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments,
@@ -156,15 +157,15 @@ def fine_tune(
 
 
 def labelled_subset(labels: Int[np.ndarray, " N"], fraction: float) -> Int[np.ndarray, " chosen"]:
-    """Which images of a dataset keep their labels: the same share of every class.
+    """Chooses the images that keep their labels: the same share of every class.
 
-    Of a class with n images, round(fraction · n) and at least one: those whose place in the
+    A class with n images keeps round(fraction · n) of them, at least one: those whose place in the
     dataset has the first BLAKE2b digests (8 bytes, of the place in decimal ASCII). So the subset is
-    the same for every subject, and a smaller fraction's lies within a larger one's.
+    the same for every subject, and a smaller fraction's subset lies within a larger one's.
 
     Args:
-      labels: of all images; those with a negative one are never chosen.
-      fraction: in (0, 1].
+      labels: labels of all images; images with a negative one are never chosen.
+      fraction: share to keep, in (0, 1].
 
     Returns:
       Places in the dataset, ascending.

@@ -1,4 +1,4 @@
-"""Measures how much every stage of the network keeps of what each augmentation changes."""
+"""Measures how much of what each augmentation changes every stage of the network keeps."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,13 +60,14 @@ _MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Invariance:
-    """How alike plain and augmented images are to the stages of a network.
+    """Agreement of plain and augmented images at the stages of a network.
 
     Attributes:
-      agreements: by augmentation and strength, then by stage. The projector is there only where
-        the run has one, and `WRONG_PROJECTOR` where another image's ω differs from the own.
+      agreements: agreements by augmentation and strength, then by stage. The projector is there
+        only where the run has one, and `WRONG_PROJECTOR` only where another image's ω differs.
       images: number of images.
-      candidates: among how many images InfoNCE looks for the plain one, the mean over the images.
+      candidates: the number of images among which InfoNCE looks for the plain one; the mean over
+        the images.
     """
 
     agreements: Mapping[tuple[str, float], Mapping[str, Agreement]]
@@ -74,11 +75,11 @@ class Invariance:
     candidates: float
 
     def alone(self) -> dict[str, Mapping[str, Agreement]]:
-        """By augmentation at the run's own strength, then by stage."""
+        """Agreements at the run's own strength, by augmentation, then by stage."""
         return {name: found for (name, strength), found in self.agreements.items() if strength == 1}
 
     def curves(self, augmentation: str) -> dict[str, list[tuple[float, Agreement]]]:
-        """By stage, what the strengths of an augmentation give, from weak to strong."""
+        """Agreements over the strengths of an augmentation, from weak to strong, by stage."""
         strengths = sorted(strength for name, strength in self.agreements if name == augmentation)
         found = [(strength, self.agreements[augmentation, strength]) for strength in strengths]
         return {
@@ -140,42 +141,44 @@ def invariance_meter(
     strengths: Sequence[float] = STRENGTHS,
     temperature: float = TEMPERATURE,
 ) -> Callable[..., Invariance]:
-    """A function that measures invariance, stage by stage; it is compiled at its first call.
+    """Returns a function that measures invariance stage by stage; its first call compiles it.
 
-    Every image is compared with itself under each augmentation alone, applied to all images and
-    drawn from the run's own ranges, and under jitter and blur at other strengths of the same draws
-    (`Chosen` says what a strength does). The plain image and one without a crop show the image's
-    largest centred square, resized as a crop is, so that they differ by the augmentation alone.
+    Every image is compared with itself under each augmentation alone. The augmentation is applied
+    to all images and drawn from the run's own ranges; the same draws of jitter and blur are also
+    applied at other strengths (see `Chosen`). The plain image and the uncropped ones show the
+    image's largest centred square, resized as a crop is, so that they differ by the augmentation
+    alone.
 
-    Stages are what the encoder sows, its features and, where there are weights of one, the
-    projector; a feature map is compared as one vector of all positions and channels, so that a
-    change of place counts as a change. The projector takes each view's own ω; as
-    `WRONG_PROJECTOR`, the augmented view takes the ω that the same augmentation has for another
-    image (`another_image`). "Different images" are all pairs of them. InfoNCE and accuracy look for
-    the plain image of an augmented one among the images of its batch. These two depend on the
-    batch: compare them between equal batch sizes only, with images in random order. BatchNorm uses
-    its running statistics.
+    Stages are the feature maps that the encoder sows, its features and, where the run has one, the
+    projector. A feature map is compared as one vector of all positions and channels, so that a
+    change of place counts as a change. The projector takes each view's own ω; as `WRONG_PROJECTOR`,
+    the augmented view takes the ω that the same augmentation has for another image
+    (`another_image`). "Different images" are all pairs of them. InfoNCE and accuracy look for the
+    plain image of an augmented one among the images of its batch. These two depend on the batch:
+    compare them only between equal batch sizes, with images in random order. BatchNorm uses its
+    running statistics.
 
-    Each device holds the plain feature maps of a whole batch while the augmentations take turns,
-    7 MB an image of 224 pixels for a ResNet-50 in float32, and for every augmentation and strength
-    two sums of feature maps, 0.5 GB in all.
+    Each device holds the plain feature maps of a whole batch while the augmentations take turns:
+    7 MB per image of 224 pixels for a ResNet-50 in float32. It also holds two sums of feature maps
+    per augmentation and strength, 0.5 GB in all.
 
     Args:
-      networks: of the run.
-      conditioning: of the projector.
+      networks: the run's networks.
+      conditioning: the projector's conditioning.
       spec: the run's augmentation.
       mesh: the devices.
-      strengths: positive, of jitter and blur, beside the run's own, 1; empty for no curves.
-      temperature: of InfoNCE.
+      strengths: strengths of jitter and blur to add to the run's own, 1; positive; empty for no
+        curves.
+      temperature: the temperature of InfoNCE.
 
     Returns:
-      A function of variables (`params` and `batch_stats`), of a function that gives the batches (as
-      from `evaluation_batches`), which is called twice where the projector takes ω, and, by default
-      0, of the seed of the augmentations. It raises ValueError for fewer than two images, where no
-      batch has two, or where an embedding is not finite.
+      A function of three arguments: the variables (`params` and `batch_stats`), a function that
+      returns the batches (as from `evaluation_batches`) and is called twice where the projector
+      takes ω, and the seed of the augmentations (default 0). It raises ValueError for fewer than
+      two images, where no batch has two, or where an embedding is not finite.
 
     Raises:
-      ValueError: A temperature or a strength that is not positive.
+      ValueError: a temperature or a strength is not positive.
     """
     check_positive(temperature=temperature)
     for strength in strengths:
@@ -220,7 +223,7 @@ def invariance_meter(
 
 
 def _compared(spec: AugmentSpec, strengths: Sequence[float]) -> list[tuple[str, float]]:
-    """Every augmentation that is drawn, and every strength, once."""
+    """Every drawn augmentation at every strength, once."""
     alone = [("crop", 1.0), *((name, 1.0) for name in CHANCES if getattr(spec, name) > 0)]
     curves = [(name, float(strength)) for name in INTERPOLATED for strength in strengths]
     return list(dict.fromkeys(alone + curves))
@@ -232,7 +235,7 @@ def _description(
     compared: Sequence[tuple[str, float]],
     mesh: Mesh,
 ) -> Callable[..., Float[Array, "B C D"]]:
-    """A function of key and batch: ω of its images under each of the C `compared`."""
+    """Returns a function of key and batch: ω of its images under each of the C `compared`."""
 
     def under(key, batch, chosen):
         drawn = draw_for_each(key, batch, spec)
@@ -255,10 +258,10 @@ def _measurement(
     temperature: float,
     mesh: Mesh,
 ) -> Callable[..., PyTree]:
-    """A function of variables, key and batch that compares its images under every augmentation.
+    """Returns a function of variables, key and batch that compares under every augmentation.
 
-    It returns, for each of `compared`, by stage the `AgreementSums` over the batch's images; for
-    each, how many images' `wrong` ω is not their own; and the `Counts`.
+    It returns, by stage, the `AgreementSums` over the batch's images for each of `compared`; the
+    number of images whose `wrong` ω differs from their own for each; and the `Counts`.
     """
 
     def plain(variables, key, batch):
@@ -290,7 +293,7 @@ def _measurement(
             wrong = batch["wrong"][:, number]
             keys[WRONG_PROJECTOR] = keys[PROJECTOR]
             queries[WRONG_PROJECTOR] = projected(view, wrong, features)
-            # Another program made `wrong`, so that equal ones may differ by rounding.
+            # Another program computed `wrong`, so equal ones may differ by rounding.
             differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
             omega_differs = differs.sum(dtype=jnp.float32)
         sums = {
@@ -313,7 +316,7 @@ def _measurement(
 
     def measure(variables, key, batch):
         local, keys, count = plain(variables, key, batch)
-        # What is chosen is an argument, so that all are one compiled program.
+        # The choice is an argument, so that one compiled program serves all.
         every = [
             under(variables, batch, local, keys, np.int32(number), alone(*each))
             for number, each in enumerate(compared)
@@ -325,7 +328,7 @@ def _measurement(
 
 
 def _stages(networks: Networks, variables: PyTree, view: ViewBatch) -> dict[str, Array]:
-    """What the stages of the encoder make of a view, each image's as one float32 vector [B, D]."""
+    """The outputs of the encoder's stages for a view, each one float32 vector per image [B, D]."""
     features, state = networks.apply(
         variables, view, train=False, method="encode", mutable=["intermediates"]
     )

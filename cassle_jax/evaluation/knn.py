@@ -15,11 +15,11 @@ _VOTE_ROWS = 1024
 
 @dataclass(frozen=True)
 class KnnResult:
-    """What classification by nearest neighbours found.
+    """Accuracies of classification by nearest neighbours.
 
     Attributes:
-      k: Neighbours that vote.
-      accuracy: Share of the test rows classified rightly, in [0, 1].
+      k: Number of neighbours that vote.
+      accuracy: Share of the test rows classified correctly, in [0, 1].
       class_average: The mean of that share over the classes of the test rows.
     """
 
@@ -46,11 +46,11 @@ def knn_evaluation(
 
     Args:
       train: Features and labels (any integers) of the rows to search.
-      test: Those of the rows to classify.
+      test: Features and labels of the rows to classify.
       k: Number of neighbours; the CASSLE paper uses 1.
 
     Returns:
-      The accuracy, over the rows and over the classes.
+      The accuracies over the rows and over the classes.
 
     Raises:
       ValueError: If a split has no rows, another number of labels, another width or a feature that
@@ -77,7 +77,7 @@ def knn_accuracy(
     test_labels: Int[Array | np.ndarray, " test"],
     k: int = 1,
 ) -> float:
-    """Share of test rows whose label the ``k`` most similar training rows vote for.
+    """Share of test rows whose label wins the vote of the ``k`` most similar training rows.
 
     The search is exact and in float32. Similarity is the cosine; a row of zeros has similarity 0
     to everything. Among equally similar training rows the earlier one is the nearer. Every
@@ -125,9 +125,9 @@ def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.n
 
 @jax.jit
 def _winner(votes: Int[Array, "test k"]) -> Int[Array, " test"]:
-    """Of each row's votes, which come from the nearest on, the most frequent; of equals the first.
+    """Majority vote per row, votes from the nearest neighbour on; ties go to the nearer neighbour.
 
-    Every vote is compared with every other: for many classes that is less than counting each.
+    Compares every vote with every other, which for many classes is less than counting per class.
     """
     counts = jnp.sum(votes[:, :, None] == votes[:, None, :], axis=2)
     return jnp.take_along_axis(votes, jnp.argmax(counts, axis=1)[:, None], axis=1)[:, 0]

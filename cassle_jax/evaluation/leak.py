@@ -1,7 +1,7 @@
-"""Measures how much of a contrastive objective ω can solve, the image unseen.
+"""Measures how well ω alone, without the image, solves a contrastive objective.
 
-A descriptor that is computed from the image may give the image away. Then the two ω of an image's
-views find each other, whatever the encoder makes of the views.
+A descriptor that is computed from the image may give the image away. Then the ω of an image's two
+views match each other, whatever the encoder computes.
 """
 
 import dataclasses
@@ -28,26 +28,26 @@ from cassle_jax.parallel import SHARDED, parallel
 
 BATCH, TEMPERATURE = 128, 0.2
 
-# Means over a view, of which descriptors are made, hardly depend on its size.
+# Image means, from which such descriptors are computed, hardly depend on the view's size.
 _PICTURE, _VIEW = 32, 16
 _LEARNING_RATE = 3e-3
-# How much of the embeddings, beside a constant, there may be in the end; of 0 they are all equal.
+# Candidate shares of the embeddings beside a constant; at 0 all embeddings are equal.
 _SHARES = np.linspace(0, 1, 17) ** 2
-_DRAWS = 8  # views of each held-out image
+_DRAWS = 8  # views per held-out image
 FEWEST_IMAGES = 8  # two held-out batches of two
 
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-    """How well an MLP pairs the views of an image from ω alone.
+    """Loss of an MLP that pairs the views of an image from ω alone.
 
     Attributes:
-      nt_xent: on held-out images; `chance` where ω says nothing of its image.
+      nt_xent: the loss on held-out images; `chance` where ω says nothing about its image.
       interval: half the width of its 95 % interval over held-out batches (Student's t).
-      batch: images among whose views the other view is looked for.
-      temperature: of the loss.
-      train_images: number of images that the MLP has learnt from.
-      test_images: number of images held out.
+      batch: images per batch, among whose views the other view is looked for.
+      temperature: temperature of the loss.
+      train_images: number of images the MLP was trained on.
+      test_images: number of held-out images.
     """
 
     nt_xent: float
@@ -59,11 +59,11 @@ class Leak:
 
     @property
     def chance(self) -> float:
-        """NT-Xent of equal embeddings: log of the number of views that may be the other one."""
+        """NT-Xent of equal embeddings: log of the number of candidate views."""
         return math.log(2 * self.batch - 1)
 
     def findings(self, dataset: str) -> list[Finding]:
-        """NT-Xent and what chance gets, as scores and as bars."""
+        """NT-Xent and its chance level, as scores and as bars."""
         values = ("ω alone", self.nt_xent, self.interval), ("chance", self.chance, None)
         title = (
             f"NT-Xent of an MLP that sees ω and no image, among {2 * self.batch} views at "
@@ -92,23 +92,24 @@ def leak_of(
 ) -> Leak:
     """Trains an MLP on the ω of pairs of views, and measures its NT-Xent on other images.
 
-    A half of the images teaches, with views drawn anew at every step; the other half is held out.
-    The MLP has three layers, two of them hidden and 256 wide. In the end its embeddings may take in
-    a constant, as much as more views of the first half want, for an MLP that has learnt nothing to
-    be at chance and not above. A loss below chance proves that ω gives something of the image away.
-    A loss at chance says that this MLP has found nothing. By default it takes about half a
-    minute of a CPU core, a half of it to compile.
+    Half of the images are for training, with views drawn anew at every step; the other half is held
+    out. The MLP has three layers, two of them hidden and 256 wide. After training, a constant is
+    mixed into its embeddings, by a share chosen on further views of the first half: an MLP that has
+    learnt nothing is then at chance and not above. A loss below chance proves that ω gives away
+    something of the image. A loss at chance says that this MLP found nothing. With the defaults it
+    takes about half a minute of one CPU core, half of which is compilation.
 
     Args:
-      conditioning: says what makes up ω.
-      specs: how the run augments each view; the first two are compared.
-      images: whole pictures, each resized to a square or not; see `pictures_of`.
-      sizes: height and width of each before, which decide what crops are drawn; `None` for those
-        that they have.
-      batch: images of a step and of a held-out batch; fewer where a half does not hold two batches.
-      temperature: of the loss.
-      steps: of training.
-      seed: of the MLP's initial values, the images of a step and their augmentation.
+      conditioning: the descriptors that make up ω.
+      specs: the run's augmentation of each view; the first two are compared.
+      images: whole pictures, resized to squares or not; see `pictures_of`.
+      sizes: original height and width of each picture, which decide the crops that are drawn;
+        `None` for the size of `images`.
+      batch: images per training step and held-out batch; fewer where a half does not hold two
+        batches.
+      temperature: temperature of the loss.
+      steps: number of training steps.
+      seed: seed of the MLP's initial values, the images of a step and their augmentation.
 
     Raises:
       ValueError: fewer than 8 images, no descriptors, or a setting out of its range.
@@ -130,7 +131,7 @@ def leak_of(
     keys = jax.random.split(key, len(rows))
     omega = _drawn(conditioning, tuple(specs[:2]))(keys, images, sizes, rows)
     losses = _held_out_losses(*jnp.split(omega, ends), jax.random.key(seed), temperature)
-    # The draws of the same images are no batches of their own.
+    # Draws of the same images are not independent batches: average over them first.
     of_batch = np.asarray(losses, np.float64).reshape(_DRAWS, len(test)).mean(axis=0)
     return Leak(
         nt_xent=float(of_batch.mean()),
@@ -145,7 +146,7 @@ def leak_of(
 def pictures_of(
     batches: Iterable[Batch], mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N side side 3"], Int[np.ndarray, "N 2"]]:
-    """Small squares of all images, each the whole picture, and the sizes that they had.
+    """Small squares of all images, each the whole picture, and the original sizes.
 
     They are in the order of `index`, whatever the batches.
     """
@@ -166,7 +167,7 @@ def pictures_of(
 def _batches(
     seed: np.ndarray, images: int, batch: int, steps: int
 ) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "_ batch"]]:
-    """The images of every training step, and those held out, each of which is in one batch."""
+    """The images of every training step, and the held-out batches, which hold each image once."""
     draw = np.random.default_rng(seed)
     order = draw.permutation(images)
     taught, held_out = order[: images // 2], order[images // 2 :]
@@ -176,8 +177,8 @@ def _batches(
 
 
 def _drawn(conditioning: Conditioning, specs: Sequence[AugmentSpec]):
-    """The compiled function that gives both ω of each image of many batches, [batches, B, 2, D]."""
-    # The views themselves are left out of the compiled program, but for what ω is computed from.
+    """The compiled function that returns both ω per image of many batches, [batches, B, 2, D]."""
+    # The compiled program leaves the views out, except for what ω is computed from.
     specs = [
         dataclasses.replace(spec, size=min(spec.size, _VIEW), kernel_size=3, jitter_order="image")
         for spec in specs
@@ -210,16 +211,16 @@ def _held_out_losses(
     key: PRNGKeyArray,
     temperature: float,
 ) -> Float[Array, " batches"]:
-    """NT-Xent of every held-out batch, after a step of AdamW on each batch of the first.
+    """NT-Xent of every held-out batch, after one step of AdamW on each batch of `taught`.
 
-    The second batches choose how much of the embeddings a constant is to be.
+    The batches of `chosen_by` decide the constant's share of the embeddings.
     """
     mean, deviation = taught.mean((0, 1, 2)), taught.std((0, 1, 2))
     taught, chosen_by, held_out = (
         (each - mean) / jnp.where(deviation > 0, deviation, 1)
         for each in (taught, chosen_by, held_out)
     )
-    # Without the last BatchNorm it takes longer to leave the embeddings that are all equal.
+    # Without the last BatchNorm, training takes longer to leave the state of equal embeddings.
     network = MLP(hidden=256, out=64, depth=3, last_bn=True)
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(taught)))
 

@@ -2,16 +2,16 @@
 
 Every fit minimises Σ cross-entropy + w·‖θ‖² over the weights and biases θ: a sum over the rows, not
 a mean, and the biases are penalised like the weights. So it is strictly convex, with one optimum.
-Three things make that quick to reach, whatever the features' scale, also where w is tiny and the
-classes separable; all is done in float64, on TPUs, which have none, in float32:
+Three things make the optimum quick to reach at any scale of the features, even where w is tiny and
+the classes separable. All is computed in float64, except on TPUs, which have only float32:
 
-- The features, beside a column of ones for the bias, are turned onto their principal axes. The
-  penalty does not notice a rotation, and one number an axis, its curvature, preconditions well (at
-  θ = 0, perfectly).
-- Newton's method, its steps from preconditioned conjugate gradients, its line search along logits
-  already known, so that it needs no product with the features.
-- The penalties go from large to small. A fit starts where the line through the two optima before
-  it leads, in log w: where the classes are separable, θ grows along nearly that line.
+- The features, beside a column of ones for the bias, are rotated onto their principal axes. The
+  rotation leaves the penalty unchanged, and one number per axis, its curvature, preconditions well
+  (at θ = 0, perfectly).
+- Newton's method takes its steps from preconditioned conjugate gradients. Its line search runs
+  along logits already known, so it needs no product with the features.
+- The penalties go from large to small. A fit starts on the line through the two optima before it,
+  extrapolated in log w: where the classes are separable, θ grows nearly along that line.
 
 Logits are kept relative to the logit of the row's own label. The loss and the residual of a row
 that is all but certain are then accurate, where softmax minus one would be all rounding.
@@ -36,7 +36,7 @@ PENALTIES = np.logspace(-6, 5, 45)
 Split = tuple[Float[np.ndarray, "_ _"], Int[np.ndarray, " _"]]
 
 _TOLERANCE = 1e-6
-# Steps of conjugate gradients before a small decrease is believed: others may come late.
+# Conjugate-gradient steps before a small predicted decrease is believed: large ones may come late.
 _SURE_STEPS = 20
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
@@ -48,14 +48,14 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @dataclass(frozen=True)
 class LogisticPath:
-    """Logistic regressions of the same rows, one a penalty, in the order they were asked for.
+    """Logistic regressions of the same rows, one per penalty, in the requested order.
 
     Attributes:
       penalties: The values of w.
-      weights: Of each penalty, class and feature.
-      biases: Of each penalty and class.
-      objectives: What was reached of Σ cross-entropy + w·‖θ‖².
-      converged: Whether a last step was predicted to lower that by less than 1e-6 of it.
+      weights: The weights, per penalty, class and feature.
+      biases: The biases, per penalty and class.
+      objectives: The objectives reached, Σ cross-entropy + w·‖θ‖².
+      converged: Whether the last step was predicted to lower the objective by less than 1e-6 of it.
     """
 
     penalties: Float64[np.ndarray, " penalties"]
@@ -67,7 +67,7 @@ class LogisticPath:
     def predict(
         self, features: Float[np.ndarray, "rows features"]
     ) -> Int[np.ndarray, "penalties rows"]:
-        """The most probable class of every row, for each penalty; of equals the first."""
+        """The most probable class of every row, for each penalty; ties go to the first class."""
         with _widest_floats():
             weights, biases = jnp.asarray(self.weights), jnp.asarray(self.biases)
             blocks = [
@@ -79,17 +79,19 @@ class LogisticPath:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What linear evaluation found.
+    """Accuracies of linear evaluation.
 
     Attributes:
       penalty: The w that did best on the validation rows.
-      penalties: All that were tried.
-      val_accuracy: In the chosen metric, for each penalty, fitted to the training rows.
-      converged: Whether each of these fits, and at the end the one to both splits, got there.
-      test_accuracy: Share of the test rows classified rightly, fitted to both splits.
+      penalties: All values of w tried.
+      val_accuracy: The chosen metric on the validation rows, per penalty, fitted to the training
+        rows.
+      converged: Whether each of these fits, and at the end the fit to both splits, reached its
+        optimum.
+      test_accuracy: Share of the test rows classified correctly, fitted to both splits.
       test_class_average: The mean of that share over the classes of the test rows.
-      weights: Fitted to both splits with the best w.
-      biases: Of that fit.
+      weights: Weights fitted to both splits with the best w.
+      biases: Biases of that fit.
     """
 
     penalty: float
@@ -102,7 +104,7 @@ class LinearResult:
     biases: Float64[np.ndarray, " classes"]
 
     def findings(self, dataset: str, metric: str = "accuracy") -> list[Finding]:
-        """The test rows' accuracies, the dataset's metric first, and validation by penalty."""
+        """Test accuracies, the dataset's metric first, and the validation curve over penalties."""
         values = {"accuracy": self.test_accuracy, "mean per class": self.test_class_average}
         names = sorted(values, key=lambda name: name != metric.replace("_", " "))
         exponents = np.log10(self.penalties).tolist()
@@ -130,26 +132,26 @@ def linear_evaluation(
 ) -> LinearResult:
     """The CASSLE paper's linear evaluation: choose w on validation rows, refit to both, then test.
 
-    Features are used as they are. Of penalties that do equally well, the first is taken: with
-    `PENALTIES` the smallest, as in the published code.
+    Features are used as they are. Ties between penalties go to the first: with `PENALTIES` the
+    smallest, as in the published code.
 
     Args:
       train: Features and labels (from 0) of the rows to fit.
-      val: Those that choose the penalty.
-      test: Those that are reported.
-      classes: How many there are.
+      val: Features and labels of the rows that choose the penalty.
+      test: Features and labels of the rows that the accuracies are reported for.
+      classes: Number of classes.
       penalties: The values of w to try.
-      metric: What is compared on the validation rows: "accuracy", the share of rows that are right,
-        or "mean_per_class", the mean of that share over the classes (the paper's for Pets,
-        Caltech-101, Flowers and Aircraft).
+      metric: The metric compared on the validation rows: "accuracy", the share of rows classified
+        correctly, or "mean_per_class", the mean of that share over the classes (the paper's for
+        Pets, Caltech-101, Flowers and Aircraft).
 
     Returns:
-      The accuracies, in [0, 1], the penalty and the fit that was tested.
+      The accuracies, in [0, 1], the chosen penalty and the fit that was tested.
 
     Raises:
-      ValueError: If a split is empty, of another width than the training rows, not finite or
-        labelled outside the classes; if there are fewer than two classes or the training rows hold
-        one only; or if a penalty or the metric is not one to use.
+      ValueError: If a split is empty, has another width than the training rows, is not finite or
+        has labels outside the classes; if there are fewer than two classes or the training rows
+        hold one only; or if a penalty or the metric is not a valid one.
     """
     if metric not in ("accuracy", "mean_per_class"):
         raise ValueError(f"metric={metric!r} is unknown; use 'accuracy' or 'mean_per_class'")
@@ -160,7 +162,7 @@ def linear_evaluation(
             raise ValueError(f"{name} has {split[0].shape[1]} features; train has {width}")
 
     path = fit_logistic(*train, classes, penalties)
-    # One accuracy a penalty; argmax takes the first of equals.
+    # One accuracy per penalty; argmax takes the first of equal ones.
     val_accuracy = np.array(
         [_accuracies(predicted, val[1])[metric] for predicted in path.predict(val[0])]
     )
@@ -194,23 +196,23 @@ def fit_logistic(
 ) -> LogisticPath:
     """Minimises Σ cross-entropy + w·‖θ‖², weights and biases both in θ, for every penalty w.
 
-    A fit has converged when Newton's step, which is still taken, was predicted to lower the
-    objective by less than 1e-6 of its value.
+    A fit has converged when its last Newton step was predicted to lower the objective by less than
+    1e-6 of its value.
 
-    The device holds the features and their squares, all solutions, and for each penalty of a lot
-    six numbers a row and class: for 75 000 × 2048 features, 2.5 GB and, with 200 classes, 0.7 GB a
+    The device holds the features and their squares, all solutions, and per penalty of a lot six
+    numbers per row and class: for 75 000 × 2048 features, 2.5 GB and, with 200 classes, 0.7 GB per
     penalty.
 
     Args:
       features: Any scale; used as they are.
       labels: From 0 to `classes` − 1.
-      classes: How many there are; a class without a row is allowed.
+      classes: Number of classes; a class without a row is allowed.
       penalties: The values of w, each above 0, in any order.
-      start: Weights [classes, features] and biases [classes] to begin the largest penalty from;
-        zero if not given.
-      together: How many penalties make a lot, which is solved at once. One alone starts nearest to
-        its optimum.
-      max_steps: Newton steps for a lot.
+      start: Weights [classes, features] and biases [classes] from which the largest penalty starts;
+        zero by default.
+      together: Number of penalties solved at once, as a lot. Lots of one start nearest to their
+        optimum.
+      max_steps: Largest number of Newton steps per lot.
 
     Returns:
       The solutions, in the order of `penalties`. A `UserWarning` names those that did not converge.
@@ -257,7 +259,7 @@ def _check_rows(name: str, features: np.ndarray, labels: np.ndarray, classes: in
 
 
 def _accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The share of rows that are right, and its mean over the classes that occur."""
+    """The share of rows classified correctly, and its mean over the classes that occur."""
     right = predicted == labels
     counts = np.bincount(labels)
     occurs = counts > 0
@@ -286,7 +288,7 @@ def principal_axes(
     """Features, with a one for the bias, on their principal axes; squared lengths; the axes."""
     rows, width = features.shape
     if rows <= width:
-        # The optimum lies in the span of the rows, which fewer axes describe.
+        # The optimum lies in the span of the rows, which needs fewer axes.
         span, triangle = np.linalg.qr(_with_ones(features).T)
         spectrum, axes = np.linalg.eigh(triangle @ triangle.T)
         return triangle.T @ axes, spectrum.clip(0), span @ axes
@@ -311,16 +313,16 @@ def _rotated_start(start, axes: np.ndarray, classes: int) -> Float64[np.ndarray,
             f"{(classes, len(axes) - 1)} and {(classes,)} are needed"
         )
     thetas = np.column_stack([weights, biases]).astype(np.float64)
-    # What all classes have in common changes no probability, and is zero at the optimum.
+    # What all classes share changes no probability, and is zero at the optimum.
     return (thetas - thetas.mean(axis=0)) @ axes
 
 
 def _lots(
     penalties: np.ndarray, together: int
 ) -> tuple[Int[np.ndarray, " penalties"], Float64[np.ndarray, "lots together"]]:
-    """Penalties from large to small in equal lots, and where each one is in them.
+    """Penalties from large to small in equal lots, and the place of each one in them.
 
-    What is missing to equal lots is made up by repeating the largest, the quickest to solve.
+    Repeating the largest, the quickest to solve, fills the lots up.
     """
     missing = -len(penalties) % together
     descending = np.argsort(-penalties, kind="stable")
@@ -331,7 +333,7 @@ def _lots(
 
 
 def _path(penalties: np.ndarray, axes: np.ndarray, solved: "_Solved") -> LogisticPath:
-    """The solutions on the features' own axes, with a warning of those that are none."""
+    """The solutions on the features' own axes; warns of fits that missed their optimum."""
     if not solved.converged.all():
         missed = ", ".join(f"{penalty:.3g}" for penalty in penalties[~solved.converged])
         warnings.warn(
@@ -350,7 +352,7 @@ def _path(penalties: np.ndarray, axes: np.ndarray, solved: "_Solved") -> Logisti
 
 
 def _widest_floats():
-    """Where JAX computes in float64, unless on TPUs."""
+    """A context in which JAX computes in float64, except on TPUs."""
     return jax.enable_x64(jax.default_backend() != "tpu")
 
 
@@ -360,9 +362,9 @@ def _most_probable(weights, biases, features):
     return jnp.argmax(logits, axis=1)
 
 
-# Below, on the device: K classes, P penalties of a lot, N rows, D axes. Rows come first and classes
+# Below, on the device: K classes, P penalties per lot, N rows, D axes. Rows come first and classes
 # last, so that every product with the features is one of two matrices, and a row's classes, which
-# the softmax sums over, stand together in memory.
+# the softmax sums over, are adjacent in memory.
 
 
 class _Solved(NamedTuple):
@@ -381,7 +383,7 @@ def _solve_lots(
     start: Float[Array, "D K"],
     max_steps: int | Int[Array, ""],
 ) -> _Solved:
-    """Solves lot after lot, each from where the last two solutions before it lead."""
+    """Solves lot after lot, each starting where the two solutions before it lead."""
     is_label = labels[:, None, None] == jnp.arange(start.shape[-1])
 
     def solve(before, penalties):
@@ -407,10 +409,10 @@ def _lead_on(
     thetas: Float[Array, "D 2 K"],
     exponents: Float[Array, "2 1"],
 ) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"]]:
-    """Where the line through two solutions, in log w, leads, or the second where that is better.
+    """Extrapolates two solutions linearly in log w; keeps the second where that is better.
 
     Returns:
-      θ of each penalty, and the relative logits there.
+      θ per penalty, and the relative logits there.
     """
     logits = _relative(_einsum("nd,dpk->npk", features, thetas), is_label)
     gap, beyond = exponents[1] - exponents[0], jnp.log(penalties) - exponents[1]
@@ -437,7 +439,7 @@ def _newton(
     logits: Float[Array, "N P K"],
     max_steps: int | Int[Array, ""],
 ) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"], Bool[Array, " P"]]:
-    """Newton's method from `thetas`: the solutions, their relative logits, and who got there."""
+    """Newton's method from `thetas`: solutions, their relative logits, and which converged."""
     ridge = 2 * penalties[:, None]
 
     def logits_of(thetas):
@@ -482,10 +484,10 @@ def _newton(
 def _conjugate_gradients(
     hessian, gradient: Float[Array, "D P K"], inverse, logits, small, active: Bool[Array, " P"]
 ) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"], Float[Array, " P"]]:
-    """Newton's direction, how it changes the logits, and by how much it should lower the objective.
+    """Newton's direction, its change of the logits, and the predicted decrease of the objective.
 
     A penalty is finished when another step would add little to that decrease: the k-th step adds
-    less than a tenth of the mean of those before it. A decrease below `small` ends a fit, and is
+    less than a tenth of the mean of those before it. A decrease below `small` ends a fit, but is
     only believed after some more steps. Where `active` is false the direction is zero.
 
     References:
@@ -494,7 +496,7 @@ def _conjugate_gradients(
     """
 
     def preconditioned(residual):
-        # What all classes have in common changes no probability: it stays zero, as in the residual.
+        # What all classes share changes no probability: it stays zero, as in the residual.
         scaled = inverse * residual
         return scaled - jnp.mean(scaled, axis=-1, keepdims=True)
 
@@ -537,10 +539,10 @@ def _line_search(
     ridge: Float[Array, "P 1"],
     is_label: Bool[Array, "N 1 K"],
 ) -> Float[Array, " P"]:
-    """The length of each step at which the slope along it has all but vanished.
+    """The step lengths at which the slope along the direction has all but vanished.
 
     Newton's method in one variable, between the longest step known to fall short and the shortest
-    known to go too far; it at most doubles a step.
+    known to go too far; a step at most doubles.
     """
     ridge = ridge[:, 0]
     inward, squared = _dot(thetas, direction), _dot(direction, direction)
@@ -565,7 +567,7 @@ def _line_search(
         longest = 2 * jnp.maximum(length, 0.5)
         proposed = length - slope / curvature
         inside = (proposed > short) & (proposed < far)
-        # The bound holds for the middle, too: where slopes are all rounding, `far` may be infinite.
+        # The bound also holds for the middle: where slopes are all rounding, `far` may be infinite.
         proposed = jnp.minimum(jnp.where(inside, proposed, (short + far) / 2), longest)
         return step + 1, jnp.where(found, length, proposed), short, far, first_slope, found
 
@@ -577,7 +579,7 @@ def _line_search(
 def _relative(
     logits: Float[Array, "N P K"], is_label: Bool[Array, "N 1 K"]
 ) -> Float[Array, "N P K"]:
-    """Logits less that of the row's label, which becomes zero."""
+    """Logits minus the logit of the row's label, which becomes zero."""
     return logits - jnp.sum(jnp.where(is_label, logits, 0), axis=-1, keepdims=True)
 
 
@@ -588,7 +590,7 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(logits: Float[Array, "N P K"], is_label: Bool[Array, "N 1 K"]) -> _Softmax:
-    """Of relative logits; residuals are probabilities, less one for the label, uncancelled."""
+    """Softmax of relative logits; residuals (probability minus one-hot) without cancellation."""
     top = jnp.max(logits, axis=-1, keepdims=True)
     others = jnp.where(is_label, 0, jnp.exp(logits - top))
     rest = jnp.sum(others, axis=-1, keepdims=True)

@@ -1,6 +1,6 @@
 """Matches two views of each image by features and by projections with the right, a wrong or no ω.
 
-Measures besides how well ω alone matches, with features that say nothing of the image.
+Also measures how well ω alone matches, with features that say nothing about the image.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ Pairs = dict[str, Float[Array, "B 2 D"]]
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """How well two views of an image find each other.
+    """Agreement of two views of an image.
 
     Attributes:
-      agreements: by name of what is compared. `FEATURES` are the encoder's. `RIGHT`, `WRONG` and
-        `NONE` are projections with the view's own ω, with another image's, and with that of an
-        image that is not augmented; a projector without ω has `NONE` alone. `MEAN` and `ANOTHER`
-        are projections with the right ω of features that say nothing of the image: the mean of
-        all images' features, or another image's.
+      agreements: agreements by name of the compared embeddings. `FEATURES` are the encoder's.
+        `RIGHT`, `WRONG` and `NONE` are projections with the view's own ω, with another image's, and
+        with that of an unaugmented image; a projector without ω has `NONE` alone. `MEAN` and
+        `ANOTHER` are projections, with the right ω, of features that say nothing about the image:
+        the mean of all images' features, or another image's.
       images: number of images; a view is looked for among all of them.
     """
 
@@ -60,11 +60,11 @@ class Matching:
     images: int
 
     def findings(self, dataset: str) -> list[Finding]:
-        """InfoNCE and accuracy as scores and as bars, beside those of chance.
+        """InfoNCE and accuracy as scores and as bars, beside their chance levels.
 
-        Chance is the figure of embeddings that are equal for all images. With ω alone, InfoNCE
+        Chance is the level of embeddings that are equal for all images. With ω alone, InfoNCE
         exceeds it where the embeddings differ by something that an image's views do not share;
-        accuracy exceeds it only where ω tells images apart.
+        accuracy exceeds it only where ω distinguishes images.
         """
         scores, charts = [], []
         for metric, better, value, chance in (
@@ -92,17 +92,16 @@ class Matching:
 
 
 class ViewMatcher:
-    """Measures how views match. Compiles once, at the first call.
+    """Measures how well views match. The first call compiles it.
 
     The encoder and the projector embed two views of every image, augmented as in training. The
     projector takes the view's own ω, then that of the same view of another image
-    (`another_image`), then that of an image that is not augmented. Either view looks for the other
-    among those of all images. So the result depends neither on the batch size nor on the order of
-    the images nor on the number of devices. It does depend on the number of images: more are
-    harder to tell apart.
+    (`another_image`), then that of an unaugmented image. Each view looks for the other among those
+    of all images. So the result does not depend on the batch size, the order of the images or the
+    number of devices. It does depend on the number of images: matching among more is harder.
 
-    To show what ω does by itself, the features are replaced by the mean of all, and by those of
-    other images (`donors`; from 4 images on). Encoders that take ω with the image have no features
+    To show the effect of ω alone, the features are replaced by the mean of all, and by those of
+    other images (`donors`; needs 4 images). Encoders that take ω with the image have no features
     without it, and are left out of this part.
 
     The host keeps the features and embeddings of all images.
@@ -117,14 +116,14 @@ class ViewMatcher:
         *,
         temperature: float = TEMPERATURE,
     ):
-        """Keeps what it measures with.
+        """Keeps the settings of the measurement.
 
         Args:
-          networks: the run's; without a projector, only features are matched.
-          conditioning: the projector's.
+          networks: the run's networks; without a projector, only features are matched.
+          conditioning: the projector's conditioning.
           specs: the run's augmentation of each view; the first two are compared.
           mesh: the devices.
-          temperature: InfoNCE's, above 0.
+          temperature: the temperature of InfoNCE, above 0.
 
         Raises:
           ValueError: the temperature is not positive.
@@ -149,7 +148,7 @@ class ViewMatcher:
           variables: `params` and `batch_stats`.
           batches: returns the batches, as `evaluation_batches` does; called twice where the
             projector takes ω.
-          seed: of the augmentations.
+          seed: seed of the augmentations.
 
         Raises:
           ValueError: there are fewer than two images, or an embedding is not finite.
@@ -177,7 +176,7 @@ class ViewMatcher:
         return Matching(agreements, len(index))
 
     def _views(self, keys, batch):
-        """The images of both views one after the other, and ω of either."""
+        """The images of both views one after the other, and ω of each."""
         pair = [
             view_as_in_training(key, batch, spec)
             for key, spec in zip(keys, self._specs, strict=True)
@@ -216,14 +215,14 @@ class ViewMatcher:
 
 
 def donors(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N 2"]:
-    """The rows of two other images for every image, whose features replace those of its two views.
+    """Rows of two other images per image, whose features replace those of its two views.
 
     One half of the images gives features to first views, the other half to second views. So no
-    first view has the same image's features as any second view, and features neither help to match
-    nor mislead.
+    first view has the same image's features as any second view, and features neither help nor
+    hinder matching.
 
     Args:
-      key: random key.
+      key: the random key.
       index: the images' numbers in their dataset, all different; at least 4.
     """
     order = circle(key, index)
@@ -238,7 +237,7 @@ def donors(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, "
 def _replaced(
     features: Float[np.ndarray, "N 2 F"], key: PRNGKeyArray, index: Int[np.ndarray, " N"]
 ) -> dict[str, Float[np.ndarray, "N 2 F"]]:
-    """Features that say nothing of the own image, by name."""
+    """Features that say nothing about the view's own image, by name."""
     mean = features.mean(axis=0, dtype=np.float64).astype(features.dtype)
     replaced = {MEAN: np.broadcast_to(mean, features.shape)}
     if len(index) >= 4:
@@ -247,7 +246,7 @@ def _replaced(
 
 
 def _batches_of(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Iterable[Batch]:
-    """Batches of arrays that every process holds whole; every process yields its share."""
+    """Batches of arrays that every process holds whole; every process yields its own share."""
     count = len(next(iter(arrays.values())))
     size = _PAIRS_AT_ONCE * mesh.size
     share = size // jax.process_count()

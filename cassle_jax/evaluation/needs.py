@@ -1,4 +1,4 @@
-"""What a protocol needs of a dataset, as far as can be told before an image is read."""
+"""Requirements of a protocol on a dataset, checked before an image is read."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from cassle_jax.data.sources import DAMAGED, labels_of
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """The least that a protocol can be run with; 0 where anything will do.
+    """The least that a protocol can be run with; 0 for no requirement.
 
     Attributes:
-      train, val, test: images of each part.
+      train, val, test: images per part.
       analysed: test images that an analysis looks at.
-      labels: whether every image needs one, and the images to learn from two classes.
-      every_class: whether each class of the test images must be learnt from.
-      neighbours: images to learn from, of the training and the validation part together.
-      devices: which the images to learn from are shared by.
+      labels: whether every image needs a label, and the images to learn from at least two classes.
+      every_class: whether each class of the test images must occur in the images to learn from.
+      neighbours: images to learn from, the training and the validation part together.
+      devices: number of devices that share the images to learn from.
       share: smallest share of each class's images that is learnt from.
-      ways: classes of an episode.
-      of_a_class: images of each class that an episode takes.
+      ways: classes per episode.
+      of_a_class: images per class that an episode takes.
     """
 
     train: int = 0
@@ -41,12 +41,12 @@ class Needs:
     of_a_class: int = 0
 
     def unmet(self, data: EvaluationData, *, limit: int = 0, analysed: int = 0) -> str:
-        """The first need that a dataset does not meet, in one line; "" where it meets all.
+        """The first need that the dataset does not meet, in one line; "" where it meets all.
 
         Args:
-          data: the dataset; its labels are read where they count.
-          limit: at most so many images of each part; 0 for all.
-          analysed: test images that analyses look at; 0 for all.
+          data: the dataset; its labels are read only where they matter.
+          limit: largest number of images per part; 0 for all.
+          analysed: number of test images that analyses look at; 0 for all.
         """
         return next(self._too_few_images(data, limit, analysed), "") or next(
             self._wrong_labels(data, limit), ""
@@ -74,7 +74,7 @@ class Needs:
         fitted = np.concatenate([by_part[part] for part in learnt] or [np.zeros(0, int)])
         if learnt:
             yield from self._wrong_to_learn_from(data, fitted, by_part[data.test], limit)
-        # Of a few-shot dataset the test part is all there is.
+        # A few-shot dataset has only a test part.
         yield from self._no_episodes(np.concatenate([fitted, by_part[data.test]]), data, limit)
 
     def _wrong_to_learn_from(
@@ -110,12 +110,12 @@ def _at_most(count: int, limit: int) -> int:
 
 
 def _labels(source: Source, limit: int) -> Int[np.ndarray, " images"]:
-    """Of the images that are read; those of damaged records are not known."""
+    """Labels of the images that are read; the labels of damaged records are unknown."""
     labels = np.asarray(labels_of(source))[evenly_spaced(len(source), limit)]
     return labels[labels != DAMAGED]
 
 
 def _too_few(what: str, count: int, least: int, **settings: int) -> str:
-    """One line, with the settings that may be why."""
+    """One line, with the settings that may be the cause."""
     chosen = ", ".join(f"{name}={value}" for name, value in settings.items() if value)
     return f"too few {what}: {count}; {least} is the least" + (f" ({chosen})" if chosen else "")

@@ -20,8 +20,8 @@ class Neighbours:
     """The rows most similar to each query, the nearest first.
 
     Attributes:
-      rows: Where they are among the rows that were searched.
-      similarities: Their cosine with the query.
+      rows: Places of the neighbours among the searched rows.
+      similarities: Cosine between the neighbours and the query.
     """
 
     rows: Int32[np.ndarray, "queries k"]
@@ -36,20 +36,20 @@ class Neighbours:
         title: str = "Nearest images",
         names: Sequence[str] = (),
     ) -> list[Finding]:
-        """A gallery: on each line a query, then its neighbours captioned with their similarity.
+        """A gallery: each line shows a query, then its neighbours with their similarity.
 
         Args:
-          dataset: By its name.
+          dataset: Name of the dataset.
           query_picture: Fetches the picture of a query by its place among the queries.
-          picture: Fetches the picture of a row that was searched.
-          title: Of the gallery.
-          names: Captions of the queries; "query" where none are given.
+          picture: Fetches the picture of a searched row by its place.
+          title: Title of the gallery.
+          names: Captions of the queries; "query" by default.
 
         Returns:
           The gallery alone.
 
         Raises:
-          ValueError: If there are names, but not one a query.
+          ValueError: If the number of names differs from the number of queries.
         """
         if names and len(names) != len(self.rows):
             raise ValueError(f"names has {len(names)} captions for {len(self.rows)} queries")
@@ -84,9 +84,9 @@ def nearest(
     Args:
       queries: Features, any scale.
       rows: Features to search, any scale.
-      k: How many to find.
-      own_rows: For each query where it is itself among the rows, which is then left out; −1 for one
-        that is not. So the neighbours of images within their own set are
+      k: Number of neighbours to find.
+      own_rows: The place of each query among the rows, where it is left out; −1 for a query that is
+        not among them. So the neighbours of images within their own set are
         `nearest(features[images], features, k, own_rows=images)`.
 
     Returns:
@@ -113,7 +113,7 @@ def nearest(
             f"from 0, and -1 stands for none"
         )
 
-    # A block must hold k rows, for top_k to find as many.
+    # A block must hold k rows, so that top_k can find k.
     block_rows = max(k, min(_SEARCH_ROWS, len(rows)))
     blocks = jnp.asarray(_blocks(rows, block_rows))
     is_row = jnp.asarray(_blocks(np.ones(len(rows), bool), block_rows))
@@ -144,7 +144,7 @@ def _search(
     *,
     k: int,
 ) -> tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]]:
-    """The rows nearest to each query, from block after block, and their similarities."""
+    """The nearest rows to each query, found block by block, and their similarities."""
     queries = _normalise(jnp.asarray(queries))
 
     def merge(nearest, block):
@@ -153,7 +153,7 @@ def _search(
         places = first + jnp.arange(len(rows))
         allowed = is_row & (places != jnp.asarray(own_rows)[:, None])
         found, kept = jax.lax.top_k(jnp.where(allowed, similarity, -jnp.inf), k)
-        # What was found before stands first: top_k then keeps the earlier of equals.
+        # Earlier finds come first: top_k then keeps the earlier of equal ones.
         similarity = jnp.concatenate([nearest[1], found], axis=1)
         places = jnp.concatenate([nearest[0], places[kept]], axis=1)
         similarity, kept = jax.lax.top_k(similarity, k)

@@ -36,10 +36,10 @@ def project(
     """The projection of a view, conditioned on `view.descriptor`.
 
     Args:
-      networks: the run's.
+      networks: the run's networks.
       variables: `params` and `batch_stats`.
       view: images and ω.
-      features: the images' features; computed anew only where the encoder takes ω too.
+      features: the images' features; recomputed only where the encoder takes ω too.
     """
 
     def projection(bound: Networks) -> Float[Array, "B D"]:
@@ -50,13 +50,13 @@ def project(
 
 
 def another_image(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """The row of another image for every image: a permutation without fixed points.
+    """A row of another image per image: a permutation without fixed points.
 
     The images stand in a circle in an order drawn by key, and every image gets its successor. So
     the other image depends on the key and on the set of images, not on their order.
 
     Args:
-      key: random key.
+      key: the random key.
       index: the images' numbers in their dataset, all different.
 
     Raises:
@@ -81,12 +81,12 @@ def with_wrong_omega(
     key: PRNGKeyArray,
     mesh: Mesh,
 ) -> Iterable[Batch]:
-    """Adds another image's ω to every row of the batches as `wrong`; zeros where no image is.
+    """Adds another image's ω to every row of the batches as `wrong`; zeros in padding rows.
 
     Args:
       describe: returns ω of a sharded batch's images, sharded.
       batches: returns the batches; called twice.
-      key: random key of `another_image`.
+      key: the random key of `another_image`.
       mesh: the devices.
 
     Raises:

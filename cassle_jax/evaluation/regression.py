@@ -1,12 +1,12 @@
 """Regression of landmarks and poses: linear in frozen features, by absolute error, many penalties.
 
 Every fit minimises Σ |y − θᵀx| + w·‖θ‖² over the weights and the bias θ of a target: a sum over the
-rows, not a mean, and the bias is penalised like the weights. Targets do not share anything but w.
+rows, not a mean, and the bias is penalised like the weights. Targets share nothing but w.
 
 The alternating direction method of multipliers solves all targets and several penalties together.
-It splits the residuals from θ: what is left to do in a step is a ridge regression, which on the
-principal axes of the features is a division, and a clipping of every row's residual. The penalties
-go from large to small, each lot from the optimum before it.
+It splits the residuals from θ. A step is then a ridge regression, which on the features' principal
+axes is a division, and a clipping of every row's residual. The penalties go from large to small;
+each lot starts at the optimum before it.
 """
 
 import warnings
@@ -36,7 +36,7 @@ _STRONGEST = 1e3
 _STEPS_A_CHECK = 10
 _TOGETHER = 9
 _WORKING_BYTES = 2 << 30
-# Of problems × rows: targets, residuals three times, duals twice, and what is clipped.
+# Arrays of problems × rows: targets, residuals three times, duals twice, and the clipped residuals.
 _WORKING_ARRAYS = 7
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -44,13 +44,13 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @dataclass(frozen=True)
 class AbsolutePath:
-    """Regressions of the same rows by absolute error, one a penalty, in the order asked for.
+    """Regressions of the same rows by absolute error, one per penalty, in the requested order.
 
     Attributes:
       penalties: The values of w.
-      weights: Of each penalty, target and feature.
-      biases: Of each penalty and target.
-      objectives: What was reached of Σ |y − θᵀx| + w·‖θ‖², of each penalty and target.
+      weights: The weights, per penalty, target and feature.
+      biases: The biases, per penalty and target.
+      objectives: The objectives reached, Σ |y − θᵀx| + w·‖θ‖², per penalty and target.
       converged: Whether every target's objective is within about 1e-4 of its optimum.
     """
 
@@ -70,18 +70,19 @@ class AbsolutePath:
 
 @dataclass(frozen=True)
 class RegressionResult:
-    """What regression found.
+    """R² of the regression.
 
     Attributes:
-      metric: What was compared on the validation rows.
+      metric: The metric compared on the validation rows.
       penalty: The w that did best there.
-      penalties: All that were tried.
-      val_score: In that metric, for each penalty, fitted to the training rows.
-      converged: Whether each of these fits, and at the end the one to both splits, got there.
+      penalties: All values of w tried.
+      val_score: That metric on the validation rows, per penalty, fitted to the training rows.
+      converged: Whether each of these fits, and at the end the fit to both splits, reached its
+        optimum.
       test_r2: R² of the test rows, the mean over the targets, fitted to both splits.
-      test_r2_pooled: The squared correlation of all their predictions with all their targets.
-      weights: Fitted to both splits with the best w.
-      biases: Of that fit.
+      test_r2_pooled: The squared correlation of all test predictions with all test targets.
+      weights: Weights fitted to both splits with the best w.
+      biases: Biases of that fit.
     """
 
     metric: str
@@ -95,7 +96,7 @@ class RegressionResult:
     biases: Float32[np.ndarray, " targets"]
 
     def findings(self, dataset: str) -> list[Finding]:
-        """Both R² of the test rows, and the validation rows' over the penalties."""
+        """Both R² of the test rows, and the validation curve over the penalties."""
         exponents = np.log10(self.penalties).tolist()
         points = tuple(zip(exponents, self.val_score.tolist(), strict=True))
         return [
@@ -123,26 +124,24 @@ def regression(
 ) -> RegressionResult:
     """The CASSLE paper's regression: choose w on validation rows, refit to both, then test.
 
-    Features and targets are used as they are. Of penalties that do equally well, the first is
-    taken.
+    Features and targets are used as they are. Ties between penalties go to the first.
 
     Args:
       train: Features and targets of the rows to fit.
-      val: Those that choose the penalty.
-      test: Those that are reported.
+      val: Features and targets of the rows that choose the penalty.
+      test: Features and targets of the rows that R² is reported for.
       penalties: The values of w to try.
-      metric: What is compared on the validation rows: "r2", the mean over the targets of
-        1 − Σ(y − ŷ)²/Σ(y − ȳ)², or "r2_pooled", that of all targets together after a line has been
-        fitted from predictions to targets, which is their squared correlation (as in the published
-        code).
+      metric: The metric compared on the validation rows: "r2", the mean over the targets of
+        1 − Σ(y − ŷ)²/Σ(y − ȳ)², or "r2_pooled", the same of all targets together after a linear fit
+        from predictions to targets, which is their squared correlation (as in the published code).
 
     Returns:
-      Both R² of the test rows, the penalty and the fit that was tested.
+      Both R² of the test rows, the chosen penalty and the fit that was tested.
 
     Raises:
-      ValueError: If a split is empty, of another width or number of targets than the training rows,
-        or not finite; if a target is the same in all rows of a split; or if a penalty or the metric
-        is not one to use.
+      ValueError: If a split is empty, has another width or number of targets than the training
+        rows, or is not finite; if a target is the same in all rows of a split; or if a penalty or
+        the metric is not a valid one.
     """
     check_one_of(METRICS, metric=metric)
     shape = train[0].shape[1:], train[1].shape[1:]
@@ -189,19 +188,19 @@ def fit_absolute(
 ) -> AbsolutePath:
     """Minimises Σ |y − θᵀx| + w·‖θ‖², weights and bias both in θ, for every target and penalty w.
 
-    A step takes two products with the features; some tens of steps are usual, and some thousands
-    where hardly anything is penalised and there are more rows than features. A fit has converged
-    when its duality gap is below 1e-4 of the objective, or below 1e-5 of the best constant's
-    absolute error, which is about what float32 can tell. Of the gap's part that grows like 1/w,
-    only what a change of the predictions by twice the residuals' length can gain is counted.
+    A step takes two products with the features. A few dozen steps are usual; it takes thousands
+    where the penalty is tiny and there are more rows than features. A fit has converged when its
+    duality gap is below 1e-4 of the objective, or below 1e-5 of the best constant's absolute error,
+    which is about the resolution of float32. One part of the gap grows like 1/w; of it, only what a
+    change of the predictions by twice the residuals' length can gain is counted.
 
-    The device holds the features and, for each penalty of a lot, seven numbers a row and target.
+    The device holds the features and, per penalty of a lot, seven numbers per row and target.
 
     Args:
       features: Any scale; used as they are.
       targets: Any scale.
       penalties: The values of w, each above 0, in any order.
-      max_steps: Steps for a lot of penalties, rounded up to tens.
+      max_steps: Largest number of steps per lot of penalties, rounded up to tens.
 
     Returns:
       The solutions, in the order of `penalties`. A `UserWarning` names those that did not converge.
@@ -241,9 +240,9 @@ def _solve_lots(
     lots: Float64[np.ndarray, "lots together"],
     max_steps: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Lot after lot of penalties: θ, objectives and who got there, of each penalty and target."""
+    """Solves lot after lot: θ, objectives and convergence, per penalty and target."""
     together = lots.shape[1]
-    # All problems are on one axis: of each target its penalties, side by side.
+    # All problems are on one axis: the penalties of the first target, then those of the next.
     repeated = jnp.repeat(jnp.asarray(targets.T, jnp.float32), together, axis=0)
     rotated, spectrum = (jnp.asarray(each, jnp.float32) for each in (rotated, spectrum))
     state = _start(repeated, spectrum)
@@ -274,7 +273,7 @@ def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
-    """The squared correlation; 0 where the predictions, which are float32, differ by rounding."""
+    """The squared correlation; 0 where the float32 predictions differ by rounding alone."""
     targets, predicted = targets.ravel().astype(np.float64), predicted.ravel().astype(np.float64)
     if np.ptp(predicted) <= 8 * np.finfo(np.float32).eps * np.abs(predicted).max():
         return 0.0
@@ -284,7 +283,7 @@ def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _penalties_together(penalties: int, targets: int) -> int:
-    """The most that share out evenly, are at most 9, and need at most 2 GiB."""
+    """The largest lot that shares out evenly, is at most 9, and needs at most 2 GiB."""
     limit = max(1, min(_TOGETHER, _WORKING_BYTES // (4 * _WORKING_ARRAYS * targets)))
     return max(lot for lot in range(1, limit + 1) if penalties % lot == 0)
 
@@ -299,11 +298,11 @@ def _warn_of(missed: np.ndarray) -> None:
         )
 
 
-# Below, on the device: C problems (a target and a penalty each), N rows, D axes.
+# Below, on the device: C problems (one target and one penalty each), N rows, D axes.
 
 
 class _State(NamedTuple):
-    """Where the method is: Σ |z| + w‖θ‖² is minimised so that z = y − θᵀx.
+    """State of the method: Σ |z| + w‖θ‖² is minimised subject to z = y − θᵀx.
 
     `residuals` are z, `duals` are α in [−1, 1], and `strengths` are ρ, the weight of how far z is
     from y − θᵀx.
@@ -335,13 +334,13 @@ def _start(targets: Float32[Array, "C N"], spectrum: Float32[Array, " D"]) -> _S
 
 
 def _deviations(targets: Float32[Array, "C N"]) -> Float32[Array, " C"]:
-    """The least absolute error of a constant."""
+    """The least absolute error of a constant prediction."""
     return jnp.sum(jnp.abs(targets - jnp.median(targets, axis=1, keepdims=True)), axis=1)
 
 
 @partial(jax.jit, static_argnums=1)
 def _restart(state: _State, together: int) -> _State:
-    """Every problem where the smallest penalty of its target ended."""
+    """Starts every problem where the smallest penalty of its target ended."""
     ended = jax.tree.map(lambda array: array[together - 1 :: together], state)
     restarted = jax.tree.map(lambda array: jnp.repeat(array, together, axis=0), ended)
     return restarted._replace(done=jnp.zeros_like(state.done))
@@ -356,9 +355,9 @@ def _solve(
     state: _State,
     max_checks: int | Int[Array, ""],
 ) -> _State:
-    """Steps until every problem is done, which is looked at every tenth step.
+    """Steps until every problem has converged, checked at every tenth step.
 
-    Strengths are changed seldom, after 10, 20, 40, … steps: changed often they never settle.
+    Strengths change after 10, 20, 40, … steps: with frequent changes they never settle.
     """
 
     def step(_, state):
@@ -374,7 +373,7 @@ def _solve(
         after = _judge(features, targets, spectrum, ridge, step(0, before))
         is_power_of_two = (check + 1) & check == 0
         factors = jnp.where(is_power_of_two, _balance(before, after, features, targets), 1)
-        # Beyond that a dual would show the rounding of the residual that it follows.
+        # With a larger strength, a dual would show the rounding of its residual.
         strongest = _STRONGEST / jnp.mean(jnp.abs(targets), axis=1)
         after = after._replace(strengths=jnp.minimum(after.strengths * factors, strongest))
         return check + 1, _keep(state, after)
@@ -383,26 +382,25 @@ def _solve(
 
 
 def _step(features, targets, spectrum, ridge, state: _State) -> _State:
-    """Fits θ to z, then z to θ, then corrects the duals by what z and the residuals differ."""
+    """Fits θ to z, then z to θ, then corrects the duals by the difference of z and residuals."""
     strengths = state.strengths[:, None]
     scaled = state.duals / strengths
     wanted = _einsum("cn,nd->cd", targets - state.residuals + scaled, features)
     thetas = wanted / (spectrum + ridge[:, None] / strengths)
     left = targets - _einsum("cd,nd->cn", thetas, features)
-    # Going further than to the residuals is what speeds the method up.
+    # Over-relaxation: going beyond the residuals speeds the method up.
     left = _RELAXATION * left + (1 - _RELAXATION) * state.residuals + scaled
     duals = jnp.clip(strengths * left, -1, 1)
     return state._replace(residuals=left - duals / strengths, duals=duals, thetas=thetas)
 
 
 def _judge(features, targets, spectrum, ridge, state: _State) -> _State:
-    """The objectives, and which are near their optimum.
+    """Computes the objectives, and which problems are near their optimum.
 
-    With r the residuals and g = 2wθ − Σ αx, the objective is above its minimum by no more than
+    With r the residuals and g = 2wθ − Σ αx, the objective exceeds its minimum by at most
     Σ (|r| − αr) + gᵀδ − w‖δ‖², where δ leads to the optimum. For changes δ that move the
-    predictions by at most 2‖r‖ that is at most Σ (|r| − αr) + Σ g²/(4(w + λs)) + 4λ‖r‖² for every
-    λ ≥ 0, s being the axes' squared lengths. λ is such that the last term is half of what is
-    allowed.
+    predictions by at most 2‖r‖, this is at most Σ (|r| − αr) + Σ g²/(4(w + λs)) + 4λ‖r‖² for every
+    λ ≥ 0, with s the axes' squared lengths. λ makes the last term half of the allowed gap.
     """
     left = targets - _einsum("cd,nd->cn", state.thetas, features)
     penalty = jnp.sum(ridge[:, None] / 2 * state.thetas**2, axis=1)
@@ -418,7 +416,7 @@ def _judge(features, targets, spectrum, ridge, state: _State) -> _State:
 
 
 def _balance(before: _State, after: _State, features, targets) -> Float32[Array, " C"]:
-    """By how much to change the strengths, for residuals and duals to settle equally fast."""
+    """Factors of the strengths for which residuals and duals settle equally fast."""
 
     def length(rows):
         return jnp.linalg.norm(rows, axis=1)
@@ -431,7 +429,7 @@ def _balance(before: _State, after: _State, features, targets) -> Float32[Array,
 
 
 def _keep(before: _State, after: _State) -> _State:
-    """What was done before stays as it was."""
+    """Leaves finished problems as they were."""
 
     def choose(old, new):
         return jnp.where(before.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)

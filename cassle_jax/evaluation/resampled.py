@@ -14,18 +14,18 @@ TASK = "linear, random splits"
 
 @dataclass(frozen=True)
 class ResampledResult:
-    """What linear evaluation found on every split.
+    """Accuracies of linear evaluation on every split.
 
     Attributes:
-      accuracies: of the test rows, in the dataset's metric, one per split.
-      converged: whether every fit of a split got there.
+      accuracies: accuracies on the test rows, in the dataset's metric, one per split.
+      converged: whether every fit of a split reached its optimum.
     """
 
     accuracies: tuple[float, ...]
     converged: tuple[bool, ...]
 
     def findings(self, dataset: str, metric: str) -> list[Finding]:
-        """The mean over the splits, and half its 95 % interval: of the splits, not of seeds."""
+        """The mean over the splits, and half its 95 % interval: over splits, not over seeds."""
         mean, half = float(np.mean(self.accuracies)), half_interval(self.accuracies)
         score = Score(TASK, dataset, metric.replace("_", " "), mean, half)
         return [score, *missed_optima(TASK, dataset, np.array(self.converged))]
@@ -43,19 +43,19 @@ def resampled_linear_evaluation(
     """Linear evaluation on random splits of all rows, each with the sizes of the given parts.
 
     The rows of a class are shuffled and cut in the parts' proportions, so a part holds the same
-    share of every class. The splits depend on the labels and the seed alone: encoders that are
-    compared meet the same ones.
+    share of every class. The splits depend on the labels and the seed alone: all encoders are
+    compared on the same ones.
 
     Args:
       parts: features and labels (from 0) of the training, validation and test rows.
-      classes: how many there are.
+      classes: number of classes.
       penalties: the values of w to try.
-      metric: as `linear_evaluation`'s.
-      splits: how many, 2 or more.
-      seed: of the splits.
+      metric: `accuracy` or `mean_per_class`, as for `linear_evaluation`.
+      splits: number of splits, 2 or more.
+      seed: seed of the splits.
 
     Raises:
-      ValueError: fewer than 2 splits, or what `linear_evaluation` raises.
+      ValueError: fewer than 2 splits, or an error of `linear_evaluation`.
     """
     if splits < 2:
         raise ValueError(f"splits={splits} gives no interval; use 2 or more")
@@ -80,7 +80,7 @@ def split_by_class(
     cuts: Float[np.ndarray, " cuts"],
     generator: np.random.Generator,
 ) -> list[Int[np.ndarray, " part"]]:
-    """The rows of every part: each class shuffled and cut at these shares of it."""
+    """The rows of every part: each class shuffled and cut at the given shares."""
     parts: list[list[np.ndarray]] = [[] for _ in range(len(cuts) + 1)]
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))

@@ -25,15 +25,15 @@ from cassle_jax.methods.base import Schedule
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the SGD probe found.
+    """Accuracies of the SGD probe.
 
     Attributes:
-      accuracy: share of the test images classified rightly, in [0, 1].
+      accuracy: share of the test images classified correctly, in [0, 1].
       class_average: the mean of that share over the classes of the test images.
-      epochs: it was trained.
-      batch: images of a step; fewer than asked for where there are fewer.
-      weights: of each feature and class.
-      biases: of each class.
+      epochs: number of training epochs.
+      batch: images per step; less than requested where there are fewer images.
+      weights: the weights, per feature and class.
+      biases: the biases, per class.
     """
 
     accuracy: float
@@ -67,24 +67,25 @@ def sgd_probe(
     """Trains a linear classifier on frozen features by MoCo's protocol, and measures it.
 
     SGD with momentum 0.9 and no weight decay, ×0.1 at 60 % and 80 % of the epochs; random crops
-    and flips; the encoder in evaluation mode. Measured after the last epoch.
+    and flips; the encoder in evaluation mode. The accuracies are those after the last epoch.
 
     Args:
-      subject: whose encoder.
-      train: images to learn from, with labels.
-      test: images to measure on, with labels.
-      classes: how many there are.
+      subject: provides the encoder.
+      train: labelled images to learn from.
+      test: labelled images to measure on.
+      classes: number of classes.
       mesh: the devices.
-      epochs: of training.
-      batch: images of all devices; with fewer training images, as many of them as can be shared.
-      learning_rate: the first one for a batch of 256; the run's is learning_rate · batch / 256.
-      seed: of the head's initial values, the order of the images and their augmentation.
-      dtype: of the encoder's products; `None` for bfloat16 on accelerators, float32 on CPUs.
+      epochs: number of epochs.
+      batch: images per step, all devices together; with fewer training images, as many as the
+        devices can share.
+      learning_rate: the initial one for a batch of 256; it is scaled by batch / 256.
+      seed: seed of the head's initial values, the order of the images and their augmentation.
+      dtype: dtype of the encoder's products; `None` for bfloat16 on accelerators, float32 on CPUs.
 
     Raises:
       ValueError: before training, a setting out of its range, one class only, unlabelled images, a
-        class only the test images have, or a batch that devices cannot share; during it, a loss
-        that is not finite.
+        class that only the test images have, or a batch that the devices cannot share; during it, a
+        loss that is not finite.
 
     References:
       He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020,

@@ -1,4 +1,4 @@
-"""Measures how features are spread: their spectrum, effective ranks, alignment and uniformity."""
+"""Measures the spread of features: their spectrum, effective ranks, alignment and uniformity."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How features vary along their principal axes.
+    """Variances of features along their principal axes.
 
     Attributes:
-      variances: Along each axis, the largest first.
-      alpha: Exponent of the power law the variances fall by, rank^−α; NaN where fewer than two of
-        the ranks it is fitted to have any variance.
+      variances: Variance along each axis, the largest first.
+      alpha: Exponent of the power law of the variances, rank^−α; NaN where fewer than two of the
+        fitted ranks have any variance.
       ranks: First and last rank of that fit.
       rank_me: Effective rank of the features, not centred (see `rank_me`).
     """
@@ -33,7 +33,7 @@ class Spectrum:
 
     @property
     def explained(self) -> Float64[np.ndarray, " axes"]:
-        """Share of all variance in the first axes, up to and with each; zero if there is none."""
+        """Cumulative share of the variance, over the axes; zero where there is no variance."""
         total = self.variances.sum()
         return np.cumsum(self.variances) / (total if total > 0 else 1)
 
@@ -72,22 +72,22 @@ class Spectrum:
 def spectrum(
     features: Float[Array | np.ndarray, "rows features"], *, ranks: tuple[int, int] = (6, 50)
 ) -> Spectrum:
-    """Variances along the principal axes, the exponent α they fall with, and RankMe.
+    """Variances along the principal axes, the exponent α of their decay, and RankMe.
 
-    log variance is fitted by a straight line in log rank, by least squares weighted by 1/rank; α is
-    its slope, less the sign. Variances that float64 cannot tell from zero are left out. The
+    A straight line in log rank is fitted to log variance, by least squares weighted by 1/rank; α is
+    its negative slope. Variances that float64 cannot distinguish from zero are left out. The
     published CASSLE code fits ranks 6 to 50, α-ReQ's authors (in their package reptrix) 11 to 100.
 
     Args:
-      features: One row an image.
+      features: One row per image.
       ranks: First (from 1) and last rank of the fit.
 
     Returns:
       The spectrum, computed in float64 on the host.
 
     Raises:
-      ValueError: If there are fewer than two rows, a feature is not finite, or the ranks are no
-        range.
+      ValueError: If there are fewer than two rows, a feature is not finite, or the ranks are not a
+        valid range.
 
     References:
       Agrawal et al., α-ReQ: Assessing Representation Quality in Self-Supervised Learning by
@@ -122,15 +122,15 @@ def _power_law(variances: np.ndarray, first: int, last: int) -> float:
 def rank_me(features: Float[Array | np.ndarray, "rows features"]) -> float:
     """Effective rank of the features: exp of the entropy of their normalised singular values.
 
-    The features are taken as they are, not centred. Computed in float64 on the host from the
-    smaller of the two Gram matrices, so singular values below about 1e-8 of the largest are noise.
+    The features are not centred. The computation is in float64 on the host, from the smaller of the
+    two Gram matrices, so singular values below about 1e-8 of the largest are noise.
 
     Args:
-      features: One row an image.
+      features: One row per image.
 
     Returns:
       A value between 1 (all rows on one line) and min(rows, features) (all directions equally
-      used). Features that are all zero have rank 0.
+      used); 0 where all features are zero.
 
     Raises:
       ValueError: If there are no features or one of them is not finite.
@@ -146,15 +146,16 @@ def rank_me(features: Float[Array | np.ndarray, "rows features"]) -> float:
 def lidar(
     features: Float[Array | np.ndarray, "images views features"], *, delta: float = 1e-4
 ) -> float:
-    """Effective rank of what tells images apart, beside what tells views of one image apart.
+    """Effective rank of the differences between images, relative to those between their views.
 
     It is the rank, by the entropy of the eigenvalues, of Σw^−½ Σb Σw^−½. Σb is the covariance of
-    the images' mean features, Σw the mean over the images of the covariance of their views, plus δ
-    on its diagonal; both unbiased. Where δ matters the result depends on the features' scale.
+    the images' mean features. Σw is the mean over the images of the covariance of their views, plus
+    δ on its diagonal. Both are unbiased. Where δ matters the result depends on the features' scale.
 
     Args:
-      features: Of several augmented views of each image; the paper takes 50 views of 1000 images.
-      delta: δ.
+      features: Features of several augmented views per image; the paper takes 50 views of 1000
+        images.
+      delta: The δ on the diagonal of Σw, above 0.
 
     Returns:
       A value between 1 and min(images − 1, features); 0 if all images' means are the same.
@@ -184,7 +185,7 @@ def alignment_and_uniformity(
     features_1: Float[Array | np.ndarray, "rows features"],
     features_2: Float[Array | np.ndarray, "rows features"],
 ) -> tuple[float, float]:
-    """How close two views of an image lie, and how evenly all images cover the sphere.
+    """Closeness of the two views of an image, and evenness of all images on the sphere.
 
     Features are divided by their norm first. Alignment is the mean of ‖a − b‖² over the pairs of
     views. Uniformity is log of the mean of exp(−2‖a − b‖²) over all pairs of different images,
@@ -192,7 +193,7 @@ def alignment_and_uniformity(
 
     Args:
       features_1: Features of the first views.
-      features_2: Features of the second views, row by row of the same images.
+      features_2: Features of the second views, of the same images row by row.
 
     Returns:
       Alignment in [0, 4] and uniformity in [−8, 0].
@@ -213,14 +214,14 @@ def alignment_and_uniformity(
 
 
 def _squared_singular_values(matrix: np.ndarray) -> Float64[np.ndarray, " _"]:
-    """From small to large, of the smaller of the two Gram matrices."""
+    """Squared singular values in ascending order, from the smaller of the two Gram matrices."""
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     return np.linalg.eigvalsh(matrix.T @ matrix).clip(0)
 
 
 def _effective_rank(values: np.ndarray) -> float:
-    """The exponential of the entropy of values as shares of their sum; 0 if all are zero."""
+    """The exponential of the entropy of the values' shares of their sum; 0 if all are zero."""
     total = values.sum()
     if total == 0:
         return 0.0

@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 MAX_BAD_FRACTION = 0.01
 
 PREPARATION = 2
-"""Of the code between a file and its features; another one makes none of those kept count."""
+"""Version of the code between a file and its features; a change invalidates all kept features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Features:
     Attributes:
       features: float32, all finite.
       labels: classes; -1 where an image has none.
-      places: of the images in their source; damaged ones are left out.
+      places: places of the images in their source; damaged ones are left out.
     """
 
     features: Float[np.ndarray, "N F"]
@@ -53,7 +53,7 @@ def canvas_for(size: int) -> int:
 
 
 def uncropped_side(size: int) -> int:
-    """What an image's short side is resized to where views of `size` pixels are cut out of it.
+    """The side to which an image's short side is resized before views of `size` pixels are cut out.
 
     256 for 224, in the same proportion for other sizes.
     """
@@ -61,12 +61,12 @@ def uncropped_side(size: int) -> int:
 
 
 def described(source: Source) -> tuple[object, ...]:
-    """What tells a source from any other, also of the same name, for `repr`."""
+    """Facts that distinguish a source from any other, even of the same name, for `repr`."""
     return source.name, len(source), content_of(source), source.class_names
 
 
 def computed_on(mesh: Mesh) -> tuple[str | None, ...]:
-    """What rounds the results: the kind of device, and the precision of products."""
+    """Facts that decide rounding: the kind of device, and the precision of products."""
     device = mesh.devices.flat[0]
     return device.platform, device.device_kind, jax.config.jax_default_matmul_precision
 
@@ -75,13 +75,13 @@ class FeatureStore:
     """The features of one subject, by source.
 
     Args:
-      subject: whose.
+      subject: the subject.
       mesh: the devices.
-      batch: images of all devices together.
-      folder: where they are kept between calls of the command; `None` to keep them nowhere.
-      cache_gib: what all features in the folder may take, GiB; those read longest ago go first.
-      limit: at most so many images of a source; 0 for all.
-      threads: that read and decode; 0 for half the CPUs.
+      batch: images per step, all devices together.
+      folder: folder that keeps features between calls of the command; `None` for none.
+      cache_gib: bound of the folder's size, GiB; the least recently read features go first.
+      limit: largest number of images per source; 0 for all.
+      threads: number of threads that read and decode; 0 for half the CPUs.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class FeatureStore:
 
     @cached_property
     def variables(self) -> PyTree:
-        """The subject's, put on every device once."""
+        """The subject's variables, copied to every device once."""
         return replicate(self._subject.variables, self._mesh)
 
     def __call__(self, source: Source, short_side: int = 0) -> Features:
-        """The features of a source, from the disk where they are there.
+        """The features of a source, read from disk where they are kept.
 
         Args:
           source: the images.
-          short_side: pixels their short side is resized to before the view is cut out of the
+          short_side: pixels that the short side is resized to before the view is cut out of the
             centre; 0 for the view's own size.
 
         Raises:
@@ -125,7 +125,7 @@ class FeatureStore:
         key = self._key(source, short_side)
         kept = self._cache and self._cache.read(self._fingerprint, key)
         features = kept and Features(**kept)
-        # Some processes may find a file that others do not, and all must extract or none.
+        # Some processes may find a file that others do not: all must extract, or none.
         if not multihost_utils.process_allgather(np.array(bool(features))).all():
             LOG.info("features of %s on %s", self._subject.name, source.name)
             params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
@@ -136,14 +136,14 @@ class FeatureStore:
                     f"{self._subject.name} has features that are not finite on {source.name}; "
                     "its weights are damaged or its training diverged"
                 )
-            # Damaged images may be mended, and are then to be seen.
+            # Damaged images may be repaired later and must then be read.
             whole = len(features.features) == len(self.limited(source))
             if self._cache and whole and jax.process_index() == 0:
                 self._cache.write(self._fingerprint, key, vars(features))
         return features
 
     def limited(self, source: Source) -> Source:
-        """The images of a source whose features there are, for what reads images itself."""
+        """The images that features are taken from, for protocols that read images themselves."""
         if not 0 < self._limit < len(source):
             return source
         return Part(source, evenly_spaced(len(source), self._limit), f"{self._limit} images")
@@ -153,7 +153,7 @@ class FeatureStore:
         return self._batches(source, limit, canvas=canvas_for(self._subject.spec.size))
 
     def _views(self, source: Source, short_side: int) -> Iterator[dict[str, np.ndarray]]:
-        """The views that are evaluated of a source's images."""
+        """The evaluated views of a source's images."""
         return self._batches(source, canvas=self._subject.spec.size, short_side=short_side)
 
     def _batches(self, source: Source, limit: int = 0, **prepared) -> Iterator:
@@ -170,7 +170,7 @@ class FeatureStore:
         )
 
     def _key(self, source: Source, short_side: int) -> str:
-        """What else features depend on: the images, how they are prepared, and what computes."""
+        """Key of all else that features depend on: images, their preparation, and the device."""
         spec = self._subject.spec
         settings = (
             PREPARATION,

@@ -1,4 +1,4 @@
-"""What is evaluated: networks with their weights, and what they were trained on."""
+"""The subject of an evaluation: networks with their weights, and what they were trained on."""
 
 import dataclasses
 import hashlib
@@ -18,16 +18,16 @@ from cassle_jax.models.vit import check_image_size
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Frozen networks, whoever trained them.
+    """Frozen networks, of this project or of another.
 
     Attributes:
-      name: what the report calls it.
-      networks: encoder and, of this project's own runs, heads; float32, on one device's axis.
+      name: name in the report.
+      networks: encoder and, for this project's own runs, heads; float32, on one device's axis.
       variables: `params` and `batch_stats`, each by network, on the host.
       spec: size and normalisation of images, and the augmentation of training.
-      views: how training augmented its first two views, where they differ.
-      conditioning: what the heads are told; without descriptors where nothing is known of it.
-      facts: what is known of how it came about, as a model card has it.
+      views: augmentation of training's first two views, where they differ.
+      conditioning: the heads' conditioning; without descriptors where it is unknown.
+      facts: origin of the networks, as a model card has it.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Subject:
 
     @property
     def has_projector(self) -> bool:
-        """Whether there is more than an encoder."""
+        """Whether the networks include a projector, or are an encoder alone."""
         return "projector" in self.variables["params"]
 
     def with_images(self, **prepared: Any) -> "Subject":
-        """The subject on images of another `size`, `mean` or `std` than training had.
+        """The subject for images of another `size`, `mean` or `std` than in training.
 
         Raises:
-          ValueError: one that cannot be, or a size that a ViT's patches do not make up.
+          ValueError: an impossible value, or a size that a ViT's patches do not divide.
         """
         encoder = self.networks.factories["encoder"]()
         if "size" in prepared and isinstance(encoder, VisionTransformer):
@@ -56,17 +56,17 @@ class Subject:
         return dataclasses.replace(self, spec=spec, views=tuple(views))
 
     def fingerprint(self) -> str:
-        """A name for what makes the features: equal for equal weights, of 16 hexadecimal digits."""
+        """Identifies the features: equal for equal weights; 16 hexadecimal digits."""
         return self._digest(lambda network: network in ("encoder", "image_conditioner"))
 
     def whole_fingerprint(self) -> str:
-        """Likewise for all that analyses see: every network, and how training augmented views."""
+        """Identifies all that analyses see: every network, and training's augmentation of views."""
         described = repr((self.spec, self.views, self.conditioning))
         return self._digest(lambda _: True, described)
 
     def _digest(self, counts: Callable[[str], bool], described: str = "") -> str:
         digest = hashlib.blake2b(described.encode(), digest_size=8)
-        # The arrays of a ViT are the same whatever its heads; the features are not.
+        # A ViT's arrays do not depend on its number of heads; its features do.
         heads = getattr(self.networks.factories["encoder"](), "heads", None)
         if heads is not None:
             digest.update(f"heads={heads}".encode())

@@ -1,4 +1,4 @@
-"""Every protocol under its name: which datasets it takes, and how it is run on one."""
+"""Every protocol by its name: the datasets it takes, and how it runs on one."""
 
 import dataclasses
 import logging
@@ -53,21 +53,22 @@ LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10  # the paper takes 50 views, which changes 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a user may choose of the protocols.
+    """Settings of the protocols that a user may choose.
 
     Attributes:
-      analysed: images that invariance, matching, leak and augmentation probes look at; 0 for all.
-      shots: images of a class that few-shot fits to, one result each.
-      ways: classes of an episode.
-      episodes: of few-shot.
+      analysed: number of images that invariance, matching, leak and augmentation probes look at; 0
+        for all.
+      shots: images per class that few-shot fits to; one result per value.
+      ways: classes per few-shot episode.
+      episodes: number of few-shot episodes.
       neighbours: k of k-NN.
-      fractions: of the labels that fine-tuning takes.
-      probe_epochs: of the SGD probe.
-      fine_tune_epochs: of fine-tuning; 0 for its own, by the fraction.
-      seed: of all that is drawn.
-      size: of images, pixels; 0 for what the encoder was trained on.
-      mean: per channel, subtracted from an image in [0, 1]; empty for training's.
-      std: per channel, the image is divided by it; empty for training's.
+      fractions: shares of the labels for fine-tuning; one result per value.
+      probe_epochs: epochs of the SGD probe.
+      fine_tune_epochs: epochs of fine-tuning; 0 for its default, which depends on the fraction.
+      seed: seed of all random draws.
+      size: side of the images, pixels; 0 for that of the encoder's training.
+      mean: mean per channel, subtracted from an image in [0, 1]; empty for training's.
+      std: standard deviation per channel, which divides the image; empty for training's.
     """
 
     analysed: int = 2000
@@ -89,11 +90,11 @@ class Bench:
     """One subject on one dataset, with what the protocols share.
 
     Attributes:
-      subject: what is evaluated.
-      data: on which dataset.
+      subject: the evaluated networks.
+      data: the dataset.
       store: the subject's features.
       mesh: the devices.
-      settings: chosen by the user.
+      settings: the settings that the user chose.
     """
 
     subject: Subject
@@ -103,10 +104,10 @@ class Bench:
     settings: Settings
 
     def identity(self, *how: int) -> str:
-        """All that the results depend on but the task: weights, images, settings, devices, code.
+        """All that the results depend on except the task: weights, images, settings, devices, code.
 
         Args:
-          how: further settings that are not of the protocols.
+          how: further settings that do not belong to the protocols.
         """
         parts = (self.data.train, self.data.val, self.data.test)
         images = [None if part is None else described(part) for part in parts]
@@ -131,10 +132,10 @@ class Bench:
         return self.store(self.data.test)
 
     def cropped(self) -> list[Features]:
-        """Of the parts as linear evaluation takes them.
+        """Features of the three parts, as linear evaluation takes them.
 
-        Where the dataset asks for ten crops, those of every image that is fitted to are rows of
-        their own; a test image then is the centre of an image resized alike.
+        Where the dataset calls for ten crops, the crops of every image to fit are separate rows,
+        and a test image is the centre of an image resized alike.
         """
         data, size = self.data, self.subject.spec.size
         if not data.ten_crops:
@@ -144,7 +145,7 @@ class Bench:
         return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments):
-        """What `make` makes for the subject, compiled for one dataset and kept for the others."""
+        """The result of `make` for the subject, made for one dataset and kept for the others."""
         programs = self.store.programs
         if make.__name__ not in programs:
             programs[make.__name__] = make(*arguments, self.mesh)
@@ -157,13 +158,13 @@ class Bench:
 
     @property
     def fitted(self) -> list[Features]:
-        """Of the parts that a classifier may learn from."""
+        """Features of the parts that a classifier may learn from."""
         return [self.train, self.val]
 
     def analysed(self):
-        """Batches of the test images that the analyses look at, in an order drawn once for all.
+        """Batches of the test images that the analyses look at, in one random order for all.
 
-        So a batch holds images of all classes where the dataset is in order of its classes.
+        So a batch holds images of all classes even where the dataset is sorted by class.
         """
         order = np.random.default_rng(0).permutation(len(self.data.test))
         return self.store.batches(Part(self.data.test, order, "shuffled"), self.settings.analysed)
@@ -318,7 +319,7 @@ def _factors(bench: Bench) -> list[Finding]:
         return {name: values[part.places] for name, values in source.factors.items()}
 
     known = bench.data.test.FACTORS
-    # The probes cut what they need for validation themselves.
+    # The probes split off the validation rows they need.
     scores = probe_factors(
         bench.train.features,
         factors(bench.train, bench.data.train),
@@ -379,10 +380,10 @@ class Task:
     """A protocol.
 
     Attributes:
-      run: on a bench.
-      takes: the kinds of dataset it is for: their tasks, or `drawn` for the embedded ones.
-      usual: the kinds that it is run on unless other tasks are asked for.
-      needs: what a dataset must have, by the settings and the number of devices.
+      run: runs the protocol on a bench.
+      takes: the kinds of dataset it suits: their tasks, or `drawn` for the embedded ones.
+      usual: the kinds it runs on by default.
+      needs: requirements on a dataset, by the settings and the number of devices.
     """
 
     run: Callable[[Bench], list[Finding]]
@@ -391,7 +392,7 @@ class Task:
     needs: Callable[[Settings, int], Needs]
 
     def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
-        """Whether it is run on a dataset."""
+        """Whether the protocol runs on a dataset."""
         kinds = {data.task} | ({"drawn"} if isinstance(data.test, Drawn) else set())
         takes = self.takes if asked_for else self.usual
         return bool(kinds & takes)

@@ -1,8 +1,8 @@
 """Makes the views that analyses compare: plain, under chosen augmentations alone, as in training.
 
-What is drawn for an image depends on the key and on its index in the dataset alone: neither the
-batch's size nor the number of devices changes it. The order of the colour operations is therefore
-drawn for every image, also where `spec.jitter_order` shares it within a batch.
+An image's draws depend only on the key and on its index in the dataset, not on the batch size or
+the number of devices. The order of the colour operations is therefore drawn per image, even where
+`spec.jitter_order` shares it within a batch.
 """
 
 import dataclasses
@@ -39,28 +39,28 @@ Batch = Mapping[str, Array | np.ndarray]
 
 
 def protocol_key(protocol: str, seed: int) -> PRNGKeyArray:
-    """The random key of a protocol: for every protocol and seed, in [0, 2³²), another one."""
+    """The random key of a protocol, different for every protocol and seed in [0, 2³²)."""
     check_seed(seed=seed)
     return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(protocol.encode())))
 
 
 def on_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows as global arrays; labels, which may be anything, stay behind."""
+    """This process's rows as global arrays; labels, which may be of any kind, are left out."""
     return shard_batch({name: batch[name] for name in batch if name != "label"}, mesh)
 
 
 def of_all_images(
     function: Callable[[Batch], PyTree], batches: Iterable[Batch], mesh: Mesh
 ) -> PyTree:
-    """What `function` makes of the images of all batches, on the host of every process.
+    """Applies `function` to all batches; returns the results of all images on every host.
 
     Args:
-      function: of a sharded batch; what it returns has the batch's rows and is sharded likewise.
+      function: takes a sharded batch and returns arrays with the batch's rows, sharded likewise.
       batches: this process's rows.
       mesh: the devices.
 
     Returns:
-      As `function` does, all batches in a row, less the rows without an image.
+      The results of `function`, concatenated over the batches, without rows that hold no image.
 
     Raises:
       ValueError: If there are no batches.
@@ -78,13 +78,13 @@ def of_all_images(
 
 @struct.dataclass
 class Chosen:
-    """Which of the augmentations drawn for an image are applied, and how strongly.
+    """The augmentations to apply out of those drawn for an image, and their strength.
 
     Attributes:
-      applied: for each name in `AUGMENTATIONS`, whether it is.
-      strength: of colour jitter and blur: brightness, contrast and saturation become
-        max(0, 1 + strength · (factor − 1)), hue strength · shift within half a turn, and σ
-        strength · σ; at 1 they are as drawn. The blur keeps its number of taps.
+      applied: for each name in `AUGMENTATIONS`, whether it is applied.
+      strength: strength of colour jitter and blur: brightness, contrast and saturation become
+        max(0, 1 + strength · (factor − 1)), hue becomes strength · shift within half a turn, and σ
+        becomes strength · σ; at 1 they are as drawn. The blur keeps its number of taps.
     """
 
     applied: dict[str, Bool[Array | np.ndarray, ""] | np.bool_]
@@ -100,21 +100,21 @@ def alone(name: str, strength: float = 1.0) -> Chosen:
 
 
 def nothing() -> Chosen:
-    """None of the augmentations."""
+    """No augmentation at all."""
     return alone("")
 
 
 def every_augmentation(spec: AugmentSpec) -> AugmentSpec:
     """`spec` with every augmentation in every view.
 
-    Those in `RARE` stay out of the compiled program where the run never draws them.
+    Augmentations in `RARE` stay out of the compiled program where the run never draws them.
     """
     chances = {name: float(name not in RARE or getattr(spec, name) > 0) for name in CHANCES}
     return dataclasses.replace(spec, crop=True, jitter_order="image", **chances)
 
 
 def draw_for_each(key: PRNGKeyArray, batch: Batch, spec: AugmentSpec) -> ViewParams:
-    """What is drawn for each image of the batch."""
+    """The draws of every augmentation for each image of the batch."""
     spec = dataclasses.replace(spec, jitter_order="image")
     keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
     return jax.vmap(partial(draw, spec=spec))(keys, batch["size"])
@@ -128,14 +128,14 @@ def view_as_in_training(key: PRNGKeyArray, batch: Batch, spec: AugmentSpec) -> V
 def view_under(chosen: Chosen, drawn: ViewParams, batch: Batch, spec: AugmentSpec) -> View:
     """A view of each image with none but the chosen augmentations.
 
-    Where the crop is not among them, the view shows the image's largest centred square, resized as
-    a crop is (bilinear): so nothing but the chosen distinguishes it from a view under `nothing()`.
+    Without the crop, the view shows the image's largest centred square, resized as a crop is
+    (bilinear): only the chosen augmentations distinguish it from a view under `nothing()`.
 
     Args:
-      chosen: of those drawn.
-      drawn: for each image, with `every_augmentation`.
+      chosen: the augmentations to apply.
+      drawn: draws per image, from `every_augmentation`.
       batch: the images.
-      spec: what was drawn from.
+      spec: the augmentation that was drawn from.
     """
     keep = partial(_keep, chosen)
     return _apply(batch, jax.vmap(keep)(drawn, batch["size"]), spec)
