@@ -1,4 +1,4 @@
-"""Any tensorflow-datasets builder prepared as array_record, read without TensorFlow."""
+"""Reads any tensorflow-datasets builder prepared as array_record, without TensorFlow."""
 
 import functools
 import glob
@@ -34,16 +34,16 @@ LOG = logging.getLogger(__name__)
 FeaturePath = tuple[str, ...]
 """The names that lead to a feature in nested dictionaries of features."""
 
-_SCAN_CHUNK = 32  # records; 256 at a time are read more slowly
+_SCAN_CHUNK = 32  # records; reading 256 at a time is slower
 _CORRUPT = (RuntimeError, ValueError, KeyError)  # what array_record and protobuf raise
 
 
 class TfdsSource:
     """One split of a prepared builder, its images left encoded.
 
-    The image and the label are found by their feature's type: the `Image` called 'image', else the
-    first one in colour; the `ClassLabel` called 'label', else the first. Without a `ClassLabel`
-    every label is -1.
+    The image and the label are found by their feature's type. The image is the `Image` called
+    'image', else the first one in colour; the label is the `ClassLabel` called 'label', else the
+    first. Without a `ClassLabel` every label is -1.
     """
 
     def __init__(self, tfds_builder: tfds.core.DatasetBuilder, split: str, classes: str = ""):
@@ -52,8 +52,8 @@ class TfdsSource:
         Args:
           tfds_builder: a builder whose array_record files exist.
           split: a split expression of tfds.
-          classes: see `open_source`. A subset needs the labels of the whole split: they are
-            read once and kept in the user's cache folder, see `label_cache_folder`.
+          classes: see `open_source`. A subset needs the labels of the whole split: they are read
+            once and kept in the user's cache folder, see `label_cache_folder`.
 
         Raises:
           DataError: no image feature, no such split, wrong file format, an unknown class, or a
@@ -105,7 +105,7 @@ class TfdsSource:
 
     @functools.cached_property
     def labels(self) -> Int[np.ndarray, " images"]:
-        """Of every image, see `labels_of`."""
+        """The label of every image, see `labels_of`."""
         if self._label_key is None:
             return np.full(len(self), -1, np.int32)
         labels = self.numbers([self._label_key])[:, 0]
@@ -114,8 +114,8 @@ class TfdsSource:
     def numbers(self, paths: Sequence[FeaturePath]) -> Int[np.ndarray, "images numbers"]:
         """Whole numbers stored with every image, such as labels and landmarks, without the images.
 
-        They are read once and kept in the user's cache folder, see `label_cache_folder`. Those of a
-        record that cannot be read are `DAMAGED`.
+        The numbers are read once and kept in the user's cache folder, see `label_cache_folder`.
+        They are `DAMAGED` for a record that cannot be read.
         """
         numbers = self._numbers_of_records(paths)
         return numbers if self._kept is None else numbers[self._kept]
@@ -138,8 +138,8 @@ class TfdsSource:
         new_label = np.full(len(self.class_names), -1, np.int32)
         for new, name in enumerate(wanted):
             new_label[self.class_names.index(name)] = new
-        # An unlabelled record has label -1, which must not read the last class's entry, and a
-        # corrupt one DAMAGED.
+        # An unlabelled record has label -1 and a corrupt one DAMAGED; neither may read an entry
+        # from the end.
         keep = (labels >= 0) & (new_label[labels] >= 0)
         self._kept = np.flatnonzero(keep)
         self._new_label = new_label
@@ -156,7 +156,7 @@ class TfdsSource:
         return _cached_numbers(functools.partial(self._scan, paths), shape, cache_file)
 
     def _scan(self, paths: Sequence[FeaturePath]) -> Iterator[list[list[int]]]:
-        # What is not asked for is not parsed: of CelebA's fifty features, five times as quick.
+        # Parse only the requested features: five times as quick for CelebA's fifty.
         features = _only(self._records.dataset_info.features, paths)
 
         def read(places: Sequence[int]) -> list[list[int]]:
@@ -190,7 +190,7 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
       classes: see `open_source`.
 
     Raises:
-      DataError: the builder is unknown or not prepared, or anything `TfdsSource` refuses.
+      DataError: the builder is unknown or not prepared, or an error of `TfdsSource`.
     """
     return TfdsSource(_find_builder(name, data_dir), split, classes)
 
@@ -198,8 +198,8 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
 def label_cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/cassle_jax/labels`, `~/.cache` where the variable is not set.
 
-    Holds one .npy file a dataset, version and split of which labels, or landmarks, were asked for.
-    Safe to delete: they are then read again.
+    It holds one .npy file of labels or landmarks per dataset, version and split that needed them.
+    It is safe to delete: the numbers are then read again.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache) / "cassle_jax" / "labels"
@@ -212,7 +212,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if folder and not folder.is_dir():
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
     try:
-        # From files, not by tfds.builder: whichever version is prepared is the one that is read.
+        # From files, not by tfds.builder: reads whichever version is prepared.
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(_why_not_found(name, folder)) from error
@@ -255,7 +255,7 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
 
 
 def _image_path(features) -> FeaturePath | None:
-    """Where the image is in nested dictionaries of features: 'image', else the first in colour."""
+    """Path of the image in nested dictionaries of features: 'image', else the first in colour."""
     images = [
         path
         for path, feature in _leaves(features)
@@ -281,7 +281,7 @@ def _leaves(features, path: FeaturePath = ()) -> Iterator[tuple[FeaturePath, obj
 
 
 def _skip_image_decoding(features) -> dict:
-    """Decoders for tfds that leave every image encoded, those we do not use too."""
+    """Decoders for tfds that leave every image encoded, including unused ones."""
     decoders: dict = {}
     for path, feature in _leaves(features):
         if isinstance(feature, tfds.features.Image):
@@ -293,7 +293,7 @@ def _skip_image_decoding(features) -> dict:
 
 
 def _only(features, paths: Sequence[FeaturePath]) -> tfds.features.FeaturesDict:
-    """The features at `paths`, nested as they are, and no other."""
+    """The features at `paths` alone, nested as before."""
     kept: dict = {}
     for path in paths:
         level = kept
@@ -332,14 +332,14 @@ def _cached_numbers(
         if time.monotonic() - said > 30:
             said = time.monotonic()
             LOG.info("%d of %d labels read", done, len(numbers))
-    # Corrupt records may be mended, and their file then is called the same.
+    # Corrupt records may be repaired later, without a change of the file's name.
     if not (numbers == DAMAGED).all(axis=1).any():
         _keep(numbers, cache_file)
     return numbers
 
 
 def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
-    """Writes numbers, in place of those of the same files as they were before."""
+    """Writes numbers, and deletes those of earlier contents of the same files."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:

@@ -21,10 +21,10 @@ class TooManyDamaged(DataError):
 class DamagedLog:
     """Counts the distinct damaged records of one dataset, logs each once, and remembers them.
 
-    Thread-safe. With a `path` every name is appended to `<path>/damaged-<process>.txt` (a line
-    each: name, tab, reason) before it counts. A later log with the same path neither writes nor
-    logs these again, and counts those alone that fail again: the others may have been mended or
-    removed. Give every dataset its own path.
+    Thread-safe. With a `path` every name is appended to `<path>/damaged-<process>.txt` (one line
+    per name: name, tab, reason) before it counts. A later log with the same path neither writes nor
+    logs these names again, and counts only those that fail again: the others may have been repaired
+    or removed. Give every dataset its own path.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DamagedLog:
           total: number of records in the dataset.
           max_fraction: the tolerated share of damaged records, in [0, 1]; more stops the run.
           path: directory to remember them in, made if missing; None remembers nothing.
-          process_index: which process of the run this is; each writes a file of its own.
+          process_index: number of this process in the run; each process writes its own file.
 
         Raises:
           DataError: `max_fraction` is outside [0, 1].
@@ -80,10 +80,10 @@ class DamagedLog:
         return tuple(sorted(self._remembered))
 
     def add(self, name: str, reason: str) -> None:
-        """Notes that the record `name` is damaged; a record noted before is not counted again.
+        """Counts the record `name` as damaged, once.
 
         Raises:
-          TooManyDamaged: with this one, more than `max_fraction` of the dataset is damaged.
+          TooManyDamaged: this record takes the damaged ones over `max_fraction` of the dataset.
         """
         name, reason = _printable(name), _printable(reason)
         with self._lock:
@@ -109,7 +109,7 @@ class DamagedLog:
 
 
 def _whole_lines(path: epath.Path) -> bytes:
-    """A last line without its newline was torn by a kill and does not count."""
+    """The content without a torn last line: a kill may have cut it before its newline."""
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]
 

@@ -1,6 +1,6 @@
-"""The table of evaluation datasets: where each comes from, how it is split, what is measured.
+"""The table of evaluation datasets: their origin, their splits, and what is measured.
 
-`docs/datasets.md` says how to lay them out, and how validation parts are cut where none is given.
+`docs/datasets.md` describes their layout, and how a missing validation part is cut.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Task = Literal["classification", "regression", "few-shot", "unlabelled"]
 Metric = Literal["accuracy", "mean_per_class", "r2"]
 
 OWN_FOLDER = "folder:"
-"""What the name of a dataset begins with that is no line of the table but a folder."""
+"""Prefix of a dataset's name that marks a folder outside the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +32,22 @@ class Entry:
     """A line of the table.
 
     Attributes:
-      builder: tfds builder, with its config; '' is an image folder.
-      outputs: classes; for regression the numbers to predict; 0 is as many as there are.
-      sizes: images for training, validation and test as published. Where no validation part is
-        given, the first two say what fraction of the training images becomes one.
+      builder: tfds builder, with its config; '' for an image folder.
+      outputs: number of classes, or for regression of numbers to predict; 0 for what the dataset
+        has.
+      sizes: published number of images for training, validation and test. Without a validation
+        part, the first two give the fraction of the training images that becomes one.
       val: tfds' name of the validation part; '' cuts it off the training part. A folder calls it
         'val'.
       test: tfds' name of the test part. A folder calls it 'test'.
-      metric: of the test part.
-      task: what the dataset is for. Few-shot episodes are drawn from the test part alone.
-      builder_classes: which of the builder's classes count, see `read_class_list`.
-      folder_classes: which of a folder's classes count.
+      metric: metric of the test part.
+      task: purpose of the dataset. Few-shot episodes are drawn from the test part alone.
+      builder_classes: the builder's classes to keep, see `read_class_list`.
+      folder_classes: the folder's classes to keep.
       folder_test: a folder's name of the test part, where it is not 'test'.
-      ten_crops: whether linear evaluation fits to ten crops of an image.
-      shots: so many images of each class of the training and validation parts together are all
-        there is to learn from, see `cut_shots`; 0 for all.
+      ten_crops: whether linear evaluation fits to ten crops per image.
+      shots: number of images per class to learn from, over the training and validation parts
+        together, see `cut_shots`; 0 for all.
     """
 
     builder: str
@@ -68,16 +69,16 @@ class EvaluationData:
     """A dataset to evaluate on.
 
     Attributes:
-      name: as in the table; 'folder:<path>' for one that is not in it.
-      train: to fit on; None for few-shot.
-      val: to choose the penalty on; None for few-shot. Protocols refit on train and val.
-      test: to measure on; for few-shot, to draw episodes from.
-      classes: how many; 0 for images without labels and for regression, whose sources are
+      name: name in the table; 'folder:<path>' for a folder outside it.
+      train: part to fit on; None for few-shot.
+      val: part to choose the penalty on; None for few-shot. Protocols refit on train and val.
+      test: part to measure on; for few-shot, to draw episodes from.
+      classes: number of classes; 0 for images without labels and for regression, whose sources are
         `TargetSource`s.
-      metric: of the test part.
-      task: what the dataset is for; a folder of one's own without labels is 'unlabelled', for
-        what looks at images alone.
-      ten_crops: whether linear evaluation fits to ten crops of an image.
+      metric: metric of the test part.
+      task: purpose of the dataset; a user's folder without labels is 'unlabelled', for protocols
+        that look at images alone.
+      ten_crops: whether linear evaluation fits to ten crops per image.
     """
 
     name: str
@@ -90,7 +91,7 @@ class EvaluationData:
     ten_crops: bool = False
 
 
-# All of Caltech's classes but the background, which the published evaluation leaves out.
+# Caltech's classes without the background, which the published evaluation leaves out.
 _CALTECH = str(importlib.resources.files(__package__).joinpath("caltech101_classes.txt"))
 _FOLDER = ""
 _MEAN: Metric = "mean_per_class"
@@ -141,24 +142,24 @@ _OWN = Entry(_FOLDER, 0, (9, 1, 0))
 
 
 def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> EvaluationData:
-    """Opens a dataset of the table, or a folder of one's own.
+    """Opens a dataset of the table, or a user's folder.
 
     Args:
       name: a line of the table, or 'folder:<path>' for an image folder
-        `<path>/<split>/<class>/<file>` with the splits 'train', 'test' and, if wanted, 'val';
-        without 'test', or with one that has no labels, 'val' is tested on.
-      path: reads the dataset from this image folder, also where it has a tfds builder.
-      data_dir: of tfds; '' is its default. Without a `path`, a dataset that has no builder lies in
-        `<data_dir>/<name>`.
+        `<path>/<split>/<class>/<file>` with the splits 'train', 'test' and optionally 'val'. Where
+        'test' is missing or has no labels, 'val' is the test part.
+      path: image folder to read the dataset from, even where it has a tfds builder.
+      data_dir: data_dir of tfds; '' for its default. Without a `path`, a dataset that has no
+        builder lies in `<data_dir>/<name>`.
 
     Returns:
-      The dataset. Images have not been read, of a folder with landmarks only their headers, and
-      of a builder at most the labels.
+      The dataset. No image has been read: a folder with landmarks reads the images' headers, a
+      builder at most the labels.
 
     Raises:
       DataError: the name is unknown; a folder, a split, a class or an image's target is missing;
-        the splits differ in their classes; there is only one class, or another number of them than
-        the dataset has; a class has too few images for the shots.
+        the splits differ in their classes; there is only one class, or another number of classes
+        than the dataset has; a class has too few images for the shots.
     """
     if name.startswith(OWN_FOLDER):
         entry, path = _OWN, _own_path(name, path)
@@ -179,7 +180,7 @@ def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> Evaluation
 
 
 def _in_our_terms(error: DataError, path: str) -> str:
-    """A source's message with our arguments in place of the settings of pretraining it names."""
+    """A source's message, with the pretraining settings in it replaced by our arguments."""
     setting = "path" if path else "data_dir"
     return str(error).replace("data.path", setting).replace("data.name=", "tfds builder ")
 
@@ -225,7 +226,7 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
     if entry.shots:
         train, val = cut_shots(Joined(train, val), entry.shots)
     elif train is not None and val is None:
-        # A folder of one's own is cut alike wherever it lies.
+        # The cut of a user's folder does not depend on its place.
         key = "folder" if entry is _OWN else name
         train, val = cut(train, entry.sizes[1] / sum(entry.sizes[:2]), f"{key}/train")
     classes = 0 if task == "unlabelled" else len(test.class_names)
@@ -233,7 +234,7 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
 
 
 def _opener(entry: Entry, path: str, data_dir: str) -> Callable[[str], Source]:
-    """A function that opens a split by its name."""
+    """Returns a function that opens a split by its name."""
     if entry.task == "regression":
         if path:
             return partial(LandmarkFolder, path, numbers=entry.outputs)
@@ -271,7 +272,7 @@ def _check_classes(entry: Entry, parts: list[Source]) -> None:
 
 
 def _check_same_classes(one: Source, other: Source) -> None:
-    """A folder may lack a class in one split, and then its labels mean something else there."""
+    """Refuses splits of other classes: their labels would mean something else."""
     for having, lacking in ((one, other), (other, one)):
         missing = sorted(set(having.class_names) - set(lacking.class_names))
         if missing:
@@ -283,7 +284,7 @@ def _check_same_classes(one: Source, other: Source) -> None:
 
 
 def _compare_sizes(data: EvaluationData, entry: Entry) -> None:
-    """Says where a part is not of the published size: figures then do not compare."""
+    """Logs where a part is not of the published size: figures then do not compare."""
     if entry is _OWN:
         return
     parts = {"training": data.train, "validation": data.val, "test": data.test}

@@ -13,10 +13,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from cassle_jax.data.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""What an image may have unless `allow_pixels` says otherwise: Pillow's line for a bomb."""
+"""Largest number of pixels in an image by default: Pillow's limit against bombs."""
 
 ANY_SIDE = 1 << 30
-"""A canvas, in pixels, that no image is reduced for."""
+"""A canvas, in pixels, so large that no image is reduced."""
 
 _EXTENSIONS = {
     "AVIF": (".avif",),
@@ -30,24 +30,24 @@ _EXTENSIONS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-# Raster formats alone: others have Pillow start a program, such as Ghostscript, on the bytes.
+# Raster formats alone: for others Pillow starts a program, such as Ghostscript, on the bytes.
 _FORMATS = tuple(form for form in _EXTENSIONS if form != "AVIF" or features.check("avif"))
 
 EXTENSIONS = frozenset(each for extensions in _EXTENSIONS.values() for each in extensions)
-"""Lower-case endings of the names of files that are images."""
+"""Lower-case extensions of image files."""
 
 _METADATA_WITH_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_EXTRAS = (b"tRNS", b"eXIf")  # of those a PNG can do without, what an image is shown by
+_PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _FLOAT_MODES = ("F", "F;16", "F;32F")
 
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations of images that are stored with their sides exchanged."""
+"""EXIF orientations of images that are stored with height and width exchanged."""
 
-# EXIF orientation to the view of the stored array that stands upright.
+# EXIF orientation to the view of the stored array that is upright.
 _UPRIGHT = {
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -60,7 +60,7 @@ _UPRIGHT = {
 
 
 class DamagedImage(ValueError):
-    """The bytes are no image that can be shown: truncated, empty, something else, or too large."""
+    """The bytes cannot be shown as an image: truncated, empty, something else, or too large."""
 
 
 def decode(
@@ -72,29 +72,29 @@ def decode(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Decodes an image, upright and in RGB, and reduces it to fit a square of `canvas` pixels.
 
-    Aspect ratio is kept, an image that fits already is never enlarged, and each side keeps at
-    least one pixel. JPEG takes libjpeg-turbo, which reduces while it decodes; what is left is an
-    antialiased bilinear resize. Everything else, and any JPEG that libjpeg-turbo declines (CMYK for
-    one), takes Pillow. 16-bit greys are scaled to 8 bits, transparent pixels are composited on
-    white, EXIF orientation is applied, and of an animation the first frame counts.
+    Aspect ratio is kept, an image that fits is never enlarged, and each side keeps at least one
+    pixel. JPEGs go to libjpeg-turbo, which reduces while it decodes; an antialiased bilinear resize
+    does the rest. Everything else, and any JPEG that libjpeg-turbo declines (CMYK, for example),
+    goes to Pillow. 16-bit greys are scaled to 8 bits, transparent pixels are composited on white,
+    EXIF orientation is applied, and only the first frame of an animation is used.
 
-    What is wrong beside the pixels does no harm: EXIF, text and colour profiles that are broken or
-    oversized are passed over, and a JPEG may lack its last marker.
+    Defects outside the pixels do no harm: broken or oversized EXIF, text and colour profiles are
+    ignored, and a JPEG may lack its end marker.
 
     Args:
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
         or [height, width, 1 or 3].
       canvas: largest side of the result in pixels, ≥ 1.
-      scratch: memory to decode into where it suffices; the result may lie in it. Threads that
-        decode image after image spare the kernel the mapping and clearing of fresh memory.
-      roughly: a JPEG that libjpeg-turbo itself reduces to at least 7/8 of the canvas is left at
-        that, which spares the resize: most of the time that images larger than the canvas take.
+      scratch: memory to decode into where it is large enough; the result may lie in it. Threads
+        that decode many images save the kernel the mapping and clearing of fresh memory.
+      roughly: leaves a JPEG at the size to which libjpeg-turbo reduces it, if that is at least 7/8
+        of the canvas. This saves the resize: most of the time of images larger than the canvas.
 
     Returns:
       uint8 RGB in [0, 255] of shape [height, width, 3], max(height, width) ≤ canvas.
 
     Raises:
-      DamagedImage: the image cannot be decoded whole, or has more pixels than are allowed.
+      DamagedImage: the image cannot be decoded completely, or has more pixels than are allowed.
     """
     if isinstance(data, np.ndarray):
         return _reduce(_three_channels(data), canvas)
@@ -102,7 +102,7 @@ def decode(
         raise DamagedImage("the file is empty")
     if data[:3] != _JPEG_START:
         return _decode_with_pillow(data, canvas)
-    # libjpeg notices where pixels are missing; where the end marker alone is, it need not.
+    # libjpeg reports missing pixels; a file that lacks only its end marker gets one here.
     ended = data if data.endswith(_JPEG_END) else data + _JPEG_END
     image = _decode_jpeg(ended, canvas, scratch, roughly)
     if image is not None:
@@ -115,21 +115,21 @@ def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
     """Opens an image of the raster formats with Pillow; only its header is read.
 
     Raises:
-      OSError: the file cannot be read, or is no such image.
+      OSError: the file cannot be read, or is not such an image.
     """
     return Image.open(file, formats=_FORMATS)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How the stored image stands, as EXIF numbers it: 1, upright, where that cannot be read."""
+    """The EXIF orientation of the stored image: 1, upright, where it cannot be read."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises any of a dozen types, and broken EXIF is no broken image.
+    except Exception:  # Pillow raises any of a dozen types; broken EXIF does not break the image.
         return 1
 
 
 def allow_pixels(most: int) -> None:
-    """Sets how many pixels an image may have at most: for the whole process, as Pillow has it.
+    """Sets the largest number of pixels of an image: for the whole process, as Pillow does.
 
     Raises:
       DataError: `most` is below 1.
@@ -140,7 +140,7 @@ def allow_pixels(most: int) -> None:
 
 
 def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
-    """Height and width after reducing to at most `canvas` pixels a side, aspect ratio kept."""
+    """Height and width after reducing to at most `canvas` pixels per side, aspect ratio kept."""
     longest = max(height, width)
     if longest <= canvas:
         return height, width
@@ -148,7 +148,7 @@ def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
 
 
 def _eighths_size(height: int, width: int, canvas: int) -> tuple[int, int]:
-    """The size by the largest n/8 that fits, or the fitted one where that is much smaller."""
+    """Height and width at the largest n/8 that fits, or fitted where that is much smaller."""
     longest = max(height, width)
     eighths = 8 * canvas // longest
     if longest <= canvas or 8 * -(-longest * eighths // 8) < 7 * canvas:
@@ -159,7 +159,7 @@ def _eighths_size(height: int, width: int, canvas: int) -> tuple[int, int]:
 def _decode_jpeg(
     data: bytes, canvas: int, scratch: UInt8[np.ndarray, " bytes"] | None, roughly: bool
 ) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Decodes an ordinary JPEG; None hands the file to Pillow, which tolerates more."""
+    """Decodes an ordinary JPEG; returns None for a file left to Pillow, which tolerates more."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -178,18 +178,18 @@ def _decode_jpeg(
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)
-    # Only files that carry an orientation pay for reading it.
+    # Only files that carry an orientation pay for its reading.
     if not any(start in data for start in _METADATA_WITH_ORIENTATION):
         return image
     try:
         with open_image(io.BytesIO(data)) as opened:
             return _upright(image, orientation_of(opened))
-    except Exception:  # As below: what Pillow cannot open, libjpeg-turbo has decoded.
+    except Exception:  # As below: libjpeg-turbo has decoded what Pillow cannot open.
         return image
 
 
 def _is_whole_cmyk(data: bytes) -> bool:
-    """Whether libjpeg-turbo, which has no RGB for it, finds all pixels; Pillow would not notice."""
+    """Whether libjpeg-turbo, which has no RGB for it, finds all pixels; Pillow would not check."""
     try:
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError:
@@ -210,7 +210,7 @@ def _decode_with_pillow(data: bytes, canvas: int) -> UInt8[np.ndarray, "height w
         raise
     except Image.DecompressionBombError as error:
         raise DamagedImage(f"more than data.max_pixels={Image.MAX_IMAGE_PIXELS}") from error
-    except Exception as error:  # Pillow's plugins raise whatever the bytes led them to.
+    except Exception as error:  # Pillow's plugins raise any type, depending on the bytes.
         bare = _bare_png(data)
         if bare != data:
             return _decode_with_pillow(bare, canvas)
@@ -227,7 +227,7 @@ def _pillow_pixels(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def _bare_png(data: bytes) -> bytes:
-    """A PNG's pixels without the texts and profiles around them; anything else as it is."""
+    """A PNG's pixels without the texts and profiles around them; other files unchanged."""
     if not data.startswith(_PNG_START):
         return data
     kept, start = [_PNG_START], len(_PNG_START)
@@ -245,7 +245,7 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode in _FLOAT_MODES:
         raise DamagedImage("its pixels are floating point, whose range the file does not state")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Read as numbers: Pillow's own conversion clips at 255 instead of scaling.
+        # Converted here: Pillow's own conversion clips at 255 instead of scaling.
         sixteen = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return _three_channels(((sixteen * 255 + 32767) // 65535).astype(np.uint8))
     if image.has_transparency_data:

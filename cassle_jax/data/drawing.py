@@ -1,4 +1,4 @@
-"""What drawn images are made of: numbers from a stream, shapes, covers and colours."""
+"""The elements of drawn images: numbers from a stream, shapes, covers and colours."""
 
 import colorsys
 import functools
@@ -17,7 +17,7 @@ def uniform_draws(
 ) -> Float[np.ndarray, "rows columns"]:
     """Numbers in [0, 1): a function of (seed, split, place), so that more rows only append."""
     key = np.array([seed, zlib.crc32(split.encode())], np.uint64)
-    # Raw Philox output: a function of position alone, in every version of NumPy.
+    # Raw Philox output depends on the position alone, in every version of NumPy.
     raw = np.random.Philox(key=key).random_raw(rows * columns)
     return (raw >> np.uint64(11)).astype(np.float64).reshape(rows, columns) / 2.0**53
 
@@ -76,7 +76,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
 
 
 def steepened(values: Plane) -> Plane:
-    """A wave in [-1, 1] as shares in [0, 1] with short ways between."""
+    """Maps a wave in [-1, 1] to shares in [0, 1] with short transitions."""
     return np.clip(0.5 + 1.2 * values, 0, 1)
 
 
@@ -86,7 +86,7 @@ def blend(
     distance: Plane,
     colour: Float32[np.ndarray, "..."],
 ) -> None:
-    """Lays `colour` where `distance` (in image sides) is negative, in part on edge pixels."""
+    """Lays `colour` where `distance` (in image sides) is negative, partly on edge pixels."""
     cover = np.clip(np.float32(0.5) - distance * np.float32(len(image)), 0, 1)[..., None]
     image[window] += cover * (colour - image[window])
 
@@ -94,7 +94,7 @@ def blend(
 def window_around(
     size: int, centre_x: float, centre_y: float, radius: float
 ) -> tuple[tuple[slice, slice], Plane, Plane]:
-    """The pixels within `radius` and one pixel more of a centre, and their centres' coordinates."""
+    """The pixels within `radius` plus one pixel of a centre, and their centres' coordinates."""
 
     def span(centre: float) -> slice:
         low, high = (centre - radius) * size - 1, (centre + radius) * size + 2

@@ -1,5 +1,5 @@
-"""The one error every wrong data setting raises."""
+"""The one error that every wrong data setting raises."""
 
 
 class DataError(ValueError):
-    """A data setting cannot work; the message names it, its value, and what would."""
+    """A data setting cannot work; the message names it, its value, and what would work."""

@@ -14,12 +14,12 @@ CHANGED, UNCHANGED = "changed by augmentations", "unchanged"
 
 
 class Factor(NamedTuple):
-    """A property of an image that one number decides.
+    """A property of an image, determined by one number.
 
     Attributes:
-      kind: a class number, a real number, or an angle in radians of period 2π.
-      values: the names of the classes, or the ends of the range the factor is uniform in.
-      changed_by: the augmentations that give a view another value than its image; may be empty.
+      kind: kind of the values: class numbers, real numbers, or angles in radians of period 2π.
+      values: names of the classes, or ends of the range of the factor's uniform distribution.
+      changed_by: augmentations that give a view another value than its image; may be empty.
     """
 
     kind: Literal["class", "value", "angle"]
@@ -43,8 +43,8 @@ class Drawn:
     """Images drawn from independent, uniform factors.
 
     Image i of a split is a function of (seed, split, i): more images only append. A subclass is a
-    family of images. It states its name, its factors, how many numbers an image is drawn from and
-    which factor is the label.
+    family of images. It defines its name, its factors, the number of draws per image and the factor
+    that is the label.
     """
 
     FAMILY: ClassVar[str]
@@ -57,7 +57,7 @@ class Drawn:
 
         Args:
           count: number of images, ≥ 1.
-          seed: of this family of images, ≥ 0.
+          seed: seed of the family's images, ≥ 0.
           size: side of an image in pixels, ≥ 8.
           split: any word; different splits are disjoint streams.
         """

@@ -1,4 +1,4 @@
-"""The families of drawn images by name, and how one of their splits is opened."""
+"""The families of drawn images by name, and how to open their splits."""
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import Drawn
@@ -11,11 +11,11 @@ _TEST_SHARE = 5
 
 
 def open_drawn(family: str, count: int, size: int, split: str) -> Drawn:
-    """An embedded dataset: `count` images in 'train', a fifth of it in 'validation' and in 'test'.
+    """Opens an embedded dataset: `count` images in 'train', a fifth each in the other splits.
 
     Args:
       family: a name in `FAMILIES`.
-      count: images of 'train'.
+      count: number of images in 'train'.
       size: side of an image in pixels.
       split: one of `SPLITS`.
 

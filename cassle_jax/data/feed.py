@@ -1,4 +1,4 @@
-"""Keeps the next batches on the devices, each with the place in the data it leads to."""
+"""Keeps the next batches on the devices, each with the data state that follows it."""
 
 import contextlib
 import queue
@@ -13,18 +13,18 @@ from cassle_jax.parallel import shard_batch
 
 
 class DeviceFeed:
-    """Reads ahead in a thread: host batches are put on the devices while a step runs.
+    """Reads ahead in a thread: puts host batches on the devices while a step runs.
 
-    Iterating gives `(batch, data state)`: the batch as global arrays, and the iterator's state from
-    which the batch after it would come. An exception of the iterator is raised here.
+    Iterating yields `(batch, data state)`: the batch as global arrays, and the state from which the
+    iterator continues after it. An exception of the iterator is raised here.
 
     Args:
       batches: an iterator of host batches with `get_state`.
       mesh: the devices.
-      depth: number of batches held ready.
+      depth: number of batches kept ready.
 
     Attributes:
-      waited: seconds the consumer has waited for data in total.
+      waited: total seconds the consumer has waited for data.
     """
 
     def __init__(self, batches: Iterator, mesh: Mesh, depth: int = 2):

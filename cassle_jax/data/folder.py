@@ -47,15 +47,15 @@ class FolderSource:
         """Reads nothing.
 
         Args:
-          root: the folder; it is the source's name, too.
-          files: paths from `root`.
-          labels: of the files; -1 for none.
-          class_names: by label; empty where images have no labels.
+          root: the folder; also the source's name.
+          files: paths relative to `root`.
+          labels: labels of the files; -1 for none.
+          class_names: names by label; empty where images have no labels.
         """
         self.name = str(root)
         self.class_names = class_names
         self.labels = labels
-        # One buffer instead of a Python string a file: a third of the memory, and quick to pickle.
+        # One buffer instead of one Python string per file: a third of the memory; quick to pickle.
         self._ends = np.cumsum(np.fromiter(map(len, files), np.int64, len(files)))
         self._paths = b"".join(files)
 
@@ -74,7 +74,7 @@ class FolderSource:
 
     @functools.cached_property
     def content(self) -> tuple[str, str]:
-        """See `content_of`; labels may lie in a file beside the images."""
+        """See `content_of`; labels may come from a file beside the images."""
         files = content_of_files(self._path(index) for index in range(len(self)))
         return files, hashlib.blake2b(self.labels.tobytes(), digest_size=8).hexdigest()
 
@@ -82,20 +82,20 @@ class FolderSource:
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
     """Opens `<path>/<split>`, or all of `<path>` where it has no splits.
 
-    Folders that hold images are the classes, at whatever depth below them the images lie, unless
-    more images lie beside these folders than in them: then the images, at any depth, have no
-    labels. A file `<split>/<split>_annotations.txt`, as Tiny-ImageNet has it, gives the labels
-    where no more than one folder holds images. Images come by class, then by path.
+    The folders that hold images, at any depth below them, are the classes. If more images lie
+    beside these folders than in them, the images, at any depth, have no labels. Where at most one
+    folder holds images, a file `<split>/<split>_annotations.txt`, as Tiny-ImageNet has it, gives
+    the labels. Images are ordered by class, then by path.
 
     Args:
       path: root of the image folder.
       split: name of the folder inside it. '', or any name where `path` has no folder that looks
-        like a split, is all of `path`, without labels.
+        like a split, stands for all of `path`, without labels.
       classes: see `open_source`.
 
     Raises:
       DataError: the folder or the split is missing or without images, a class is missing or empty,
-        or `classes` are wanted of images without labels.
+        or `classes` is set for images without labels.
     """
     if not path:
         raise DataError("data.path='' names no folder; give the root of <split>/<class>/<file>")
@@ -129,7 +129,7 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
 
 
 def split_there(path: str, split: str) -> str:
-    """The split, or the validation part that stands in for it where `path` lacks it; logs which."""
+    """The split, or the validation part as its substitute where `path` lacks it; logs which."""
     top = pathlib.Path(path).expanduser()
     if not is_folder(top / split):
         for other in _STAND_INS.get(split, ()):
@@ -162,7 +162,7 @@ def _root_of(top: pathlib.Path, split: str) -> pathlib.Path:
 def _classes_of_files(
     root: pathlib.Path, files: Sequence[bytes], skipped: Skipped
 ) -> tuple[dict[bytes, str], tuple[str, ...]]:
-    """Of each file with a class, its name, and the names of all classes; empty without labels."""
+    """The class of each file by path, and the names of all classes; empty without labels."""
     folder_of = {file: file.split(b"/", 1)[0] for file in files if b"/" in file}
     names = {folder: os.fsdecode(folder) for folder in folder_of.values()}
     annotations = root / f"{root.name}_annotations.txt"
@@ -174,14 +174,14 @@ def _classes_of_files(
     for file in files:
         if file not in folder_of:
             skipped.note(BESIDE_CLASSES, file)
-    # A folder without images is a class that somebody expects.
+    # A folder without images still counts as a class.
     return {file: names[folder] for file, folder in folder_of.items()}, list_folders(root)
 
 
 def _annotated(
     annotations: pathlib.Path, files: Sequence[bytes], skipped: Skipped
 ) -> dict[bytes, str]:
-    """Of each file, what stands behind its name in a line, separated by a tab."""
+    """The class of each file: the field after its name in an annotation line, between tabs."""
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

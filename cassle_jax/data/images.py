@@ -1,4 +1,4 @@
-"""Puts decoded images onto the canvases of a batch, stepping over damaged ones."""
+"""Puts decoded images onto the canvases of a batch, and handles damaged ones."""
 
 import errno
 import threading
@@ -16,8 +16,8 @@ from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
 
 Batch = dict[str, np.ndarray]
 
-# The file's own trouble; a substitute for the machine's or the network's would hide it and change
-# the order of the images.
+# Errors of the file itself. Substitutes for images lost to machine or network errors would hide
+# these errors, and change the order of the images.
 _FILE_ERRORS = (
     errno.ENOENT,
     errno.EACCES,
@@ -47,13 +47,13 @@ class Images:
         Args:
           source: the dataset.
           canvas: side of the square canvas, pixels.
-          damaged: told of every damaged record.
-          substitute: as training has it, a damaged record is replaced by the next good one, and
-            images larger than the canvas are fitted to it roughly, see `decode`; if False, a
-            damaged one's row is left blank, and batches have a 'mask'.
-          short_side: pixels that the short side of an image is resized to, so that the canvas is
-            its centre, see `squares_of`; 0 reduces whole images to fit the canvas.
-          cache_bytes: images are kept where the whole dataset fits into this many bytes; only
+          damaged: records every damaged record.
+          substitute: as in training, the next good record replaces a damaged one, and images larger
+            than the canvas are fitted to it roughly, see `decode`. If False, the row of a damaged
+            record is left blank, and batches have a 'mask'.
+          short_side: pixels to resize an image's short side to; the canvas is the centre of the
+            result, see `squares_of`. 0 reduces whole images to fit the canvas.
+          cache_bytes: keeps the images if the whole dataset fits into this number of bytes; only
             together with `substitute`.
         """
         if canvas < 1:
@@ -130,7 +130,7 @@ class Images:
             batch["mask"][row] = True
 
     def _good_record(self, index: int) -> "_Decoded":
-        """The record at `index`, or the next good one in the dataset's order, past its end too."""
+        """The record at `index`, or the next good one in the dataset's order, wrapping around."""
         for step in range(len(self._source)):
             found = self._try_record((index + step) % len(self._source))
             if found is not None:
@@ -138,7 +138,7 @@ class Images:
         raise DataError(f"no image of {self._source.name!r} can be decoded")
 
     def _try_record(self, index: int) -> "_Decoded | None":
-        """The record at `index`; None, and an entry in the account, where it is damaged."""
+        """The record at `index`; None, after adding it to the account, where it is damaged."""
         name = f"{self._source.name} #{index}"
         try:
             record = self._source[index]
@@ -153,7 +153,7 @@ class Images:
         return None
 
     def _pixels(self, image: bytes | np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
-        """An image as it goes onto the canvas."""
+        """An image in the size and form of the canvas."""
         scratch = self._thread_scratch()
         if not self._short_side:
             return decode(image, self._canvas, scratch, roughly=self._substitute)
@@ -161,7 +161,7 @@ class Images:
         return squares_of(pixels, self._canvas, self._short_side)(CENTRE)
 
     def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
-        """Memory of this thread that holds a decoded image until it is on its canvas."""
+        """This thread's memory for a decoded image until it is on its canvas."""
         if not hasattr(self._scratch, "memory"):
             self._scratch.memory = np.empty(4 * self.canvas_bytes, np.uint8)
         return self._scratch.memory

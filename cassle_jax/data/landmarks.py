@@ -1,8 +1,8 @@
 """Images with points to find in them: a folder with a table beside it, or CelebA from tfds.
 
-A point is given as fractions of the square that an evaluation crops: the largest one at the centre
-of the image. (0, 0) is its top left corner and (1, 1) its bottom right one, whatever the size it is
-resized to; a point outside the square lies outside [0, 1].
+A point is given in fractions of the largest square at the centre of the image, which evaluations
+crop. (0, 0) is its top left corner and (1, 1) its bottom right one, whatever the size it is resized
+to. A point outside the square lies outside [0, 1].
 """
 
 import csv
@@ -25,9 +25,9 @@ CELEBA_SIZE = (218, 178)  # height and width, pixels
 
 @runtime_checkable
 class TargetSource(Source, Protocol):
-    """A source whose images have numbers to predict in place of a class: every label is -1.
+    """A source whose images have numbers to predict instead of a class: every label is -1.
 
-    `targets` has a row an image: x and y of each point in turn.
+    `targets` has one row per image: x and y of each point in turn.
     """
 
     targets: Float32[np.ndarray, "images numbers"]
@@ -37,7 +37,7 @@ class LandmarkFolder:
     """The images `<path>/<split>/<file>` by file name, their points from `<path>/<split>.csv`.
 
     The first line of the table is a heading. Every other line is a file name and x, y of each point
-    in turn, in pixels of the image as it is shown, from its top left corner.
+    in turn, in pixels of the image as shown, from its top left corner.
     """
 
     class_names = ()
@@ -47,12 +47,12 @@ class LandmarkFolder:
 
         Args:
           path: root of the folder.
-          split: such as 'train'.
-          numbers: how many an image has, two a point.
+          split: name of the split, such as 'train'.
+          numbers: numbers per image, two per point.
 
         Raises:
-          DataError: a folder or table is missing; an image without a line or a line without an
-            image; a line that is not a name and this many numbers; an image that cannot be read.
+          DataError: a folder or table is missing; an image has no line or a line no image; a line
+            is not a name and this number of numbers; an image cannot be read.
         """
         root = pathlib.Path(path).expanduser().absolute()
         self.name = str(root / split)
@@ -81,12 +81,12 @@ class LandmarkFolder:
 
 
 class CelebaSource:
-    """A split of tfds' `celeb_a`: aligned faces and five points of each."""
+    """A split of tfds' `celeb_a`: aligned faces with five points each."""
 
     class_names = ()
 
     def __init__(self, data_dir: str, split: str):
-        """Opens a split; its points are read when they are first asked for, and kept on disk.
+        """Opens a split; its points are read at first use, and kept on disk.
 
         Raises:
           DataError: see `open_builder`.
@@ -142,7 +142,7 @@ def _image_files(root: pathlib.Path, split: str) -> list[str]:
 
 
 def _read_table(table: pathlib.Path, numbers: int) -> dict[str, Float[np.ndarray, " numbers"]]:
-    """File name to its numbers."""
+    """The numbers of every line, by file name."""
     try:
         with table.open(newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))[1:]
@@ -192,11 +192,11 @@ def _check_same_files(
 
 
 def _shown_size(path: pathlib.Path) -> tuple[int, int]:
-    """Height and width of an image once it stands upright; only its header is read."""
+    """Height and width of an image when upright; reads only its header."""
     try:
         with open_image(path) as image:
             width, height = image.size
-            # Asked of a PNG without EXIF, Pillow would decode all of it to look for some.
+            # For a PNG without EXIF, Pillow would decode the whole file to look for some.
             orientation = orientation_of(image) if "exif" in image.info else 1
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read as an image: {error}") from error

@@ -19,30 +19,30 @@ UNREADABLE = "unreadable"
 SPECIAL = "neither file nor folder"
 
 _FOLDER, _IMAGE = "folder", "image"
-# Most datasets have these; all others are images that somebody may miss.
+# Most datasets have these; files of other kinds may be missed by the user.
 _HARMLESS = (HIDDEN, NOT_AN_IMAGE)
 _ENDINGS = tuple(each.encode() for each in EXTENSIONS)
 
 
 class Skipped:
-    """What a listing leaves out: how many of each kind, and the first of them."""
+    """Paths that a listing leaves out: their number per kind, and the first of them."""
 
     def __init__(self):
         self._found: dict[str, tuple[int, str]] = {}
 
     def note(self, kind: str, path: bytes) -> None:
-        """Counts one more of a kind."""
+        """Counts one more path of a kind."""
         count, first = self._found.get(kind, (0, os.fsdecode(path)))
         self._found[kind] = count + 1, first
 
     def log(self, name: str) -> None:
-        """Says in a line for each kind what was left out of the listing called `name`."""
+        """Logs one line per kind with what was left out of the listing called `name`."""
         for kind, (count, first) in self._found.items():
             level = logging.INFO if kind in _HARMLESS else logging.WARNING
             LOG.log(level, "%s: skipped %d: %s, such as %r", name, count, kind, first)
 
     def __str__(self) -> str:
-        """Such as ' (skipped: 3: hidden, such as 'a/.x')', or '' where nothing was left out."""
+        """Such as ' (skipped: 3: hidden, such as 'a/.x')'; '' where nothing was left out."""
         each = [f"{count}: {kind}, such as {one!r}" for kind, (count, one) in self._found.items()]
         return f" (skipped: {'; '.join(each)})" if each else ""
 
@@ -53,7 +53,7 @@ def list_images(root: pathlib.Path) -> tuple[list[bytes], Skipped]:
     A file is an image by its extension, see `EXTENSIONS`. Links are followed.
 
     Returns:
-      Their paths from `root`, sorted by their bytes, and what was left out.
+      The paths relative to `root`, sorted by their bytes, and what was left out.
 
     Raises:
       DataError: the folder itself cannot be listed.
@@ -66,7 +66,7 @@ def list_folders(root: pathlib.Path) -> tuple[str, ...]:
     """The names of the folders in a folder, sorted by their bytes; hidden ones are left out.
 
     Raises:
-      DataError: it cannot be listed.
+      DataError: the folder cannot be listed.
     """
     found = [entry.name for entry in _entries(root) if _kind(entry) == _FOLDER]
     return tuple(map(os.fsdecode, found))
@@ -100,7 +100,7 @@ def _images(
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether it is a folder; what may not be looked at is none."""
+    """Whether the path is a folder; False where that cannot be read."""
     try:
         return path.is_dir()
     except OSError:
@@ -116,7 +116,7 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """Folder, image, or why it is neither; only links cost a look at what they lead to."""
+    """Folder, image, or the reason why it is neither; only links cost a look at their target."""
     if entry.name.startswith(b"."):
         return HIDDEN
     try:

@@ -1,4 +1,4 @@
-"""Draws images that differ by their factors alone: each of them has a name and a probe."""
+"""Draws images that differ only in their factors: each factor has a name and a probe."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,12 +15,12 @@ _PLACES = {
     "three": ((-1.1, -0.95), (1.1, -0.95), (0.0, 0.95)),
     "four": ((-1.1, -1.1), (1.1, -1.1), (-1.1, 1.1), (1.1, 1.1)),
 }
-_GROUND, _BODY, _RELIEF = 0.35, 0.75, 0.2  # lightness, and how far patterns and textures take it
-_MIDDLE = 0.5  # the lightness that contrast leaves as it is
-_GROUND_CYCLES = 5  # of a pattern, in the image
-_BODY_CYCLES = 0.8  # of a texture, in one radius
+_GROUND, _BODY, _RELIEF = 0.35, 0.75, 0.2  # lightness, and the amplitude of patterns and textures
+_MIDDLE = 0.5  # the lightness that contrast does not change
+_GROUND_CYCLES = 5  # of a pattern, per image
+_BODY_CYCLES = 0.8  # of a texture, per radius
 
-# All look the same when mirrored, as the shapes do, so that a flip changes none of them.
+# All are mirror-symmetric, as the shapes are, so that a flip changes none of them.
 PATTERNS: dict[str, Callable[[Plane, Plane], Plane]] = {
     "plain": lambda x, _: np.full_like(x, 0.5),
     "rows": lambda _, y: steepened(np.sin(y)),
@@ -63,7 +63,7 @@ class Motifs(Drawn):
     def draw(
         factors: Mapping[str, float], rest: Float[np.ndarray, " n"], size: int
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """The motif of these factors; there is no rest."""
+        """The motif of these factors; no other numbers are drawn."""
         del rest
         cover, lightness = _bodies(factors, size)
         lightness = cover * lightness + (1 - cover) * _ground(factors, size)
@@ -85,7 +85,7 @@ def _ground(factors: Mapping[str, float], size: int) -> Plane:
 
 
 def _bodies(factors: Mapping[str, float], size: int) -> tuple[Plane, Plane]:
-    """How far the bodies cover each pixel, and their lightness there."""
+    """The coverage of each pixel by the bodies, and their lightness there."""
     x, y = pixel_centres(size)
     radius = factors["size"]
     shape = list(SHAPES.values())[int(factors["shape"])]
@@ -105,7 +105,7 @@ def _bodies(factors: Mapping[str, float], size: int) -> tuple[Plane, Plane]:
 def _blurred(
     image: Float32[np.ndarray, "size size 3"], deviation: float
 ) -> Float32[np.ndarray, "size size 3"]:
-    """Gaussian blur of a standard deviation in fractions of the image, its edges continued."""
+    """Gaussian blur, its standard deviation in fractions of the image; edges are extended."""
     weights = _blur_weights(len(image), deviation)
     rows = (weights @ image.reshape(len(image), -1)).reshape(image.shape)
     return np.matmul(weights, rows)

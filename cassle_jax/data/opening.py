@@ -17,7 +17,7 @@ from cassle_jax.data.sources import Source, closest
 
 Feed = DeviceFeed | ResidentFeed
 
-# Of an accelerator's memory, what images may take without being asked for: the rest is the step's.
+# Share of an accelerator's memory that images take on 'auto': the rest is for the step.
 _RESIDENT_SHARE = 0.25
 
 
@@ -25,16 +25,16 @@ def open_source(data_config: Any, split: str) -> Source:
     """Opens one split of the dataset a config names.
 
     Args:
-      data_config: the `data` settings of a configuration; read are
+      data_config: the `data` settings of a configuration, of which these are read:
         source: 'motifs' or 'scenes' (drawn, embedded), 'folder' or 'tfds'.
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
-        path: root of the image folder, or tfds' data_dir ('' is tfds' default).
-        classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100, anything else is
-        the path of a text file with one class name a line. Labels follow the list's order.
+        path: root of the image folder, or tfds' data_dir ('' for tfds' default).
+        classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100; anything else is
+        the path of a text file with one class name per line. Labels follow the list's order.
         scenes: number of drawn images in the split 'train'.
         canvas: side of a drawn image, and the largest side of a decoded image, in pixels.
-        max_pixels: of an image of this process's; see `allow_pixels`.
-      split: 'train', 'test', … of a folder or of drawn images; for tfds anything it understands,
+        max_pixels: largest number of pixels of an image, process-wide; see `allow_pixels`.
+      split: 'train', 'test', … of a folder or of drawn images; for tfds any split expression,
         such as 'train[:90%]' or 'train+unlabelled'.
 
     Returns:
@@ -64,24 +64,24 @@ def open_feed(
     damaged: DamagedLog,
     state: dict[str, int] | None,
 ) -> Feed:
-    """The batches of a run, on its devices; the same ones wherever the images are kept.
+    """Opens the batches of a run, on its devices; the same ones wherever the images are kept.
 
     Args:
-      data_config: the `data` settings of a configuration; read are
+      data_config: the `data` settings of a configuration, of which these are read:
         canvas: side of the square each image is decoded into, pixels.
-        threads: that read and decode; 0 is half the CPUs.
+        threads: number of threads that read and decode; 0 for half the CPUs.
         on_device: 'always' keeps all images on every device, 'never' sends each batch; 'auto' keeps
         them on accelerators where they take at most a quarter of the memory.
-        cache_gib: where batches are sent, decoded images are kept if all fit in this much.
+        cache_gib: where batches are sent, memory for decoded images, GiB; kept only if all fit.
       source: the dataset.
       mesh: the devices, of all processes.
-      batch: images in a global batch.
-      seed: of the order.
+      batch: number of images in a global batch.
+      seed: seed of the order.
       damaged: the account of this process's damaged records.
       state: the data state to continue from; `None` for the first step.
 
     Raises:
-      DataError: the state is of another order.
+      DataError: the state belongs to another order.
     """
     settings = {
         "batch": batch,

@@ -1,4 +1,4 @@
-"""Turns a source into batches: one global order, one decode an image, restarts at any step."""
+"""Turns a source into batches: one global order, one decode per image, restarts at any step."""
 
 import os
 import threading
@@ -41,31 +41,30 @@ def training_batches(
     """Endless shuffled batches, this process's slice of each.
 
     Every epoch is a permutation of the dataset by `seed` and the epoch's number; its last partial
-    batch is dropped. The global order is a function of seed and step alone: process p of n takes
-    positions [p·batch/n, (p+1)·batch/n) of each global batch, so the slices of all processes,
-    concatenated, are the batch one process would get. A damaged record is replaced by the next
-    good one in the dataset's order.
+    batch is dropped. The global order is a function of seed and step alone. Process p of n takes
+    positions [p·batch/n, (p+1)·batch/n) of each global batch, so the concatenated slices of all
+    processes are the batch of a single process. The next good record in the dataset's order
+    replaces a damaged one.
 
     Args:
       source: the dataset.
-      batch: images in a global batch; a multiple of `process_count`.
+      batch: number of images in a global batch; a multiple of `process_count`.
       canvas: side of the square each image is decoded into, pixels.
-      seed: of the order, in [0, 2⁶³).
+      seed: seed of the order, in [0, 2⁶³).
       damaged: the account of this dataset's damaged records.
-      process_index: which process this is, in [0, process_count).
+      process_index: number of this process, in [0, process_count).
       process_count: number of processes.
-      threads: that read and decode; 0 is half the CPUs this process may use, from 2 to 32.
+      threads: number that read and decode; 0 for half this process's CPUs, from 2 to 32.
       start_step: the step of the first batch.
-      cache_bytes: where the dataset's canvases fit into this many bytes, every image is decoded
+      cache_bytes: if the dataset's canvases fit into this number of bytes, every image is decoded
         once and kept; 0 never keeps any.
 
     Returns:
       An iterator of `{'image': uint8[b, canvas, canvas, 3], 'size': int32[b, 2], 'label': int32[b],
       'index': int32[b]}` with b = batch / process_count. An image fills the top left `size`
-      (height, width) pixels of its canvas, the rest is 0; `index` is its place in the source, the
-      substitute's where it was replaced. The state, `{'step', 'batch', 'length', 'seed'}`, is the
-      same for any number of processes; `set_state` continues with that step's batch and reads
-      nothing that comes before it.
+      (height, width) pixels of its canvas, the rest is 0. `index` is its place in the source, or
+      that of its substitute. The state, `{'step', 'batch', 'length', 'seed'}`, is the same for any
+      number of processes; `set_state` continues with that step's batch and reads nothing before it.
 
     Raises:
       DataError: `batch` is larger than the dataset, or not a multiple of `process_count`.
@@ -100,21 +99,21 @@ def evaluation_batches(
     """One pass in the dataset's order, this process's slice of each global batch.
 
     Slices are cut as in `training_batches`; every process yields the same number of batches. Rows
-    without an image have mask False, label and index -1 and a black 1×1 image: they fill up the
-    last batch, and stand where a record is damaged, which is left out rather than replaced.
+    without an image have mask False, label and index -1 and a black 1×1 image. They fill up the
+    last batch, and take the place of damaged records, which are not replaced.
 
     Args:
       source: the dataset.
-      batch: images in a global batch; a multiple of `process_count`.
+      batch: number of images in a global batch; a multiple of `process_count`.
       canvas: side of the square each image is decoded into, pixels.
       damaged: the account of this dataset's damaged records.
-      process_index: which process this is, in [0, process_count).
+      process_index: number of this process, in [0, process_count).
       process_count: number of processes.
       threads: as in `training_batches`.
-      limit: number of images, one from each of as many equal stretches of the dataset, always the
-        same ones; where the dataset is in order of its classes, each gets its share. 0 takes all.
-      short_side: pixels that the short side of an image is resized to, bicubic, so that the canvas
-        is the centre of it, as Pillow and torchvision have it; 0 reduces whole images to fit it.
+      limit: number of images, one from each of `limit` equal stretches of the dataset, always the
+        same ones; in a dataset sorted by class, every class gets its share. 0 takes all.
+      short_side: pixels to resize an image's short side to, bicubic, as Pillow and torchvision do;
+        the canvas is the centre of the result. 0 reduces whole images to fit the canvas.
 
     Returns:
       An iterator of batches as in `training_batches`, with `'mask': bool[b]`.
@@ -144,7 +143,7 @@ def steps_per_epoch(source_length: int, batch: int) -> int:
     """Number of whole global batches in a dataset of `source_length` images, ≥ 1.
 
     Raises:
-      DataError: there is none.
+      DataError: there is no whole batch.
     """
     if not 0 < batch <= source_length:
         raise DataError(
@@ -155,7 +154,7 @@ def steps_per_epoch(source_length: int, batch: int) -> int:
 
 
 def check_state(state: dict[str, int], identity: dict[str, int]) -> None:
-    """Raises DataError where a data state is not of the order that `identity` describes."""
+    """Raises DataError where a data state does not belong to the order `identity` describes."""
     for name, value in identity.items():
         if state.get(name) != value:
             hint = ", or --accept_changes to continue in its order" if name == "length" else ""
@@ -168,8 +167,8 @@ def check_state(state: dict[str, int], identity: dict[str, int]) -> None:
 class BatchIterator(grain.DatasetIterator):
     """Batches of consecutive steps, decoded ahead by Grain's threads.
 
-    Not thread-safe itself. An error raised in a thread comes out of `next` as it was raised; the
-    iterator then stands at the same step still.
+    Not thread-safe itself. `next` raises an error of a thread unchanged, and the iterator stays at
+    the same step.
     """
 
     def __init__(
@@ -180,7 +179,7 @@ class BatchIterator(grain.DatasetIterator):
         start_step: int,
         stop_step: int | None = None,
     ):
-        """Starts at `start_step`; `identity` is what a state must agree on to be continued."""
+        """Starts at `start_step`; a state must agree with `identity` to be continued."""
         super().__init__()
         self._loader = loader
         self._threads = threads
@@ -204,20 +203,20 @@ class BatchIterator(grain.DatasetIterator):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The next step, and what must be unchanged for it to mean the same."""
+        """The next step, and the facts on which its meaning depends."""
         return {"step": self._step, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
         """Goes to the step of a state from `get_state`.
 
         Raises:
-          DataError: the state is of another dataset length, batch or seed.
+          DataError: the state has another dataset length, batch or seed.
         """
         check_state(state, self._identity)
         self._go_to(int(state["step"]))
 
     def start_prefetch(self) -> None:
-        """Starts decoding before the first batch is asked for."""
+        """Starts decoding before the first batch is requested."""
         self._batches.start_prefetch()
 
     def close(self) -> None:
@@ -276,7 +275,7 @@ class _Loader:
 
 
 class _StartedBatch:
-    """The arrays the chunks of one batch are decoded into directly, and the indices to decode."""
+    """The arrays that the chunks of one batch are decoded into, and the indices to decode."""
 
     def __init__(self, indices: Int[np.ndarray, " rows"], arrays: Batch):
         self.indices = indices
@@ -284,7 +283,7 @@ class _StartedBatch:
 
 
 class EpochOrder:
-    """Epoch to a permutation of the dataset by `seed`, of which the last few made are kept."""
+    """Maps an epoch to a permutation of the dataset by `seed`; keeps the last few."""
 
     def __init__(self, length: int, seed: int):
         self._length = length
@@ -293,7 +292,7 @@ class EpochOrder:
         self._lock = threading.Lock()
 
     def __call__(self, epoch: int) -> Int[np.ndarray, " length"]:
-        """Which image stands at each place of the epoch."""
+        """The image at each place of the epoch."""
         with self._lock:
             if epoch not in self._kept:
                 self._kept[epoch] = self._permutation(epoch)
@@ -303,14 +302,14 @@ class EpochOrder:
 
     def _permutation(self, epoch: int) -> Int[np.ndarray, " length"]:
         # Sorted raw Philox output rather than Generator.permutation, whose algorithm NumPy may
-        # change between versions: a continued run must find the order it began with.
+        # change between versions: a continued run must find its original order.
         key = np.array([self._seed, epoch], np.uint64)
         drawn = np.random.Philox(key=key).random_raw(self._length)
         return np.argsort(drawn, kind="stable").astype(np.int32)
 
 
 def evenly_spaced(length: int, limit: int) -> Int[np.ndarray, " chosen"]:
-    """One index from each of `limit` equal stretches, at a place that repeats with no period."""
+    """One index from each of `limit` equal stretches, at places without a period."""
     if not 0 < limit < length:
         return np.arange(length)
     edges = np.arange(limit + 1) * length // limit
@@ -331,7 +330,7 @@ def _rows_of_process(batch: int, process_index: int, process_count: int) -> slic
 
 
 def thread_count(threads: int) -> int:
-    """The number asked for, or half the CPUs: a core gains little from a second thread."""
+    """The requested number, or half the CPUs: a core gains little from a second thread."""
     if threads < 0:
         raise DataError(f"data.threads={threads} is negative; 0 chooses by the CPUs")
     if threads:

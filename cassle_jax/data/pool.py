@@ -1,4 +1,4 @@
-"""Lends large arrays and takes them back once nobody looks at them any more."""
+"""Lends large arrays and takes them back once nothing refers to them any more."""
 
 import ctypes
 import threading
@@ -9,12 +9,12 @@ from jaxtyping import UInt8
 
 
 class BufferPool:
-    """uint8 arrays of one size whose memory is used again.
+    """uint8 arrays of one size whose memory is reused.
 
-    Fresh memory must be mapped and cleared by the kernel, page by page and under one lock: with
-    many threads that costs more than decoding. A lent array's memory comes back when the array and
-    every view of it are gone, so a consumer that holds on to one (JAX does, while it copies) is
-    safe. Thread-safe.
+    The kernel must map and clear fresh memory, page by page and under one lock: with many threads
+    that costs more than decoding. A lent array's memory comes back when the array and every view of
+    it are gone, so a consumer that holds on to one (JAX does, while it copies) is safe.
+    Thread-safe.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -28,7 +28,7 @@ class BufferPool:
         """An array with whatever was in its memory before."""
         with self._lock:
             memory = self._free.pop() if self._free else bytearray(self._size)
-        # A new owner each time, which every view keeps alive; the memory itself outlives it.
+        # A new owner per loan, which every view keeps alive; the memory itself outlives it.
         owner = (ctypes.c_uint8 * self._size).from_buffer(memory)
         weakref.finalize(owner, self._take_back, memory).atexit = False
         return np.frombuffer(owner, np.uint8).reshape(self._shape)

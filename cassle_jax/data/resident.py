@@ -19,7 +19,7 @@ _ROWS_A_TASK = 64
 
 
 def resident_bytes(source: Source, canvas: int) -> int:
-    """What a dataset takes on each device: its canvases, and four small numbers an image."""
+    """Bytes of a dataset on each device: its canvases, and four small numbers per image."""
     return len(source) * (canvas * canvas * 3 + 16)
 
 
@@ -27,26 +27,26 @@ class ResidentFeed:
     """The batches of `training_batches`, drawn on devices that hold all images.
 
     Every image is decoded once, for the first batch; after that the host only sends the order of
-    each epoch. Batches, states, and what becomes of damaged images are those of `DeviceFeed` over
+    each epoch. Batches, states and the handling of damaged images are those of `DeviceFeed` over
     `training_batches`, so a run may continue with either.
 
-    Iterating gives `(batch, data state)`, as `DeviceFeed` does.
+    Iterating yields `(batch, data state)`, as `DeviceFeed` does.
 
     Args:
       source: the dataset.
       mesh: the devices; each holds the whole dataset, `resident_bytes` of it.
-      batch: images in a global batch; a multiple of the number of devices.
+      batch: number of images in a global batch; a multiple of the number of devices.
       canvas: side of the square each image is decoded into, pixels.
-      seed: of the order, in [0, 2⁶³).
+      seed: seed of the order, in [0, 2⁶³).
       damaged: the account of this dataset's damaged records.
-      threads: that read and decode; 0 is half the CPUs this process may use.
+      threads: number that read and decode; 0 for half the CPUs this process may use.
       state: a data state to continue from; `None` for the first step.
 
     Attributes:
-      waited: seconds the consumer has waited for data: as long as decoding takes.
+      waited: seconds the consumer has waited for data: the duration of the decoding.
 
     Raises:
-      DataError: `batch` is larger than the dataset, or the state is of another order.
+      DataError: `batch` is larger than the dataset, or the state belongs to another order.
       TooManyDamaged: from the first `next`, see `DamagedLog`.
     """
 
@@ -92,7 +92,7 @@ class ResidentFeed:
         return batch, {"step": self._step, **self._identity}
 
     def close(self) -> None:
-        """Lets go of the images."""
+        """Releases the images."""
         self._images = None
 
     def _load(self) -> None:

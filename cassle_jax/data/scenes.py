@@ -1,4 +1,4 @@
-"""Procedurally drawn coloured scenes with known factors, among much that means nothing."""
+"""Draws coloured scenes with known factors, among much that means nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -47,17 +47,17 @@ FACTORS: dict[str, Factor] = {
 class Scenes(Drawn):
     """Scenes with one object each, on a patterned, muted background with blobs that mean nothing.
 
-    Everything else about a scene than its factors (background hues, ramp and waves, blobs, light,
-    phase of the texture) is drawn too and cannot be asked for; it is enough to tell scenes apart.
-    Where that is not wanted, there are `Motifs`. The label is the shape.
+    All else about a scene (background hues, ramp and waves, blobs, light, phase of the texture) is
+    drawn too and cannot be chosen; it is enough to distinguish scenes. `Motifs` have no such
+    extras. The label is the shape.
 
     Factors, aligned with the index:
-      hue: of the object's colour, radians; texture and light change its value, never its hue.
+      hue: hue of the object's colour, radians; texture and light change its value, never its hue.
       shape: index into `SHAPES`.
       x, y: the object's centre in fractions of the image from the left and top, in [0.28, 0.72].
       size: the object's radius in fractions of the image, in [0.16, 0.26].
-      orientation: radians, counter-clockwise from the upright drawing. No shape looks the same
-        turned by less than a whole turn, so the period is 2π for all of them.
+      orientation: radians, counter-clockwise from the upright drawing. No shape is symmetric under
+        a rotation, so the period is 2π for all of them.
       texture: index into `TEXTURES`.
     """
 
@@ -69,7 +69,7 @@ class Scenes(Drawn):
     def draw(
         factors: Mapping[str, float], rest: Float[np.ndarray, " n"], size: int
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """The scene of these factors; the rest is what cannot be asked for."""
+        """The scene of these factors; `rest` decides everything else."""
         draws = iter(rest.tolist())
         image = _background(draws, size)
         for _ in range(_BLOBS):
@@ -122,5 +122,5 @@ def _paint_object(
 
 
 def _muted_colour(draws: Iterator[float]) -> Colour:
-    """Of backgrounds and blobs: paler and darker than any object, or they would be all one sees."""
+    """A colour for backgrounds and blobs: paler and darker than any object, not to outshine it."""
     return rgb_of(2 * np.pi * next(draws), 0.5 * next(draws), 0.25 + 0.5 * next(draws))

@@ -1,4 +1,4 @@
-"""Tells a file of records that cannot be read at all from a damaged record in a good file."""
+"""Distinguishes an unreadable file of records from a damaged record in a good file."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
 
-# A missing file or a failing disk, as array_record tells them.
+# A missing file or a failing disk, as array_record reports them.
 _SYSTEM_ERROR = re.compile(r"\w+\(\) failed: [^;]+")
 
 
 class Shards:
     """The array_record files of a split.
 
-    A substitute for every record of a file that is missing, half copied or not to be read would
-    change what a run sees without a word.
+    Substitutes for all records of a file that is missing, incomplete or unreadable would silently
+    change the data of a run.
 
     Args:
-      name: of the dataset.
+      name: name of the dataset.
       instructions: tfds' file instructions of the split, in its order.
 
     Attributes:
-      paths: of the files, in the split's order.
+      paths: paths of the files, in the split's order.
 
     Raises:
       DataError: a local file is missing or must not be read.
@@ -43,11 +43,11 @@ class Shards:
                 raise self._unreadable(path, "Permission denied" if there else "it is not there")
 
     def check(self, position: int, error: Exception) -> None:
-        """Raises DataError where the file of a record is to blame for `error`, not the record.
+        """Raises DataError where `error` is the fault of a record's file, not of the record.
 
         Args:
-          position: of the record in the split.
-          error: what reading it raised.
+          position: place of the record in the split.
+          error: the error that reading it raised.
         """
         shard = int(np.searchsorted(self._ends, position, side="right"))
         failed = _SYSTEM_ERROR.search(str(error))
@@ -67,9 +67,9 @@ class Shards:
 
 
 def _records_in(path: str) -> int:
-    """How many records the index at a file's end knows of; 0 where that is damaged."""
+    """The number of records in the index at a file's end; 0 where the index is damaged."""
     reader = ArrayRecordReader(path)
     found = reader.num_records()
-    with contextlib.suppress(RuntimeError):  # what was wrong with the file, once more
+    with contextlib.suppress(RuntimeError):  # repeats the file's error
         reader.close()
     return found

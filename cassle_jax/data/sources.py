@@ -1,4 +1,4 @@
-"""What a source of labelled images is, and which of its classes a config keeps."""
+"""Defines a source of labelled images, and the classes that a config keeps of it."""
 
 import difflib
 import hashlib
@@ -24,7 +24,7 @@ _STRETCH = 256
 
 
 class Record(NamedTuple):
-    """One image as it is stored.
+    """One stored image.
 
     Attributes:
       image: the bytes of an image file, or uint8 pixels of shape [height, width, 3].
@@ -41,9 +41,9 @@ class Record(NamedTuple):
 class Source(Protocol):
     """Labelled images in a fixed order with random access.
 
-    Thread-safe and picklable. `name` says which dataset and split this is; `class_names` has the
-    name of each label, and is empty where images have no labels. A source that knows its labels
-    without reading images has them, in its order, as `labels`; ask `labels_of`, which takes any.
+    Thread-safe and picklable. `name` identifies the dataset and split; `class_names` has the name
+    of each label, and is empty where images have no labels. A source that knows its labels without
+    reading images has them, in its order, as `labels`; `labels_of` takes any source.
     """
 
     class_names: tuple[str, ...]
@@ -82,7 +82,7 @@ def labels_of(source: Source) -> Int[np.ndarray, " images"]:
 
 
 def content_of(source: Source) -> object:
-    """What tells a source's images from others of the same name and number, for `repr`."""
+    """Distinguishes a source's images from others of the same name and number, for `repr`."""
     return getattr(source, "content", None)
 
 
@@ -100,7 +100,7 @@ def content_of_files(paths: Iterable[str | os.PathLike[str]]) -> str:
 
 
 def read_class_list(classes: str) -> tuple[str, ...] | None:
-    """The class names `data.classes` stands for in label order; None where it stands for all.
+    """The class names that `data.classes` selects, in label order; None where it keeps all.
 
     Raises:
       DataError: the file is missing or empty, or names a class twice.
@@ -127,10 +127,10 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
 
 
 def check_classes(classes: str, wanted: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Checks that a class list only names classes the dataset has.
+    """Checks that a class list only names classes of the dataset.
 
     Raises:
-      DataError: names how many are unknown, the first of them, and the closest known class.
+      DataError: reports the number of unknown names, the first one, and the closest known class.
     """
     known_set = set(known)
     unknown = [name for name in wanted if name not in known_set]

@@ -1,6 +1,6 @@
 """Sources made of other sources: parts, chosen by hash, two joined, and the crops of one.
 
-A choice by hash is the same everywhere and always.
+A choice by hash is the same on every machine and at every time.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ class Part:
         """Reads nothing.
 
         Args:
-          source: the whole.
+          source: the whole source.
           indices: places in the source.
-          name: which part this is, such as 'validation'; added to the source's name.
+          name: name of the part, such as 'validation'; added to the source's name.
         """
         self.name = f"{source.name} ({name} part)"
         self.class_names = source.class_names
@@ -43,7 +43,7 @@ class Part:
 
     @property
     def labels(self) -> Int[np.ndarray, " images"]:
-        """Of every image, see `labels_of`.
+        """The label of every image, see `labels_of`.
 
         Raises:
           AttributeError: the source does not have them without reading images.
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def targets(self) -> Float32[np.ndarray, "images numbers"]:
-        """What to predict of each image, see `cassle_jax.data.landmarks`.
+        """The numbers to predict of each image, see `cassle_jax.data.landmarks`.
 
         Raises:
           AttributeError: the source has classes instead.
@@ -86,7 +86,7 @@ class Joined:
 
     @property
     def labels(self) -> Int[np.ndarray, " images"]:
-        """Of every image, see `labels_of`."""
+        """The label of every image, see `labels_of`."""
         return np.concatenate([labels_of(self._first), labels_of(self._second)])
 
     @property
@@ -96,7 +96,7 @@ class Joined:
 
 
 class Crops:
-    """Squares cut out of every image, each a record of its own with the image's label.
+    """Squares cut out of every image, each a separate record with the image's label.
 
     An image's short side is resized to `short_side` pixels, bicubic. Its ten crops are those of
     torchvision's TenCrop, in its order: top left, top right, bottom left, bottom right and centre,
@@ -109,7 +109,7 @@ class Crops:
         Args:
           source: the images.
           size: side of a crop, pixels.
-          short_side: of the resized images, pixels, ≥ `size`.
+          short_side: short side of the resized images, pixels, ≥ `size`.
           ten: whether to take all ten, or the centre alone.
 
         Raises:
@@ -144,7 +144,7 @@ class Crops:
         return content_of(self._source)
 
     def _resized(self, image: int) -> tuple[Callable[[int], Square], int, str]:
-        """An image's squares, label and name; a thread keeps its last one for the crops to come."""
+        """An image's squares, label and name; each thread keeps its last one for further crops."""
         if getattr(self._last, "image", None) != image:
             record = self._source[image]
             squares = squares_of(decode(record.image, ANY_SIDE), self._size, self._short_side)
@@ -156,13 +156,13 @@ def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:
     """Cuts a source in two by the rule of `held_out`.
 
     Args:
-      source: the whole.
-      fraction: of the images that is cut off, above 0 and at most a half. It is rounded to whole
+      source: the whole source.
+      fraction: share of the images to cut off, above 0 and at most a half. It is rounded to whole
         images, and at least one.
-      key: as of `held_out`.
+      key: key of the choice, see `held_out`.
 
     Returns:
-      What stays, and what was cut off.
+      The kept part, and the part cut off.
 
     Raises:
       DataError: the source has fewer than two images.
@@ -178,20 +178,20 @@ def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:
 
 
 def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
-    """Which of `count` records are held out: one of each of `holdout` consecutive blocks.
+    """Chooses the records to hold out: one from each of `holdout` consecutive blocks of `count`.
 
-    Block b is the records from ⌊b·count/holdout⌋ up to but not including ⌊(b+1)·count/holdout⌋; of
-    these, the one whose BLAKE2b digest (8 bytes, of `<key>/<index>` in ASCII) comes first is held
-    out. A folder lists its images class by class, so every class gives its share, up to one image;
-    the records of a tfds builder are shuffled, so there it is a random cut.
+    Block b is the records from ⌊b·count/holdout⌋ up to but not including ⌊(b+1)·count/holdout⌋. Its
+    record whose BLAKE2b digest (8 bytes, of `<key>/<index>` in ASCII) comes first is held out. A
+    folder lists its images class by class, so every class gives its share, up to one image. A tfds
+    builder shuffles its records, so there it is a random cut.
 
     Args:
-      count: records.
-      holdout: how many of them to hold out, in [1, count].
+      count: number of records.
+      holdout: number of records to hold out, in [1, count].
       key: `<dataset>/<split>`, such as 'cifar10/train'.
 
     Returns:
-      Their indices, ascending.
+      The indices of the held-out records, ascending.
     """
     edges = np.arange(holdout + 1) * count // holdout
     digests = [
@@ -204,16 +204,16 @@ def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
 def cut_shots(source: Source, shots: int) -> tuple[Part, Part]:
     """Keeps a few images of every class, and cuts these in two.
 
-    Of each class, the `shots` images whose BLAKE2b digests (8 bytes, of their index in decimal
-    ASCII) come first; so fewer shots are some of more. The first fifth of them, rounded down but at
-    least one image, is cut off.
+    Each class keeps the `shots` images whose BLAKE2b digests (8 bytes, of their index in decimal
+    ASCII) come first, so fewer shots are a subset of more. The first fifth of them, rounded down
+    but at least one image, is cut off.
 
     Args:
-      source: the whole.
-      shots: images of a class, ≥ 2.
+      source: the whole source.
+      shots: images per class, ≥ 2.
 
     Returns:
-      What stays, and what was cut off.
+      The kept part, and the part cut off.
 
     Raises:
       DataError: a class has too few images.
@@ -234,7 +234,7 @@ def cut_shots(source: Source, shots: int) -> tuple[Part, Part]:
 
 
 def hashed_by_class(labels: Int[np.ndarray, " images"]) -> dict[int, Int[np.ndarray, " _"]]:
-    """Each label's images, by the BLAKE2b digests (8 bytes) of their index in decimal ASCII.
+    """Each label's images, ordered by the BLAKE2b digests (8 bytes) of their decimal indices.
 
     Negative labels are left out.
     """

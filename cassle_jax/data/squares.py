@@ -11,8 +11,8 @@ from cassle_jax.data.errors import DataError
 PLACES = 5
 CENTRE = 4
 
-# Of longer images than so many squares only what a square shows is resized. Pillow may then take
-# rows and columns in the other order, which rounds a little differently.
+# In images longer than this number of squares, only the region that a square shows is resized.
+# Pillow may then take rows and columns in the other order, which rounds a little differently.
 _WHOLE_SQUARES = 16
 
 Square = UInt8[np.ndarray, "size size 3"]
@@ -29,16 +29,16 @@ def check_short_side(short_side: int, size: int) -> None:
 def squares_of(
     pixels: UInt8[np.ndarray, "height width 3"], size: int, short_side: int
 ) -> Callable[[int], Square]:
-    """Resizes an image's short side (bicubic, antialiased); then torchvision's ten crops of it.
+    """Resizes an image's short side (bicubic, antialiased), for torchvision's ten crops of it.
 
     Args:
       pixels: RGB, of any size.
       size: side of a square, pixels.
-      short_side: of the resized image, pixels, ≥ `size`.
+      short_side: short side of the resized image, pixels, ≥ `size`.
 
     Returns:
-      A function of the place: top left, top right, bottom left, bottom right or centre, from 0;
-      plus `PLACES` for the same of the mirrored image.
+      A function of the crop's number, from 0: top left, top right, bottom left, bottom right,
+      centre; plus `PLACES` for the same crops of the mirrored image.
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     sides = np.array(picture.size)
@@ -64,7 +64,7 @@ def squares_of(
 
 
 def _corner(free: np.ndarray, corner: int) -> tuple[int, int]:
-    """Left and top of a square in an image that is so much larger than it."""
+    """Left and top of a square, given how much larger the image is."""
     right, bottom = free.tolist()
     # Torchvision rounds half to even here, as numpy does.
     middle = np.round(free / 2).astype(int).tolist()
