@@ -183,7 +183,7 @@ def _annotated(
 ) -> dict[bytes, str]:
     """The class of each file: the field after its name in an annotation line, between tabs."""
     try:
-        lines = annotations.read_text(encoding="utf-8").splitlines()
+        lines = annotations.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.path: {str(annotations)!r} cannot be read: {error}") from error
     class_of_name = dict(line.split("\t")[:2] for line in lines if "\t" in line)

@@ -144,7 +144,7 @@ def _image_files(root: pathlib.Path, split: str) -> list[str]:
 def _read_table(table: pathlib.Path, numbers: int) -> dict[str, Float[np.ndarray, " numbers"]]:
     """The numbers of every line, by file name."""
     try:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))[1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(

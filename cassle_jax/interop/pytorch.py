@@ -221,15 +221,19 @@ def _fitting_names(
 
 
 def not_weights(state: Mapping[str, np.ndarray]) -> list[str]:
-    """What is wrong with each array that holds something other than finite float32 numbers."""
+    """What is wrong with each array that holds no finite float32 numbers, or a variance below 0."""
     problems = []
     for name, array in state.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"{name} holds {array.dtype} where floating-point numbers should be")
+        elif not array.size:
+            problems.append(f"{name} has shape {array.shape}, which holds no numbers")
         elif not _finite(array):
             problems.append(
                 f"the weights {name} are not finite; the file is damaged or training diverged"
             )
+        elif name.endswith("running_var") and array.min() < 0:
+            problems.append(f"the variances {name} are below 0; the file is damaged")
     return problems
 
 

@@ -52,7 +52,8 @@ def test_tiny_imagenet_as_it_is_published(tree):
         "val_1.JPEG\tn1\t0\t0\t9\t9",
         "val_2.JPEG\tn2\t0\t0\t9\t9",
     ]
-    (root / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    # Some editors begin a file of text with a byte order mark, which is no part of the first name.
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines), encoding="utf-8-sig")
     train = open_folder(str(root), "train")
     assert train.class_names == ("n1", "n2")
     assert read(train) == [(f"train/{image}", image[:2]) for image in images]

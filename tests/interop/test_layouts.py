@@ -200,6 +200,21 @@ def test_weights_that_are_not_finite_are_refused_by_name(resnet, tmp_path, spoil
         encoder_from_pytorch(state, variables)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bn1.running_var", -1.0, r"the variances bn1\.running_var are below 0; the file is"),
+        ("conv1.weight", None, r"conv1\.weight has shape \(0, 3, 7, 7\), which holds no numbers"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused_by_name(resnet, tmp_path, name, value, message):
+    state = dict(resnet)
+    state[name] = state[name][:0] if value is None else np.full_like(state[name], value)
+    save_file(state, tmp_path / "file.safetensors")
+    with pytest.raises(WeightsError, match=rf"file\.safetensors: of the encoder, {message}"):
+        load_weights(tmp_path / "file.safetensors")
+
+
 def test_a_runs_weights_that_are_not_finite_are_not_exported():
     variables = filled(encoder_variables(ENCODERS["resnet18"]))
     variables["params"]["bn1"]["bias"][0] = np.nan
