@@ -126,7 +126,7 @@ def test_imagenet100_is_a_subset_in_label_order(tmp_path, settings):
 
 def test_class_list_from_a_file(image_folder, settings, tmp_path):
     listed = tmp_path / "classes.txt"
-    listed.write_text("c\n\n a \n")
+    listed.write_text("c\n\n a \n", encoding="utf-8-sig")
     root = image_folder({"a": 1, "b": 2, "c": 2})
     source = open_source(settings(source="folder", path=str(root), classes=str(listed)), "train")
     assert source.class_names == ("c", "a")
