@@ -1,1 +1,1 @@
-"""Pretraining: state, optimiser, the sharded step, the loop, checkpoints, what is logged."""
+"""Pretraining: state, optimiser, the sharded step, the loop, checkpoints, and logs."""

@@ -29,20 +29,20 @@ LOG = logging.getLogger(__name__)
 
 
 class NotSaved(RuntimeError):
-    """The checkpoint a run ends with could not be written."""
+    """The final checkpoint of a run could not be written."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
 
-    A checkpoint holds the training state, its keys, where the data iterator stood, and checksums.
-    It appears under its final name only when it is complete, and older ones go only after that, so
-    a run killed at any moment, or whose disk is full, finds the last complete one.
+    A checkpoint holds the training state, its keys, the data iterator's state, and checksums. It
+    gets its final name only when it is complete, and older ones are deleted only after that. So the
+    last complete one survives a kill at any moment, or a full disk.
 
     Args:
-      workdir: of the run.
-      keep: how many of the newest stay.
-      keep_every_steps: every checkpoint at a multiple of this stays as well; 0 for none.
+      workdir: workdir of the run.
+      keep: number of newest checkpoints to keep.
+      keep_every_steps: also keeps every checkpoint at a multiple of this step; 0 for none.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, keep_every_steps: int = 0):
@@ -59,26 +59,26 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        """Makes the manager, which knows what is in the folder and deletes what is incomplete."""
+        """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._preserve, cleanup_tmp_directories=True
             ),
         )
-        # Orbax would ask for the step of a checkpoint from a thread of its own, which JAX takes for
-        # the step this process is at; see `StopRequest.agreed`.
+        # Orbax would query a checkpoint's step from its own thread, which JAX takes for the step of
+        # this process; see `StopRequest.agreed`.
         self._manager.reached_preemption = lambda _: False
         self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Saves in the background; the state may be donated as soon as this returns.
 
-        What cannot be written, as on a full disk, ends nothing: it is told in one line, and the
-        next checkpoint is tried.
+        A failed write, as on a full disk, does not end the run: it logs one line, and the next
+        checkpoint is tried.
 
         Raises:
-          NotSaved: it cannot be written, and the run has several processes.
+          NotSaved: the write failed, and the run has several processes.
         """
         self._settle()
         self._warn_once()
@@ -88,10 +88,10 @@ class Checkpoints:
     def save_surely(
         self, step: int, state: TrainState, data_state: dict[str, Any], *, seconds: float
     ) -> None:
-        """Saves and waits until it is complete; where it fails, tries again for so many seconds.
+        """Saves and waits until it is complete; retries for up to `seconds` where that fails.
 
         Raises:
-          NotSaved: it could not be written.
+          NotSaved: the checkpoint could not be written.
         """
         for attempt in range(1 + round(seconds / RETRY_SECONDS)):
             if attempt == 1:
@@ -113,10 +113,10 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state and data state of the newest checkpoint that can be read.
+        """The state and data state of the newest readable checkpoint; `None` without checkpoints.
 
-        `None` if there is no checkpoint; ConfigError if there are and none can be read, or if they
-        are of other networks or another optimizer.
+        Raises ConfigError if there are checkpoints and none is readable, or if they belong to other
+        networks or another optimizer.
 
         Args:
           like: a state of the same run, for shapes and placement.
@@ -129,7 +129,7 @@ class Checkpoints:
                 restored = self._read(step, like)
             except ConfigError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
+            except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
                 LOG.warning(
                     "checkpoint %d cannot be read, trying the one before: %s",
                     step,
@@ -146,18 +146,18 @@ class Checkpoints:
         return None
 
     def look(self) -> None:
-        """Tells of a save in the background that has failed by now; waits for none."""
+        """Logs the failure of a background save that has ended by now; does not wait."""
         if not self._manager.is_saving_in_progress():
             self._settle()
             self._warn_once()
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for the current save."""
         self._settle()
         self._warn_once()
         self._manager.close()
         if not self._failures:
-            self._quiet.close()  # what a failed save still had to write may end later
+            self._quiet.close()  # writes of a failed save may end later
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint; `None` if there is none."""
@@ -180,11 +180,11 @@ class Checkpoints:
                 ),
                 force=True,
             )
-        except Exception as error:  # Orbax and TensorStore raise whatever the disk's trouble is.
+        except Exception as error:  # Orbax and TensorStore raise any type, by the disk's fault.
             self._failed(error)
 
     def _settle(self) -> None:
-        """Waits for what is being saved, and takes note of how that ended."""
+        """Waits for the current save, and records how it ended."""
         if self._saving is None:
             return
         try:
@@ -197,7 +197,7 @@ class Checkpoints:
         self._saving, self._trouble, self._warned = None, "", False
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process looks."""
+        """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process checks."""
         free, needed = free_bytes(self._folder), _bytes(state)
         short = free is not None and free < needed
         if jax.process_count() > 1:
@@ -219,13 +219,13 @@ class Checkpoints:
         if jax.process_count() > 1:
             # The others may wait for this process in the middle of the same save.
             raise NotSaved(self._trouble) from error
-        # The save leaves parts of it, and a manager that forgot the checkpoints it was to replace.
+        # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.
         for mend in (self._manager.close, self._drop_incomplete, self._open):
-            with contextlib.suppress(Exception):  # what is still wrong is met by the next save
+            with contextlib.suppress(Exception):  # the next save reports what is still wrong
                 mend()
 
     def _drop_incomplete(self) -> None:
-        """Deletes what a failed save has left; what it still writes comes back for a while."""
+        """Deletes the files of a failed save; its pending writes recreate them for a while."""
         gone = 0
         for _ in range(40):
             incomplete = list(self._folder.glob("*.orbax-checkpoint-tmp*"))
@@ -265,7 +265,7 @@ class Checkpoints:
         return state, data_state
 
     def _check_shapes(self, step: int, like: TrainState) -> None:
-        """Raises ConfigError where a checkpoint is of other networks or another optimizer."""
+        """Raises ConfigError where a checkpoint belongs to other networks or another optimizer."""
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             saved = _shapes(handler.metadata(self._folder / str(step) / "state").tree)
         now = _shapes(like)
@@ -279,9 +279,9 @@ class Checkpoints:
                 )
 
     def _set_aside_after(self, step: int) -> None:
-        """Moves away the checkpoints that could not be read, so that their steps are saved again.
+        """Moves the unreadable checkpoints away, so that their steps are saved again.
 
-        They are not deleted: what could not be read may be the network's fault, or memory's.
+        They are not deleted: the network or memory may be at fault.
         """
         unread = [each for each in self._manager.all_steps() if each > step]
         if not unread:
@@ -297,21 +297,21 @@ class Checkpoints:
 
 
 def _in_all_processes(here: bool) -> bool:
-    """Whether it is so in every process, which all must ask."""
+    """Whether it holds in every process; all processes must call this."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
 class _NoRoom(OSError):
-    """A checkpoint was not even begun."""
+    """A checkpoint was not even started."""
 
 
 def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
-    """For each part of the state, and for the data state, a number that damage changes.
+    """A checksum per part of the state, and one for the data state.
 
-    Neither the format nor most file systems notice a flipped bit in the middle of an array. They
-    are computed on the devices, so nothing is transferred, and do not depend on how many there are.
+    Neither the format nor most file systems notice a flipped bit in the middle of an array. The
+    devices compute the checksums, so nothing is transferred; their number does not matter.
     """
     told = json.dumps(data_state, sort_keys=True)
     return {**checksums_of(vars(state)), "data": zlib.crc32(told.encode())}
@@ -323,7 +323,7 @@ def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_sums(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
-    """Raises ValueError where parts are not what was saved; older versions saved no checksums."""
+    """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
     wrong = [name for name in found if saved and saved.get(name) != found[name]]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} of it are not what was saved")
@@ -352,7 +352,7 @@ def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Of the arrays by their names; keys are left out, whose shape is their implementation's."""
+    """Shapes by array name, without keys, whose shape depends on their implementation."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves
@@ -373,7 +373,7 @@ def _told(size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said, in the middle of what TensorStore says."""
+    """The operating system's message, from the middle of TensorStore's."""
     found = re.search(r"([^:]+) \[os_error_code", str(error))
     return getattr(error, "strerror", None) or (found[1].strip() if found else _first_line(error))
 
@@ -384,7 +384,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _orbax_tells_errors_once():
-    """Keeps the tracebacks quiet that Orbax logs of an exception which it then raises."""
+    """Silences the tracebacks that Orbax logs of an exception which it then raises."""
     log = logging.getLogger("absl")
 
     def told(record):

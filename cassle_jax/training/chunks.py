@@ -12,21 +12,21 @@ from cassle_jax.methods.base import PyTree
 def in_chunks(
     function: Callable[[PyTree], tuple[PyTree, PyTree]], rows: PyTree, chunks: int
 ) -> tuple[PyTree, PyTree]:
-    """What `function` makes of all rows, a chunk of them at a time.
+    """Applies `function` to all rows, one chunk of them at a time.
 
-    Differentiated, this is gradient caching. Forwards, nothing of a chunk is kept but its results.
-    What is made of the results of all chunks, such as a loss that contrasts each row with every
-    other, then has one gradient for each of them. Backwards, each chunk is computed anew and its
-    share of the gradient added up: that of one shot, for twice the forward computation.
+    Differentiated, this is gradient caching. The forward pass keeps only the results of a chunk. A
+    function of all results, such as a loss that contrasts each row with every other, then has one
+    gradient per result. The backward pass recomputes each chunk and adds up its share of the
+    gradient: the same gradient as in one pass, for twice the forward computation.
 
-    Of n chunks, chunk k has the rows k, k + n, k + 2n, …. Where devices share a batch, the rows
-    that all of them have in a chunk are then the same however many devices there are.
+    With n chunks, chunk k has the rows k, k + n, k + 2n, …. Where devices share a batch, the rows
+    that all devices together have in a chunk then do not depend on the number of devices.
 
     Args:
-      function: makes of some rows their results, which have the same leading axis, and statistics,
-        through which no gradient goes.
+      function: maps rows to their results, which have the same leading axis, and to statistics,
+        which get no gradient.
       rows: arrays with a leading axis of equal length.
-      chunks: how many; divides the number of rows. With 1, this is `function` itself.
+      chunks: number of chunks; divides the number of rows. With 1, this is `function` itself.
 
     Returns:
       The results of all rows, in their order, and the mean of the chunks' statistics.
@@ -42,7 +42,7 @@ def in_chunks(
         split = x.reshape(-1, chunks, *x.shape[1:])
         return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
 
-    # Two loops share no expressions, so nothing has to keep XLA from merging them.
+    # Two loops share no expressions, so XLA has nothing to merge.
     @partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(index):
         results, statistics = function(jax.tree.map(partial(rows_of, index), rows))

@@ -1,4 +1,4 @@
-"""Keeps quiet what is still being read when restoring a checkpoint has failed."""
+"""Silences reads that are still under way when restoring a checkpoint has failed."""
 
 import contextlib
 import logging
@@ -10,8 +10,8 @@ def late_reads_ignored():
     """Silences the reads that are still under way when a restore fails.
 
     Orbax closes its event loop at the first array that cannot be read. Every read that ends after
-    that prints a traceback from a thread of TensorStore's, and every other failure one more when
-    it is collected, at any later time.
+    that prints a traceback from a thread of TensorStore's, and every other failure prints one more
+    when it is collected, at any later time.
     """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
 
@@ -24,6 +24,6 @@ def late_reads_ignored():
 
     sys.unraisablehook = ignoring
     log.addFilter(retrieved)
-    yield  # and what is raised here leaves both in place
+    yield  # an exception here leaves both in place
     sys.unraisablehook = hook
     log.removeFilter(retrieved)

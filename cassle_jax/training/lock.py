@@ -1,4 +1,4 @@
-"""Holds a workdir for one run: a second one is refused, and a killed one leaves nothing behind."""
+"""Holds a workdir for one run: a second run is refused, and a killed one leaves no lock behind."""
 
 import contextlib
 import datetime
@@ -25,15 +25,15 @@ LOG = logging.getLogger(__name__)
 def workdir_held(workdir: epath.PathLike) -> Iterator[None]:
     """Holds `<workdir>/lock` while entered.
 
-    The lock is the kernel's, on the open file: it ends with the process however that ends, knows no
-    time, and holds between the hosts of a shared file system too. Reading a run needs no lock.
-    Object stores and file systems without locks hold nothing.
+    The kernel locks the open file: the lock ends with the process in every case, never expires, and
+    also holds between the hosts of a shared file system. Reading a run needs no lock. On object
+    stores and file systems without locks, nothing is held.
 
     Args:
-      workdir: of the run; must exist.
+      workdir: workdir of the run; must exist.
 
     Raises:
-      ConfigError: another run holds it; names the host, the process and since when.
+      ConfigError: another run holds it; the message names the host, the process and the time.
       OSError: the file cannot be written.
     """
     if fcntl is None or on_object_store(workdir):
@@ -63,7 +63,7 @@ def _take(descriptor: int, workdir: epath.PathLike) -> None:
         "pid": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    # For people only: on a full disk the lock holds all the same.
+    # For people only: on a full disk the lock still holds.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)

@@ -1,4 +1,4 @@
-"""The pretraining loop: feeds the step, and sees to checkpoints, metrics, probes and signals."""
+"""The pretraining loop: feeds the step, and handles checkpoints, metrics, probes and signals."""
 
 import contextlib
 import logging
@@ -41,10 +41,10 @@ from cassle_jax.training.warm_start import warm_started
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
 STEPS_AHEAD = 2
-# What one host writes to a shared folder may take so long to be seen by another.
+# The longest time until one host sees what another has written to a shared folder.
 SHARED_FOLDER_SECONDS = 60
-# How long a full disk is waited for where giving up loses steps: at the end of a run, and where
-# whoever asked it to stop soon kills it.
+# How long a full disk is waited for where giving up loses steps: at the end of a run, and after a
+# request to stop, which a kill soon follows.
 LAST_SAVE_SECONDS = 600.0
 STOPPING_SAVE_SECONDS = 30.0
 
@@ -56,28 +56,28 @@ class Diverged(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop; its state is saved."""
+    """The run received a request to stop; its state is saved."""
 
 
 def pretrain(
     config: ConfigDict, workdir: epath.PathLike, *, accept_changes: bool = False
 ) -> TrainState:
-    """Pretrains, or continues where the workdir's newest checkpoint stands.
+    """Pretrains, or continues from the workdir's newest checkpoint.
 
     Args:
-      config: as from `base_config`.
+      config: a configuration, as from `base_config`.
       workdir: a folder for checkpoints, metrics, the configuration and the contact sheet; local or
         on an object store (gs://, s3://).
-      accept_changes: a run continues with other settings than it was begun with, if it can.
+      accept_changes: continues a run with changed settings, where that is possible.
 
     Returns:
       The state after the last step.
 
     Raises:
       ConfigError, DataError: a setting that cannot work, before anything costly starts.
-      Diverged: the loss or the update was not finite; names the step.
+      Diverged: the loss or the update was not finite; the message names the step.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
-      NotSaved: the checkpoint that the run ends with could not be written.
+      NotSaved: the final checkpoint of the run could not be written.
     """
     workdir = _known_path(workdir)
     mesh = device_mesh()
@@ -111,7 +111,7 @@ class _Loop:
         changes: list[str] = []
         if self.leads:
             changes = _take_workdir(config, workdir, accept_changes, opened)
-        agree({})  # the others go on when the first process has made it
+        agree({})  # the others continue when the first process has made it
         _check_seen(workdir)
         self.checkpoints = Checkpoints(
             workdir,
@@ -184,13 +184,13 @@ class _Loop:
             opened.callback(self.progress.close)
 
     def _take_dataset(self, images: int) -> list[str]:
-        """Continues in the order of a dataset that lost or gained images, and returns what has."""
+        """Continues in the order of a dataset that lost or gained images; returns the change."""
         before = self.data_state["length"]
         self.data_state = {**self.data_state, "length": images}
         return [f"{images} training images were {before}"] if images != before else []
 
     def train(self, stop: StopRequest) -> TrainState:
-        """Runs to the last step, or saves and raises `Preempted` once asked to stop."""
+        """Runs to the last step, or saves and raises `Preempted` after a request to stop."""
         begun_at = self.step
         try:
             return self._steps(stop)
@@ -229,7 +229,7 @@ class _Loop:
             self._report(self.window.summary())
         if self.progress:
             self.progress.advance(self.step)
-        # Saving comes first: whatever becomes of the probe costs none of these steps.
+        # Saving comes first: a failure of the probe then costs none of these steps.
         if last:
             self._save_surely(LAST_SAVE_SECONDS)
         elif self._is_due(config.checkpoint.every_steps):
@@ -237,7 +237,7 @@ class _Loop:
             self.checkpoints.save(self.step, self.state, self.data_state)
         elif self._is_due(config.log.every_steps):
             self.checkpoints.look()
-        # Who asks a run to stop gives it seconds: then it is not probed.
+        # A request to stop leaves only seconds: then there is no probe.
         probing = last or (self._is_due(self._probe_every) and not stop.agreed(self.step))
         if self.probe and probing:
             self._check_finite()
@@ -245,7 +245,7 @@ class _Loop:
                 self._report(self._probed())
 
     def _probed(self) -> dict[str, float]:
-        """What the probe measures; nothing where it fails, which is one line in the log."""
+        """The probe's measurements; empty, with one line in the log, where it fails."""
         measured = {}
         try:
             measured = self.probe(self.state)
@@ -256,7 +256,7 @@ class _Loop:
                 type(error).__name__,
                 (str(error).strip() or "no reason given").splitlines()[0],
             )
-        # Where it failed in this process alone, the others wait for this one in the middle of it.
+        # Where it failed in this process alone, the others are still inside the probe: join them.
         all_arrive(f"after the probe of step {self.step}")
         return measured
 
@@ -289,7 +289,7 @@ class _Loop:
 
 
 def _check_devices(mesh: Mesh) -> None:
-    """Raises ConfigError where processes, which read equal shares, have unequal ones of devices."""
+    """Raises ConfigError where the processes, which read equal shares, have unequal devices."""
     counts = Counter(device.process_index for device in mesh.devices.flat)
     if len(set(counts.values())) > 1:
         raise ConfigError(
@@ -299,7 +299,7 @@ def _check_devices(mesh: Mesh) -> None:
 
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:
-    """The path; what looks like a scheme but is none would be a local folder of that name."""
+    """The path; raises ConfigError for an unknown scheme, which would become a local folder."""
     if "://" in str(workdir) and not on_object_store(workdir):
         raise ConfigError(
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
@@ -308,7 +308,7 @@ def _known_path(workdir: epath.PathLike) -> epath.Path:
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
-    """Says what ω gives away: of the image, or of which two views are a pair."""
+    """Logs what ω gives away: of the image, or which two views are a pair."""
     if not is_conditioned(conditioning.treatment, conditioning.injection):
         return
     leaking = [
@@ -333,12 +333,12 @@ def _warn_of_leaks(conditioning: Conditioning) -> None:
 def _take_workdir(
     config: ConfigDict, workdir: epath.Path, accept_changes: bool, opened: contextlib.ExitStack
 ) -> list[str]:
-    """Makes the workdir, holds it for this run, and returns what settings have changed."""
+    """Makes the workdir, holds it for this run, and returns the changed settings."""
     with _written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         opened.enter_context(workdir_held(workdir))
     changes = check_unchanged(config, workdir, accept_changes=accept_changes)
-    # A run that holds checkpoints keeps its settings until these have proved to fit it.
+    # A run with checkpoints keeps its settings until the checkpoints have proved to fit.
     if not holds_run(workdir):
         with _written(workdir):
             write_config(config, workdir)
@@ -347,7 +347,7 @@ def _take_workdir(
 
 @contextlib.contextmanager
 def _written(workdir: epath.Path):
-    """Turns into one line that something in the workdir cannot be written."""
+    """Turns an error of writing in the workdir into one line."""
     try:
         yield
     except OSError as error:
@@ -357,7 +357,7 @@ def _written(workdir: epath.Path):
 
 
 def _check_seen(workdir: epath.Path) -> None:
-    """Raises ConfigError where a process has another folder of the same name than the first."""
+    """Raises ConfigError where a process sees another folder than the first under this name."""
     seen = workdir / "config.json"
     until = time.monotonic() + SHARED_FOLDER_SECONDS
     while not seen.exists():
@@ -384,26 +384,26 @@ class _Window:
         self._since, self._waited = time.perf_counter(), self._feed.waited
 
     def add(self, metrics: dict) -> None:
-        """Takes in the metrics of a step."""
+        """Adds the metrics of a step."""
         self._metrics.append(metrics)
         self._steps += 1
 
     @contextlib.contextmanager
     def paused(self):
-        """Leaves the time spent within out of the window."""
+        """Excludes the time spent within from the window."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     @property
     def seconds(self) -> float:
-        """Seconds a step: of this window so far, or of the one before."""
+        """Seconds per step: of this window so far, or of the previous one."""
         if self._steps:
             self._seconds = (time.perf_counter() - self._since) / self._steps
         return self._seconds
 
     def summary(self) -> dict[str, float]:
-        """Means over the window, images a second, share of time waiting for data; starts anew."""
+        """Means over the window, images per second, share of time waiting for data; restarts."""
         values = jax.device_get(list(self._metrics))
         elapsed = self.seconds * self._steps
         summary = {name: float(np.mean([each[name] for each in values])) for name in values[0]}

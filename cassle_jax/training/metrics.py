@@ -17,12 +17,12 @@ from cassle_jax.storage import GrowingFile, write_whole
 class MetricsWriter:
     """Appends to `<workdir>/metrics.jsonl` and to a TensorBoard file beside it.
 
-    A continued run repeats the steps after its checkpoint, so what was written for them is dropped.
-    What cannot be written while the run goes on, as on a full disk, follows when it can be.
+    A continued run repeats the steps after its checkpoint, so their earlier lines are dropped. What
+    cannot be written during the run, as on a full disk, is written once that is possible.
 
     Args:
-      workdir: of the run.
-      step: the run continues from; 0 for a new one.
+      workdir: workdir of the run.
+      step: the step that the run continues from; 0 for a new one.
 
     Raises:
       OSError: the files cannot be written.
@@ -49,7 +49,7 @@ class MetricsWriter:
         self._events.append(event)
 
     def close(self) -> None:
-        """Writes what could not be written before, where that is possible now."""
+        """Writes the remaining lines, where that is possible now."""
         self._lines.close()
         self._events.close()
 
@@ -59,8 +59,8 @@ class _EventFile:
 
     def __init__(self, folder: epath.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's files in the order of these seconds, so a continued run's
-        # come later than those before it, also where the clock was set back.
+        # TensorBoard reads a folder's files in the order of these seconds, so those of a continued
+        # run come after the earlier ones, even where the clock was set back.
         before = [re.search(r"tfevents\.(\d+)", each.name) for each in folder.iterdir()]
         seconds = max([int(time.time()), *(int(each[1]) + 1 for each in before if each)])
         name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}"
@@ -79,7 +79,7 @@ class _EventFile:
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """For each metric of a run its values, as (step, value) in order."""
+    """The values of each metric of a run, as (step, value) in order."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in read_lines(epath.Path(workdir, "metrics.jsonl")):
         step = line.pop("step")
@@ -89,7 +89,7 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_lines(path: epath.PathLike) -> list[dict]:
-    """The whole lines of a JSON-lines file that tell their step.
+    """The complete lines of a JSON-lines file that have a step.
 
     A killed run may leave half a line at the end, and a power cut anything.
     """
@@ -103,10 +103,10 @@ def read_lines(path: epath.PathLike) -> list[dict]:
 
 
 def append_line(path: epath.Path, line: Mapping) -> None:
-    """Adds a line to a short JSON-lines file, which is written anew, without what is damaged in it.
+    """Adds a line to a short JSON-lines file; rewrites the file without damaged lines.
 
     Raises:
-      OSError: it cannot be written; it is then as it was.
+      OSError: the file cannot be written; it is then unchanged.
     """
     write_whole(path, b"".join(_as_line(each) for each in [*read_lines(path), line]))
 

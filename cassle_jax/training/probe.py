@@ -1,4 +1,4 @@
-"""Looks at the features while a run goes on: k-NN accuracy and RankMe, every few epochs."""
+"""Measures the features during a run: k-NN accuracy and RankMe, every few epochs."""
 
 import logging
 
@@ -19,11 +19,11 @@ LOG = logging.getLogger(__name__)
 
 
 class FeatureReader:
-    """Reads the features a run's encoder gives a dataset.
+    """Reads a dataset's features from a run's encoder.
 
     Args:
-      config: its `data` settings.
-      run: for networks and augmentation settings.
+      config: configuration, of which the `data` settings are read.
+      run: provides networks and augmentation settings.
       mesh: the devices.
     """
 
@@ -35,9 +35,9 @@ class FeatureReader:
     def __call__(
         self, state: TrainState, source: Source, limit: int = 0, damaged: DamagedLog | None = None
     ) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
-        """Features and labels of at most `limit` images (0: of all), in the source's order.
+        """Features and labels of at most `limit` images (0 for all), in the source's order.
 
-        Damaged images are left out; `damaged` (by default an account of this call) is told of them.
+        Damaged images are left out and recorded in `damaged` (by default an account of this call).
         """
         if damaged is None:
             damaged = DamagedLog(len(source), self._data.max_bad_fraction)
@@ -62,11 +62,11 @@ class FeatureReader:
 class OnlineProbe:
     """Measures the features of a part of the dataset.
 
-    Opening the splits happens here, so that a missing one is found before the run starts.
+    The splits are opened here, so that a missing one is reported before the run starts.
 
     Args:
-      config: its `probe` and `data` settings.
-      run: for networks and augmentation settings.
+      config: configuration, of which the `probe` and `data` settings are read.
+      run: provides networks and augmentation settings.
       mesh: the devices.
     """
 
@@ -90,7 +90,7 @@ class OnlineProbe:
         except DataError:
             if _has_classes(self._train[0]):
                 raise
-            # RankMe needs no held-out images, and unlabelled ones seldom come with some.
+            # RankMe needs no held-out images, and unlabelled datasets seldom have some.
             self._test = opened("probe.train_split", train_split, config.probe.test_images)
         for source, *_ in (self._train, self._test):
             if not _has_classes(source):
@@ -110,12 +110,12 @@ class OnlineProbe:
 
 
 def _has_classes(source: Source) -> bool:
-    """Whether its labels tell images apart; one folder of images is no class."""
+    """Whether the labels distinguish images; one folder of images is not a class."""
     return len(source.class_names) > 1
 
 
 def _check_same_classes(train: Source, test: Source, test_split: str) -> None:
-    """Labels are places in a split's own list of classes, and mean the same in equal lists only."""
+    """Labels are places in a split's own list of classes: equal meaning needs equal lists."""
     different = sorted(set(train.class_names) ^ set(test.class_names))
     if _has_classes(train) and _has_classes(test) and different:
         raise DataError(

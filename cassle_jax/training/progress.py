@@ -1,4 +1,4 @@
-"""Tells a person how a run goes: a bar on a terminal, a line now and then elsewhere."""
+"""Shows a person the progress of a run: a bar on a terminal, an occasional line elsewhere."""
 
 import logging
 import sys
@@ -20,8 +20,8 @@ class ProgressReport:
     """Shows steps done, rate, time left and the latest loss.
 
     Args:
-      total: steps of the run.
-      step: done when it starts.
+      total: number of steps of the run.
+      step: number of steps done at the start.
     """
 
     def __init__(self, total: int, step: int):
@@ -40,7 +40,7 @@ class ProgressReport:
             self._bar.start()
 
     def advance(self, step: int) -> None:
-        """Moves the bar; costs nothing without one."""
+        """Moves the bar; costs nothing where there is none."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
@@ -59,6 +59,6 @@ class ProgressReport:
             LOG.info("step %d/%d, %s, %s left", step, self._total, figures, left)
 
     def close(self) -> None:
-        """Takes the bar down."""
+        """Removes the bar."""
         if self._bar:
             self._bar.stop()

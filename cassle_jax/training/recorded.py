@@ -1,4 +1,4 @@
-"""What a run records of its method: evaluation then needs neither its code nor today's settings."""
+"""Records a run's method, so that evaluation needs neither its code nor today's settings."""
 
 import dataclasses
 import logging
@@ -20,11 +20,11 @@ HEADS = ("projector", "predictor")
 
 @dataclasses.dataclass(frozen=True)
 class RecordedMethod(Method):
-    """The method of a run as far as evaluation needs it.
+    """The parts of a run's method that evaluation needs.
 
     Attributes:
-      heads: shapes by name; a head that is missing is not evaluated.
-      specs: how the first two views were augmented; empty where that is not recorded.
+      heads: head shapes by name; a missing head is not evaluated.
+      specs: augmentation of the first two views; empty where it is not recorded.
     """
 
     heads: Mapping[str, HeadShape] = dataclasses.field(default_factory=dict)
@@ -36,7 +36,7 @@ class RecordedMethod(Method):
         return self.heads.get("projector", UNKNOWN)
 
     def predictor(self, feature_width: int) -> HeadShape | None:
-        """The recorded shape; `None` for no such head."""
+        """The recorded shape; `None` without such a head."""
         del feature_width
         return self.heads.get("predictor") if self.heads else UNKNOWN
 
@@ -46,12 +46,12 @@ class RecordedMethod(Method):
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The heads whose shape is not known."""
+        """The heads of unknown shape."""
         return tuple(name for name in HEADS if name not in self.heads)
 
 
 def record_of(run: Run) -> dict[str, Any]:
-    """`heads`, the shapes of those that are MLPs, and `views`, the first two augmentations."""
+    """`heads`, the shapes of the heads that are MLPs, and `views`, the first two augmentations."""
     width = run.networks.factories["encoder"]().feature_width
     heads = {"projector": run.method.projector(width), "predictor": run.method.predictor(width)}
     shapes = {name: head for name, head in heads.items() if isinstance(head, HeadShape)}
@@ -62,14 +62,14 @@ def record_of(run: Run) -> dict[str, Any]:
 
 
 def method_of(config: ConfigDict, record: Mapping[str, Any]) -> Method:
-    """The method of a run that has begun: the recorded one, or that which its settings name.
+    """The method of an existing run: the recorded one, or the one that its settings name.
 
     Args:
-      config: of the run, as from `todays_settings`.
-      record: what `record_of` returned, among other things; runs before it have none.
+      config: the run's configuration, as from `todays_settings`.
+      record: includes what `record_of` returned; older runs have none.
 
     Raises:
-      ValueError: settings or a record that cannot work.
+      ValueError: the settings or the record cannot work.
     """
     if "heads" in record:
         try:
@@ -88,12 +88,12 @@ def method_of(config: ConfigDict, record: Mapping[str, Any]) -> Method:
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
-    """A run's settings, completed by the defaults of those that it was begun without."""
+    """A run's settings, completed by the defaults of those that did not exist at its start."""
     return ConfigDict(_merged(_defaults(config), config.to_dict()))
 
 
 def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
-    """A run's settings, completed, without those that exist no more; and the names of these."""
+    """A run's settings, completed, without those that no longer exist; and the names of these."""
     defaults = _defaults(config)
     gone: list[str] = []
     kept = _known(_merged(defaults, config.to_dict()), defaults, "", gone)
@@ -101,7 +101,7 @@ def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
 
 
 def _defaults(config: ConfigDict) -> dict[str, Any]:
-    """Today's defaults; a method that is not known here keeps what it has."""
+    """Today's defaults; a method that is unknown here keeps its settings."""
     name = config.method.name
     defaults = base_config(f"method={name}" if name in METHODS else "").to_dict()
     return defaults if name in METHODS else {**defaults, "method": config.method.to_dict()}
@@ -128,6 +128,6 @@ def _known(
 
 
 def _of(kind: type, fields: Mapping[str, Any]) -> Any:
-    """A dataclass of the recorded fields it still has."""
+    """A dataclass from the recorded fields that it still has."""
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in fields.items() if name in known})

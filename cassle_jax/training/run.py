@@ -26,21 +26,21 @@ from cassle_jax.training.state import TrainState, create_state
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from a run's first step to its last.
+    """The constants of a run, from its first step to its last.
 
     Attributes:
-      batch_size: of all devices together.
-      chunks: in how many parts it passes the encoder.
-      seed: of parameters, augmentations and the order of the images.
-      augment: how images are augmented; its size and normalisation are evaluation's too.
-      views: how each view of a step is augmented.
-      method: with its hyper-parameters.
-      conditioning: of the projector.
+      batch_size: images per step, all devices together.
+      chunks: number of parts in which the batch passes the encoder.
+      seed: seed of parameters, augmentations and the order of the images.
+      augment: augmentation of the images; evaluation uses its size and normalisation too.
+      views: augmentation of each view of a step.
+      method: the method with its hyper-parameters.
+      conditioning: conditioning of the projector.
       augself: auxiliary losses; empty weights for none.
       networks: encoder and heads; BatchNorm synchronised over the devices.
-      optimizer: with a learning rate for each group.
+      optimizer: the optimizer, with a learning rate per group.
       schedule: the learning rate.
-      clock: how steps count as epochs.
+      clock: converts steps to epochs.
     """
 
     batch_size: int
@@ -62,11 +62,11 @@ class Run:
 
     @property
     def seed_words(self) -> UInt32[np.ndarray, "2"]:
-        """The seed, as a compiled program takes it that is to suit all seeds."""
+        """The seed as an array, an argument of programs compiled once for all seeds."""
         return np.asarray(jax.random.key_data(jax.random.key(self.seed)))
 
     def initial_state(self, seed_words: UInt32[Array, "2"] | None = None) -> TrainState:
-        """The state before the first step; of the run's own seed where no other is given."""
+        """The state before the first step; by default with the run's own seed."""
         size = self.augment.size
         view = ViewBatch(
             jnp.zeros((2, size, size, 3)), jnp.zeros((2, self.conditioning.size), jnp.float32)
@@ -76,15 +76,15 @@ class Run:
 
 
 def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
-    """The objects of a run.
+    """Builds the objects of a run.
 
     Args:
-      config: as from `base_config`.
+      config: a configuration, as from `base_config`.
       mesh: the devices.
       dataset_size: number of training images.
 
     Raises:
-      ConfigError: a setting that cannot work, by name.
+      ConfigError: a setting cannot work; the message names it.
     """
     try:
         return _build(config, mesh, dataset_size)
@@ -98,7 +98,7 @@ def augment_spec(config: ConfigDict) -> AugmentSpec:
     """The augmentations of a configuration.
 
     Raises:
-      ValueError: a setting out of its range, by name.
+      ValueError: a setting is out of its range; the message names it.
     """
     settings = config.augment.to_dict()
     settings.pop("asymmetric")
@@ -108,10 +108,10 @@ def augment_spec(config: ConfigDict) -> AugmentSpec:
 
 
 def view_specs(config: ConfigDict, method: Method) -> tuple[AugmentSpec, ...]:
-    """How each view of a step is augmented.
+    """The augmentation of each view of a step.
 
     Raises:
-      ValueError: a setting out of its range, by name.
+      ValueError: a setting is out of its range; the message names it.
     """
     spec = augment_spec(config)
     return method.views(*(spec.asymmetric_pair() if config.augment.asymmetric else (spec, spec)))
@@ -130,7 +130,7 @@ def build_method(config: ConfigDict) -> Method:
     name = settings.pop("name")
     knows("method.name", name, METHODS)
     known = {field.name for field in dataclasses.fields(METHODS[name])}
-    # What an older version did not know, a saved configuration lacks; it gets the default.
+    # A configuration saved by an older version lacks newer settings; they get the default.
     if unknown := sorted(set(settings) - known):
         raise ConfigError(
             f"method.name={name!r} does not take {unknown}; choose the method with the config "
@@ -153,16 +153,16 @@ def networks_of(
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> Networks:
-    """The networks of a configuration, which need no dataset.
+    """Builds the networks of a configuration, which need no dataset.
 
     Args:
-      config: as from `base_config`.
-      method: gives the heads; `None` for the configuration's own.
-      dtype: of convolutions and matrix products.
+      config: a configuration, as from `base_config`.
+      method: provides the heads; `None` for the configuration's own.
+      dtype: dtype of convolutions and matrix products.
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
     Raises:
-      ValueError: a setting that cannot work, by name.
+      ValueError: a setting cannot work; the message names it.
     """
     knows("encoder.name", config.encoder.name, ENCODERS)
 
@@ -232,7 +232,7 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 
 
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
-    check_at_least(2, batch_size=config.batch_size)  # BatchNorm has no variance of one image
+    check_at_least(2, batch_size=config.batch_size)  # one image has no variance for BatchNorm
     check_at_least(1, epochs=config.epochs)
     check_seed(seed=config.seed)
     check_at_least(1, encoder__patch_size=config.encoder.patch_size)
@@ -281,10 +281,10 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
 
 
 def _check_chunk_size(chunk_size: int, batch_size: int, devices: int) -> None:
-    """Refuses chunks that are no equal parts of the batch and of every device's share of it."""
+    """Refuses chunks that do not divide the batch, and every device's share of it, equally."""
     if chunk_size == 0:
         return
-    # BatchNorm has no variance of one image.
+    # One image has no variance for BatchNorm.
     whole = [n for n in range(devices, batch_size + 1, devices) if n > 1 and batch_size % n == 0]
     if chunk_size not in whole:
         below = [n for n in whole if n < chunk_size]

@@ -31,12 +31,12 @@ NETWORKS = {
 def read_run(
     workdir: epath.PathLike, *, network: str = "online", step: int | None = None
 ) -> Weights:
-    """The weights of a run, whatever devices it ran on; its data is not needed.
+    """Reads the weights of a run, whatever devices it ran on; its data is not needed.
 
     Args:
-        workdir: of the run.
+        workdir: workdir of the run.
         network: `online`, the trained networks, or `momentum`, their moving averages.
-        step: of the checkpoint; `None` for the newest that can be read.
+        step: step of the checkpoint; `None` for the newest readable one.
 
     Raises:
         WeightsError: there is no such run, checkpoint or network, or its weights are not finite.
@@ -70,7 +70,7 @@ def read_run(
 
 @contextlib.contextmanager
 def _of_damage(workdir: epath.Path):
-    """Turns what a damaged file leads to into one line."""
+    """Turns the errors of a damaged file into one line."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -81,7 +81,7 @@ def _of_damage(workdir: epath.Path):
 
 
 def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
-    """The step and variables of the checkpoint at `step`, or of the newest that can be read."""
+    """The step and variables of the checkpoint at `step`, or of the newest readable one."""
     steps = sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
     if not steps:
         raise WeightsError(f"run={folder.parent} has no checkpoint yet")
@@ -92,7 +92,7 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
         try:
             with late_reads_ignored():
                 return each, _restore(folder / str(each), names)
-        except Exception as error:  # Orbax and TensorStore raise whatever the damage led to.
+        except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             LOG.warning("checkpoint %d cannot be read: %s", each, reason)
     there = "checkpoints, and none of them can" if step is None else f"step {step}, and it cannot"
@@ -100,7 +100,7 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
 
 
 def _restore(checkpoint: epath.Path, names: tuple[str, str]) -> dict[str, dict]:
-    """Two parts of a saved state as numpy arrays, called `params` and `batch_stats`."""
+    """Two parts of a saved state as numpy arrays, under the names `params` and `batch_stats`."""
     state = checkpoint / "state"
     with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
         data = handler.restore(checkpoint / "data", args=ocp.args.JsonRestore())

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cassle_jax.config import ConfigError, base_config, flat_settings
 from cassle_jax.storage import write_whole
 
-# Settings that may differ when a run is continued: what it computes does not depend on them.
+# Settings that may differ when a run is continued: its results do not depend on them.
 FREE_TO_CHANGE = (
     "log.",
     "probe.",
@@ -26,7 +26,7 @@ FREE_TO_CHANGE = (
 FREE_TO_DIFFER = ("compilation_cache", "data.path", "data.threads", "data.cache_gib")
 
 
-# Settings that no run can change: they decide which images come next, or what is being learned.
+# Settings that no run can change: they decide the next images, or the objective.
 NEVER_TO_CHANGE = (
     "seed",
     "batch_size",
@@ -42,17 +42,18 @@ NEVER_TO_CHANGE = (
 def check_unchanged(
     config: ConfigDict, workdir: epath.Path, *, accept_changes: bool = False
 ) -> list[str]:
-    """What differs from the settings of the run that the workdir holds, such as `steps=9 was 7`.
+    """Returns the changed settings of the run in the workdir, such as `steps=9 was 7`.
 
-    Empty where it holds none. Settings that never matter to what a run computes are left out.
+    Empty where the workdir holds no run. Settings that never affect a run's results are left out.
 
     Args:
-      config: of the run that is about to continue.
-      workdir: of the run.
-      accept_changes: differences are no error where the run can continue with them.
+      config: configuration of the run that is about to continue.
+      workdir: workdir of the run.
+      accept_changes: accepts changes with which the run can continue.
 
     Raises:
-      ConfigError: there are differences, and the run cannot continue, or is not to.
+      ConfigError: there are changes, and the run cannot continue with them, or they are not
+        accepted.
     """
     if not holds_run(workdir):
         return []
@@ -80,10 +81,11 @@ def check_unchanged(
 
 
 def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
-    """By name, the settings that differ and matter to what a run computes: `steps=9 was 7`.
+    """The settings that differ and affect a run's results, by name: `steps=9 was 7`.
 
     Args:
-      before: as read from a workdir; what an older version did not know counts as today's default.
+      before: settings read from a workdir; those that an older version lacked count as today's
+        defaults.
       now: the settings today.
     """
     after = flat_settings(now)
@@ -104,17 +106,17 @@ def holds_run(workdir: epath.Path) -> bool:
 
 
 def shared_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that all processes of a run must have alike, by their full names."""
+    """The settings that must be equal in all processes of a run, by their full names."""
     return {
         name: value for name, value in flat_settings(config).items() if name not in FREE_TO_DIFFER
     }
 
 
 def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes the configuration of a run to `<workdir>/config.json`, where it is not there already.
+    """Writes the configuration of a run to `<workdir>/config.json`, unless it is there already.
 
     Raises:
-      OSError: it cannot be written; the one before is untouched.
+      OSError: it cannot be written; the earlier one is unchanged.
     """
     path = epath.Path(workdir, "config.json")
     content = json.dumps(config.to_dict(), indent=2).encode()

@@ -1,4 +1,4 @@
-"""Draws the contact sheet of a run: what the network sees at its first step."""
+"""Draws the contact sheet of a run: the network's inputs at its first step."""
 
 from functools import partial
 
@@ -26,12 +26,12 @@ def first_views(
     """The first images of a run and their views at its first step, as pictures with descriptors.
 
     Args:
-      run: its seed and augmentations decide what is shown.
-      source: of the training images.
+      run: the run, whose seed and augmentations decide the views.
+      source: the training images.
       data: the `data` settings of the configuration.
 
     Returns:
-      The images, and for either view the pictures in [0, 1] with all descriptors drawn.
+      The images, and for each of the two views the pictures in [0, 1] with all their descriptors.
     """
     batches = training_batches(
         source,
@@ -65,7 +65,7 @@ def first_views(
 
 
 def _shown(described: dict[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
-    """The descriptors that say something of their own in this run."""
+    """The descriptors that carry information of their own in this run."""
     return {
         name: values
         for name, values in described.items()

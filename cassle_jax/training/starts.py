@@ -1,4 +1,4 @@
-"""Notes beside a run what each of its starts had: versions, devices, images, heads."""
+"""Records the facts of each start beside a run: versions, devices, images, heads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,15 +25,15 @@ def note_start(
     """Appends a line to `<workdir>/starts.jsonl`.
 
     Args:
-      workdir: of the run.
-      step: it starts at; 0 for a new one.
+      workdir: workdir of the run.
+      step: the step that the run starts from; 0 for a new one.
       images: number of training images.
       mesh: the devices.
-      changes: of settings since the start before, as `saved_config.check_unchanged` tells them.
-      record: what evaluation needs of the method, as `recorded.record_of` gives it.
+      changes: settings changed since the previous start, from `saved_config.check_unchanged`.
+      record: facts of the method for evaluation, from `recorded.record_of`.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     start = {
         "step": step,
@@ -49,6 +49,6 @@ def note_start(
 
 
 def start_before(workdir: epath.PathLike, step: int) -> Start:
-    """The last start of a run at or before `step`; empty where none was noted."""
+    """The last start of a run at or before `step`; empty where none was recorded."""
     starts = read_lines(epath.Path(workdir, "starts.jsonl"))
     return next((each for each in reversed(starts) if each["step"] <= step), {})

@@ -1,4 +1,4 @@
-"""Everything a run carries from one step to the next, and how it begins."""
+"""The state that a run carries from one step to the next, and its initial value."""
 
 from collections.abc import Collection
 
@@ -12,7 +12,7 @@ from cassle_jax.checks import check_seed
 from cassle_jax.methods import Method, Networks, ViewBatch
 from cassle_jax.methods.base import PLAIN, PyTree
 
-# The networks that a momentum copy is kept of, where a method has one.
+# The networks with a momentum copy, where a method has one.
 TARGET_NETWORKS = ("encoder", "projector", "image_conditioner", f"{PLAIN}projector")
 
 _MEMORY = {"": "conditioned", PLAIN: "plain"}
@@ -20,7 +20,7 @@ _MEMORY = {"": "conditioned", PLAIN: "plain"}
 
 @struct.dataclass
 class TrainState:
-    """A run between two steps; equal on all devices, and all that a checkpoint needs.
+    """A run between two steps; equal on all devices, and complete for a checkpoint.
 
     Its leaves are arrays while it trains and shapes or shardings while Orbax handles it, so their
     types are not checked.
@@ -28,12 +28,12 @@ class TrainState:
     Attributes:
       step: number of steps done, int32.
       key: the run's typed key; step, view and image are folded into it, so it never changes.
-      params: of the trained networks, by network, float32.
+      params: parameters of the trained networks, by network, float32.
       batch_stats: running BatchNorm statistics of the trained networks, float32.
-      target_params: of the momentum networks; empty without them.
-      target_batch_stats: of the momentum networks, which train on their own statistics.
-      memory: what the method carries, such as a queue; by branch where there is a plain one.
-      opt_state: the optimiser's.
+      target_params: parameters of the momentum networks; empty without them.
+      target_batch_stats: statistics of the momentum networks, from their own training passes.
+      memory: the method's memory, such as a queue; by branch where there is a plain one.
+      opt_state: state of the optimiser.
       diverged_at: the first step whose loss or update was not finite; -1 while there is none.
     """
 
@@ -52,9 +52,9 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
     """Initial parameters and BatchNorm statistics of all networks.
 
     Args:
-      networks: of the run.
-      view: of the run's shapes; its values do not matter.
-      key: randomness.
+      networks: the run's networks.
+      view: a view of the run's shapes; its values do not matter.
+      key: the random key.
     """
 
     def run_all(networks):
@@ -71,7 +71,7 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
 
 
 def joined(memories: dict[str, PyTree]) -> PyTree:
-    """The memories of the branches of heads as a state has them: of a single branch, its own."""
+    """The memories of the branches as the state holds them: a single branch's memory directly."""
     if len(memories) == 1:
         return memories[""]
     return {_MEMORY[branch]: memory for branch, memory in memories.items()}
@@ -88,10 +88,10 @@ def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRN
     """The keys of a run's steps, of its initial parameters and of its initial memory.
 
     Args:
-      seed: in [0, 2³²), or its key.
+      seed: seed in [0, 2³²), or its key.
 
     Raises:
-      ValueError: a seed out of that range.
+      ValueError: the seed is out of that range.
     """
     if isinstance(seed, int):
         check_seed(seed=seed)
@@ -108,11 +108,11 @@ def create_state(
 ) -> TrainState:
     """The state before the first step: a function of the seed and the shapes alone.
 
-    Momentum networks start as copies of the trained ones. The seed may be its key.
+    Momentum networks start as copies of the trained ones. The seed may be given as a key.
     """
     run_key, network_key, memory_key = seed_keys(seed)
     variables = initial_variables(networks, view, network_key)
-    # A branch without ω has a memory of its own, which may begin like the other's.
+    # A branch without ω has a separate memory, which may begin like the other's.
     memories = {branch: method.initial_memory(memory_key) for branch in networks.branches}
     return state_from_variables(variables, joined(memories), method, optimizer, run_key)
 
@@ -141,5 +141,5 @@ def state_from_variables(
 
 
 def target_copies(tree: PyTree) -> PyTree:
-    """What momentum networks start with: copies of those of the trained networks they follow."""
+    """Initial momentum networks: copies of the trained networks that they follow."""
     return {name: jax.tree.map(jnp.copy, tree[name]) for name in TARGET_NETWORKS if name in tree}

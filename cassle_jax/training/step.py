@@ -73,7 +73,7 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
 
 
 class _Features(NamedTuple):
-    """What is kept of the encoded views: everything but their images.
+    """The encoded views without their images.
 
     Attributes:
       online: the trained encoder's features, by index of the view.
@@ -89,14 +89,14 @@ class _Features(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """What the forward pass leaves to the update, beside the loss.
+    """Results of the forward pass that the update needs, beside the loss.
 
     Attributes:
       online: embeddings of the trained networks.
       target: embeddings of the momentum networks.
       batch_stats: the trained networks' running statistics.
       target_batch_stats: the momentum networks' running statistics.
-      losses: the loss and its parts by the name they are logged under.
+      losses: the loss and its parts by their names in the log.
     """
 
     online: Embeddings
@@ -115,12 +115,12 @@ class Update:
       method: gives the loss, memory and momentum.
       augself: the auxiliary losses; without weights there are none.
       optimizer: its `init` made the state.
-      schedule: the learning rate, which is reported.
+      schedule: the learning rate, for the metrics.
       clock: converts steps to epochs.
       axis_name: the devices that share the global batch; `None` for a single one.
       chunks: the number of parts in which the batch passes the encoder, to save memory. Heads, loss
         and gradient are those of the whole batch. Only the encoder's BatchNorm (and the image
-        conditioner's) normalises by its chunk, of all devices; its running statistics take the mean
+        conditioner's) normalises per chunk, over all devices; its running statistics take the mean
         of the chunks.
       plain_branch: weight of the loss of the heads without ω, where there are any.
     """
@@ -144,9 +144,9 @@ class Update:
         """The state after one step, and metrics that are means over the global batch.
 
         Args:
-          state: before the step.
+          state: the state before the step.
           inputs: this device's share of the batch.
-          make_views: makes training views of any rows of `inputs`; by default they are such views.
+          make_views: makes training views of any rows of `inputs`; by default `inputs` are views.
         """
         target_params = state.target_params
         if self.method.target_first:
@@ -186,7 +186,7 @@ class Update:
         ), metrics
 
     def _forward(self, params, target_params, state, inputs, make_views):
-        """The loss of the parameters, and what the update needs besides."""
+        """The loss of the parameters, and the other results that the update needs."""
         features, (batch_stats, target_batch_stats) = in_chunks(
             lambda rows: self._encode(params, target_params, state, make_views(rows)),
             inputs,
@@ -258,7 +258,7 @@ class Update:
         return self._apply(losses, params, batch_stats, branch)
 
     def _parts(self, branch, loss, predicted) -> tuple[Float[Array, ""], Metrics]:
-        """The method's loss as one number, and what is logged of it and of AugSelf's losses."""
+        """The method's loss as one number, and the logged parts of it and of AugSelf's losses."""
         parts = {}
         if isinstance(loss, Mapping):
             parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
@@ -290,14 +290,14 @@ class Update:
         )
 
     def _constrained(self, params: PyTree) -> PyTree:
-        """The parameters after what the method does to them, branch by branch."""
+        """The parameters after the method's constraints, branch by branch."""
         for branch in self.networks.branches:
             constrained = self.method.after_update(branch_of(params, branch))
             params = with_branch(params, branch, constrained)
         return params
 
     def _step(self, branch, online, target, state: TrainState) -> Step:
-        """What the method sees of a branch."""
+        """The method's inputs from a branch."""
         memory = of_branches(state.memory, self.networks.branches)[branch]
         return Step(online, target, memory, self.clock.at(state.step), self.axis_name)
 

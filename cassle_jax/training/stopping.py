@@ -1,4 +1,4 @@
-"""Asks a run to stop: a signal to any of its processes stops all of them after the same step."""
+"""Stops a run on request: a signal to one process stops all of them after the same step."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 
 class StopRequest:
-    """While entered, SIGTERM and Ctrl-C ask for a stop, so that a step ends and is saved.
+    """Turns SIGTERM and Ctrl-C, while entered, into a request: a step ends, is saved, and stops.
 
-    Ctrl-C then gives way to what was there before: a second one kills. SIGTERM may come again, as
-    SLURM sends it to a job and to each of its steps. Of several processes, JAX takes SIGTERM, tells
-    the others and finds the next step that none has begun.
+    After a first Ctrl-C the previous handler is back: a second one kills. SIGTERM may come again,
+    as SLURM sends it to a job and to each of its steps. With several processes, JAX takes SIGTERM,
+    informs the others and finds the next step that none has begun.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -30,11 +30,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, step: int) -> bool:
-        """Whether the run ends with `step` done: the same in all processes, which all must ask."""
+        """Whether the run ends with `step` done, equal in all processes; all must call this."""
         if self._alone:
             return self._asked.is_set()
-        # JAX takes who has not asked yet to be at 0: a signal before the first step ends the run at
-        # 1, which a continued run would never come by if it counted from its own step.
+        # For JAX a process starts at 0: after a signal before the first step the run ends at 1,
+        # which a continued run would never reach if it counted from its own step.
         self._first = step if self._first is None else self._first
         return reached_preemption_sync_point(step - self._first)
 

@@ -18,11 +18,11 @@ from cassle_jax.training.state import TrainState, target_copies
 def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
-    Networks that the file does not have stay as they are, and so does everything without a path.
+    Networks that the file lacks are unchanged; without a path, so is everything.
 
     Args:
       state: the first state of the run.
-      settings: the `weights` of the configuration.
+      settings: the `weights` settings of the configuration.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -42,7 +42,7 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
         ) from error
 
     def placed(new, like):
-        # device_put would send every array between the processes, to see that they agree.
+        # device_put would send every array between the processes, to check that they agree.
         return jax.tree.map(
             lambda value, old: jax.make_array_from_callback(
                 old.shape, old.sharding, np.asarray(value).__getitem__
@@ -62,7 +62,7 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
 
 
 def _check_heads(weights: Weights) -> None:
-    """Refuses a ViT of other heads than this project's, whose arrays would fit all the same."""
+    """Refuses a ViT with another number of heads, whose arrays would fit all the same."""
     if not is_vit(weights.encoder):
         return
     heads = architecture_of(weights.encoder, weights.heads).heads
@@ -71,7 +71,7 @@ def _check_heads(weights: Weights) -> None:
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:
-    """`variables` with the weights' values, or what is wrong, and whether only a head is."""
+    """`variables` with the weights' values; an error reports whether the heads alone misfit."""
     try:
         return weights.into(variables)
     except WeightsError as error:
