@@ -1,4 +1,4 @@
-"""The table of methods and how one is put together with an encoder, a conditioning and AugSelf."""
+"""The table of methods, and the networks built from encoder, heads, conditioning and AugSelf."""
 
 from cassle_jax.methods.augself import AugSelf
 from cassle_jax.methods.barlow_twins import BarlowTwins

@@ -28,7 +28,7 @@ LOSSES = {"value": _regression, "binary": _binary, "class": _classification}
 """The loss of a head by the kind of the descriptor that it predicts."""
 
 PREDICTED = {name: each for name, each in DESCRIPTORS.items() if each.predicted}
-"""The descriptors that heads can predict the differences of."""
+"""The descriptors whose differences a head can predict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AugSelf:
     """AugSelf (Lee et al., 2021): loss = base + Σ weight · head.
 
     Attributes:
-      weights: by name of a predicted difference, its weight; the main setting is
+      weights: weight of each predicted difference, by name; the main setting is
         `{"crop": 0.5, "color": 0.5}`. Empty for no AugSelf.
       hidden: width of each head's hidden layers.
     """
@@ -59,7 +59,7 @@ class AugSelf:
         return tuple(sorted(self.weights))
 
     def heads(self) -> dict[str, HeadShape]:
-        """The heads, by the name they have among the networks."""
+        """The heads, by their names among the networks."""
         return {
             f"augself_{name}": HeadShape(self.hidden, PREDICTED[name].size, depth=3)
             for name in self.names
@@ -80,7 +80,7 @@ class AugSelf:
           networks: bound networks that have the heads.
           first: features of the first view.
           second: features of the second view (the momentum encoder's, where the method has one).
-          differences: for either order of the pair, the targets by name.
+          differences: the targets by name, for each of the two orders of the pair.
         """
         pairs = jnp.concatenate(
             [jnp.concatenate([first, second], 1), jnp.concatenate([second, first], 1)]
@@ -93,5 +93,5 @@ class AugSelf:
         return result
 
     def total(self, losses: Mapping[str, Float[Array, ""]]) -> Float[Array, ""]:
-        """The weighted sum that is added to the method's loss."""
+        """The weighted sum to add to the method's loss."""
         return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))

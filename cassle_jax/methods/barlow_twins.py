@@ -1,4 +1,4 @@
-"""Barlow Twins: the two views' embeddings correlate unit by unit, and no unit with another."""
+"""Barlow Twins: each unit correlates across the two views, and with no other unit."""
 
 import dataclasses
 from typing import ClassVar

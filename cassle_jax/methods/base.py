@@ -1,4 +1,4 @@
-"""What a method is: the views and heads it has, its loss, what it carries between steps."""
+"""Defines a method: its views and heads, its loss, and its memory between steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ PyTree = Any
 Schedule = Callable[[Array], Array]
 Passes = tuple[tuple[int, ...], ...]
 
-# The learning-rate group of parameters that stay as they are.
+# The learning-rate group of parameters that do not change.
 FROZEN = "frozen"
 
-# What the names of the plain branch's heads begin with, where a run has one.
+# Prefix of the names of the plain branch's heads, where a run has one.
 PLAIN = "plain_"
 
 # The networks that `Networks.encode` uses; all others are heads.
@@ -34,7 +34,7 @@ class ViewBatch:
 
     Attributes:
       images: normalised views.
-      descriptor: how each view was augmented, ω; its width is 0 for an unconditioned method.
+      descriptor: ω, the augmentation of each view; its width is 0 for an unconditioned method.
     """
 
     images: Float[Array, "B S S C"]
@@ -56,7 +56,7 @@ class TrainingViews:
 
 @struct.dataclass
 class Encoded:
-    """One view as the networks see it; all float32.
+    """The networks' outputs for one view; all float32.
 
     Attributes:
       features: the encoder's output y.
@@ -71,12 +71,12 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Where in a run a step stands.
+    """Position of a step in its run.
 
     Attributes:
-      step: steps done before it.
+      step: number of steps done before it.
       epoch: epochs passed before it.
-      epochs: length of the run.
+      epochs: length of the run, epochs.
     """
 
     step: Int[Array, ""] | int
@@ -91,13 +91,13 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step has made of this device's samples before its loss.
+    """Inputs of the loss of one step, for this device's samples.
 
     Attributes:
-      online: by view index, what the trained networks made of it.
-      target: by view index, what the momentum networks made of it; no gradient.
-      memory: what `update_memory` returned last.
-      moment: where in the run it stands.
+      online: outputs of the trained networks, by view index.
+      target: outputs of the momentum networks, by view index; no gradient.
+      memory: the last result of `update_memory`.
+      moment: position of the step in the run.
       axis_name: the devices that share the global batch; `None` for a single one.
     """
 
@@ -109,7 +109,7 @@ class Step:
 
     @property
     def pair(self) -> tuple[Encoded, Encoded]:
-        """The first two views; of the second the momentum networks' if only they see it."""
+        """The first two views; the second one's momentum outputs if only those exist."""
         return self.online[0], self.online[1] if 1 in self.online else self.target[1]
 
 
@@ -125,12 +125,12 @@ class HeadShape:
 
 
 class Networks(nn.Module):
-    """The encoder and the heads of one method, under the names they have in the parameters.
+    """The encoder and the heads of one method, under their names in the parameters.
 
     Attributes:
-      factories: for each name, what builds the module. `encoder` and `projector` must be there;
-        `predictor`, `image_conditioner` and `augself_…` may, and so may the plain branch's
-        `plain_projector` and `plain_predictor`.
+      factories: builds each module, by name. `encoder` and `projector` are required; `predictor`,
+        `image_conditioner`, `augself_…` and the plain branch's `plain_projector` and
+        `plain_predictor` are optional.
     """
 
     factories: Mapping[str, Callable[[], nn.Module]]
@@ -142,9 +142,9 @@ class Networks(nn.Module):
 
     @property
     def branches(self) -> dict[str, "Networks"]:
-        """The networks as each branch has them, its own heads as `projector` and `predictor`.
+        """The networks of each branch, with the branch's heads as `projector` and `predictor`.
 
-        The branch "" has the conditioned heads, and `PLAIN`, where there is one, those without ω.
+        The branch "" has the conditioned heads, and `PLAIN`, where it exists, those without ω.
         """
         plain = branch_of(self.factories, PLAIN)
         both = {"": Networks(branch_of(self.factories, "")), PLAIN: Networks(plain)}
@@ -182,7 +182,7 @@ class Networks(nn.Module):
         """Training features of the views that `passes` names, by view index.
 
         Args:
-          views: of the batch.
+          views: the views of the batch.
           passes: view indices; the views of one pass go through the encoder as one batch, and share
             BatchNorm's statistics.
         """
@@ -200,11 +200,11 @@ class Networks(nn.Module):
         *,
         predict: bool = True,
     ) -> dict[int, Encoded]:
-        """What the heads, training, make of the features of the views that `passes` names.
+        """Training outputs of the heads for the views that `passes` names, by view index.
 
         Args:
-          features: by view index.
-          descriptors: of every view.
+          features: the encoder's features, by view index.
+          descriptors: ω of every view.
           passes: view indices; the views of one pass go through the heads as one batch.
           predict: whether the predictor, where there is one, is used.
         """
@@ -230,7 +230,7 @@ def branch_of(tree: Mapping[str, PyTree], branch: str) -> dict[str, PyTree]:
 def with_branch(
     tree: Mapping[str, PyTree], branch: str, values: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
-    """`tree` with what `branch_of(tree, branch)` has become; the plain branch changes its heads."""
+    """`tree` with a changed `branch_of(tree, branch)`; the plain branch changes only its heads."""
     if not branch:
         return {**tree, **values}
     heads = [name for name in tree if name.startswith(PLAIN)]
@@ -254,18 +254,18 @@ def _split(batch: PyTree, indices: tuple[int, ...]) -> dict[int, PyTree]:
 class Method:
     """A joint-embedding method; its fields are its hyper-parameters.
 
-    A new method is a subclass in a file of its own and a line in `METHODS`. It says which views go
-    through which network, which heads there are, and what the loss is; optimisers, conditioning,
-    AugSelf, devices and checkpoints are no part of a method.
+    A new method is a subclass in its own file and a line in `METHODS`. It defines the views that go
+    through each network, the heads, and the loss. Optimisers, conditioning, AugSelf, devices and
+    checkpoints are not part of a method.
 
     Class attributes (or properties, where they depend on hyper-parameters):
-      recipe: settings a configuration of the method starts from, by full name, such as
+      recipe: settings that a configuration of the method starts from, by full name, such as
         `{"optimizer.name": "adamw"}`.
       published: settings by which the published CASSLE code differs from the method's paper.
-      online_passes: the views the trained networks encode. Those of one pass share a batch, and
-        with it BatchNorm's statistics; by default each view has a pass of its own.
-      head_passes: the same for the trained heads, where they have other passes than the encoder.
-      target_passes: the views the momentum networks encode, likewise; empty for no such networks.
+      online_passes: the views that the trained networks encode. The views of one pass share a
+        batch, and so BatchNorm's statistics; by default each view has its own pass.
+      head_passes: the same for the trained heads, where their passes differ from the encoder's.
+      target_passes: the same for the momentum networks; empty without such networks.
       target_first: whether momentum networks follow before the targets are computed (MoCo-v3)
         instead of after the optimiser's step.
     """
@@ -278,11 +278,11 @@ class Method:
     target_first: ClassVar[bool] = False
 
     def views(self, first: AugmentSpec, second: AugmentSpec) -> tuple[AugmentSpec, ...]:
-        """How each view of a step is augmented.
+        """The augmentation of each view of a step.
 
         Args:
           first: the run's augmentation of first views.
-          second: that of second views; the same unless `augment.asymmetric`.
+          second: the run's augmentation of second views; equal unless `augment.asymmetric`.
         """
         return first, second
 
@@ -291,7 +291,7 @@ class Method:
         raise NotImplementedError
 
     def predictor(self, feature_width: int) -> HeadShape | Callable[[], nn.Module] | None:
-        """The head on the projection: an MLP's shape, or what builds a module of the method's own.
+        """The head on the projection: an MLP's shape, or a factory of the method's own module.
 
         Such a module is called with (projection, descriptor, train). `None` for no such head.
         """
@@ -299,7 +299,7 @@ class Method:
         return None
 
     def initial_memory(self, key: Array) -> PyTree:
-        """What the method carries between steps besides its networks, such as a queue."""
+        """The method's initial memory besides its networks, such as a queue."""
         del key
         return {}
 
@@ -310,27 +310,27 @@ class Method:
 
         Args:
           step: the embedded views.
-          networks: the trained networks, bound, for an objective that uses a head on more.
+          networks: the trained networks, bound, for objectives that apply a head once more.
 
         Returns:
-          The loss; or its terms by name, which are added up and each logged.
+          The loss; or its terms by name, which are summed and logged one by one.
         """
         raise NotImplementedError
 
     def update_memory(self, step: Step) -> PyTree:
-        """The memory after a step; must come out the same on every device."""
+        """The memory after a step; must be equal on every device."""
         return step.memory
 
     def target_momentum(self, moment: Moment) -> Float[Array, ""] | float:
-        """How much of the momentum networks stays in the update of a step."""
+        """The share of the momentum networks that a step keeps, in [0, 1]."""
         raise NotImplementedError
 
     def after_update(self, params: PyTree) -> PyTree:
-        """Constraints on the parameters, applied after each optimiser step to each branch's."""
+        """Constraints on a branch's parameters, applied after each optimiser step."""
         return params
 
     def parameter_group(self, path: tuple[str, ...], array: Array) -> str:
-        """The learning-rate group of the parameter at `path`; `FROZEN` never moves."""
+        """The learning-rate group of the parameter at `path`; `FROZEN` never changes."""
         del path, array
         return "default"
 
@@ -345,7 +345,7 @@ class Method:
         return {"default": schedule}
 
     def in_steps(self, steps_per_epoch: int) -> "Method":
-        """The method of a run, with all that `group_schedules` needs in steps counted in them."""
+        """The method with everything that `group_schedules` needs converted to steps."""
         del steps_per_epoch
         return self
 
@@ -365,6 +365,6 @@ def constant(value: float) -> Schedule:
 
 
 def rising_momentum(start: float, moment: Moment, *, per_step: bool = True) -> Float[Array, ""]:
-    """From `start` up to 1 along half a cosine (BYOL, section 3.3), each step or each epoch."""
+    """Momentum from `start` to 1 along half a cosine (BYOL, section 3.3), by step or by epoch."""
     epoch = moment.epoch if per_step else moment.whole_epoch
     return 1 - (1 - start) * (jnp.cos(jnp.pi * epoch / moment.epochs) + 1) / 2

@@ -27,7 +27,7 @@ from cassle_jax.methods.augself import AugSelf
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
 
-# Folded into a step's key for the draws of `Conditioning.given`; views take small numbers.
+# Folded into a step's key for the draws of `Conditioning.given`; views use small numbers.
 _GIVEN = 0x67697665
 
 
@@ -38,20 +38,20 @@ class Conditioning:
     Attributes:
       descriptors: names of the descriptors that make up ω, or of components such as `color.hue`;
         empty for the plain method.
-      relative: whether ω is how the view differs from the other one (from the first, for a third
-        view and further) instead of how it was augmented itself.
-      into: the heads that are conditioned: `projector` (CASSLE), `predictor` or `both`.
+      relative: whether ω is the view's difference from the other one (from the first, for a third
+        view and further) instead of its own augmentation.
+      into: the conditioned heads: `projector` (CASSLE), `predictor` or `both`.
       treatment: `mlp` (the paper's choice), `raw` or `hypernetwork`.
       injection: `concat` (the paper's choice), `add`, `multiply` or `image`.
       depth: number of layers of the MLP on ω.
-      width: of the MLP's hidden layers.
+      width: width of the MLP's hidden layers.
       hypernetwork_bn: whether the generated projector has BatchNorm between its layers.
       dropout: share of the images whose views are projected without ω, from 0 to below 1. A learnt
-        vector then stands where γ(ω) would.
+        vector then replaces γ(ω).
       start_epoch: epochs before any image is projected with ω.
-      ramp_epochs: epochs from there on over which the share of images with ω rises from 0.
-      plain_branch: weight, from 0 to below 1, of the loss through a second projector (and
-        predictor) without ω on the same encoder; the loss with ω weighs the rest. 0 for no such
+      ramp_epochs: number of epochs after that over which the share of images with ω rises from 0.
+      plain_branch: weight, from 0 to below 1, of the loss of a second projector (and predictor)
+        without ω on the same encoder; the loss with ω has the remaining weight. 0 for no such
         branch, as in the paper.
     """
 
@@ -87,7 +87,7 @@ class Conditioning:
         self._check_options()
 
     def _check_options(self) -> None:
-        """Refuses options that would do nothing, or that the treatment cannot have."""
+        """Refuses options that would have no effect, or that the treatment excludes."""
         options = ("dropout", "start_epoch", "ramp_epochs", "plain_branch")
         for name in (each for each in options if getattr(self, each) > 0):
             setting = f"conditioning.{name}={getattr(self, name):g}"
@@ -118,7 +118,7 @@ class Conditioning:
 
     @property
     def neutral(self) -> Float[Array, " D"]:
-        """ω of an image as it is."""
+        """ω of an unaugmented image."""
         if not self.descriptors:
             return jnp.zeros(0)
         identity = (identity_difference if self.relative else identity_descriptor)(self.descriptors)
@@ -127,11 +127,11 @@ class Conditioning:
     def given(
         self, key: PRNGKeyArray, positions: Int[Array, " B"], epoch: float | Float[Array, ""]
     ) -> Bool[Array, " B"]:
-        """Which images' views are projected with ω in a step.
+        """Draws the images whose views are projected with ω in a step.
 
         Args:
-          key: of the step.
-          positions: of the images in the global batch; each draw depends on its position alone.
+          key: the step's random key.
+          positions: positions of the images in the global batch; each draw depends only on its own.
           epoch: epochs passed before the step.
         """
         if not self.optional:
@@ -150,8 +150,8 @@ class Conditioning:
         """ω of every view, with a leading batch axis.
 
         Args:
-          views: of the same images, with a leading batch axis.
-          specs: what each was made with.
+          views: views of the same images, with a leading batch axis.
+          specs: the augmentation of each view.
           given: which images are projected with ω; `None` for all. Where ω is optional, this is
             its last column.
         """
@@ -187,19 +187,19 @@ def build_networks(
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> Networks:
-    """The networks of a run.
+    """Builds the networks of a run.
 
     Args:
-      method: says which heads there are.
+      method: provides the heads.
       encoder: builds the encoder.
-      feature_width: of the encoder's features.
-      conditioning: of the projector.
+      feature_width: width of the encoder's features.
+      conditioning: conditioning of the projector.
       augself: the auxiliary heads; empty weights for none.
-      dtype: of convolutions and matrix products.
+      dtype: dtype of convolutions and matrix products.
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
     Raises:
-      ValueError: a conditioning that cannot work, naming the setting.
+      ValueError: a conditioning cannot work; the message names the setting.
     """
     projector, predictor = method.projector(feature_width), method.predictor(feature_width)
     conditioned_heads = _conditioned_heads(method, conditioning, predictor)

@@ -1,4 +1,4 @@
-"""BYOL: a predictor on the online network meets what a slowly following network projects."""
+"""BYOL: the online network predicts the projection of a slowly following network."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,7 +15,8 @@ class BYOL(Method):
     """BYOL (Grill et al., 2020).
 
     Attributes:
-      momentum: how much of the momentum networks stays at first; it rises to 1 along a cosine.
+      momentum: initial share of the momentum networks that a step keeps; it rises to 1 along a
+        cosine.
       momentum_by: `step` raises it every step, as the paper does; `epoch` once an epoch, as the
         published CASSLE code does.
       projector_hidden: width of the projector's hidden layers; 0 for the features' width.

@@ -30,16 +30,16 @@ def batch_offset(local_size: int, axis_name: str | None) -> int | Array:
 
 
 def mean_over_devices(value: Float[Array, "*shape"], axis_name: str | None) -> Array:
-    """The mean of what each device has, which is that of the global batch; differentiable."""
+    """The mean over the devices of their values, the global batch's mean; differentiable."""
     return value if axis_name is None else jax.lax.pmean(value, axis_name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def agreed_mean(value: Float[Array, "*shape"], axis_name: str | None) -> Array:
-    """As `mean_over_devices`, for what every device makes the same of.
+    """`mean_over_devices` of a value from which every device then computes the same.
 
-    The gradients that come back are then equal, and need no mean of their own: half the exchange,
-    which counts where the value is a matrix of all units by all units.
+    The gradients that come back are then equal, and need no averaging: half the communication,
+    which matters where the value is a matrix of all units by all units.
     """
     return mean_over_devices(value, axis_name)
 
@@ -76,9 +76,9 @@ def nt_xent(
 
     Args:
       first: embeddings of the first views, any length.
-      second: embeddings of the second views, row by row of the same images.
+      second: embeddings of the second views, of the same images row by row.
       temperature: positive.
-      axis_name: the devices whose samples serve as negatives; `None` for this one's only.
+      axis_name: the devices whose samples serve as negatives; `None` for this device's only.
 
     References:
       Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020,
@@ -138,7 +138,7 @@ def batch_info_nce(
 
     Args:
       queries: predictions of one view, any length.
-      keys: momentum embeddings of the other, row by row of the same images, any length.
+      keys: momentum embeddings of the other view, of the same images row by row, any length.
       temperature: positive.
       axis_name: the devices that share the global batch; `None` for a single one.
 
@@ -153,18 +153,18 @@ def batch_info_nce(
 
 
 def cosine(first: Float[Array, "B D"], second: Float[Array, "B D"]) -> Float[Array, ""]:
-    """Mean cosine similarity of the rows of one with those of the other, in [-1, 1]."""
+    """Mean cosine similarity of the rows of `first` with those of `second`, in [-1, 1]."""
     return jnp.sum(normalize(first) * normalize(second), axis=-1).mean()
 
 
 def cross_correlation(
     first: Float[Array, "B D"], second: Float[Array, "B D"], axis_name: str | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The two terms of Barlow Twins, of c = zᵀz' / batch over the global batch.
+    """The two terms of Barlow Twins, from c = zᵀz' / batch over the global batch.
 
     Args:
       first: embeddings of the first views, normalised over the batch by the projector.
-      second: embeddings of the second views, row by row of the same images.
+      second: embeddings of the second views, of the same images row by row.
       axis_name: the devices that share the global batch; `None` for a single one.
 
     Returns:
@@ -208,16 +208,16 @@ def pair_similarities(
 def variance_invariance_covariance(
     first: Float[Array, "B D"], second: Float[Array, "B D"], axis_name: str | None
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The three terms of VICReg, of statistics over the global batch.
+    """The three terms of VICReg, from statistics over the global batch.
 
     Args:
       first: embeddings of the first views.
-      second: embeddings of the second views, row by row of the same images.
+      second: embeddings of the second views, of the same images row by row.
       axis_name: the devices that share the global batch; `None` for a single one.
 
     Returns:
-      Variance: how far below 1 a unit's standard deviation √(var + 1e-4) is, the mean over units
-      and, as in the authors' code, over the views. Invariance: the mean squared difference.
+      Variance: the shortfall of a unit's standard deviation √(var + 1e-4) from 1, the mean over
+      units and, as in the authors' code, over the views. Invariance: the mean squared difference.
       Covariance: Σ c_ij² / D over i ≠ j, the sum over the views. None is weighted.
 
     References:
@@ -256,15 +256,15 @@ def sinkhorn_codes(
 ) -> Float[Array, "B K"]:
     """Soft assignments of samples to prototypes that use all prototypes equally (SwAV).
 
-    Each iteration of Sinkhorn-Knopp divides exp(scores / ε) by its sums over all samples, here and
-    on every device, and then each sample by its sum; in logarithms, so that a small ε is safe.
+    Each iteration of Sinkhorn-Knopp divides exp(scores / ε) by its sums over all samples, of every
+    device, and then each sample by its sum. It works with logarithms, so that a small ε is safe.
 
     Args:
       scores: similarity of each sample to each of K prototypes; no gradient goes through them.
       queued: scores of earlier samples that share the prototypes, the same on every device.
-      use_queue: whether they take part.
-      epsilon: positive; the smaller, the harder the assignments.
-      iterations: at least 1.
+      use_queue: whether the queued scores take part.
+      epsilon: ε, positive; the smaller, the harder the assignments.
+      iterations: number of iterations, at least 1.
       axis_name: the devices that share the global batch; `None` for a single one.
 
     Returns:

@@ -17,8 +17,8 @@ class MoCoV2(Method):
     """MoCo-v2 (He et al., 2020; Chen et al., 2020).
 
     Attributes:
-      temperature: of the softmax over similarities.
-      momentum: how much of the momentum networks stays at each step.
+      temperature: temperature of the softmax over similarities.
+      momentum: share of the momentum networks that a step keeps.
       queue_size: number of embeddings kept as negatives; a multiple of the global batch.
       enqueue: `keys` fills the queue with momentum embeddings of the second view, as the paper
         does; `queries` with online embeddings of the first, as the published CASSLE code does.

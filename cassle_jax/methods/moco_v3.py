@@ -15,8 +15,8 @@ class MoCoV3(Method):
     """MoCo-v3 (Chen, Xie and He, 2021), on Vision Transformers and ResNets.
 
     Attributes:
-      temperature: of the softmax over similarities.
-      momentum: how much of the momentum networks stays at each step.
+      temperature: temperature of the softmax over similarities.
+      momentum: share of the momentum networks that a step keeps.
       momentum_schedule: `constant`; or `cosine`, which raises it to 1 step by step, as the paper's
         code does.
       projector_hidden: width of the hidden layers of projector and predictor; 0 for the features'

@@ -15,9 +15,9 @@ class SimCLR(Method):
     """SimCLR (Chen et al., 2020).
 
     Attributes:
-      temperature: of the softmax over similarities.
+      temperature: temperature of the softmax over similarities.
       negatives: `global` contrasts against the batch of all devices, as the paper does; `local`
-        against the own device's samples only, as the published CASSLE code does.
+        against this device's samples only, as the published CASSLE code does.
       projector_hidden: width of the projector's hidden layers; 0 for the features' width.
       projector_out: width of the embedding.
       projector_depth: number of linear layers.

@@ -1,4 +1,4 @@
-"""SimSiam: each view's prediction meets the other's projection, through which no gradient goes."""
+"""SimSiam: each view's prediction matches the other's projection, which gets no gradient."""
 
 import dataclasses
 from typing import ClassVar

@@ -17,7 +17,7 @@ from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, Networks, Step
 
-# The views that codes are computed of.
+# The views whose codes are computed.
 LARGE = (0, 1)
 
 
@@ -34,7 +34,7 @@ class Prototypes(nn.Module):
     def __call__(
         self, projection: Float[Array, "B D"], descriptor: Float[Array, "B W"], train: bool
     ) -> Float[Array, "B {self.count}"]:
-        """Cosine similarities, as long as the centres have unit length."""
+        """Cosine similarities, while the centres have unit length."""
         del descriptor, train
         shape = (self.count, projection.shape[-1])
         prototypes = self.param("prototypes", _unit_rows, shape, jnp.float32)
@@ -51,24 +51,24 @@ def _unit_rows(key, shape, dtype):
 class SwAV(Method):
     """SwAV with multi-crop (Caron et al., 2020); its recipe is the paper's for a batch of 256.
 
-    Views 0 and 1 are large, as `augment` makes them (of 14 % to 100 % of the image, in the recipe);
-    the others are small, and like view 0 in all else.
+    Views 0 and 1 are large, as `augment` makes them (14 % to 100 % of the image, in the recipe).
+    The others are small, and otherwise like view 0.
 
     Attributes:
-      temperature: of the softmax that predicts the codes.
+      temperature: temperature of the softmax that predicts the codes.
       prototypes: number of cluster centres.
-      epsilon: how soft the codes are.
-      sinkhorn_iterations: that make the codes use all prototypes equally.
+      epsilon: softness of the codes.
+      sinkhorn_iterations: number of iterations that make the codes use all prototypes equally.
       small_crops: number of small views.
-      small_crop_size: of small views, pixels; 0 for the multiple of 8 next to 3/7 of a large one's,
-        which is the paper's 96 at 224.
+      small_crop_size: side of small views, pixels; 0 for the multiple of 8 nearest to 3/7 of a
+        large one's, which is the paper's 96 at 224.
       small_crop_area: range of a small view's area, as a fraction of the image's.
-      queue_size: embeddings of either large crop kept for the codes, a multiple of the batch; 0 for
-        no queue, as in the paper at a batch of 4096.
+      queue_size: embeddings kept per large crop for the codes, a multiple of the batch; 0 for no
+        queue, as in the paper at a batch of 4096.
       queue_start: epochs before the queue is used.
       freeze_prototypes_epochs: epochs before the prototypes move; the paper's code has one, stated
         in steps of ImageNet: 313 at a batch of 4096 and 5005 at 256.
-      freeze_prototypes_steps: more than 0: steps before the prototypes move, instead of epochs.
+      freeze_prototypes_steps: steps before the prototypes move; above 0 it replaces the epochs.
       projector_hidden: width of the projector's hidden layers; 0 for the features' width.
       projector_out: width of the embedding.
       projector_depth: number of linear layers.
@@ -182,7 +182,7 @@ class SwAV(Method):
         if self.queue_size:
             queue = step.memory["queue"][crop]
             queued = networks.predictor(queue, jnp.zeros((len(queue), 0)), True)
-            # It starts at zeros and fills from its first row to its last.
+            # The queue starts at zeros and fills from its first row to its last.
             use_queue = queue[-1].any() & (step.moment.epoch >= self.queue_start)
         return losses.sinkhorn_codes(
             step.online[crop].prediction,

@@ -15,15 +15,15 @@ class VICReg(Method):
     """VICReg (Bardes, Ponce and LeCun, 2022); the defaults are the paper's.
 
     Attributes:
-      invariance_weight: λ, of the squared difference between the views.
-      variance_weight: μ, of what the standard deviations lack to 1.
-      covariance_weight: ν, of the squared covariances between different units.
+      invariance_weight: λ, weight of the squared difference between the views.
+      variance_weight: μ, weight of the shortfall of the standard deviations from 1.
+      covariance_weight: ν, weight of the squared covariances between different units.
       projector_hidden: width of the expander's hidden layers; 0 for the features' width.
       projector_out: width of the embedding.
       projector_depth: number of linear layers.
     """
 
-    # At a batch of 2048 for 1000 epochs; the paper's code takes 0.3 for 100 epochs at 512.
+    # At a batch of 2048 for 1000 epochs; the paper's code uses 0.3 for 100 epochs at 512.
     recipe: ClassVar = {
         "optimizer.name": "lars",
         "optimizer.base_learning_rate": 0.2,

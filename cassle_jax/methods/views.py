@@ -1,4 +1,4 @@
-"""Makes the views of a step on the device: a batch of canvases in, augmented views and ω out."""
+"""Makes the views of a step on the device: from canvases to augmented views and ω."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,19 +23,19 @@ def augmented_views(
     *,
     positions: Int[Array, " B"] | None = None,
 ) -> tuple[augment.View, ...]:
-    """A view of every image for each of `specs`.
+    """Augments every image once per entry of `specs`.
 
-    Each image's draws depend on the key and on its position in the global batch alone, so any
-    number of devices draws the same.
+    An image's draws depend only on the key and on its position in the global batch, so any number
+    of devices draws the same.
 
     Args:
-      key: of the step.
+      key: the step's random key.
       images: canvases, the picture at the top left.
       sizes: true height and width of each picture, in pixels.
-      specs: what is drawn for each view.
+      specs: the augmentation of each view.
       axis_name: the devices that share the global batch; `None` for a single one.
-      positions: of the images in the global batch; `None` where they are all that this device has
-        of it.
+      positions: positions of the images in the global batch; `None` where they are all that this
+        device has of it.
     """
     if positions is None:
         positions = batch_positions(len(images), axis_name)
@@ -64,12 +64,12 @@ def training_views(
     predicted: Sequence[str],
     given: Bool[Array, " B"] | None = None,
 ) -> TrainingViews:
-    """What the networks train on: the views' images, their ω, and AugSelf's targets.
+    """The networks' training inputs: the views' images, their ω, and AugSelf's targets.
 
     Args:
-      views: of the same images, with a leading batch axis.
-      specs: what each was made with.
-      conditioning: says what makes up ω.
+      views: views of the same images, with a leading batch axis.
+      specs: the augmentation of each view.
+      conditioning: defines ω.
       predicted: names of the differences AugSelf predicts between the first two views.
       given: which images are projected with ω, from `Conditioning.given`; `None` for all.
     """

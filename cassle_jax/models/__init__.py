@@ -38,19 +38,19 @@ def make_encoder(
     axis_name: str | None = None,
     remat: bool = False,
 ) -> nn.Module:
-    """The encoder called `name`, a key of `ENCODERS`.
+    """Makes the encoder called `name`, a key of `ENCODERS`.
 
     Args:
-        name: of the architecture.
-        width: of a ResNet's stem or of a Vision Transformer; 0 for the architecture's own.
-        small_images: of a ResNet: a stem for images of about 32 pixels.
-        patch_size: of a Vision Transformer, in pixels.
+        name: name of the architecture.
+        width: width of a ResNet's stem or of a Vision Transformer; 0 for the architecture's own.
+        small_images: gives a ResNet a stem for images of about 32 pixels.
+        patch_size: side of a Vision Transformer's patch, in pixels.
         dtype: dtype the layers compute in.
         axis_name: mapped axis over which a ResNet's BatchNorm is synchronised.
         remat: recompute activations in the backward pass instead of storing them.
 
     Raises:
-        ValueError: for an unknown name, or a setting the architecture has not.
+        ValueError: for an unknown name, or a setting that the architecture lacks.
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder={name!r} is unknown; use one of {sorted(ENCODERS)}")

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 class BatchNorm(nn.Module):
     """Normalises each channel (the last axis) by its mean and variance over all other axes.
 
-    In training the statistics are the batch's, taken over every device of `axis_name`; the
-    running averages (collection `batch_stats`: `mean`, `var`) then take a step of 1 − momentum
-    towards them, the variance being the unbiased one. In evaluation the running averages are used.
-    Parameters (`scale`, `bias`) are float32, and statistics are computed in float32 or wider.
+    In training the statistics are the batch's, over every device of `axis_name`. The running
+    averages (collection `batch_stats`: `mean`, `var`) then take a step of 1 − momentum towards
+    them, with the unbiased variance. In evaluation the running averages are used. Parameters
+    (`scale`, `bias`) are float32, and statistics are computed in float32 or wider.
 
     Attributes:
         use_scale: learn a scale per channel.
@@ -81,7 +81,7 @@ def _moments(
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance of each channel in one pass over `x`.
 
-    E[x²] − E[x]² cancels badly where the mean is large; around a `shift` near the mean it does not.
+    E[x²] − E[x]² cancels badly where the mean is large, but not around a `shift` near the mean.
     """
     centred = x - shift
     axes = tuple(range(x.ndim - 1))

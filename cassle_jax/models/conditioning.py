@@ -1,4 +1,4 @@
-"""The projector that sees how its view was augmented, in every treatment and injection."""
+"""The projector conditioned on its view's augmentation, in every treatment and injection."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ def check_conditioning(
     """Refuses combinations of treatment and injection that cannot work.
 
     Args:
-        treatment: what becomes of the descriptor ω: γ(ω) of an MLP, ω raw, weights, or nothing.
+        treatment: the use of the descriptor ω: through an MLP γ, raw, as weights, or none.
         injection: where the result enters.
         feature_width: width of the encoder's features, where it is known.
         descriptor_width: width of ω, where it is known.
 
     Raises:
-        ValueError: for an unknown name, an injection a hypernetwork cannot have, a descriptor
+        ValueError: for an unknown name, an injection that a hypernetwork cannot have, a descriptor
             without entries, or raw ω added to or multiplied with features of another width.
     """
     if treatment not in TREATMENTS:
@@ -81,9 +81,9 @@ class ConditionedProjector(nn.Module):
             'image' or 'none'.
         condition_depth: number of Linear layers of γ or of the hypernetwork.
         condition_width: width of γ's hidden layers, and of its result where that is concatenated.
-        hypernetwork_bn: BatchNorm before each ReLU of the projector a hypernetwork made.
-        optional: the descriptor's last column says whether ω is given, 1 or 0; where it is not, a
-            learnt vector enters in its place. Not for a hypernetwork.
+        hypernetwork_bn: BatchNorm before each ReLU of the projector that a hypernetwork generates.
+        optional: the descriptor's last column is 1 where ω is given and 0 elsewhere; a learnt
+            vector replaces a missing γ(ω). Not for a hypernetwork.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         dtype: dtype the layers compute in; parameters are float32.
 
@@ -116,11 +116,11 @@ class ConditionedProjector(nn.Module):
 
         Args:
             features: the encoder's features.
-            descriptor: how each image of the view was augmented, ω.
+            descriptor: ω, the augmentation of each image of the view.
             train: normalise by the batch's statistics, and record them.
 
         Raises:
-            ValueError: what `check_conditioning` raises.
+            ValueError: the errors of `check_conditioning`.
         """
         check_conditioning(
             self.treatment,
@@ -163,7 +163,7 @@ class ConditionedProjector(nn.Module):
                 return features * descriptor
 
     def _hypernetwork(self, features, descriptor, train):
-        """A projector of each sample's own: per layer a weight matrix (inputs×outputs) and a bias.
+        """Applies each sample's own projector: weights (inputs×outputs) and a bias per layer.
 
         The hypernetwork's result holds them in that order, layer after layer.
         """
@@ -206,7 +206,7 @@ class ImageConditioner(nn.Module):
         treatment: 'mlp' (an MLP ending in a BatchNorm maps ω first) or 'raw' (ω itself).
         condition_depth: number of γ's Linear layers.
         condition_width: width of γ, which is the number of channels added.
-        optional: as `ConditionedProjector`'s.
+        optional: see `ConditionedProjector`.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         dtype: dtype γ's layers compute in; parameters are float32.
 
@@ -228,7 +228,7 @@ class ImageConditioner(nn.Module):
         descriptor: Float[Array, "batch descriptor"],
         train: bool,
     ) -> Float[Array, "batch height width conditioned_channels"]:
-        """Images with the descriptor's channels behind their own, in the images' dtype.
+        """Images with the descriptor's channels after their own, in the images' dtype.
 
         Raises:
             ValueError: for a treatment other than 'mlp' and 'raw', or a descriptor without entries.
@@ -263,7 +263,7 @@ def where_given(
 ) -> Float[Array, "batch width"]:
     """γ(ω) in the rows where ω is given, and a learnt vector, `ungiven`, in the others.
 
-    γ sees the ω of all rows, so that its BatchNorm never meets a constant.
+    γ sees the ω of all rows, so that its BatchNorm never sees a constant.
     """
     ungiven = module.param("ungiven", initial, (conditioned.shape[-1],), jnp.float32)
     return jnp.where(given > 0.5, conditioned, ungiven.astype(conditioned.dtype))

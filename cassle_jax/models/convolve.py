@@ -14,18 +14,18 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **options,
 ) -> Float[Array, "batch height_out width_out features"]:
-    """`lax.conv_general_dilated` of images, as `flax.linen.Conv` calls it.
+    """`lax.conv_general_dilated` of images, with the arguments of `flax.linen.Conv`.
 
     Where the result is smaller than the kernel, as in a ResNet's last stage of 64-pixel images, it
-    is one matrix product over the patches: XLA's own convolution is up to a hundred times slower
+    is one matrix product over the patches. XLA's own convolution is up to a hundred times slower
     there on CPUs, forwards or backwards.
 
     Args:
         x: the maps.
-        kernel: as in the parameters.
-        window_strides: of the rows and of the columns.
+        kernel: the kernel as in the parameters.
+        window_strides: strides of the rows and of the columns.
         padding: zeros before and after the rows, and the columns.
-        options: the others of `lax.conv_general_dilated`.
+        options: further options of `lax.conv_general_dilated`.
     """
     rows, columns, channels, features = kernel.shape
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))

@@ -1,4 +1,4 @@
-"""The initial values every convolution and linear layer starts from."""
+"""The initial values of every convolution and linear layer."""
 
 from flax import linen as nn
 from jax.nn.initializers import Initializer

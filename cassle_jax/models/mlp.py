@@ -1,4 +1,4 @@
-"""The multilayer perceptron that projectors, predictors and heads are made of."""
+"""The multilayer perceptron of projectors, predictors and heads."""
 
 from functools import partial
 
@@ -44,13 +44,13 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array, "batch inputs"], train: bool
     ) -> Float[Array, "batch {self.out}"]:
-        """Maps `x`, to float32; `train` normalises by the batch's statistics, and records them."""
+        """Maps `x` to float32; `train` normalises by the batch's statistics, and records them."""
         last = self.depth - 1
         for layer in range(last):
             x = self._linear(x, self.hidden, layer, use_bias=False)
             x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn_{layer}")(x, train)
             x = jax.nn.relu(x)
-        # Its sums and bias stay float32, so that nothing is rounded before a loss.
+        # The last layer's sums and bias stay float32, so that nothing is rounded before a loss.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = self._linear(
             x,

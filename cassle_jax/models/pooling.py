@@ -1,4 +1,4 @@
-"""Max-pooling as ResNets have it, with a backward pass that is fast on CPUs, too."""
+"""Max-pooling as in ResNets, with a backward pass that is fast on CPUs too."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ Pooled = Float[Array, "batch height_out width_out channels"]
 def max_pool(x: Maps) -> Pooled:
     """The maximum of every 3×3 window, padded by 1, with stride 2.
 
-    The gradient goes to the first maximum of a window in reading order, as in PyTorch and in XLA,
-    whose own backward pass is 4 to 7 times slower on CPUs. Forward-mode differentiation, as in
-    `jax.jvp` and `jax.hessian`, does not know it.
+    The gradient goes to the first maximum of a window in reading order, as in PyTorch and in XLA.
+    XLA's own backward pass is 4 to 7 times slower on CPUs. Forward-mode differentiation, as in
+    `jax.jvp` and `jax.hessian`, is not supported.
     """
     return _max_pool(x)
 
@@ -41,7 +41,7 @@ def _scattered(x: Maps, pooled: Pooled, gradient: Pooled) -> Maps:
 
 
 def _gathered(x: Maps, pooled: Pooled, gradient: Pooled) -> Maps:
-    """Each pixel looks at the windows it is in: two rows of them if its row is odd, else one."""
+    """Gathers per pixel from its windows: two rows of them if its row is odd, else one."""
     batch, height, width, channels = x.shape
     rows, columns = pooled.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
@@ -52,7 +52,7 @@ def _gathered(x: Maps, pooled: Pooled, gradient: Pooled) -> Maps:
             place = jnp.where(pixels == pooled, jnp.uint8(3 * i + j), place)
 
     def received(parity: tuple[int, int]) -> Array:
-        """What the padded map's pixels in rows and columns of these parities get."""
+        """The gradient of the padded map's pixels in rows and columns of these parities."""
         total = jnp.zeros((batch, rows + 1, columns + 1, channels), gradient.dtype)
         for i in range(parity[0], 3, 2):
             for j in range(parity[1], 3, 2):

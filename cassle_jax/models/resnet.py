@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(x, y, stride, conv, norm, train):
-    """`x` itself, or projected where the block's result `y` differs from it in shape."""
+    """`x` itself, or projected where its shape differs from that of the block's result `y`."""
     if stride == 1 and x.shape[-1] == y.shape[-1]:
         return x
     x = conv(y.shape[-1], 1, stride, name="downsample_0")(x)
@@ -94,8 +94,8 @@ ARCHITECTURES = {
 class ResNet(nn.Module):
     """A residual network (v1.5: the stride is in the 3×3) up to its global average pooling.
 
-    The module sows what evaluation reads in the collection `intermediates`, at no cost unless a
-    caller makes it mutable: `stem`, `layer1` … `layer4` (feature maps) and `features`.
+    The module sows the outputs that evaluation reads in the collection `intermediates`, at no cost
+    unless the caller makes it mutable: `stem`, `layer1` … `layer4` (feature maps) and `features`.
 
     Attributes:
         depth: 18, 34 or 50.

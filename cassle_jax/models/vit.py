@@ -18,17 +18,17 @@ STAGES = 4
 
 layer_norm = partial(nn.LayerNorm, epsilon=1e-6)
 xavier_uniform = nn.initializers.xavier_uniform()
-# Queries, keys and values are three square matrices: xavier-uniform, ±√(6/(2·width)), for each.
+# Queries, keys and values are three square matrices, each xavier-uniform: ±√(6/(2·width)).
 qkv_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-# A patch is one long row, not a window that slides.
+# A patch is one long row, not a sliding window.
 patch_uniform = nn.initializers.xavier_uniform(in_axis=(0, 1, 2))
 
 
 def check_image_size(size: int, patch_size: int) -> None:
-    """Refuses images whose sides (`size` pixels) are not cut into whole patches.
+    """Refuses images whose sides (`size` pixels) are not a whole number of patches.
 
     Raises:
-        ValueError: names the nearest sizes that are.
+        ValueError: the message names the nearest sizes that work.
     """
     below = size - size % patch_size
     if below == size > 0:
@@ -56,13 +56,13 @@ def sin_cos_positions(side: int, width: int) -> Float32[Array, "patches {width}"
 def resize_positions(
     positions: Float32[Array, "1 positions channels"], height: int, width: int
 ) -> Float32[Array, "1 {height*width+1} channels"]:
-    """Positions, the class token's first, of a square grid brought to a height×width grid.
+    """Resizes a square grid's positions, the class token's first, to a height×width grid.
 
-    They are interpolated bicubically, antialiased where the grid shrinks, as timm does; the class
-    token's stays.
+    They are interpolated bicubically, antialiased where the grid shrinks, as in timm; the class
+    token's position is unchanged.
 
     Raises:
-        ValueError: if the positions given are not those of a square grid.
+        ValueError: if the given positions are not those of a square grid.
     """
     patches = positions.shape[1] - 1
     side = math.isqrt(patches)
@@ -79,9 +79,9 @@ def resize_positions(
 
 
 class PatchEmbedding(nn.Module):
-    """A frozen linear map of each patch: no gradient reaches its parameters, but the images' does.
+    """A frozen linear map of each patch: its parameters get no gradient, the images do.
 
-    It is a patch_size×patch_size convolution of that stride, written as the matrix product it is.
+    It is a patch_size×patch_size convolution of that stride, written as a matrix product.
     """
 
     width: int
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Lets every token attend to all of them."""
+        """Lets every token attend to all tokens."""
         width = x.shape[-1]
         linear = partial(nn.Dense, dtype=self.dtype)
         qkv = linear(3 * width, kernel_init=qkv_uniform, name="qkv")(x)
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Maps each token by itself."""
+        """Maps each token separately."""
         width = x.shape[-1]
         linear = partial(nn.Dense, dtype=self.dtype, kernel_init=xavier_uniform)
         y = linear(MLP_RATIO * width, name="fc1")(x)
@@ -156,21 +156,21 @@ class VisionTransformer(nn.Module):
     """A Vision Transformer as MoCo-v3 trains it; its feature is the class token.
 
     Patch embedding and positions are parameters, so that checkpoints hold them, but keep their
-    initial values: no gradient reaches them, and the optimizer must leave them alone too, weight
-    decay included. The module sows what evaluation reads in the collection `intermediates`, at no
-    cost unless a caller makes it mutable: `stem` (the patches as they enter the blocks), `layer1` …
-    `layer4` (the patches after each quarter of the blocks, rounded up), both as feature maps
-    without the class token, and `features`.
+    initial values: they get no gradient, and the optimizer must leave them alone too, weight decay
+    included. The module sows the outputs that evaluation reads in the collection `intermediates`,
+    at no cost unless the caller makes it mutable: `stem` (the patches as they enter the blocks),
+    `layer1` … `layer4` (the patches after each quarter of the blocks, rounded up), both as feature
+    maps without the class token, and `features`.
 
     Attributes:
         width: width of the tokens and features, a multiple of 4 and of `heads`.
         depth: number of blocks.
-        heads: attention heads; MoCo-v3 uses 12 at width 384 too.
+        heads: number of attention heads; MoCo-v3 uses 12 at width 384 too.
         patch_size: side of a patch in pixels.
         dtype: dtype the matrix products compute in; parameters, LayerNorm's statistics, softmax
             and the sums along the blocks are float32.
         remat: recompute each block's activations in the backward pass instead of storing them.
-        frozen_parameters: names, at the top of the parameters, that are never trained.
+        frozen_parameters: names, at the top level of the parameters, that are never trained.
 
     References:
         Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021,
@@ -218,15 +218,15 @@ class VisionTransformer(nn.Module):
     ) -> Float32[Array, "batch {self.feature_width}"]:
         """Features of normalised images with any number of channels.
 
-        Positions are those of the size of image the parameters were initialised with, resized to
-        the grid at hand.
+        Positions are those of the image size the parameters were initialised with, resized to the
+        current grid.
 
         Args:
             images: one view of the batch, its sides multiples of the patch size.
-            train: without effect; every encoder takes it.
+            train: has no effect; every encoder takes it.
 
         Raises:
-            ValueError: for sides that are no such multiples, or initial images that are not square.
+            ValueError: for sides that are not such multiples, or initial images that are oblong.
         """
         del train
         x, grid = self._tokens(images)
@@ -276,5 +276,5 @@ class VisionTransformer(nn.Module):
 
 
 def _feature_map(tokens, grid):
-    """The patches' tokens, laid out as they lie in the image."""
+    """The patches' tokens, arranged as in the image."""
     return tokens[:, 1:].reshape(len(tokens), *grid, -1)
