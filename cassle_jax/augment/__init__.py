@@ -1,7 +1,7 @@
 """Draws, applies and describes augmentations on the accelerator.
 
 Three pure functions of ONE image, batched by ``jax.vmap``: ``draw`` makes every random choice,
-``apply`` carries them out, ``describe`` says what was done; ``augment`` is the first two in one.
+``apply`` carries them out, ``describe`` returns descriptors; ``augment`` draws and applies.
 """
 
 from cassle_jax.augment.apply import View, apply, augment, denormalize

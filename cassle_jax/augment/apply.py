@@ -16,11 +16,11 @@ __all__ = ["View", "apply", "augment", "denormalize"]
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class View:
-    """An augmented image and how it came about (with leading axes: several).
+    """An augmented image and its origin (with leading axes: several).
 
     Attributes:
       image: normalised RGB.
-      params: what was drawn for it.
+      params: the parameters drawn for it.
       color_diff: per channel, mean before the colour jitter minus mean after it, in [-1, 1].
     """
 
@@ -33,22 +33,22 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
     """Augments one image as ``params`` say, in CASSLE's order (arXiv 2306.06082).
 
     Crop, resize and flip; colour jitter; solarize; grayscale; blur; rotation; normalisation. Where
-    ``spec.solarize_after`` is 'blur', solarize comes after blur.
-    Steps whose probability is 0 in the spec are left out of the compiled program, whatever
-    ``params`` say of them.
+    ``spec.solarize_after`` is 'blur', solarize comes after blur. Steps whose probability is 0 in
+    the spec are left out of the compiled program, whatever ``params`` contain for them.
 
     Args:
       image: [height, width, 3] canvas, RGB, uint8 or float in [0, 1]; values outside the picture
         do not matter as long as they are finite.
       params: one view's parameters.
-      spec: gives S, the blur's kernel, mean and std, and which steps there are.
+      spec: gives S, the blur's kernel, mean and std, and the steps that exist.
       size: int [2], height and width of the picture at the canvas's top left; None: all of it.
 
     Returns:
       View with image [S, S, 3].
 
     Raises:
-      ValueError: if the image or the parameters cannot be meant, such as a grey image or a batch.
+      ValueError: if the image or the parameters are not one valid view's, such as a grey image or a
+        batch.
     """
     check_params(params)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
@@ -93,7 +93,7 @@ def augment(
       View with image [S, S, 3].
 
     Raises:
-      ValueError: if the image cannot be meant, such as a grey image or a batch; or if
+      ValueError: if the image is not one valid image, such as a grey image or a batch; or if
         ``spec.jitter_order`` is 'batch' and there is no ``order_key``.
     """
     true_size = size_of(image, size)

@@ -23,10 +23,10 @@ __all__ = [
 ]
 
 CASSLE_DESCRIPTORS = ("blur", "color", "color_diff", "crop", "grayscale")
-"""What the published pretraining conditions on: 13 numbers."""
+"""The descriptors of the published pretraining: 13 numbers."""
 
 LEAK_FREE_DESCRIPTORS = ("blur", "color", "crop", "grayscale", "palette")
-"""``palette`` in the place of ``color_diff``: 28 numbers, none computed from the image."""
+"""The same with ``palette`` instead of ``color_diff``: 28 numbers, none computed from the image."""
 
 
 def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
@@ -48,14 +48,14 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
           1 - column where the view is flipped.
         flip: 1 or 0.
         grayscale: 1 or 0.
-        palette: the colours of ``PALETTE`` after the very jitter of the view, order of operations
-          included, minus the colours themselves; 0 if not applied. Unlike color_diff it says
+        palette: the colours of ``PALETTE`` after the view's exact jitter, order of operations
+          included, minus the colours themselves; 0 if not applied. Unlike color_diff it reveals
           nothing about the image.
         rotation: quarter turns, one-hot.
         solarize: threshold; 1 if not applied.
 
     Raises:
-      ValueError: if it is more than one view, or its parameters are out of range.
+      ValueError: if the input is more than one view, or its parameters are out of range.
     """
     check_params(view.params)
     check_one("color_diff", view.color_diff, (3,))
@@ -63,7 +63,7 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
 
 
 def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
-    """How view 1 was augmented relative to view 2 (AugSelf, arXiv 2111.09613, section 3).
+    """Augmentation of view 1 relative to view 2 (AugSelf, arXiv 2111.09613, section 3).
 
     Args:
       view_1: one view; only ``params`` and ``color_diff`` are read.
@@ -102,7 +102,7 @@ def concatenate(
       [..., descriptor_width(names)].
 
     Raises:
-      ValueError: what ``check_descriptors`` raises, if there is no name, or if a descriptor is
+      ValueError: for an error of ``check_descriptors``, if there is no name, or if a descriptor is
         missing or has another width than in ``DESCRIPTORS``.
     """
     names = check_descriptors(names)
@@ -129,7 +129,7 @@ def _select(
 
 
 def descriptor_width(names: Iterable[str]) -> int:
-    """How many numbers the conditioning vector of these descriptors has.
+    """Width of the conditioning vector of these descriptors.
 
     Args:
       names: descriptors, or components of them.
@@ -138,13 +138,13 @@ def descriptor_width(names: Iterable[str]) -> int:
       The sum of their sizes: 13 for ``CASSLE_DESCRIPTORS``.
 
     Raises:
-      ValueError: what ``check_descriptors`` raises.
+      ValueError: for an error of ``check_descriptors``.
     """
     return sum(1 if "." in name else DESCRIPTORS[name].size for name in check_descriptors(names))
 
 
 def identity_descriptor(names: Iterable[str]) -> Float32[Array, " width"]:
-    """The conditioning vector of an image that was not augmented.
+    """The conditioning vector of an unaugmented image.
 
     Args:
       names: descriptors, or components of them.
@@ -154,13 +154,13 @@ def identity_descriptor(names: Iterable[str]) -> Float32[Array, " width"]:
       everything else 0.
 
     Raises:
-      ValueError: what ``check_descriptors`` raises, or if there is no name.
+      ValueError: for an error of ``check_descriptors``, or if there is no name.
     """
     return _constant({name: each.neutral for name, each in DESCRIPTORS.items()}, names)
 
 
 def identity_difference(names: Iterable[str]) -> Float32[Array, " width"]:
-    """The concatenated differences of two views that were augmented alike.
+    """The concatenated differences of two views with equal augmentation.
 
     Args:
       names: descriptors, or components of them.
@@ -169,7 +169,7 @@ def identity_difference(names: Iterable[str]) -> Float32[Array, " width"]:
       [descriptor_width(names)]: flip 1, rotation in its first class, everything else 0.
 
     Raises:
-      ValueError: what ``check_descriptors`` raises, or if there is no name.
+      ValueError: for an error of ``check_descriptors``, or if there is no name.
     """
     return _constant({name: each.alike for name, each in DESCRIPTORS.items()}, names)
 
@@ -187,8 +187,8 @@ def check_descriptors(names: Iterable[str]) -> list[str]:
       names: descriptors, or components of them such as ``color.hue``.
 
     Raises:
-      ValueError: if a name is unknown, or what it names is named twice (``color`` and
-        ``color.hue``, say).
+      ValueError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
+        example).
     """
     names = sorted(names)
     for name in names:

@@ -1,4 +1,4 @@
-"""The table of descriptors: how each is read off a view, compared between two, and used."""
+"""The table of descriptors: how to read them off a view, compare two views, and use them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ _PALETTE_NAMES = ("dark", "grey", "light", "red", "green", "blue")
 
 @dataclasses.dataclass(frozen=True)
 class Descriptor:
-    """How an augmentation is described by a vector of numbers.
+    """A description of an augmentation by a vector of numbers.
 
     Attributes:
       components: the name of each number.
@@ -43,14 +43,14 @@ class Descriptor:
       setting: the field of ``AugmentSpec`` that decides whether the augmentation is ever drawn.
       kind: `value` for real numbers, `binary` for one number that is 0 or 1, `class` for one-hot
         numbers. Decides AugSelf's loss and the probe of an evaluation.
-      neutral: the numbers of an image that is not augmented; zeros by default.
-      compare: returns how view 1 was augmented relative to view 2; by default the difference of
+      neutral: the numbers of an unaugmented image; zeros by default.
+      compare: returns the augmentation of view 1 relative to view 2; by default the difference of
         their numbers.
-      alike: what ``compare`` returns for two views augmented alike; zeros by default.
+      alike: the result of ``compare`` for two views with equal augmentation; zeros by default.
       predicted: whether AugSelf has a head for it.
       from_image: whether the numbers are computed from the image, and so may reveal it.
-      restates: the descriptor that says the same in fewer numbers; probes and pictures show that
-        one.
+      restates: another descriptor that has the same information in fewer numbers; probes and
+        pictures show that one.
     """
 
     components: tuple[str, ...]
@@ -71,7 +71,7 @@ class Descriptor:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of components."""
         return len(self.components)
 
 
@@ -103,7 +103,7 @@ def _color(view: View, spec: AugmentSpec) -> Float32[Array, "4"]:
 
 
 def _palette(view: View, spec: AugmentSpec) -> Float32[Array, "18"]:
-    """What the jitter does to the reference colours, as one column of pixels."""
+    """The reference colours after the jitter minus before it, as one column of pixels."""
     del spec
     colours = jnp.asarray(PALETTE)
     jittered = operations.color_jitter(colours[:, :, None], view.params)[:, :, 0]

@@ -1,4 +1,4 @@
-"""Draws what happens to one image: every random choice of a view, and nothing else."""
+"""Draws the augmentation of one image: every random choice of a view, and nothing else."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "SWITCHES", "Size", "ViewParams", "draw"]
 
-# How ViewParams.jitter_order names the colour operations.
+# The colour operations in ViewParams.jitter_order.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 SWITCHES = {
@@ -28,7 +28,7 @@ SWITCHES = {
 """The field of `ViewParams` that is false, or 0, where an augmentation is not applied."""
 
 _CROP_TRIES = 10
-# A new step comes last: the keys of the others stay as they are.
+# A new step goes last: the keys of the others then stay the same.
 _STEPS = ("flip", "jitter", "order", "grayscale", "blur", "solarize", "rotation")
 
 Size = Int[Array | np.ndarray, "2"]
@@ -37,10 +37,10 @@ Size = Int[Array | np.ndarray, "2"]
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class ViewParams:
-    """Everything drawn for one view (with leading axes: for several).
+    """All random choices for one view (with leading axes: for several).
 
     A value that belongs to an operation (``sigma`` to ``blur``, the four colour factors to
-    ``jitter``, ...) means something only where that operation's flag is true.
+    ``jitter``, ...) has a meaning only where that operation's flag is true.
 
     Attributes:
       crop: top, left, height, width of the box, as fractions of the image.
@@ -56,7 +56,7 @@ class ViewParams:
       blur: whether the view is blurred.
       sigma: standard deviation of the blur, pixels of the view.
       solarize: whether the view is solarized.
-      solarize_threshold: values from here on are inverted, in [0, 1].
+      solarize_threshold: values at or above it are inverted, in [0, 1].
       turns: quarter turns counter-clockwise, 0 to 3; 0 where no rotation is applied.
     """
 
@@ -81,21 +81,21 @@ def draw(
 ) -> ViewParams:
     """Draws the parameters of one view of one image (CASSLE, arXiv 2306.06082, augmentations t).
 
-    Every step has a random key of its own, so changing the spec of one step leaves the draws of the
-    others as they are.
+    Every step has its own random key, so a change of one step's spec leaves the draws of the others
+    unchanged.
 
     Args:
       key: random key, used for this view only.
       size: int [2], height and width of the image in pixels; decides which boxes fit.
       spec: the distribution to draw from.
       order_key: random key of the order of the colour operations where ``spec.jitter_order`` is
-        'batch': give all images of a batch the same one. Unused otherwise.
+        'batch': the same one for all images of a batch. Unused otherwise.
 
     Returns:
       ViewParams without batch axes.
 
     Raises:
-      ValueError: if the key or the size is that of several images; or if ``spec.jitter_order`` is
+      ValueError: if the key or the size belongs to several images; or if ``spec.jitter_order`` is
         'batch' and there is no ``order_key``.
     """
     check_size(size)
@@ -111,7 +111,7 @@ def draw(
     if spec.jitter_order == "batch":
         keys["order"] = order_key
     size = jnp.asarray(size)
-    # All steps' numbers in one call: five each, the most that one needs.
+    # The numbers of all steps in one call: five per step, the most that one step needs.
     numbers = jax.vmap(lambda step: jax.random.uniform(step, (5,)))(jnp.stack(list(keys.values())))
     uniform = dict(zip(_STEPS, numbers, strict=True))
     turns = jnp.floor(4 * uniform["rotation"][1]).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Refuses images, sizes and parameters that cannot be meant, while a program is traced.
+"""Refuses invalid images, sizes and parameters while a program is traced.
 
-Shapes and dtypes are known then. Values are looked at only where that is free: in numpy arrays and
-in arrays that already lie in the host's memory; those of a traced or a device's array never are.
+Shapes and dtypes are known then. Values are checked only where that is free: in numpy arrays and
+in arrays in the host's memory, never in traced arrays or those of a device.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["check_image", "check_one", "check_params", "check_size"]
 
-_LENGTHS = {"crop": (4,), "jitter_order": (4,)}  # of what is no single number
+_LENGTHS = {"crop": (4,), "jitter_order": (4,)}  # shapes of parameters that are not scalars
 # parameter: (the flag it belongs to, lowest, highest)
 _RANGES = {
     "brightness": ("jitter", 0, np.inf),
@@ -24,18 +24,18 @@ _RANGES = {
     "turns": ("", 0, 3),
     "crop": ("", 0, 1),
 }
-_ROUNDING = 1e-3  # of values that were computed
+_ROUNDING = 1e-3  # tolerance for computed values
 
 
 def check_image(image: Any, size: Any = None) -> None:
-    """Refuses what is no [height, width, 3] picture of uint8, or of floats in [0, 1].
+    """Refuses anything but a [height, width, 3] picture of uint8, or of floats in [0, 1].
 
     Args:
-      image: what a caller gave for one.
+      image: the caller's argument.
       size: height and width of the picture at its top left; None: all of it.
 
     Raises:
-      ValueError: names the shape, dtype or values, and what would work.
+      ValueError: the message names the shape, dtype or values, and what would work.
     """
     if not hasattr(image, "dtype"):
         raise ValueError(f"image is a {type(image).__name__}; use an array, as by np.asarray")
@@ -62,7 +62,7 @@ def check_image(image: Any, size: Any = None) -> None:
 
 
 def _wrong_shape(shape: tuple[int, ...]) -> str:
-    """What is wrong with an image's shape, and what would work; empty where it is right."""
+    """The fault of an image's shape, and what would work; empty where it is right."""
     if len(shape) == 2:
         return "that of a grey image; use [height, width, 3], as by np.stack([image] * 3, axis=-1)"
     if len(shape) > 3:
@@ -83,10 +83,10 @@ def _wrong_shape(shape: tuple[int, ...]) -> str:
 
 
 def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
-    """Refuses what is no height and width in whole pixels, or more than the canvas has.
+    """Refuses anything but a height and width in whole pixels, within the canvas.
 
     Raises:
-      ValueError: names the size and what would work.
+      ValueError: the message names the size and what would work.
     """
     shape, dtype = np.shape(size), getattr(size, "dtype", None) or np.asarray(size).dtype
     if shape != (2,) or not jnp.issubdtype(dtype, jnp.integer):
@@ -103,10 +103,10 @@ def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
 
 
 def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
-    """Refuses several values where one view's is needed: as batches they would be misread.
+    """Refuses several values where one view's is needed: they would be misread as batches.
 
     Raises:
-      ValueError: names the shape and what would work.
+      ValueError: the message names the shape and what would work.
     """
     if np.shape(value) != shape:
         raise ValueError(
@@ -119,7 +119,7 @@ def check_params(params: Any) -> None:
     """Refuses parameters of several views, and values that no view can have.
 
     Raises:
-      ValueError: names the parameter, its value and what would work.
+      ValueError: the message names the parameter, its value and what would work.
     """
     for name in vars(params):
         check_one(f"params.{name}", getattr(params, name), _LENGTHS.get(name, ()))
@@ -140,7 +140,7 @@ def check_params(params: Any) -> None:
 
 
 def _known(value: Any) -> np.ndarray | None:
-    """The values of an array, where they are in the host's memory; else `None`."""
+    """The values of an array in the host's memory; `None` for others."""
     if isinstance(value, jax.core.Tracer):
         return None
     if isinstance(value, jax.Array):

@@ -1,7 +1,7 @@
 """The augmentations after the crop, each a pure function of one view and its drawn values.
 
 Views here are [rows, 3 channels, columns], RGB in [0, 1]: products over rows and over columns then
-need no transposition. Where dm-pix's definition is the paper's, dm-pix does the work.
+need no transposition. dm-pix does the work where its definition is the paper's.
 """
 
 import dm_pix as pix
@@ -24,9 +24,9 @@ _GRAYSCALE_WEIGHTS = (0.299, 0.587, 0.114)
 def color_jitter(image: Planes, params: ViewParams) -> Planes:
     """Brightness, contrast, saturation and hue, in the drawn order; unchanged if not applied.
 
-    Saturation and hue commute, so every order of the four is H A H A H, where the As are brightness
-    and contrast and each H does those of saturation and hue whose turn it is (with neutral values
-    where there are none): no branches, which under ``vmap`` would all be run.
+    Saturation and hue commute, so every order of the four is H A H A H. The As are brightness and
+    contrast. Each H applies saturation and hue if their turn has come, and neutral values
+    otherwise. This avoids branches, all of which ``vmap`` would run.
 
     Args:
       image: [rows, 3, columns] in [0, 1].
@@ -64,7 +64,7 @@ def adjust_brightness_or_contrast(
 ) -> Planes:
     """``a x + (1 - a) m`` clipped to [0, 1]: m is the mean grey for contrast, 0 for brightness.
 
-    (dm-pix's brightness adds, and its contrast has a mean per channel.)
+    (dm-pix's brightness adds, and its contrast uses a mean per channel.)
 
     Args:
       image: [rows, 3, columns] in [0, 1].
@@ -99,8 +99,8 @@ def _hue_saturation_value(image: Planes) -> tuple[Array, Array, Array]:
     """HSV of [rows, 3, columns]; hue in turns, from -1/6 on.
 
     dm-pix looks for the channel that equals the largest one. A compiler that computes the channels
-    twice, rounding differently, may find none, and take another channel's hue: so they are compared
-    by order, where a wrong answer to a tie changes nothing.
+    twice, with different rounding, may find none, and use another channel's hue. So the channels
+    are compared by order, where a wrong answer to a tie changes nothing.
     """
     red, green, blue = jnp.unstack(image, axis=1)
     value, least = image.max(axis=1), image.min(axis=1)
@@ -116,7 +116,7 @@ def _hue_saturation_value(image: Planes) -> tuple[Array, Array, Array]:
 
 
 def solarize(image: Planes, params: ViewParams) -> Planes:
-    """Inverts all values from ``params.solarize_threshold`` on, where ``params.solarize`` is true.
+    """Inverts all values at or above ``params.solarize_threshold``, where ``params.solarize``.
 
     Args:
       image: [rows, 3, columns] in [0, 1].
@@ -131,7 +131,7 @@ def solarize(image: Planes, params: ViewParams) -> Planes:
 def grayscale(image: Planes, params: ViewParams) -> Planes:
     """Puts 0.299 R + 0.587 G + 0.114 B on all channels, where ``params.grayscale`` is true.
 
-    (dm-pix weighs red with 0.2989, and would do it in a TPU's default, halved precision.)
+    (dm-pix weighs red with 0.2989, and would use the halved default precision of TPUs.)
 
     Args:
       image: [rows, 3, columns] in [0, 1].
@@ -147,8 +147,8 @@ def grayscale(image: Planes, params: ViewParams) -> Planes:
 def gaussian_blur(image: Planes, params: ViewParams, kernel_size: int) -> Planes:
     """Gaussian blur with reflect padding (the edge pixel is not repeated), where ``params.blur``.
 
-    Two products with a banded matrix that has the reflected borders folded in: what matrix units do
-    well, where a convolution with a kernel per image is the slow way.
+    Two products with a banded matrix that includes the reflected borders. Matrix units do this
+    well; a convolution with one kernel per image is slow.
 
     Args:
       image: [size, 3, size] in [0, 1].
@@ -177,14 +177,14 @@ def rotate(
     Returns:
       [size, size, 3].
     """
-    # A transposition and two flips make all four rotations; a switch would run each under vmap.
+    # A transposition and two flips make all four rotations; under vmap, a switch would run each.
     image = jnp.where(turns % 2 == 1, image.transpose(1, 0, 2), image)
     image = jnp.where((turns == 1) | (turns == 2), pix.flip_up_down(image), image)
     return jnp.where(turns >= 2, pix.flip_left_right(image), image)
 
 
 def _blur_matrix(size: int, sigma: Scalar, kernel_size: int) -> Float32[Array, "{size} {size}"]:
-    """Row i holds what output pixel i takes from each input pixel."""
+    """The weights of the input pixels (columns) in each output pixel (row)."""
     radius = kernel_size // 2
     to, source = jnp.arange(size)[:, None], jnp.arange(size)
 
@@ -192,7 +192,7 @@ def _blur_matrix(size: int, sigma: Scalar, kernel_size: int) -> Float32[Array, "
         gaussian = jnp.exp(-0.5 * (offset / sigma) ** 2)
         return jnp.where(jnp.abs(offset) <= radius, gaussian, 0)
 
-    # A tap at -j beyond the first pixel (0), or as far beyond the last, is read from pixel j.
+    # A tap at -j, beyond the first pixel (0), or as far beyond the last, reads pixel j instead.
     last = size - 1
     before = jnp.where(source > 0, density(-source - to), 0)
     after = jnp.where(source < last, density(2 * last - source - to), 0)

@@ -1,8 +1,8 @@
 """Crops and resizes by two matrix products, straight from the padded canvas, as Pillow would.
 
-Each row of a weight matrix holds what one output row (or column) takes from the canvas's rows (or
-columns). Weights follow Pillow's antialiasing: the filter is stretched by the scale where the image
-shrinks, cut off at the box, and normalised, so nothing outside the box reaches the view.
+Each row of a weight matrix holds the weights of the canvas's rows (or columns) in one output row
+(or column). Weights follow Pillow's antialiasing: where the image shrinks, the filter is stretched
+by the scale, cut off at the box, and normalised, so nothing outside the box reaches the view.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def size_of(image: Canvas, size: Size | None) -> Size:
     """The picture's height and width, int [2]: ``size``, or the whole canvas where that is None.
 
     Raises:
-      ValueError: if the image or the size cannot be meant; see ``inputs``.
+      ValueError: if the image or the size is invalid; see ``inputs``.
     """
     if size is not None:
         check_size(size, tuple(np.shape(image)[:2]) if np.ndim(image) == 3 else None)
@@ -83,20 +83,20 @@ def center_view(
 ) -> Float32[Array, "{spec.size} {spec.size} 3"]:
     """The view of evaluation: short side resized (antialiased bicubic), centre crop, normalised.
 
-    The resize is composed with the crop in the weights, so the resized image never exists and very
+    One weight matrix combines the resize and the crop, so the resized image never exists and very
     long images cost no more than square ones. CASSLE, arXiv 2306.06082, evaluation protocols.
 
     Args:
       image: [height, width, 3] canvas, uint8 or float in [0, 1], with finite values everywhere.
       size: int [2], height and width of the picture within the canvas; None: all of it.
       spec: gives the view's size S, mean and std.
-      short_side: pixels the picture's short side is resized to; None: S.
+      short_side: length in pixels that the picture's short side is resized to; None: S.
 
     Returns:
       [S, S, 3], normalised.
 
     Raises:
-      ValueError: if ``short_side`` is smaller than S, or the image is none; see ``inputs``.
+      ValueError: if ``short_side`` is smaller than S, or the image is invalid; see ``inputs``.
     """
     short_side = spec.size if short_side is None else short_side
     if short_side < spec.size:
@@ -114,7 +114,7 @@ def center_view(
                  jnp.float32(0), picture[axis].astype(jnp.float32), image.shape[axis], _cubic)
         for axis in (0, 1)
     )  # fmt: skip
-    # Columns first, and clipped in between as Pillow does: the cubic overshoots at edges.
+    # Columns first, and clipped in between as in Pillow: the cubic overshoots at edges.
     white = _white(image)
     view = jnp.clip(_apply_columns(columns, _to_float(image)), 0, white)
     view = jnp.clip(_apply_rows(rows, view), 0, white) / white
@@ -150,9 +150,9 @@ def _weights(
     pixels: int,
     kernel: Callable[[Array], Array],
 ) -> Float32[Array, "output {pixels}"]:
-    """What each output position takes from each of ``pixels`` positions along one axis.
+    """Weights of ``pixels`` input positions along one axis in each output position.
 
-    ``centre`` is where an output position falls within the box, ``scale`` the input pixels per
+    ``centre`` is the place of an output position within the box, ``scale`` the input pixels per
     output pixel, ``start`` and ``length`` the box; all in input pixels.
     """
     position = jnp.arange(pixels) + 0.5 - start

@@ -1,4 +1,4 @@
-"""AugmentSpec: which augmentations are drawn, how often and how strongly; checked when made."""
+"""AugmentSpec: the distribution of augmentations, their rate and strength; checked when made."""
 
 import dataclasses
 import math
@@ -45,8 +45,8 @@ CHANCES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
 class AugmentSpec:
     """The distribution augmentations are drawn from; the defaults are CASSLE's for ImageNet.
 
-    Hashable, so that it can be a static argument of a compiled function. Lists and integers are
-    turned into tuples and floats, so that values may come straight from a config file.
+    Hashable, so that it can be a static argument of a compiled function. Lists and integers become
+    tuples and floats, so that values may come straight from a config file.
 
     Args:
       size: height and width S of a view, pixels.
@@ -67,13 +67,13 @@ class AugmentSpec:
       sigma: range of the blur's standard deviation, pixels of the view.
       kernel_size: taps of the blur, odd; 0 derives the odd number near S / 10 (23 at 224 px, 9 at
         96 px, never below 3).
-      solarize: probability of inverting all values from a threshold on.
+      solarize: probability of inverting all values at or above a threshold.
       solarize_threshold: range of that threshold, in [0, 1].
       solarize_after: 'jitter' solarizes before grayscale and blur, as the published CASSLE code
         does, 'blur' after them, as BYOL, Barlow Twins, VICReg and MoCo-v3 do.
       rotation: probability of a rotation by a number of quarter turns, uniform over 0 to 3.
-      mean: per channel, subtracted from the view in [0, 1].
-      std: per channel, the view is divided by it.
+      mean: mean per channel, subtracted from the view in [0, 1].
+      std: standard deviation per channel, which divides the view.
 
     Raises:
       ValueError: if a setting is out of its range; the message names the setting and what works.
@@ -122,11 +122,11 @@ class AugmentSpec:
         return self.kernel_size or max(3, self.size // 20 * 2 + 1)
 
     def asymmetric_pair(self) -> tuple["AugmentSpec", "AugmentSpec"]:
-        """The two views' distributions of BYOL (arXiv 2006.07733, appendix B).
+        """The two distributions of BYOL's asymmetric views (arXiv 2006.07733, appendix B).
 
         Returns:
-          This spec with a blur in every view, and with a blur in a tenth of the views and a fifth
-          of them solarized from 0.5 on.
+          This spec with a blur in every view and no solarize; and this spec with a blur in a tenth
+          of the views and a fifth of them solarized from 0.5 on.
         """
         return (
             dataclasses.replace(self, blur=1.0, solarize=0.0),
@@ -136,8 +136,8 @@ class AugmentSpec:
     def with_color_strength(self, strength: Number) -> "AugmentSpec":
         """This spec with its colour augmentation scaled: 0.5 is weak, 1 unchanged, 2 strong.
 
-        Every jitter range keeps its neutral value (1 for factors, 0 for hue) and has its ends'
-        distances to it multiplied with ``strength``, factors staying at 0 or above; the probability
+        Every jitter range keeps its neutral value (1 for factors, 0 for hue), and its ends'
+        distances to it are multiplied by ``strength``; factors stay at 0 or above. The probability
         of grayscale is multiplied too. From the defaults this gives max(0, 1 - 0.4 s) to 1 + 0.4 s,
         hue +-0.1 s and grayscale 0.2 s.
 
