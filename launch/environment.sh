@@ -1,4 +1,4 @@
-# Finds or makes the Python environment, installs requirements.txt into it, and leaves two names behind: repository and python.
+# Finds or makes the Python environment, installs requirements.txt into it, and sets two names: repository and python.
 # Sourced by the scripts beside it. An active virtual or conda environment is used; otherwise it is .venv in the repository.
 # shellcheck shell=bash
 
@@ -72,7 +72,7 @@ find_environment() {
   "$maker" -m venv --clear "$environment" || stop "could not make $environment with $maker -m venv"
 }
 
-# Installs requirements.txt unless this very text was installed here before.
+# Installs requirements.txt unless exactly this text was installed here before.
 install_requirements() {
   local stamp="$environment/.cassle_jax_requirements"
   if cmp -s "$repository/requirements.txt" "$stamp"; then
@@ -86,7 +86,7 @@ install_requirements() {
   cp "$repository/requirements.txt" "$stamp"
 }
 
-# Two scripts started at once take turns, so that neither uses what the other has half installed.
+# Two scripts started at once take turns, so that neither uses a half-finished installation of the other.
 exec 9<"$repository/requirements.txt"
 if command -v flock >/dev/null && ! flock --nonblock 9; then
   say "waiting for another script to finish installing"

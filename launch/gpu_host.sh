@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Pretrains on all GPUs of this host, and starts again where the run saved and ended, or crashed.
+# Pretrains on all GPUs of this host, and restarts the run after it saved and ended, or crashed.
 # Usage: bash launch/gpu_host.sh [--processes=N] [--restarts=N] [--dry-run] --config=… --workdir=… [--config.…=…]
-#   --processes  one for all GPUs (the default, and what JAX recommends), or N of them with an equal share each
-#   --restarts   how often it is started again at most (default 5); the same command then continues by hand
-#   --dry-run    prints what it would do
-# SIGTERM and Ctrl-C save and end. The environment may hold CUDA_VISIBLE_DEVICES, or JAX_PLATFORMS=cpu.
+#   --processes  1 for all GPUs (the default, and JAX's recommendation), or N with an equal share each
+#   --restarts   largest number of restarts (default 5); after that, the same command continues by hand
+#   --dry-run    prints the commands without running them
+# SIGTERM and Ctrl-C save and end the run. The environment may set CUDA_VISIBLE_DEVICES, or JAX_PLATFORMS=cpu.
 
 # shellcheck source=launch/run.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/run.sh"
@@ -23,7 +23,7 @@ done
 [[ "$restarts" =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--restarts=$restarts is not a number; use 0 or more"
 check_run "${arguments[@]}"
 
-# Sets gpus to the numbers, or names, of those this script may use.
+# Sets gpus to the numbers, or names, of the GPUs that this script may use.
 find_gpus() {
   gpus=()
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then

@@ -1,5 +1,5 @@
-# What gpu_host.sh, slurm.sbatch and tpu_pod.sh share: their options, the accelerator's JAX, and starting again.
-# Sourced by them. With dry_run set, nothing is installed or started: what would be is printed.
+# The parts that gpu_host.sh, slurm.sbatch and tpu_pod.sh share: their options, the accelerator's JAX, and restarts.
+# Sourced by them. With dry_run set, commands are printed, not run.
 # shellcheck shell=bash
 
 set -euo pipefail
@@ -31,7 +31,7 @@ perform() {
   if [ -n "$dry_run" ]; then typed "$@"; else "$@"; fi
 }
 
-# The value of an option, given as --name=value or as two words; fails where it is not given.
+# The value of an option, given as --name=value or as two words; fails where the option is missing.
 option() {
   local name="$1" value='' given=1
   shift
@@ -46,7 +46,7 @@ option() {
   return "$given"
 }
 
-# Refuses what python -m cassle_jax.pretrain cannot be asked.
+# Refuses arguments without --config or --workdir, which python -m cassle_jax.pretrain needs.
 check_run() {
   local name value
   for name in config workdir; do
@@ -73,7 +73,7 @@ prepare() {
   [ -z "$extra" ] || install_jax_with "$extra"
 }
 
-# The CUDA that JAX brings along must suit the driver: 13 needs 580, 12 needs 525.
+# The CUDA that JAX installs must suit the driver: 13 needs 580, 12 needs 525.
 cuda_extra() {
   local driver
   driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || driver=''
@@ -86,7 +86,7 @@ cuda_extra() {
   if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
 }
 
-# Adds to the JAX that is installed, whose version stays, what an accelerator needs.
+# Adds the accelerator's packages to the installed JAX, whose version stays.
 install_jax_with() {
   local extra="$1" package version='VERSION'
   case "$extra" in
@@ -111,8 +111,8 @@ install_jax_with() {
 version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
 
 # Calls start_processes, which sets the array processes, until the run is finished or cannot be.
-# One that saved and ended, or crashed, starts again, at most so many times; one that was asked to end through this
-# script, by SIGTERM or Ctrl-C, does not.
+# Restarts a run that saved and ended, or crashed, up to the given number of times, but not one that SIGTERM or Ctrl-C
+# ended through this script.
 supervise() {
   local left="$1" code
   processes=() stopping=''

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what CASSLE needs and runs its tests, two at a time; --all adds the repetitions marked exhaustive.
+# Installs CASSLE's requirements and runs its tests, two at a time; --all adds the repetitions marked exhaustive.
 # Usage: bash launch/test.sh [--all] [options of pytest, such as tests/evaluation or -k knn]
 
 # shellcheck source=launch/environment.sh

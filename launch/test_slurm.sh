@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Tests launch/slurm.sbatch on a real SLURM: slurmctld, slurmd and munge from Debian, on the loopback, in a temporary folder.
-# A run of two tasks is stopped by the time limit's signal, continues, is preempted by a job of higher priority, continues,
-# and must end with the same bits as one that was left alone.
+# The time limit's signal stops a run of two tasks, which continues; a job of higher priority preempts it, and it
+# continues again. It must end with the same bits as an undisturbed run.
 # Usage: bash launch/test_slurm.sh [--keep] [--sweep]      installs SLURM with apt-get where it is missing and this user may;
 #   --keep   leaves the folder of logs and runs;
-#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one killed from outside; the same sweep again ends.
+#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one killed from outside; the same sweep then ends.
 # Exit codes: 0 passed, 1 failed, 77 skipped, as SLURM cannot be installed here.
 
 # shellcheck source=launch/environment.sh
@@ -21,7 +21,7 @@ done
 steps=200
 PATH="$PATH:/usr/sbin:/sbin"
 export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=''
-# SLURM's own settings of a job this script may itself run in are none of the test's.
+# This script may itself run in a SLURM job, whose settings must not reach the test.
 unset "${!SLURM_@}" "${!SBATCH_@}"
 
 skip() {
@@ -54,7 +54,7 @@ sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]
 print(*(s.getsockname()[1] for s in sockets))' "$1"
 }
 
-# Waits, so many seconds at most, for a command to succeed; what is waited for comes first.
+# await WHAT SECONDS COMMAND: waits until the command succeeds, at most this number of seconds, for what WHAT names.
 await() {
   local what="$1" seconds="$2" end
   shift 2
@@ -101,17 +101,17 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=500000
-# From SIGTERM to SIGKILL, where SLURM itself ends a job: time to save.
+# Time from SIGTERM to SIGKILL, where SLURM itself ends a job: time to save.
 KillWait=60
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# The name that tasks find the first of them by.
+# The name under which tasks find the first task.
 NodeName=localhost NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$node_port CPUs=2
 PartitionName=low Nodes=localhost PriorityTier=1 Default=YES MaxTime=60
 PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF MaxTime=60
 CONF
-  # In sessions of their own: Ctrl-C must leave them, so that they can end the jobs.
+  # In separate sessions: Ctrl-C must spare the daemons, so that they can end the jobs.
   setsid munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --num-threads=2 \
     --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" --seed-file="$folder/munge.seed" 2>/dev/null &
   daemons+=("$!")
@@ -129,7 +129,7 @@ idle() { [ "$(sinfo --noheader --format=%t | sort -u)" = idle ]; }
 
 clean_up() {
   local daemon left=60
-  # Only while they run can the daemons end what they started.
+  # The daemons can end what they started only while they run.
   scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
   scancel --user="$(id -un)" 2>/dev/null || true
   while [ "$((left--))" -gt 0 ] && [ -n "$(squeue --noheader 2>/dev/null)" ]; do sleep 1; done
@@ -162,7 +162,7 @@ steps_done() { wc -l 2>/dev/null <"$folder/$1/metrics.jsonl" || echo 0; }
 has_done() { [ "$(steps_done "$1")" -ge "$2" ]; }
 saved_step() { find "$folder/$1/checkpoints" -maxdepth 1 -name '[0-9]*[0-9]' -printf '%f\n' | grep -x '[0-9]*' | sort -n | tail -n 1; }
 
-# Fails unless the run has saved a step between two, after which it is to continue.
+# Fails unless the run has saved a step between two given ones, from which it is to continue.
 check_saved() {
   local name="$1" above="$2" step
   step="$(saved_step "$name")"
@@ -185,7 +185,7 @@ logging.disable(logging.WARNING)
 
 
 def arrays(path):
-    # As NumPy's, which need none of the devices that saved them.
+    # Restored as NumPy arrays, which need none of the devices that saved them.
     reader = ocp.PyTreeCheckpointer()
     tree = reader.metadata(path).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -204,7 +204,7 @@ PYTHON
 
 install_slurm
 folder="$(mktemp -d)" daemons=()
-# From here on SLURM's commands know this cluster alone, whatever happens before it runs.
+# From here on SLURM's commands know only this cluster, whatever happens before it runs.
 export SLURM_CONF="$folder/slurm.conf"
 trap clean_up EXIT
 trap 'exit 1' INT TERM

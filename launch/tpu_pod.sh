@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Pretrains on a Cloud TPU, one host or a pod, from here through gcloud.
 # Usage: bash launch/tpu_pod.sh VERB --name=NAME --zone=ZONE [options] [--config=… --workdir=… …]
-#   create   the TPU as a queued resource, or reuses the one of that name, and waits for it
-#   install  copies this repository to all workers and installs what it needs there
-#   run      starts the run on all workers, in the background; where it saved and ended, or crashed, it starts again
+#   create   requests the TPU as a queued resource, or reuses the one of that name, and waits for it
+#   install  copies this repository to all workers and installs its requirements there
+#   run      starts the run on all workers, in the background; restarts it after it saved and ended, or crashed
 #   log      follows the first worker's log; Ctrl-C leaves the run alone
 #   stop     ends the run, which saves; the same run command continues it
-#   delete   gives the TPU back
-#   all      create, install, run, log; also after a spot TPU was taken away
+#   delete   deletes the TPU
+#   all      create, install, run, log; also works after a spot TPU was taken away
 # Options: --type=v5litepod-16 (accelerator type), --version=… (runtime; by default the one for the type), --spot,
 #   --project=… (by default gcloud's), --restarts=5, --dry-run (prints what it would do).
 # The workdir must be on a folder that all workers see, such as a mounted bucket or NFS.
@@ -39,7 +39,7 @@ tpu() { # GROUP VERB …
 }
 on_workers() { tpu tpu-vm ssh "--worker=$1" "--command=$2"; }
 
-# The state of the TPU's request, in capitals; nothing where there is none.
+# Prints the state of the TPU's request, in capitals; nothing where there is none.
 state() { tpu queued-resources describe '--format=value(state.state)' 2>/dev/null || true; }
 
 request() {
@@ -111,7 +111,7 @@ tail -n 2 run.log'
 
 follow() { on_workers 0 'tail -n 100 -F cassle_jax/run.log'; }
 
-# What runs on a worker: makes it ready and, given a run, runs it.
+# The part that runs on a worker: makes it ready and, given a run, runs it.
 on_this_worker() {
   if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # most images of TPU VMs are older
     [ -x "$launch/../.venv/bin/python" ] || {
