@@ -1,1 +1,1 @@
-"""Weights of other frameworks and formats, in and out."""
+"""Reads and writes weights of other frameworks and formats."""

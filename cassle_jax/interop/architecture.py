@@ -1,4 +1,4 @@
-"""Which architecture a state belongs to, and how torchvision and timm build the same one."""
+"""Identifies the architecture of a state, and how torchvision and timm build the same one."""
 
 import dataclasses
 import math
@@ -15,18 +15,18 @@ from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
 from cassle_jax.models.vit import VisionTransformer
 
 VIT_HEADS = 12  # MoCo-v3's choice for every width, and this project's
-VIT_BASE_WIDTH = 768  # at which every project has 12 heads
+VIT_BASE_WIDTH = 768  # the width at which every project has 12 heads
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetArchitecture:
-    """A ResNet, read off its arrays.
+    """A ResNet, identified by its arrays.
 
     Attributes:
         depth: 18, 34 or 50.
         width: channels of the stem.
         small_images: a 3×3 stem without max-pooling.
-        channels: of the images.
+        channels: channels of the images.
     """
 
     depth: int
@@ -36,7 +36,7 @@ class ResNetArchitecture:
 
     @property
     def name(self) -> str:
-        """As in `ENCODERS`, torchvision and timm."""
+        """The name in `ENCODERS`, torchvision and timm."""
         return f"resnet{self.depth}"
 
     @property
@@ -46,11 +46,11 @@ class ResNetArchitecture:
         return self.width * 2 ** (len(stages) - 1) * block.expansion
 
     def encoder(self, axis_name: str | None = None) -> ResNet:
-        """This project's module of it, float32."""
+        """This project's module of the architecture, float32."""
         return ResNet(self.depth, self.width, self.small_images, axis_name=axis_name)
 
     def torchvision_lines(self) -> list[str]:
-        """Lines of Python that make it, without a classifier, as `model`."""
+        """Lines of Python that build it, without a classifier, as `model`."""
         block, stages = ARCHITECTURES[self.depth]
         width = self.width
         lines = [f"model = torchvision.models.{self.name}()", "model.fc = torch.nn.Identity()"]
@@ -96,15 +96,15 @@ class ResNetArchitecture:
 
 @dataclasses.dataclass(frozen=True)
 class ViTArchitecture:
-    """A Vision Transformer, read off its arrays but for the heads.
+    """A Vision Transformer, identified by its arrays except for the heads.
 
     Attributes:
-        width: of a token.
+        width: width of a token.
         depth: number of blocks.
-        heads: of the attention.
-        patch_size: pixels.
-        image_size: pixels that its positions are made for.
-        channels: of the images.
+        heads: number of attention heads.
+        patch_size: side of a patch, pixels.
+        image_size: side of the images that its positions are made for, pixels.
+        channels: channels of the images.
     """
 
     width: int
@@ -116,7 +116,7 @@ class ViTArchitecture:
 
     @property
     def name(self) -> str:
-        """The nearest name that others know."""
+        """The nearest name that other projects use."""
         return "vit_base" if self.width >= VIT_BASE_WIDTH else "vit_small"
 
     @property
@@ -125,12 +125,12 @@ class ViTArchitecture:
         return self.width
 
     def encoder(self, axis_name: str | None = None) -> VisionTransformer:
-        """This project's module of it, float32."""
+        """This project's module of the architecture, float32."""
         del axis_name  # it has no BatchNorm to synchronise
         return VisionTransformer(self.width, self.depth, self.heads, self.patch_size)
 
     def torchvision_lines(self) -> list[str]:
-        """Lines of Python that make it, without a classifier, as `model`."""
+        """Lines of Python that build it, without a classifier, as `model`."""
         lines = [
             "model = torchvision.models.VisionTransformer(",
             f"    image_size={self.image_size}, patch_size={self.patch_size}, "
@@ -174,11 +174,11 @@ def architecture_of(state: State, heads: int | None = None) -> Architecture:
     """The architecture of an encoder's state, in this project's names.
 
     Args:
-        state: of which names and a few shapes are looked at; see `check_arrays`.
-        heads: of a ViT's attention, which its arrays do not show; `None` where they are unknown.
+        state: the arrays; only their names and a few shapes are read, see `check_arrays`.
+        heads: number of a ViT's attention heads, which its arrays do not show; `None` if unknown.
 
     Raises:
-        WeightsError: it is none that this project has, or a ViT whose number of heads is unknown.
+        WeightsError: this project lacks the architecture, or a ViT's number of heads is unknown.
     """
     try:
         return _vit(state, heads) if is_vit(state) else _resnet(state)
@@ -189,10 +189,10 @@ def architecture_of(state: State, heads: int | None = None) -> Architecture:
 
 
 def check_arrays(state: State, architecture: Architecture) -> None:
-    """Refuses arrays that are not, one by one, those of the architecture.
+    """Refuses arrays that are not exactly those of the architecture.
 
     Raises:
-        WeightsError: names each array that is missing, unexpected or of another shape.
+        WeightsError: the message names each array that is missing, unexpected or of another shape.
     """
     encoder, size = architecture.encoder(), getattr(architecture, "image_size", 32)
     images = jax.ShapeDtypeStruct((1, size, size, architecture.channels), jnp.float32)

@@ -1,4 +1,4 @@
-"""The model card: what produced a set of weights, for people and for programs."""
+"""The model card: the origin of a set of weights, for people and for programs."""
 
 import dataclasses
 import datetime
@@ -17,7 +17,7 @@ from cassle_jax.versions import versions
 Card = dict[str, Any]
 # The metrics that a card shows, with their titles.
 METRICS = {"loss": "Training loss", "knn_accuracy": "k-NN accuracy", "rank_me": "RankMe"}
-# Assumed of an encoder whose file says nothing about its images.
+# The assumed input of an encoder whose file says nothing about its images.
 ASSUMED_INPUT = {
     "size": 224,
     "mean": list(IMAGENET_MEAN),
@@ -37,12 +37,12 @@ def run_card(
     """The card of a run's weights.
 
     Args:
-        config: of the run.
-        step: after which they are taken.
+        config: configuration of the run.
+        step: number of training steps behind the weights.
         network: `online` or `momentum`.
-        metrics: by name their values, as (step, value) in order.
-        start: what is known of the run's last start: `versions`, `devices`, `images`, and of its
-            method `heads` and `views`, which evaluation needs.
+        metrics: values by metric, as (step, value) in order.
+        start: facts of the run's last start: `versions`, `devices`, `images`, and the method's
+            `heads` and `views`, which evaluation needs.
     """
     last = {
         name: [(at, value) for at, value in values if at <= step][-1:]
@@ -76,7 +76,7 @@ def run_card(
 
 
 def file_card(path: Path, card: Mapping[str, Any]) -> Card:
-    """The card of weights from a file, around the card the file carries, if any."""
+    """The card of weights from a file, around the card that the file carries, if any."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     source = {"file": path.name, "sha256": digest}
@@ -101,7 +101,7 @@ def with_encoder(
 
 
 def is_card(card: Any) -> bool:
-    """Whether what a file carries as its card has a card's entries."""
+    """Whether the card that a file carries has a card's entries."""
     try:
         card = {
             "input": ASSUMED_INPUT,
@@ -123,8 +123,8 @@ def markdown(card: Card, loading: Mapping[str, tuple[str, list[str]]]) -> str:
     """The card for people to read.
 
     Args:
-        card: as from `with_encoder`.
-        loading: by the title of a format, the language and the lines that load it.
+        card: the card, as from `with_encoder`.
+        loading: the language and the lines that load each format, by its title.
     """
     sections = [_front_matter(card), f"# {card['encoder']}, {_origin(card)}", _table(card)]
     size, mean, std = (card["input"][name] for name in ("size", "mean", "std"))

@@ -1,5 +1,5 @@
-"""The one error everything about weights raises."""
+"""The one error of everything about weights."""
 
 
 class WeightsError(ValueError):
-    """A file of weights cannot be read or does not fit; the message is one line that says why."""
+    """A file of weights cannot be read or does not fit; the message is one line, the reason."""

@@ -1,4 +1,4 @@
-"""Writes an encoder in the file formats of other libraries, and says how each is loaded."""
+"""Writes an encoder in the file formats of other libraries, with lines that load each of them."""
 
 import dataclasses
 import importlib.util
@@ -25,11 +25,11 @@ class Format:
     """A file format for weights.
 
     Attributes:
-        title: what the model card calls it.
-        files: that it consists of.
+        title: title in the model card.
+        files: names of its files.
         check: raises WeightsError for an architecture, or a computer, it cannot be written for.
         write: writes weights with their model card into a folder.
-        loading: the language and the lines that load it there.
+        loading: returns the language and the lines that load it there.
     """
 
     title: str
@@ -45,7 +45,7 @@ def save_safetensors(arrays: State, path: Path, card: Card) -> None:
 
 
 def timm_config(architecture: Architecture, card: Card) -> dict[str, Any]:
-    """The `config.json` that timm wants: the architecture and how its images are prepared."""
+    """The `config.json` that timm needs: the architecture and the preparation of its images."""
     config = architecture.timm_config()
     size = card["input"]["size"]
     prepared = {
@@ -163,7 +163,7 @@ def _load_timm(*_) -> tuple[str, list[str]]:
 
 
 def _load_detectron2(architecture: Architecture, card: Card) -> tuple[str, list[str]]:
-    """The settings of detectron2 under which its ResNet is this one."""
+    """The settings of detectron2 that make its ResNet this one."""
     mean, std = ([round(255 * v, 3) for v in card["input"][name]] for name in ("mean", "std"))
     lines = [
         "MODEL:",

@@ -1,7 +1,7 @@
 """Finds the encoder, and the heads that fit this project's, in the checkpoints of other projects.
 
 A checkpoint's names are read as paths: nested dicts count as one more part of the name. So the
-encoder is what lies beside a stem (`conv1.weight`, `cls_token`), wherever that is: in MoCo-v2's
+encoder is the part beside a stem (`conv1.weight`, `cls_token`), wherever that is: in MoCo-v2's
 `state_dict`, `module.encoder_q.…`, in VISSL's `classy_state_dict`, `…trunk._feature_blocks.…`, or
 in DINO's `teacher`, `backbone.…`.
 """
@@ -16,7 +16,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import from_torchvision, is_vit
 from cassle_jax.interop.pytorch import State
 
-# What DataParallel, torch.compile, FSDP, activation checkpointing and Fabric put into names.
+# Prefixes that DataParallel, torch.compile, FSDP, activation checkpointing and Fabric add to names.
 WRAPPERS = {
     "module",
     "_orig_mod",
@@ -24,13 +24,13 @@ WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_forward_module",
 }
-# Networks that are not the one to evaluate where a file has another: DINO evaluates the teacher.
+# Networks that are not evaluated where a file has another one: DINO evaluates the teacher.
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
-# What lies beside an encoder's own arrays: classifiers, and the heads of SwAV and others.
+# Names beside an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 STEM = re.compile(r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token)")
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
-DEEPEST = 16  # dicts within each other
+DEEPEST = 16  # levels of nested dicts
 KNOWN = (
     "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, VISSL, Lightly and "
     "solo-learn and models of torchvision and timm"
@@ -38,9 +38,9 @@ KNOWN = (
 
 
 def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """Everything in nested dicts by its path, without the names that wrappers of modules add.
+    """Everything in nested dicts by its path, without the names that module wrappers add.
 
-    A dict that occurs twice is taken once: files may hold one within itself.
+    A dict that occurs twice is read once: files may hold a dict within itself.
     """
     flat, seen, waiting = {}, set(), [("", content, 0)]
     while waiting:
@@ -61,17 +61,17 @@ def _joined(path: str, name: str) -> str:
 
 
 def networks_in(content: Mapping[Any, Any]) -> tuple[dict[str, State], tuple[str, ...], bool]:
-    """The encoder and perhaps its `projector`, `predictor` and `image_conditioner`.
+    """The encoder and, where they exist, its `projector`, `predictor` and `image_conditioner`.
 
     Args:
-        content: of the file: a state dict, or dicts that hold some.
+        content: content of the file: a state dict, or dicts that hold some.
 
     Returns:
-        The networks' states by name; the names of what else lies beside them; and whether the file
+        The networks' states by name; the names of everything else beside them; and whether the file
         is MoCo-v3's.
 
     Raises:
-        WeightsError: there is no encoder, or more than one and no telling which is meant.
+        WeightsError: there is no encoder, or more than one and no way to choose.
     """
     flat = flat_names(content)
     arrays = {
@@ -106,12 +106,12 @@ PUBLISHED_HEADS = ("projector", "predictor", "image_conditioner")
 
 
 def _under(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What lies under a prefix, without it."""
+    """The entries under a prefix, without it in their names."""
     return {name.removeprefix(prefix): flat[name] for name in flat if name.startswith(prefix)}
 
 
 def _prefix(arrays: State) -> str:
-    """What stands before the names of the one encoder to take."""
+    """The prefix of the names of the encoder to read."""
     stems = (match[1] for name in arrays if (match := STEM.fullmatch(name)))
     prefixes = [prefix for prefix in dict.fromkeys(stems) if not IN_A_BLOCK.fullmatch(prefix)]
     if not prefixes:
@@ -141,7 +141,7 @@ def _listed(prefixes: Sequence[str]) -> str:
 
 
 def _with_named_stages(arrays: State) -> State:
-    """ResNets that are a `Sequential` of their parts, as Lightly's are, with their parts' names."""
+    """Names the stages of ResNets that are a `Sequential` of their parts, as Lightly's are."""
     renamed = {}
     for stem in (name for name in arrays if re.fullmatch(r"(.+\.)?0\.weight", name)):
         prefix = stem.removesuffix("0.weight")
@@ -160,7 +160,7 @@ def _with_named_stages(arrays: State) -> State:
 
 
 def _check_stem(first_stage: int, kernel: np.ndarray) -> None:
-    """Refuses a stem of other parts than convolution, BatchNorm, ReLU and perhaps max-pooling."""
+    """Refuses a stem of other parts than convolution, BatchNorm, ReLU and optional max-pooling."""
     if first_stage == 4 or (first_stage == 3 and kernel.shape[-1] == 3):
         return
     lacks = "ReLU" if first_stage == 2 else "max-pooling"
@@ -171,7 +171,7 @@ def _check_stem(first_stage: int, kernel: np.ndarray) -> None:
 
 
 def _without_heads(state: State) -> tuple[State, State]:
-    """An encoder's arrays in this project's names, and those of the heads among them."""
+    """An encoder's arrays in this project's names, and the arrays of heads among them."""
     state = {
         re.sub(r"\bshortcut\.(?=\d)", "downsample.", name): array
         for name, array in from_torchvision(state).items()
@@ -187,6 +187,6 @@ def _mlp_with_batch_norm(heads: State, encoder: State) -> State:
 
 
 def _projector_names(state: State) -> State:
-    """A plain projector may be a bare `Sequential`; CASSLE's calls that `projector`."""
+    """A plain projector's names: some are a bare `Sequential`, which CASSLE calls `projector`."""
     bare = all(name[:1].isdigit() for name in state)
     return {f"projector.{name}" if bare else name: array for name, array in state.items()}

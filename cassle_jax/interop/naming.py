@@ -1,6 +1,7 @@
-"""What other libraries call an encoder's arrays: torchvision's ViTs and detectron2's ResNets.
+"""Translates names of an encoder's arrays: torchvision's for ViTs and detectron2's for ResNets.
 
-A ResNet's own names (see `pytorch.py`) are torchvision's and timm's already, a ViT's are timm's.
+This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
+for ViTs.
 """
 
 import re
@@ -23,7 +24,7 @@ VIT_BLOCK_ARRAYS = {
 
 
 def is_vit(state: State) -> bool:
-    """Whether a state in this project's names is a ViT's, and not a ResNet's."""
+    """Whether a state in this project's names is a ViT's, not a ResNet's."""
     return "cls_token" in state
 
 
@@ -34,10 +35,10 @@ def to_torchvision(state: State) -> State:
 
 
 def from_torchvision(state: State) -> State:
-    """The reverse of `to_torchvision`; names it does not know stay."""
+    """The reverse of `to_torchvision`; unknown names are unchanged."""
     if "class_token" not in state:
         return state
-    # torchvision's own published ViTs are older than its present names of the MLP.
+    # torchvision's own published ViTs are older than its current names of the MLP.
     renewed = {
         name.replace("mlp.linear_1", "mlp.0").replace("mlp.linear_2", "mlp.3"): array
         for name, array in state.items()
@@ -57,7 +58,7 @@ def from_detectron2(state: State) -> State:
 
 
 def _torchvision_vit_names(state: State) -> dict[str, str]:
-    """From this project's name to torchvision's, for as many blocks as `state` has in either."""
+    """Torchvision's name for each of this project's, for the blocks that `state` has in either."""
     pattern = re.compile(r"(?:blocks\.|encoder\.layers\.encoder_layer_)(\d+)\.")
     blocks = sorted({match[1] for name in state if (match := pattern.match(name))}, key=int)
     names, modules = dict(VIT_ARRAYS), dict(VIT_MODULES)

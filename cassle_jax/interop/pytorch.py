@@ -1,10 +1,10 @@
 """Renames and transposes PyTorch state dicts into Flax variables, and back, exactly.
 
 A state is a mapping from PyTorch's names to numpy arrays in PyTorch's layouts (linear: out×in,
-convolution: out×in×height×width); parameters that are no kernels keep their layout. Names
-are torchvision's for ResNets and MoCo-v3's (which are timm's) for ViTs, those of a
+convolution: out×in×height×width); parameters other than kernels keep their layout. Names are
+torchvision's for ResNets and MoCo-v3's (which are timm's) for ViTs, those of a
 `torch.nn.Sequential` of Linear, BatchNorm1d and ReLU for MLPs, and the published CASSLE
-implementation's for projectors and predictors; what these do not know keeps its name.
+implementation's for projectors and predictors; names unknown to these are unchanged.
 `num_batches_tracked` is skipped: nothing depends on it.
 """
 
@@ -35,22 +35,23 @@ LEAVES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by their number, in PyTorch's order
-PROBLEMS_SHOWN = 8  # of a kind
+KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by number of axes, in PyTorch's order
+PROBLEMS_SHOWN = 8  # of each kind
 
 
 def encoder_from_pytorch(state: Mapping[str, np.ndarray], variables: Variables) -> dict[str, Any]:
     """An encoder's variables with the values of `state`, which has no classifier.
 
     Args:
-        state: PyTorch name to array.
+        state: arrays by PyTorch name.
         variables: the Flax variables to replace, arrays or `jax.ShapeDtypeStruct`s: `params` and
-            `batch_stats`, as `init` or `jax.eval_shape` gives them.
+            `batch_stats`, as `init` or `jax.eval_shape` returns them.
 
     A ViT's positions are interpolated where `variables` are made for images of another size.
 
     Raises:
-        WeightsError: names each array that is missing, unexpected, of another shape or not finite.
+        WeightsError: an array is missing, unexpected, of another shape or not finite, or variances
+            are below 0; the message names each.
     """
     return _from_pytorch(_at_image_size(state, variables), variables, _encoder_module)
 
@@ -78,7 +79,7 @@ def _at_image_size(
 
 
 def check_encoder(state: Mapping[str, np.ndarray], variables: Variables) -> None:
-    """Raises what `encoder_from_pytorch` would, without making anything."""
+    """Raises the errors of `encoder_from_pytorch`, without making anything."""
     _fitting_names(state, variables, _encoder_module)
 
 
@@ -114,7 +115,7 @@ def predictor_from_pytorch(state: Mapping[str, np.ndarray], variables: Variables
     """A predictor's variables with the values of `state`; as `encoder_from_pytorch` otherwise.
 
     A predictor is a `ConditionedProjector` here. A plain one is a bare `Sequential` in the
-    published implementation; a conditioned one, which that lacks, has a projector's names.
+    published implementation; a conditioned one, which is missing there, has a projector's names.
     """
     return _from_pytorch(state, variables, _predictor_module(variables))
 
@@ -200,7 +201,7 @@ def _from_pytorch(
 def _fitting_names(
     state: Mapping[str, np.ndarray], variables: Variables, module: Callable[[Path], str]
 ) -> dict[Path, str]:
-    """The name that each of `variables` has in `state`, which has these, and nothing else."""
+    """The name of each of `variables` in `state`; refuses a `state` with other or fewer arrays."""
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     names = _names(variables, module)
     expected = {
@@ -221,7 +222,7 @@ def _fitting_names(
 
 
 def not_weights(state: Mapping[str, np.ndarray]) -> list[str]:
-    """What is wrong with each array that holds no finite float32 numbers, or a variance below 0."""
+    """Faults of arrays that hold no finite float32 numbers, or a variance below 0, one by one."""
     problems = []
     for name, array in state.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -243,6 +244,6 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def _some(problems: list[str]) -> list[str]:
-    """The first of each kind: a state of another architecture has hundreds."""
+    """The first problems of each kind: a state of another architecture has hundreds."""
     more = len(problems) - PROBLEMS_SHOWN
     return problems if more <= 0 else [*problems[:PROBLEMS_SHOWN], f"and {more} more"]

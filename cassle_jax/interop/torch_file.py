@@ -1,10 +1,10 @@
-"""Reads PyTorch's files into numpy arrays, without PyTorch and without running what they carry.
+"""Reads PyTorch's files into numpy arrays, without PyTorch and without running their content.
 
 A PyTorch file is a pickle whose tensors refer to storages outside it. A pickle is a program that
 may call anything it can name. This reader accepts a handful of names, all among those that
-`torch.load(weights_only=True)` accepts, and replaces each by a function of its own. It refuses a
-file with any other name before importing anything. The pickle cannot change what it receives, and
-makes nothing larger than its file.
+`torch.load(weights_only=True)` accepts, and replaces each by its own function. It refuses a file
+with any other name before importing anything. The pickle cannot change the objects it receives,
+nor make anything larger than its file.
 """
 
 import collections
@@ -36,21 +36,21 @@ STORAGES = {
     "BoolStorage": "?",
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
-# Instructions that torch.save does not write; most make room for, or hash, whatever they are given.
+# Instructions that torch.save does not write; most allocate, or hash, whatever the file claims.
 REFUSED = (pickle.PERSID, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
-LARGEST_KEY = 2**63  # of a dict, where it is an integer
+LARGEST_KEY = 2**63  # bound of a dict's integer keys
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 RESAVE = "load it with PyTorch and save its state_dict() anew with torch.save"
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """What a PyTorch file holds, with numpy arrays for its tensors; half precision as float32.
+    """Reads a PyTorch file: numpy arrays for its tensors; half precision as float32.
 
-    Reads what `torch.save` writes, in its present (zip) and its former format, and a detectron2
+    Reads the files of `torch.save`, in its current (zip) and its former format, and a detectron2
     pickle as `write_detectron2` writes it.
 
     Raises:
-        WeightsError: the file names something other than arrays, is damaged, or is none.
+        WeightsError: the file names something other than arrays, is damaged, or is of another kind.
     """
     path = Path(path)
     try:
@@ -63,7 +63,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # A damaged pickle raises whatever its bytes happen to lead to.
+    except Exception as error:  # A damaged pickle raises any type, depending on its bytes.
         raise WeightsError(
             f"{path} is damaged or no PyTorch file ({type(error).__name__}: {error})"
         ) from error
@@ -108,7 +108,7 @@ def _read_zip(file: io.BufferedIOBase) -> Any:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """What `archive` holds under `name`, which is no larger than the archive."""
+    """The content of `archive` under `name`, which is no larger than the archive."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise WeightsError(f"its {name} is compressed, as torch.save does not; {RESAVE}")
     return archive.read(name)
@@ -134,12 +134,12 @@ def _read_legacy(file: io.BufferedIOBase) -> Any:
 
 
 def _size(file: io.BufferedIOBase) -> int:
-    """Bytes of a file, whose position stays."""
+    """Bytes of a file; its position is unchanged."""
     return os.fstat(file.fileno()).st_size
 
 
 def _keys(keys: Iterable[Any]) -> list[str | int]:
-    """Keys of a dict; others may be nested so deep that to hash them overruns the stack."""
+    """Keys of a dict; refuses other types: hashing a deeply nested one would overrun the stack."""
     keys = list(keys)
     for key in keys:
         if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < LARGEST_KEY):
@@ -147,19 +147,19 @@ def _keys(keys: Iterable[Any]) -> list[str | int]:
     return keys
 
 
-# The Python twin of `pickle.Unpickler`: the C one makes room for as many objects as a file of some
-# bytes claims to have, and sets attributes without asking.
+# The Python twin of `pickle.Unpickler`: the C one allocates room for any number of objects that a
+# small file claims to have, and sets attributes without a check.
 class _Unpickler(pickle._Unpickler):
     """Unpickles containers, scalars and tensors; the tensors' numbers come with `fill`.
 
     Args:
-        file: to read from.
-        size: bytes of the file, which all storages and copies together may not exceed.
+        file: the file to read from.
+        size: bytes of the file, a bound for all storages and copies together.
     """
 
     def __init__(self, file: io.BufferedIOBase, size: int):
         super().__init__(file, encoding="utf-8")
-        # Storages that are not filled yet: kind and numbers by key.
+        # Storages still to fill: kind and numbers by key.
         self.storages: dict[str, tuple[str, np.ndarray]] = {}
         self._room = size
         self._known = {
@@ -176,7 +176,7 @@ class _Unpickler(pickle._Unpickler):
             "torch._utils._rebuild_parameter": self._parameter,
             "torch._utils._rebuild_parameter_with_state": self._parameter,
         }
-        # Types are answered by their names: what stands for a type must not be one.
+        # Names stand in for types: a stand-in must not be a type itself.
         self._known |= {f"torch.{dtype}": dtype for dtype in DTYPES}
         self._known |= {f"torch.{kind}": kind for kind in STORAGES}
         self._known |= {f"torch.cuda.{kind}": kind for kind in STORAGES}
@@ -253,7 +253,7 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def _tensor(self, storage, offset, shape, strides, *_):
-        # In Python's integers, which do not wrap; and numpy would take a length of −1 for unknown.
+        # Python's integers do not overflow; and numpy would take a length of −1 for unknown.
         if not all(type(number) is int for number in (offset, *shape, *strides)):
             raise WeightsError("it has a tensor whose place in its storage is not in integers")
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))

@@ -43,20 +43,20 @@ TO_PYTORCH = {
     "predictor": predictor_to_pytorch,
     "image_conditioner": projector_to_pytorch,
 }
-# The published checkpoints call the encoder backbone.
+# The published checkpoints' name of the encoder.
 PUBLISHED = {"encoder": "backbone"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Holds an encoder's arrays, and those of the heads that came with it.
+    """An encoder's arrays, and those of the heads that came with it.
 
     Attributes:
-        networks: by this project's name of a network (`encoder`, `projector`, `predictor`,
-            `image_conditioner`) its state, in the names `interop.pytorch` gives it.
-        ignored: names of what else the file holds.
+        networks: the state of each network, in the names of `interop.pytorch`, by this project's
+            name of the network (`encoder`, `projector`, `predictor`, `image_conditioner`).
+        ignored: names of everything else in the file.
         card: the origin of the weights as a model card describes it; empty where it is unknown.
-        heads: of the attention of an encoder that is a ViT; `None` where it is unknown.
+        heads: number of attention heads of a ViT encoder; `None` where it is unknown.
     """
 
     networks: Mapping[str, State]
@@ -87,16 +87,16 @@ class Weights:
         return self.networks.get("predictor")
 
     def into(self, variables: Variables) -> dict[str, Any]:
-        """`variables` with the values of these weights, wherever these have some.
+        """`variables` with the values of these weights, for every network that these have.
 
-        Heads that the file does not have keep their values.
+        Heads that the file lacks keep their values.
 
         Args:
             variables: `params` and `batch_stats`, each by network.
 
         Raises:
-            WeightsError: names the network and each array that is missing, unexpected or of
-                another shape.
+            WeightsError: an array is missing, unexpected or of another shape; the message names
+                the network and each such array.
         """
         replaced = {collection: dict(networks) for collection, networks in variables.items()}
         for name, state in self.networks.items():
@@ -142,19 +142,21 @@ def weights_of(
 
 
 def load_weights(path: str | Path, heads: int | None = None) -> Weights:
-    """Reads a file of weights without running anything it carries.
+    """Reads a file of weights without running anything in it.
 
-    It may be what `cassle_jax.export` writes, a ResNet or ViT of torchvision or timm, or a
-    checkpoint of the projects that `layouts.KNOWN` names; as safetensors or as a PyTorch file, of a
+    The file may come from `cassle_jax.export`, hold a ResNet or ViT of torchvision or timm, or be a
+    checkpoint of the projects that `layouts.KNOWN` names. It is a safetensors or a PyTorch file, of
+    a model or of its `DataParallel` or compiled module.
     model or of its `DataParallel` or compiled module.
 
     Args:
-        path: of the file.
-        heads: of a ViT's attention, where neither the file's card nor its origin says.
+        path: path of the file.
+        heads: number of a ViT's attention heads, where neither the file's card nor its origin has
+            it.
 
     Raises:
-        WeightsError: it cannot be read, has no encoder in it that is known here, or weights that
-            are not finite.
+        WeightsError: the file cannot be read, has no known encoder, or has weights that are not
+            finite.
     """
     path = Path(path)
     content, card = (
@@ -200,7 +202,7 @@ def _tensor(file: Any, name: str) -> np.ndarray:
 
 
 def _card(path: Path, text: str) -> dict[str, Any]:
-    """The card in a file; empty where it is none."""
+    """The card in a file; empty where there is none."""
     try:
         card = json.loads(text)
     except (ValueError, RecursionError):
@@ -218,7 +220,7 @@ def _recorded_heads(card: Mapping[str, Any]) -> int | None:
 
 
 def _weights(content: Any) -> Weights:
-    """The weights in what a file holds."""
+    """The weights in the content of a file."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"it holds a {type(content).__name__}, not a state dict")
     if "__author__" in content:
