@@ -19,6 +19,7 @@ from cassle_jax.augment import (
     LEAK_FREE_DESCRIPTORS,
     AugmentSpec,
 )
+from cassle_jax.checks import ConfigError
 from cassle_jax.methods import METHODS
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning
@@ -28,10 +29,6 @@ ARGUMENTS = ("method", "conditioning", "augself", "follow")
 
 # Settings in which the published CASSLE code differs from the papers, for all methods.
 PUBLISHED = {"augment.jitter_order": "batch", "optimizer.schedule_by": "epoch"}
-
-
-class ConfigError(ValueError):
-    """An invalid setting; the message is one line with its name, value and valid values."""
 
 
 def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:

@@ -226,6 +226,21 @@ def test_all_runs_take_nine_tenths_of_a_budget():
         steps_within(1.0, 100.0, 4, 50.0, 0.2, parallel=2)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"parallel": 0}, "^parallel=0 must be at least 1"),
+        ({"call_minutes": -1.0}, r"^call_minutes=-1\.0 must be at least 0"),
+        ({"seeds": (0, -1)}, "seed=-1 is no seed; use a whole number"),
+    ],
+)
+def test_numbers_that_cannot_work_are_said_before_a_run_starts(tmp_path, wrong, message):
+    rows = (Row("SimCLR", "configs/imagenet100.py:method=simclr"),)
+    with pytest.raises(ConfigError, match=message):
+        run_table(table(*rows), tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_dry_run_counts_steps_and_hours_without_the_dataset():
     rows = (
         Row("MoCo-v2", "configs/imagenet100.py"),

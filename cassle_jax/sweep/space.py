@@ -104,7 +104,9 @@ def run_of(
     known = parsed(arguments[:1])
     for setting in values:
         _check_name(setting, known)
-    return RunSpec(name, subject, values, arguments, parsed(arguments))
+    chosen = parsed(arguments)
+    check_seed(seed=chosen.seed)
+    return RunSpec(name, subject, values, arguments, chosen)
 
 
 def _combinations(request: SweepRequest) -> list[Values]:
@@ -175,10 +177,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _draws(listed: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Values]:
-    try:
-        check_seed(draw_seed=seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_seed(draw_seed=seed)
     generator = np.random.default_rng(seed)
     return [
         {name: _drawn(generator, name, values) for name, values in listed.items()}

@@ -96,6 +96,7 @@ def test_names_are_as_long_as_distinction_needs():
         ({"grid": "method=simclr,moco_v2;method.queue_size=64"}, r"^method\.queue_size is not"),
         ({"grid": "seed=0,x"}, r"config\.seed=x"),
         ({"grid": "seed=0,0"}, "same one twice"),
+        ({"grid": "seed=0,-1"}, "seed=-1 is no seed"),
         ({"grid": "seed=0,,1"}, "empty value"),
         ({"grid": "seed"}, "is not name=value"),
         ({"grid": "augment.crop_area=(0.1,1"}, r"does not close its \)"),
