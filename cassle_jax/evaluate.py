@@ -5,6 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
+from cassle_jax.faults import retried
 from cassle_jax.parallel import device_mesh
 from cassle_jax.report.growing_report import GrowingReport
+from cassle_jax.storage import path_of
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -91,7 +94,7 @@ def evaluate_command(
         check_at_least(0, cache_gib=cache_gib)
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("augment.")) from error
-    opened = [open_evaluated(each, data_dir) for each in datasets]
+    opened = [retried(each, partial(open_evaluated, each, data_dir)) for each in datasets]
     names = [data.name for data in opened]
     for name in names:
         if names.count(name) > 1:
@@ -103,7 +106,7 @@ def evaluate_command(
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
     unmet = _unmet_needs(opened, plan, chosen, limit, mesh.size)
-    folder = Path(to).expanduser()
+    folder = Path(path_of(to))
     _check_writable(folder)
     report = GrowingReport(
         folder,
@@ -111,7 +114,7 @@ def evaluate_command(
         {name: _facts(seeds) for name, seeds in subjects.items()},
         writes=jax.process_index() == 0,
     )
-    kept_in = Path(cache).expanduser() if cache else None
+    kept_in = Path(path_of(cache)) if cache else None
     complete = False
     try:
         for subject in (each for seeds in subjects.values() for each in seeds):
@@ -260,20 +263,39 @@ def open_evaluated(described: str, data_dir: str) -> EvaluationData:
     return open_dataset(name, path=path, data_dir=data_dir)
 
 
+def datasets_in(text: str) -> tuple[str, ...]:
+    """The datasets of a list with commas; a comma that no dataset follows belongs to a path."""
+    found: list[str] = []
+    for piece in text.split(",") if text else []:
+        name = piece.strip().partition("=")[0]
+        begins = name in DATASETS or name in FAMILIES or piece.strip().startswith(OWN_FOLDER)
+        if found and not begins and (":" in found[-1] or "=" in found[-1]):
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece.lstrip() if "=" in piece or ":" in piece else piece.strip())
+    return tuple(found)
+
+
+def named_path(described: str) -> tuple[str, str]:
+    """Name and path of `name=path`; the name is empty where all of it is a path that is there."""
+    name, separator, path = described.partition("=")
+    if not separator or path_of(described).exists():
+        return "", described
+    return name, path
+
+
 def _open_subjects(
     runs: Sequence[str], network: str, settings: Settings
 ) -> dict[str, list[Subject]]:
     subjects: dict[str, list[Subject]] = {}
     for described in runs:
-        name, separator, path = described.partition("=")
-        if not separator:
-            name, path = "", described
+        name, path = named_path(described)
         subject = open_subject(path, name=name, network=network)
         try:
             subject = subject.with_images(**_preparation(settings))
         except ValueError as error:
             raise ConfigError(f"{subject.name}: {str(error).removeprefix('augment.')}") from error
-        if not separator and subject.name in subjects:
+        if not name and subject.name in subjects:
             raise ConfigError(
                 f"run={path} would be a seed of another run called {subject.name!r}; "
                 "give each a name, as in --run=name=path (one name for seeds)"
@@ -378,9 +400,9 @@ if __name__ == "__main__":
     run_flag = flags.DEFINE_multi_string(
         "run", [], "Workdir of a run or file of weights, as path or name=path; may be repeated."
     )
-    datasets_flag = flags.DEFINE_list(
+    datasets_flag = flags.DEFINE_string(
         "datasets",
-        [],
+        "",
         "Names in the table, motifs, scenes, folder:<path>, or name=<path of its folder>.",
     )
     to_flag = flags.DEFINE_string("to", "runs/evaluation", "Folder of the report.")
@@ -451,7 +473,7 @@ if __name__ == "__main__":
             allow_pixels(max_pixels_flag.value)
             evaluate_command(
                 runs=run_flag.value,
-                datasets=datasets_flag.value,
+                datasets=datasets_in(datasets_flag.value),
                 to=to_flag.value,
                 tasks=tasks_flag.value,
                 network=network_flag.value,

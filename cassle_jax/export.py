@@ -16,7 +16,7 @@ from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import path_of, write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
 LOG = logging.getLogger("cassle_jax.export")  # also where this is the main module
@@ -62,8 +62,8 @@ def export_command(
             read = read_run(run, network=network, step=step)
         else:
             read = load_weights(weights, heads)
-            read = dataclasses.replace(read, card=file_card(Path(weights), read.card))
-        export(read, Path(to), formats)
+            read = dataclasses.replace(read, card=file_card(Path(path_of(weights)), read.card))
+        export(read, Path(path_of(to)), formats)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
 

@@ -8,7 +8,10 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
+from cassle_jax.config import ConfigError
 from cassle_jax.distributed import all_processes
+from cassle_jax.faults import FULL, passing
+from cassle_jax.storage import is_utf8, path_of
 from cassle_jax.training.checkpoints import NotSaved
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
@@ -21,6 +24,7 @@ def pretrain_command(
 
     Raises:
       Stop: with the exit code for a run that diverged, was preempted or could not be saved.
+      Outage: storage did not come back in time.
       ConfigError, DataError: a setting that cannot work.
     """
     set_up_devices(config)
@@ -32,7 +36,10 @@ def pretrain_command(
         except Preempted as error:
             raise command.Stop(str(error), command.EXIT_PREEMPTED) from error
         except NotSaved as error:
-            raise command.Stop(str(error), command.EXIT_NOT_SAVED, alone=True) from error
+            fault = passing(error)
+            full = fault is None or fault.errno in FULL
+            code = command.EXIT_NOT_SAVED if full else command.EXIT_OUTAGE
+            raise command.Stop(str(error), code, alone=True) from error
 
 
 def set_up_devices(config: ConfigDict) -> None:
@@ -41,10 +48,15 @@ def set_up_devices(config: ConfigDict) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if config.compilation_cache:
-        cache = config.compilation_cache
-        if cache == "auto":
+        cache = path_of(config.compilation_cache)
+        if config.compilation_cache == "auto":
             home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-            cache = epath.Path(home).expanduser() / "cassle_jax" / "compiled"
+            cache = path_of(home) / "cassle_jax" / "compiled"
+        if not is_utf8(cache):
+            raise ConfigError(
+                f"compilation_cache={str(cache)!r} has bytes that are not UTF-8; use another, "
+                "or '' for none"
+            )
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 

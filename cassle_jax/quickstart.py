@@ -21,7 +21,7 @@ from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.page import write_page
 from cassle_jax.report.table import Table, cell_text
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import path_of, write_whole
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
@@ -58,7 +58,7 @@ def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
     Returns:
       The score of each factor with every run's features and with an untrained encoder's.
     """
-    workdir = epath.Path(workdir)
+    workdir = path_of(workdir)
     configs = {name: _config(method, arguments, seed) for name, arguments in RUNS.items()}
     scores = {}
     for name, config in configs.items():
@@ -211,4 +211,4 @@ if __name__ == "__main__":
     method_flag = flags.DEFINE_enum("method", "simclr", sorted(METHODS), "What is pretrained.")
     workdir_flag = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of runs and page.")
     seed_flag = flags.DEFINE_integer("seed", 0, "Of weights, order and augmentations.", 0)
-    command.run(lambda: main(method_flag.value, epath.Path(workdir_flag.value), seed_flag.value))
+    command.run(lambda: main(method_flag.value, path_of(workdir_flag.value), seed_flag.value))

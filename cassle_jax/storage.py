@@ -21,6 +21,28 @@ _PARTIAL = "partial"
 _DEAD_AFTER = 3600.0  # seconds without a byte, after which a file's writer is taken for killed
 
 
+def path_of(written: epath.PathLike) -> epath.Path:
+    """The path that a setting or flag gives: a leading `~` is the home, all else is itself."""
+    # pathlib's own raises where `~name` is a file of that name and no user.
+    return epath.Path(os.path.expanduser(written))  # noqa: PTH111
+
+
+def is_utf8(path: epath.PathLike) -> bool:
+    """Whether all of a path is text; any other bytes confuse libraries in other languages."""
+    return os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
+
+
+def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """What matches inside a folder whose own name is no pattern."""
+    # epath's own takes `runs/a[1]` for a pattern: Orbax then finds nothing to put into a checkpoint
+    # and leaves, without a word, one that cannot be read.
+    matching = folder._PATH.join(glob.escape(folder._path_str), pattern)
+    return map(folder._new, folder._backend.glob(matching))
+
+
+epath.gpath._GPath.glob = _glob
+
+
 def on_object_store(path: epath.PathLike) -> bool:
     """Whether the path is of an object store: without locks, appending and a size."""
     return str(path).startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES))

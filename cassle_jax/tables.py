@@ -23,11 +23,17 @@ from cassle_jax import command
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, open_source
-from cassle_jax.evaluate import check_names, open_evaluated, tasks_for, unmet_needs
+from cassle_jax.evaluate import (
+    check_names,
+    datasets_in,
+    open_evaluated,
+    tasks_for,
+    unmet_needs,
+)
 from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import path_of, write_whole
 from cassle_jax.sweep.budget import (
     MEASURED,
     MEASURED_RUN,
@@ -111,7 +117,7 @@ def run_table(
     """
     check_at_least(1, parallel=parallel)
     check_at_least(0, call_minutes=call_minutes, minutes=minutes)
-    to = to.expanduser().resolve()
+    to = Path(path_of(to)).resolve()
 
     def expanded(*more: str) -> list[RunSpec]:
         own = (f"compilation_cache={to / 'compiled'}", *overrides, *more)
@@ -131,7 +137,7 @@ def run_table(
         runs = expanded(f"steps={min([plan.steps, *(run.config.steps for run in runs)])}")
     missing = [run for run in runs if records.is_missing(run)]
     LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
-    others = [Path(folder).expanduser().resolve() for folder in weights_of]
+    others = [Path(path_of(folder)).resolve() for folder in weights_of]
     jobs = [
         Job(
             run.subject,
@@ -423,14 +429,14 @@ if __name__ == "__main__":
     set_flag = flags.DEFINE_multi_string(
         "set", [], "Setting of all runs, as name=value; repeatable."
     )
-    datasets_flag = flags.DEFINE_list(
-        "datasets", [], "Evaluation datasets that replace the table's: name, or name=folder."
+    datasets_flag = flags.DEFINE_string(
+        "datasets", "", "Evaluation datasets that replace the table's: name, or name=folder."
     )
     data_dir_flag = flags.DEFINE_string(
         "data_dir", "", "Folder of tensorflow-datasets, for the evaluation."
     )
-    others_flag = flags.DEFINE_list(
-        "weights_of", [], "Folders of tables; their runs with the same settings lend their weights."
+    others_flag = flags.DEFINE_multi_string(
+        "weights_of", [], "Folder of a table whose equal runs lend their weights; repeatable."
     )
     evaluation_flag = flags.DEFINE_multi_string(
         "evaluation", [], "Evaluation option, as name=value, such as limit=1000; repeatable."
@@ -463,7 +469,7 @@ if __name__ == "__main__":
             table,
             Path(to_flag.value or f"runs/{Path(table_flag.value).stem}"),
             **selection,
-            datasets=datasets_flag.value,
+            datasets=datasets_in(datasets_flag.value),
             data_dir=data_dir_flag.value,
             evaluation=evaluation_flag.value,
             weights_of=others_flag.value,

@@ -15,6 +15,7 @@ from absl import flags
 from cassle_jax import command
 from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.config import knows
+from cassle_jax.evaluate import datasets_in
 from cassle_jax.methods import METHODS
 from cassle_jax.sweep.table import find_table
 from cassle_jax.tables import run_table
@@ -89,8 +90,8 @@ if __name__ == "__main__":
     )
     parallel_flag = flags.DEFINE_integer("parallel", 1, "Number of runs at a time.")
     data_flag = flags.DEFINE_string("data", None, "Folder of Tiny-ImageNet, for pretraining.")
-    datasets_flag = flags.DEFINE_list(
-        "datasets", [], "Evaluation datasets, as name=folder; the table's if empty."
+    datasets_flag = flags.DEFINE_string(
+        "datasets", "", "Evaluation datasets, as name=folder; the table's if empty."
     )
     tasks_flag = flags.DEFINE_list("tasks", [], "Evaluation tasks; the table's if empty.")
     methods_flag = flags.DEFINE_list("methods", [], "Methods to compare; the table's if empty.")
@@ -109,7 +110,7 @@ if __name__ == "__main__":
         lambda: transfer(
             Path(to_flag.value),
             minutes=minutes_flag.value,
-            datasets=datasets_flag.value,
+            datasets=datasets_in(datasets_flag.value),
             data=data_flag.value,
             call_minutes=call_flag.value,
             methods=methods_flag.value,

@@ -71,8 +71,8 @@ if __name__ == "__main__":
         "",
         "sbatch options, as submitit names them: partition=…,gpus_per_node=8,time=1440.",
     )
-    datasets_flag = flags.DEFINE_list(
-        "datasets", [], "Evaluation datasets; no evaluation if empty."
+    datasets_flag = flags.DEFINE_string(
+        "datasets", "", "Evaluation datasets; no evaluation if empty."
     )
     tasks_flag = flags.DEFINE_list("tasks", [], "Evaluation tasks; the default ones if empty.")
     evaluation_flag = flags.DEFINE_string(
@@ -98,7 +98,7 @@ if __name__ == "__main__":
             parallel=parallel_flag.value or {"slurm": 256}.get(where_flag.value, 1),
             slurm=slurm_flag.value,
             evaluation=EvaluationOptions(
-                tuple(datasets_flag.value),
+                datasets_in(datasets_flag.value),
                 tuple(tasks_flag.value),
                 tuple(shlex.split(evaluation_flag.value)),
             ),

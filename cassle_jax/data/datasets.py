@@ -17,6 +17,7 @@ from cassle_jax.data.landmarks import CelebaSource, LandmarkFolder
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Source, closest
 from cassle_jax.data.splits import Joined, cut, cut_shots
+from cassle_jax.storage import path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ def _split_names(entry: Entry, path: str) -> tuple[str, str]:
     if not path:
         return entry.val, entry.test
     test = split_there(path, "test") if entry is _OWN else entry.folder_test
-    has_val = test != "val" and is_folder(pathlib.Path(path).expanduser() / "val")
+    has_val = test != "val" and is_folder(pathlib.Path(path_of(path)) / "val")
     return "val" if entry.val or has_val else "", test
 
 

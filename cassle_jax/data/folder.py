@@ -20,6 +20,7 @@ from cassle_jax.data.sources import (
     content_of_files,
     read_class_list,
 )
+from cassle_jax.storage import path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
     """
     if not path:
         raise DataError("data.path='' names no folder; give the root of <split>/<class>/<file>")
-    top = pathlib.Path(path).expanduser().absolute()
+    top = pathlib.Path(path_of(path)).absolute()
     if not is_folder(top):
         raise DataError(
             f"data.path={path!r} is not a folder; give the root of <split>/<class>/<file>"

@@ -18,6 +18,7 @@ from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder, list_folders, list_images
 from cassle_jax.data.sources import Record, Source, closest, content_of_files
+from cassle_jax.storage import path_of
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
@@ -54,7 +55,7 @@ class LandmarkFolder:
           DataError: a folder or table is missing; an image has no line or a line no image; a line
             is not a name and this number of numbers; an image cannot be read.
         """
-        root = pathlib.Path(path).expanduser().absolute()
+        root = pathlib.Path(path_of(path)).absolute()
         self.name = str(root / split)
         table = root / f"{split}.csv"
         self._files = _image_files(root, split)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+from cassle_jax.storage import path_of
 
 DAMAGED = -2
 """The label of an image that cannot be read."""
@@ -111,7 +112,7 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
         text = importlib.resources.files(__package__).joinpath("imagenet100_wnids.txt").read_text()
     else:
         try:
-            text = pathlib.Path(classes).read_text(encoding="utf-8-sig")
+            text = path_of(classes).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "

@@ -28,6 +28,7 @@ from cassle_jax.interop.pytorch import (
     projector_to_pytorch,
 )
 from cassle_jax.interop.torch_file import read_torch_file
+from cassle_jax.storage import path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         WeightsError: the file cannot be read, has no known encoder, or has weights that are not
             finite.
     """
-    path = Path(path)
+    path = Path(path_of(path))
     content, card = (
         _read_safetensors(path) if _is_safetensors(path) else (read_torch_file(path), {})
     )

@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import check_seed
 from cassle_jax.config import ARGUMENTS, ConfigError, closest_setting, flat_settings
+from cassle_jax.storage import path_of
 
 Values = dict[str, str]
 
@@ -215,7 +215,7 @@ def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[s
     settings = [
         f"--config.{name}={value}" for name, value in values.items() if name not in ARGUMENTS
     ]
-    file = Path(path).expanduser().resolve()
+    file = path_of(path).resolve()
     return (f"--config={file}:{','.join(own)}", *overrides, *settings)
 
 

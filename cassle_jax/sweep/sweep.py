@@ -9,7 +9,7 @@ from pathlib import Path
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
 from cassle_jax.config import ConfigError, flat_settings, knows
 from cassle_jax.evaluate import check_names
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import path_of, write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
@@ -70,7 +70,7 @@ def sweep(
     knows("where", where, ("local", "slurm"))
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
-    folder = folder.expanduser().resolve()
+    folder = Path(path_of(folder)).resolve()
     records = _RunRecords(folder, runs)
     jobs = folder / "jobs"
     executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cassle_jax.config import ConfigError, flat_settings
+from cassle_jax.storage import path_of
 from cassle_jax.sweep.space import RunSpec, Values, run_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +134,7 @@ def find_table(name: str, **arguments: object) -> Table:
     Raises:
       ConfigError: the name is unknown, with the closest known one; or the table is invalid.
     """
-    path = Path(name).expanduser()
+    path = Path(path_of(name))
     if path.suffix != ".py":
         known = sorted(file.stem for file in TABLES.glob("*.py"))
         if name not in known:

@@ -1,0 +1,91 @@
+"""Tells faults of storage that may pass from mistakes that stay, and tries again while they may."""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+LOG = logging.getLogger(__name__)
+
+SECONDS = "CASSLE_STORAGE_SECONDS"  # how long a fault is given to pass
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_PASSING = FULL | {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "ENOLINK", "ENOLCK", "EAGAIN", "EBUSY"),
+        *("ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EPIPE", "EHOSTDOWN", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED"),
+    )
+    if hasattr(errno, name)  # not every system has them all
+}
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
+
+T = TypeVar("T")
+
+hurry = threading.Event()
+"""Set where the process is to end: nothing is waited for any more."""
+
+
+class Outage(RuntimeError):
+    """Storage did not come back in time; once it does, the same command continues."""
+
+
+def passing(error: BaseException | None) -> OSError | None:
+    """The fault of storage that led to `error` and may pass; `None` where none did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return error
+        if not isinstance(error, OSError | Outage) and (code := _told(str(error))):
+            return OSError(code, os.strerror(code))
+        error = error.__cause__
+    return None
+
+
+def _told(text: str) -> int | None:
+    """The fault that a library in another language tells of in words."""
+    return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
+
+
+def storage_seconds() -> float:
+    """How long a fault is given to pass: `CASSLE_STORAGE_SECONDS`, or five minutes."""
+    text = os.environ.get(SECONDS, "300")
+    try:
+        return max(0.0, float(text))
+    except ValueError as error:
+        raise ValueError(f"{SECONDS}={text!r} is no number of seconds; use 300") from error
+
+
+def retried(what: str, action: Callable[[], T], *, seconds: float | None = None) -> T:
+    """Does something with storage, and does it again, ever more rarely, while a fault may pass.
+
+    Args:
+      what: is read or written, for the log.
+      action: leaves nothing behind where it fails.
+      seconds: after which it is given up; `storage_seconds()` by default.
+
+    Raises:
+      Outage: the fault did not pass; caused by the last one.
+      Exception: any other error of `action`, at once.
+    """
+    seconds = storage_seconds() if seconds is None else seconds
+    until, pause, told = time.monotonic() + seconds, _FIRST_PAUSE, False
+    while True:
+        try:
+            return action()
+        except Exception as error:  # of a library, which raises whatever it calls this
+            fault = passing(error)
+            if fault is None:
+                raise
+            reason = f"{what}: {fault.strerror or fault}"
+            left = until - time.monotonic()
+            if left <= 0 or hurry.is_set():
+                raise Outage(f"{reason}, for {seconds:g} s; the same command continues") from error
+            if not told:
+                LOG.warning("%s; it is tried again for %.3g s", reason, seconds)
+            told = True
+        hurry.wait(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
