@@ -7,6 +7,7 @@ import re
 import time
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from cassle_jax.config import ConfigError
+from cassle_jax.faults import Outage, retried
 from cassle_jax.storage import free_bytes
 from cassle_jax.training.late_reads import late_reads_ignored
+from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
@@ -37,7 +40,8 @@ class Checkpoints:
 
     A checkpoint holds the training state, its keys, the data iterator's state, and checksums. It
     gets its final name only when it is complete, and older ones are deleted only after that. So the
-    last complete one survives a kill at any moment, or a full disk.
+    last complete one survives a kill at any moment, or a full disk. The first
+    one is read back in the background, so that a run that cannot be continued reports it early.
 
     Args:
       workdir: workdir of the run.
@@ -53,6 +57,10 @@ class Checkpoints:
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._trouble, self._warned = "", False  # of the newest save, if it failed
         self._failures = 0
+        self._cause: Exception | None = None  # of the newest save's trouble
+        self._read_back: ReadBack | None = None
+        self._unproved = ""  # why the newest that was read back cannot be continued from
+        self._proved = jax.process_index() > 0  # the first process reads for all
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(late_reads_ignored())
         self._quiet.enter_context(_orbax_tells_errors_once())
@@ -106,11 +114,14 @@ class Checkpoints:
             self._try(step, state, data_state)
             self._settle()
             if step in self._manager.all_steps():
-                return
+                self._look_at_proof(wait=True)
+                if self._proved:
+                    return
+                raise NotSaved(f"{self._unproved}, nor could any before it")
         raise NotSaved(
             f"step {step} could not be saved: {self._trouble}; {self._newest_told()}, where the "
             "same command continues"
-        )
+        ) from self._cause
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data state of the newest readable checkpoint; `None` without checkpoints.
@@ -122,11 +133,18 @@ class Checkpoints:
           like: a state of the same run, for shapes and placement.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        outage: Outage | None = None
+
+        def read(step: int) -> tuple[TrainState, dict[str, Any]]:
+            self._check_shapes(step, like)
+            return self._read(step, like)
+
         for step in steps:
             restored = None
             try:
-                self._check_shapes(step, like)
-                restored = self._read(step, like)
+                # The newest is waited for; an older one tells a damaged file from a lost disk.
+                seconds = 0.0 if outage else None
+                restored = retried(f"checkpoint {step}", partial(read, step), seconds=seconds)
             except ConfigError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
@@ -135,9 +153,14 @@ class Checkpoints:
                     step,
                     _first_line(error),
                 )
+                if isinstance(error, Outage):
+                    outage = outage or error
             if _in_all_processes(restored is not None):
+                self._proved = True
                 self._set_aside_after(step)
                 return restored
+        if outage:
+            raise outage
         if steps:
             raise ConfigError(
                 f"workdir={self._folder.parent} has checkpoints, and none of them can be read; "
@@ -150,11 +173,13 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():
             self._settle()
             self._warn_once()
+        self._look_at_proof()
 
     def close(self) -> None:
         """Waits for the current save."""
         self._settle()
         self._warn_once()
+        self._look_at_proof(wait=True)
         self._manager.close()
         if not self._failures:
             self._quiet.close()  # writes of a failed save may end later
@@ -171,6 +196,9 @@ class Checkpoints:
             return
         self._saving = step
         data = {**data_state, "checksums": checksums(state, data_state)}
+        self._look_at_proof(wait=True)
+        if not self._proved:
+            self._read_back = ReadBack(self._folder / str(step), state, data)
         try:
             self._check_room(state)
             self._manager.save(
@@ -195,6 +223,18 @@ class Checkpoints:
         if self._trouble:
             LOG.warning("checkpoint %d is saved", self._saving)
         self._saving, self._trouble, self._warned = None, "", False
+        if self._read_back:
+            self._read_back.start()
+
+    def _look_at_proof(self, *, wait: bool = False) -> None:
+        """Takes note of how reading the first checkpoint back ended, and tells where badly."""
+        read_back = self._read_back
+        if read_back is None or not read_back.ended(wait=wait):
+            return
+        self._read_back, self._proved = None, read_back.problem is None
+        if read_back.problem:
+            self._unproved = f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
+            LOG.warning("%s; from it the run could not be continued", self._unproved)
 
     def _check_room(self, state: TrainState) -> None:
         """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process checks."""
@@ -208,15 +248,18 @@ class Checkpoints:
             )
 
     def _failed(self, error: Exception) -> None:
-        step, self._saving = self._saving, None
+        step, self._saving, self._read_back = self._saving, None, None
         self._failures += 1
         if isinstance(error, _NoRoom):
+            self._cause = error
             self._trouble = f"checkpoint {step} is not saved: {error}"
             return
         free = free_bytes(self._folder)
         room = "" if free is None else f" ({_told(free)} free)"
         self._trouble = f"checkpoint {step} is not saved: {self._folder}{room}: {_reason(error)}"
+        self._cause = error
         if jax.process_count() > 1:
+            self._warned = True  # training does not go on
             # The others may wait for this process in the middle of the same save.
             raise NotSaved(self._trouble) from error
         # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.

@@ -1,0 +1,98 @@
+"""Reads a checkpoint back in the background, on the host alone, and compares it with the state."""
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cassle_jax.faults import retried
+from cassle_jax.training.state import TrainState
+
+_CHUNK = 2**22  # words whose factors are made at a time
+
+
+class ReadBack:
+    """One checkpoint, to be read once it is complete.
+
+    Args:
+      folder: of the checkpoint.
+      state: that is saved in it; only shapes are kept.
+      saved: what is saved beside it, with the checksums.
+    """
+
+    def __init__(self, folder: epath.Path, state: TrainState, saved: Mapping[str, Any]):
+        self.step = int(folder.name)
+        self._folder, self._saved = folder, dict(saved)
+        self._like = jax.tree.map(_on_the_host, state)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._problem: str | None = None
+
+    def start(self) -> None:
+        """Begins to read."""
+        self._thread.start()
+
+    def ended(self, *, wait: bool) -> bool:
+        """Whether it was begun and is over; with `wait`, what was begun is waited for."""
+        if self._thread.ident is None:
+            return False
+        self._thread.join(None if wait else 0.0)
+        return not self._thread.is_alive()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the checkpoint cannot be continued from; `None` where it can."""
+        return self._problem
+
+    def _read(self) -> None:
+        try:
+            state, saved = retried(f"checkpoint {self.step}", self._load)
+            found = {name: host_checksum(part) for name, part in vars(state).items()}
+            expected = self._saved["checksums"]
+            wrong = [name for name in found if found[name] != expected[name]]
+            if wrong or saved != self._saved:
+                self._problem = f"{', '.join(wrong) or 'data'} of it are not what was saved"
+        except Exception as error:  # Orbax and TensorStore raise whatever they come upon
+            self._problem = (str(error).strip() or repr(error)).splitlines()[0]
+
+    def _load(self) -> tuple[TrainState, dict[str, Any]]:
+        with (
+            contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
+            contextlib.closing(ocp.JsonCheckpointHandler()) as data,
+        ):
+            args = ocp.args.StandardRestore(self._like)
+            state = arrays.restore(self._folder / "state", args=args)
+            return state, data.restore(self._folder / "data", args=ocp.args.JsonRestore())
+
+
+def host_checksum(part: Any) -> int:
+    """What `checkpoints.checksums_of` computes on the devices, of a part that is on the host."""
+    total = 0
+    for leaf in jax.tree.leaves(part):
+        total = (total * 16777619 + _checksum(leaf)) % 2**32
+    return total
+
+
+def _checksum(leaf: Any) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.ascontiguousarray(leaf)
+    words = array.ravel().view(f"u{array.dtype.itemsize}")
+    total = 0
+    for start in range(0, words.size, _CHUNK):
+        chunk = words[start : start + _CHUNK].astype(np.uint32)
+        factors = 2 * np.arange(start, start + chunk.size, dtype=np.uint32) + np.uint32(1)
+        total += int((chunk * factors).sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def _on_the_host(leaf: jax.Array) -> Any:
+    """An array of no memory, of the shape and dtype in which the leaf is to be read."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
