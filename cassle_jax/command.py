@@ -11,9 +11,11 @@ from absl import logging as absl_logging
 
 from cassle_jax.config import ConfigError, closest_setting, flat_settings
 from cassle_jax.data import DataError
+from cassle_jax.faults import Outage, passing
 
 EXIT_WRONG_SETTING = 2
 EXIT_DIVERGED = 3
+EXIT_OUTAGE = 69  # EX_UNAVAILABLE: storage or a process is out of reach; it may be started again
 EXIT_NOT_SAVED = 74  # EX_IOERR: fix the disk; the same command continues from the last checkpoint
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 
@@ -55,8 +57,19 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except Stop as stop:
         _leave(stop)
-    except (ConfigError, DataError) as error:
-        _leave(Stop(str(error), EXIT_WRONG_SETTING))
+    except Exception as error:
+        code = code_of(error)
+        if code is None:
+            raise
+        _leave(Stop(str(error), code))
+
+
+def code_of(error: BaseException) -> int | None:
+    """The exit code of a user's mistake, or of storage out of reach; `None` for any other error."""
+    mistake = isinstance(error, ConfigError | DataError)
+    if isinstance(error, Outage) or ((mistake or isinstance(error, OSError)) and passing(error)):
+        return EXIT_OUTAGE
+    return EXIT_WRONG_SETTING if mistake else None
 
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
@@ -76,9 +89,10 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
+    words = iter(arguments)
     # A value may follow its flag as a separate word.
-    arguments = re.sub(r"(?m)^(--?config)\n", r"\1=", "\n".join(arguments)).splitlines()
-    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", word) for word in arguments]
+    joined = (f"{w}={next(words, '')}" if w in ("-config", "--config") else w for w in words)
+    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", each) for each in joined]
     files = [(match[1], match[2]) for match in matches if match and match[1]]
     overridden = [match[3] for match in matches if match and match[3]]
     if not files or not overridden:
@@ -99,5 +113,6 @@ def _last_line(error: Exception) -> str:
 
 
 def _leave(stop: Stop) -> None:
-    print(f"error: {stop}", file=sys.stderr, flush=True)
+    line = str(stop).replace("\n", "\\n")  # a path may have one
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(stop.code)

@@ -26,17 +26,14 @@ import jax
 # The key-value store that the processes share has no public name.
 from jax._src import distributed as runtime
 
-from cassle_jax.command import EXIT_WRONG_SETTING, Stop
+from cassle_jax.command import EXIT_OUTAGE, Stop, code_of
 from cassle_jax.config import ConfigError
-from cassle_jax.data import DataError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
 
 # JAX declares a process dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 30
-# The code of a process that JAX aborts; launchers limit the number of restarts after it.
-EXIT_LOST = 134
 _FAILURE_KEY = "cassle_jax/failure"
 _FAILURE_SECONDS = 5  # time for a failure message to reach the other processes
 # Reading a dataset's labels may take an hour; the heartbeat detects a dead process earlier.
@@ -206,9 +203,10 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
         if stop.alone:
             group.fail(str(stop), stop.code)
         raise
-    except (ConfigError, DataError) as error:
-        group.fail(str(error), EXIT_WRONG_SETTING)
     except BaseException as error:
+        code = code_of(error)
+        if code is not None:
+            group.fail(str(error), code)
         group.fail_after(error)
 
 
@@ -307,7 +305,8 @@ class _ProcessGroup:
             self.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
         time.sleep(_FAILURE_SECONDS)
         self.fail(
-            f"{self} probably lost another process ({_first_line(error)}); {_RESUMABLE}", EXIT_LOST
+            f"{self} probably lost another process ({_first_line(error)}); {_RESUMABLE}",
+            EXIT_OUTAGE,
         )
 
     def _listen(self) -> None:
@@ -354,7 +353,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
     def give_up():
         print(f"error: {trouble} within {JOIN_SECONDS}={seconds} s", file=sys.stderr, flush=True)
         death_message.cancel()
-        os._exit(EXIT_WRONG_SETTING)
+        os._exit(EXIT_OUTAGE)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

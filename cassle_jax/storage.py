@@ -29,7 +29,7 @@ def path_of(written: epath.PathLike) -> epath.Path:
 
 def is_utf8(path: epath.PathLike) -> bool:
     """Whether all of a path is text; any other bytes confuse libraries in other languages."""
-    return os.fsencode(path).decode("utf-8", "replace") == os.fspath(path)
+    return os.fsencode(str(path)).decode("utf-8", "replace") == str(path)
 
 
 def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:

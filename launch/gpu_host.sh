@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on all GPUs of this host, and restarts the run after it saved and ended, or crashed.
+# Pretrains on all GPUs of this host, and starts again where the run saved and ended, lost storage, or crashed.
 # Usage: bash launch/gpu_host.sh [--processes=N] [--restarts=N] [--dry-run] --config=… --workdir=… [--config.…=…]
 #   --processes  1 for all GPUs (the default, and JAX's recommendation), or N with an equal share each
 #   --restarts   largest number of restarts (default 5); after that, the same command continues by hand
@@ -71,8 +71,9 @@ fi
 prepare "$accelerator"
 if [ -n "$dry_run" ]; then
   start_processes
-  echo "# started again after exit code $saved (saved) or a crash, $restarts times at most;" \
-    "not after 0, $wrong_setting (wrong setting) and $diverged (diverged)"
+  echo "# started again after exit code $saved (saved), $outage (storage or a process lost) or a crash," \
+    "$restarts times at most; not after 0, $wrong_setting (wrong setting), $diverged (diverged)" \
+    "and $disk_full (disk full)"
   exit
 fi
 say "running: python -m cassle_jax.pretrain ${arguments[*]}"

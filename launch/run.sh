@@ -8,7 +8,8 @@ launch="$(dirname -- "${BASH_SOURCE[0]}")"
 dry_run=''
 python=python
 # Exit codes of python -m cassle_jax.pretrain, see the README.
-finished=0 wrong_setting=2 diverged=3 saved=75
+# shellcheck disable=SC2034 # the scripts that source this read them
+finished=0 wrong_setting=2 diverged=3 outage=69 disk_full=74 saved=75
 
 refuse() {
   printf '%s\n' "error: $*" >&2
@@ -111,8 +112,8 @@ install_jax_with() {
 version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
 
 # Calls start_processes, which sets the array processes, until the run is finished or cannot be.
-# Restarts a run that saved and ended, or crashed, up to the given number of times, but not one that SIGTERM or Ctrl-C
-# ended through this script.
+# One that saved and ended, lost storage or another process, or crashed, starts again, at most so many times; one that
+# was asked to end through this script, by SIGTERM or Ctrl-C, does not.
 supervise() {
   local left="$1" code
   processes=() stopping=''
@@ -121,7 +122,7 @@ supervise() {
     start_processes
     wait_for_processes && code=0 || code=$?
     case "$code" in
-      "$finished" | "$wrong_setting" | "$diverged") return "$code" ;;
+      "$finished" | "$wrong_setting" | "$diverged" | "$disk_full") return "$code" ;;
     esac
     [ -z "$stopping" ] || return "$code"
     if [ "$left" -eq 0 ]; then

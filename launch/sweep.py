@@ -31,6 +31,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from cassle_jax import command  # noqa: E402
+from cassle_jax.evaluate import datasets_in  # noqa: E402
 from cassle_jax.sweep.space import SweepRequest  # noqa: E402
 from cassle_jax.sweep.sweep import EvaluationOptions, sweep  # noqa: E402
 

@@ -1,5 +1,6 @@
 """Reads any tensorflow-datasets builder prepared as array_record, without TensorFlow."""
 
+import copy
 import functools
 import glob
 import hashlib
@@ -27,7 +28,7 @@ from cassle_jax.data.sources import (
     content_of_files,
     read_class_list,
 )
-from cassle_jax.storage import written_whole
+from cassle_jax.storage import path_of, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -94,7 +95,11 @@ class TfdsSource:
             if image is None:  # an empty record: its file was cut short while it was open
                 raise ValueError("it is empty")
         except _CORRUPT as error:
-            self._shards.check(position, error)
+            try:
+                self._shards.check(position, error)
+            except OSError:
+                self._reopen()  # a reader that failed once fails again
+                raise
             raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
         return Record(image, self._label(example), f"{self.name} #{position}")
 
@@ -102,6 +107,12 @@ class TfdsSource:
     def content(self) -> str:
         """See `content_of`."""
         return content_of_files(self._shards.paths)
+
+    def _reopen(self) -> None:
+        """Takes readers that have not failed; what others still read with the old ones goes on."""
+        records = copy.copy(self._records)
+        records.data_source = copy.copy(self._records.data_source)
+        self._records = records
 
     @functools.cached_property
     def labels(self) -> Int[np.ndarray, " images"]:
@@ -208,7 +219,7 @@ def label_cache_folder() -> pathlib.Path:
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if not name:
         raise DataError("data.name='' names no tfds builder; give one, such as 'cifar10'")
-    folder = epath.Path(data_dir).expanduser() if data_dir else None
+    folder = path_of(data_dir) if data_dir else None
     if folder and not folder.is_dir():
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
     try:

@@ -79,6 +79,10 @@ class DamagedLog:
         """Names under `path` when the log was opened, sorted."""
         return tuple(sorted(self._remembered))
 
+    def knows(self, name: str) -> bool:
+        """Whether the record `name` was noted before."""
+        return _printable(name) in self._reasons
+
     def add(self, name: str, reason: str) -> None:
         """Counts the record `name` as damaged, once.
 

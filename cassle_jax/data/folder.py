@@ -131,7 +131,7 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
 
 def split_there(path: str, split: str) -> str:
     """The split, or the validation part as its substitute where `path` lacks it; logs which."""
-    top = pathlib.Path(path).expanduser()
+    top = pathlib.Path(path_of(path))
     if not is_folder(top / split):
         for other in _STAND_INS.get(split, ()):
             if is_folder(top / other):

@@ -1,6 +1,9 @@
 """Puts decoded images onto the canvases of a batch, and handles damaged ones."""
 
+import contextlib
 import errno
+import os
+import pathlib
 import threading
 from typing import NamedTuple
 
@@ -11,10 +14,14 @@ from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.decode import ANY_SIDE, DamagedImage, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.pool import BufferPool
-from cassle_jax.data.sources import Source
+from cassle_jax.data.sources import Record, Source
 from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
+from cassle_jax.faults import Outage, passing, retried
 
 Batch = dict[str, np.ndarray]
+
+# The distances to the other images that are read to tell a bad file from a storage outage.
+_OTHERS = (1, 17, 1009)
 
 # Errors of the file itself. Substitutes for images lost to machine or network errors would hide
 # these errors, and change the order of the images.
@@ -141,13 +148,13 @@ class Images:
         """The record at `index`; None, after adding it to the account, where it is damaged."""
         name = f"{self._source.name} #{index}"
         try:
-            record = self._source[index]
+            record = self._read(index, name)
             name = record.name
             return _Decoded(self._pixels(record.image), record.label, index)
         except DamagedImage as error:
             self._damaged.add(name, str(error))
         except OSError as error:
-            if error.errno not in _FILE_ERRORS:
+            if error.errno not in _FILE_ERRORS and not passing(error):
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
             self._damaged.add(error.filename or name, error.strerror or str(error))
         return None
@@ -160,11 +167,66 @@ class Images:
         pixels = decode(image, ANY_SIDE, scratch)
         return squares_of(pixels, self._canvas, self._short_side)(CENTRE)
 
+    def _read(self, index: int, name: str) -> Record:
+        """The record, waited for while its storage may come back.
+
+        Raises:
+          OSError: the file's own trouble: others can be read.
+          Outage: nothing can be read.
+        """
+
+        def read(place: int = index) -> Record:
+            try:
+                return self._source[place]
+            except OSError as error:
+                if error.errno in _FILE_ERRORS:
+                    _check_folder_there(error.filename, self._source.name)
+                elif passing(error) and self._damaged.knows(error.filename or name):
+                    raise _Known(error) from None
+                raise
+
+        def can_be_read(place: int) -> bool:
+            try:
+                read(place)
+            except (OSError, _Known):
+                return False
+            except DamagedImage:
+                return True  # what is damaged was read
+            return True
+
+        try:
+            return retried(name, read)
+        except _Known as known:
+            raise known.fault from None
+        except Outage as outage:
+            others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
+            if any(map(can_be_read, others)):
+                raise passing(outage) from None
+            raise
+
     def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
         """This thread's memory for a decoded image until it is on its canvas."""
         if not hasattr(self._scratch, "memory"):
             self._scratch.memory = np.empty(4 * self.canvas_bytes, np.uint8)
         return self._scratch.memory
+
+
+class _Known(Exception):
+    """The record's file could not be read before, and was waited for then."""
+
+    def __init__(self, fault: OSError):
+        super().__init__()
+        self.fault = fault
+
+
+def _check_folder_there(file: str | None, root: str) -> None:
+    """Raises OSError where not a file is missing but the folder of all, as when unmounted."""
+    if file is None or not pathlib.Path(file).is_relative_to(root):
+        return
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        if any(entries):
+            return
+    raise OSError(errno.ENODEV, "the folder is gone, or empty", root)
 
 
 class _Decoded(NamedTuple):

@@ -14,6 +14,7 @@ from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.resident import ResidentFeed, resident_bytes
 from cassle_jax.data.sources import Source, closest
+from cassle_jax.faults import retried
 
 Feed = DeviceFeed | ResidentFeed
 
@@ -42,6 +43,7 @@ def open_source(data_config: Any, split: str) -> Source:
 
     Raises:
       DataError: a setting cannot work; the message names it and what would.
+      Outage: its storage did not come back in time.
     """
     openers = {**dict.fromkeys(FAMILIES, _open_drawn), "folder": _open_folder, "tfds": _open_tfds}
     opener = openers.get(data_config.source)
@@ -51,7 +53,7 @@ def open_source(data_config: Any, split: str) -> Source:
             f"data.source={data_config.source!r} is unknown{closest(data_config.source, openers)}"
             f"; known: {', '.join(openers)}"
         )
-    return opener(data_config, split)
+    return retried(f"data.source={data_config.source!r}", lambda: opener(data_config, split))
 
 
 def open_feed(

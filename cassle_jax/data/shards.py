@@ -10,6 +10,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
+from cassle_jax.faults import passing
 
 # A missing file or a failing disk, as array_record reports them.
 _SYSTEM_ERROR = re.compile(r"\w+\(\) failed: [^;]+")
@@ -45,12 +46,17 @@ class Shards:
     def check(self, position: int, error: Exception) -> None:
         """Raises DataError where `error` is the fault of a record's file, not of the record.
 
+        OSError where storage is, which may come back.
+
         Args:
           position: place of the record in the split.
           error: the error that reading it raised.
         """
         shard = int(np.searchsorted(self._ends, position, side="right"))
         failed = _SYSTEM_ERROR.search(str(error))
+        fault = passing(error)
+        if fault:
+            raise OSError(fault.errno, fault.strerror) from error
         if failed:
             raise self._unreadable(self.paths[shard], failed[0]) from error
         found = _records_in(self.paths[shard])

@@ -16,7 +16,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
 from cassle_jax.config import ConfigError
 from cassle_jax.storage import write_whole
 
@@ -25,8 +25,9 @@ OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
-# Exit codes of a preempted command. It resumes in the requeued SLURM job, or here in the same job.
-_STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
+# Exit codes of a command that was preempted or lost its storage. It resumes in the requeued SLURM
+# job, or here in the same job.
+_STOPPED = (EXIT_PREEMPTED, EXIT_OUTAGE, -signal.SIGTERM)
 _MOST_STARTS = 100  # more preemptions than that have another cause
 _PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 # Requeues by submitit at a job's time limit; practically unlimited.

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
-from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
 from cassle_jax.sweep.jobs import OUTCOME, visible_gpus
 from cassle_jax.sweep.table import ROOT
 from cassle_jax.sweep.worker import Job, work, write_outcome
@@ -61,7 +61,8 @@ class WorkerPool:
                     running[self._start(job, share)] = job, share, time.monotonic()
                 for process, (job, share, start) in self._ended(running):
                     self._free.append(share)
-                    if process.exitcode == EXIT_PREEMPTED and starts[job] < _MOST_STARTS:
+                    again = process.exitcode in (EXIT_PREEMPTED, EXIT_OUTAGE)
+                    if again and starts[job] < _MOST_STARTS:
                         waiting.appendleft(job)
                         continue
                     _record_silent_end(job, process.exitcode, time.monotonic() - start)

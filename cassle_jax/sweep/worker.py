@@ -16,8 +16,6 @@ from pathlib import Path
 import jax
 
 from cassle_jax import command
-from cassle_jax.config import ConfigError
-from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.export import export_command
@@ -102,11 +100,11 @@ def work(job: Job, environment: dict[str, str]) -> None:
         code, line = stop.code, str(stop)
     except KeyboardInterrupt:
         code, line = command.EXIT_PREEMPTED, "stopped"
-    except (ConfigError, DataError) as error:
-        code, line = command.EXIT_WRONG_SETTING, str(error)
     except BaseException as error:
-        traceback.print_exc()
-        code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+        code, line = command.code_of(error), str(error)
+        if code is None:
+            traceback.print_exc()
+            code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]
     if code:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if code != command.EXIT_PREEMPTED:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
@@ -33,8 +34,8 @@ def workdir_held(workdir: epath.PathLike) -> Iterator[None]:
       workdir: workdir of the run; must exist.
 
     Raises:
-      ConfigError: another run holds it; the message names the host, the process and the time.
-      OSError: the file cannot be written.
+      ConfigError: another run of this host holds it; names the process and since when.
+      OSError: the file cannot be written; EAGAIN where a run of another host holds it.
     """
     if fcntl is None or on_object_store(workdir):
         yield
@@ -51,10 +52,14 @@ def _take(descriptor: int, workdir: epath.PathLike) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder, host = _holder(descriptor)
+        said = f"in use by another run ({holder})"
+        if host not in (None, socket.gethostname()):
+            # A host that died leaves its lock until the server's lease ends.
+            raise OSError(errno.EAGAIN, said) from error
         raise ConfigError(
-            f"workdir={workdir} is in use by another run ({_holder(descriptor)}); wait for its end,"
-            " or use another workdir"
-        ) from error
+            f"workdir={workdir} is {said}; wait for its end, or use another workdir"
+        ) from None
     except OSError as error:
         LOG.info("%s has no locks (%s): see that only one run uses it", workdir, error.strerror)
         return
@@ -69,9 +74,11 @@ def _take(descriptor: int, workdir: epath.PathLike) -> None:
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
-def _holder(descriptor: int) -> str:
+def _holder(descriptor: int) -> tuple[str, str | None]:
+    """Who holds the lock, in words, and its host, where it is known."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        told = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        return told, holder["host"]
     except (OSError, ValueError, TypeError, KeyError):
-        return "which did not say what it is"
+        return "which did not say what it is", None

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +17,11 @@ from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree, all_arrive
+from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.parallel import device_mesh, on_every_device
-from cassle_jax.storage import on_object_store
+from cassle_jax.storage import is_utf8, on_object_store, path_of
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
@@ -77,7 +80,8 @@ def pretrain(
       ConfigError, DataError: a setting that cannot work, before anything costly starts.
       Diverged: the loss or the update was not finite; the message names the step.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
-      NotSaved: the final checkpoint of the run could not be written.
+      NotSaved: the final checkpoint could not be written.
+      Outage: storage did not come back in time; a single process saved what it could.
     """
     workdir = _known_path(workdir)
     mesh = device_mesh()
@@ -149,36 +153,34 @@ class _Loop:
             mesh,
             batch=run.batch_size,
             seed=run.seed,
-            damaged=DamagedLog(
-                len(source),
-                config.data.max_bad_fraction,
-                workdir / "damaged",
-                process_index=jax.process_index(),
+            damaged=_written(
+                workdir,
+                lambda: DamagedLog(
+                    len(source),
+                    config.data.max_bad_fraction,
+                    workdir / "damaged",
+                    process_index=jax.process_index(),
+                ),
             ),
             state=self.data_state,
         )
         opened.callback(self.feed.close)
+        opened.callback(hurry.set)  # which must not wait for images that nobody needs any more
         self.train_step = make_train_step(run, mesh)
         self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None
         if self.leads:
-            with _written(workdir):
-                write_config(config, workdir)
-                if changes:
-                    LOG.warning("continuing with changed settings: %s", "; ".join(changes))
-                note_start(
-                    workdir,
-                    step=self.step,
-                    images=len(source),
-                    mesh=mesh,
-                    changes=changes,
-                    record=record_of(run),
-                )
-                if self.step == 0:
-                    _warn_of_leaks(run.conditioning)
-                    write_contact_sheet(run, source, config.data, workdir / "views.png")
-                    LOG.info("what the network sees is in %s; compiling", workdir / "views.png")
-                self.writer = MetricsWriter(workdir, self.step)
+            if changes:
+                LOG.warning("continuing with changed settings: %s", "; ".join(changes))
+            start = {"step": self.step, "images": len(source), "mesh": mesh, "changes": changes}
+            _written(workdir, lambda: write_config(config, workdir))
+            _written(workdir, lambda: note_start(workdir, **start, record=record_of(run)))
+            if self.step == 0:
+                _warn_of_leaks(run.conditioning)
+                views = workdir / "views.png"
+                _written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
+                LOG.info("what the network sees is in %s; compiling", views)
+            self.writer = _written(workdir, lambda: MetricsWriter(workdir, self.step))
             opened.callback(self.writer.close)
             self.progress = ProgressReport(self.total, self.step)
             opened.callback(self.progress.close)
@@ -194,13 +196,13 @@ class _Loop:
         begun_at = self.step
         try:
             return self._steps(stop)
-        except DataError as error:
+        except (DataError, Outage) as error:
             # Other processes cannot save with this one: their next step waits for it.
             if self.step > begun_at and jax.process_count() == 1:
                 try:
                     self._save_surely(STOPPING_SAVE_SECONDS)
                 except NotSaved as unsaved:
-                    raise NotSaved(f"{error}; {unsaved}") from error
+                    raise NotSaved(f"{error}; {unsaved}") from unsaved.__cause__
             raise
 
     def _steps(self, stop: StopRequest) -> TrainState:
@@ -299,12 +301,19 @@ def _check_devices(mesh: Mesh) -> None:
 
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:
-    """The path; raises ConfigError for an unknown scheme, which would become a local folder."""
+    """The path; raises ConfigError where no checkpoint can be written, such as an unknown scheme."""
     if "://" in str(workdir) and not on_object_store(workdir):
         raise ConfigError(
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
-    return epath.Path(workdir)
+    path = path_of(workdir)
+    whole = str(path.resolve())
+    if "\\" in whole or not is_utf8(whole):
+        raise ConfigError(
+            f"workdir={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
+            "cannot be written; use a folder without them"
+        )
+    return path
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
@@ -334,22 +343,21 @@ def _take_workdir(
     config: ConfigDict, workdir: epath.Path, accept_changes: bool, opened: contextlib.ExitStack
 ) -> list[str]:
     """Makes the workdir, holds it for this run, and returns the changed settings."""
-    with _written(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        opened.enter_context(workdir_held(workdir))
-    changes = check_unchanged(config, workdir, accept_changes=accept_changes)
+    _written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
+    _written(workdir, lambda: opened.enter_context(workdir_held(workdir)))
+    changes = _written(
+        workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
+    )
     # A run with checkpoints keeps its settings until the checkpoints have proved to fit.
     if not holds_run(workdir):
-        with _written(workdir):
-            write_config(config, workdir)
+        _written(workdir, lambda: write_config(config, workdir))
     return changes
 
 
-@contextlib.contextmanager
-def _written(workdir: epath.Path):
-    """Turns an error of writing in the workdir into one line."""
+def _written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
+    """Returns what `write` returns; turns an error of writing into one line."""
     try:
-        yield
+        return retried(f"workdir={workdir}", write)
     except OSError as error:
         raise ConfigError(
             f"workdir={workdir} cannot be written: {error.strerror or error}"

@@ -2,16 +2,19 @@
 
 import contextlib
 import logging
+from functools import partial
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from cassle_jax.faults import Outage, retried
 from cassle_jax.interop.card import run_card
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
+from cassle_jax.storage import path_of
 from cassle_jax.training.checkpoints import check_sums, checksums_of
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.metrics import read_metrics
@@ -41,7 +44,7 @@ def read_run(
     Raises:
         WeightsError: there is no such run, checkpoint or network, or its weights are not finite.
     """
-    workdir = epath.Path(workdir).resolve()
+    workdir = path_of(workdir).resolve()
     if not (workdir / "config.json").exists():
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
     with _of_damage(workdir):
@@ -91,7 +94,10 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
     for each in steps if step is None else [step]:
         try:
             with late_reads_ignored():
-                return each, _restore(folder / str(each), names)
+                read = partial(_restore, folder / str(each), names)
+                return each, retried(f"checkpoint {each}", read)
+        except Outage:
+            raise
         except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             LOG.warning("checkpoint %d cannot be read: %s", each, reason)

@@ -7,6 +7,8 @@ import threading
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from cassle_jax.faults import hurry
+
 
 class StopRequest:
     """Turns SIGTERM and Ctrl-C, while entered, into a request: a step ends, is saved, and stops.
@@ -17,6 +19,7 @@ class StopRequest:
     """
 
     def __enter__(self) -> "StopRequest":
+        hurry.clear()
         self._asked, self._previous = threading.Event(), {}
         self._alone = jax.process_count() == 1
         self._first: int | None = None
@@ -26,6 +29,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
+        hurry.clear()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -41,6 +45,7 @@ class StopRequest:
     def _on_signal(self, number, _) -> None:
         if self._alone:
             self._asked.set()
+            hurry.set()  # what is waited for may take minutes, and a kill comes in seconds
         else:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:

@@ -197,6 +197,8 @@ def stub(tmp_path):
         ([75, 3], 2, 3),
         ([1, 1, 1], 3, 1),
         ([137, 75, 75], 3, 75),
+        ([69, 69, 0], 3, 0),
+        ([74], 1, 74),
     ],
 )
 def test_a_gpu_host_starts_again_what_saved_or_crashed(stub, tmp_path, codes, starts, ends_with):
@@ -235,8 +237,13 @@ def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
     assert (process.wait(600), stub.starts()) == (75, 1)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (3, False)])
-def test_a_slurm_job_requeues_itself_only_after_saving(stub, tmp_path, code, requeued):
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [*((each, True) for each in (75, 69, 137)), *((each, False) for each in (0, 2, 3, 74))],
+)
+def test_a_slurm_job_requeues_itself_where_the_same_command_continues(
+    stub, tmp_path, code, requeued
+):
     environment = stub(
         f"exit {code}",
         srun='shift; exec "$@"',

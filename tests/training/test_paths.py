@@ -81,7 +81,7 @@ def test_images_and_class_lists_lie_in_a_folder_of_any_name(config, tmp_path, na
     assert datasets_in(f"cifar10,folder:{root}") == ("cifar10", f"folder:{root}")
     damaged = DamagedLog(10, 0.5, root / "damaged")
     damaged.add("1.png", "torn")
-    assert DamagedLog(10, 0.5, root / "damaged").names == ("1.png",)
+    assert DamagedLog(10, 0.5, root / "damaged").remembered == ("1.png",)
 
 
 def test_a_list_of_datasets_holds_paths_with_commas():
@@ -119,12 +119,14 @@ def test_a_checkpoint_that_lacks_its_arrays_ends_no_run_with_success(
 def test_reading_back_notices_another_number(tmp_path, monkeypatch):
     saved = {"step": 1, "checksums": checkpoints_module.checksums(small_state(1), {"step": 1})}
     checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=2)
-    checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0)
+    checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0)
     checkpoints.close()
     for state, problem in ((small_state(1), None), (small_state(2), "step, params, memory of it")):
         sums = checkpoints_module.checksums(state, {"step": 1})
         sums["data"] = saved["checksums"]["data"]
-        read_back = ReadBack(tmp_path / "checkpoints" / "1", state, {"step": 1, "checksums": sums})
+        read_back = ReadBack(
+            epath.Path(tmp_path, "checkpoints", "1"), state, {"step": 1, "checksums": sums}
+        )
         read_back.start()
         assert read_back.ended(wait=True)
         assert (read_back.problem or "").startswith(problem or "")

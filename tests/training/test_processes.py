@@ -114,6 +114,15 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
     assert_same(tmp_path, alone)
 
 
+def test_a_disk_that_fails_under_one_ends_all_with_a_code_that_starts_them_again(tmp_path):
+    codes, errors = ends(start(tmp_path, 2, STEPS, module="tests.training.run_unsaved"))
+    assert codes == [69, 69], errors
+    assert steps_saved(tmp_path) == [5]
+    for error in errors:
+        assert "checkpoint 10 is not saved" in error and "Input/output error" in error
+        assert "training goes on" not in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("each", "message"),
     [
@@ -141,7 +150,7 @@ def test_a_process_whose_others_do_not_come_gives_up_with_one_line(tmp_path):
     processes = start(tmp_path, 2, STEPS, CASSLE_JOIN_SECONDS="4")
     processes.pop().kill()
     codes, errors = ends(processes)
-    assert codes == [2]
+    assert codes == [69]  # whoever starts it may start it again
     assert errors[0].count("\n") == 1
     assert "process 0 did not meet the others at JAX_COORDINATOR_ADDRESS=127.0.0.1:" in errors[0]
 

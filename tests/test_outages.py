@@ -1,0 +1,326 @@
+"""Faults of storage that pass cost time alone; those that stay lose nothing and say so."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cassle_jax import faults
+from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
+from cassle_jax.config import ConfigError
+from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
+from cassle_jax.data.pipeline import training_batches
+from cassle_jax.data.shards import Shards
+from cassle_jax.faults import Outage, passing, retried
+from cassle_jax.models import ENCODERS
+from cassle_jax.training import loop as loop_module
+from cassle_jax.training.checkpoints import Checkpoints
+from cassle_jax.training.lock import workdir_held
+from cassle_jax.training.loop import pretrain
+from cassle_jax.training.metrics import MetricsWriter
+from tests.tiny import TinyEncoder, tiny_config
+from tests.training.processes import steps_saved
+from tests.training.test_faults import small_state
+
+IMAGES = 40
+
+
+def fault(code=errno.EIO):
+    return OSError(code, os.strerror(code))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Faults are given half a second, not minutes."""
+    monkeypatch.setenv(faults.SECONDS, "0.5")
+    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.02)
+
+
+class Failing:
+    """A source of `IMAGES` images; `fails` says of an index whether reading it fails now."""
+
+    def __init__(self, source, fails):
+        self._source, self._fails = source, fails
+        self.name, self.class_names = source.name, source.class_names
+        self.reads = []
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        if self._fails(index):
+            raise fault(errno.ESTALE if index % 2 else errno.EIO)
+        return self._source[index]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for index in range(IMAGES):
+        (root / "train" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "train" / "ab"[index % 2] / f"{index:02}.png")
+    return root
+
+
+@pytest.fixture
+def images(folder):
+    settings = SimpleNamespace(source="folder", path=str(folder), classes="", max_pixels=10**8)
+    return open_source(settings, "train")
+
+
+def batches(source, damaged, count=4):
+    settings = {"batch": IMAGES // 2, "canvas": 20, "seed": 1, "threads": 2}
+    iterator = training_batches(source, damaged=damaged, **settings)
+    with contextlib.closing(iterator):
+        return [next(iterator)["image"].copy() for _ in range(count)]
+
+
+# --- the mechanism
+
+
+def test_what_passes_is_tried_again_and_what_stays_is_an_outage(caplog):
+    tries = iter([fault(), fault(errno.ESTALE), None])
+
+    def action():
+        error = next(tries)
+        if error:
+            raise error
+        return 7
+
+    assert retried("it", action) == 7
+    assert caplog.text.count("it: Input/output error; it is tried again for 0.5 s") == 1
+
+    def never():
+        raise RuntimeError("pread() failed: Stale file handle; reading x") from None
+
+    with pytest.raises(Outage, match=r"^it: Stale file handle, for 0\.5 s; the same command"):
+        retried("it", never)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), ValueError("wrong")])
+def test_what_cannot_pass_is_not_tried_again(error):
+    tries = []
+
+    def action():
+        tries.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        retried("it", action)
+    assert len(tries) == 1
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("wrong"), EXIT_WRONG_SETTING),
+        (DataError("wrong"), EXIT_WRONG_SETTING),
+        (caused(DataError("cannot be listed"), fault()), EXIT_OUTAGE),
+        (caused(ConfigError("cannot be written"), fault(errno.ENOSPC)), EXIT_OUTAGE),
+        (Outage("gone"), EXIT_OUTAGE),
+        (fault(errno.ENOTCONN), EXIT_OUTAGE),
+        (fault(errno.EACCES), None),
+        (RuntimeError("Gloo: Connection reset by peer"), None),
+    ],
+)
+def test_the_exit_code_tells_a_mistake_from_an_outage(error, code):
+    assert code_of(error) == code
+
+
+# --- reading images
+
+
+def test_one_failing_read_changes_nothing(images):
+    undisturbed = batches(images, DamagedLog(IMAGES, 0.0))
+    failed = set()
+
+    def once(index):
+        fails = index % 7 == 3 and index not in failed
+        failed.add(index)
+        return fails
+
+    found = batches(Failing(images, once), DamagedLog(IMAGES, 0.0))
+    np.testing.assert_array_equal(found, undisturbed)
+
+
+def test_a_file_that_stays_unreadable_is_a_damaged_image_and_waited_for_once(images, caplog):
+    damaged, source = DamagedLog(IMAGES, 0.05), Failing(images, lambda index: index == 13)
+    batches(source, damaged)
+    assert "is tried again" in caplog.text
+    caplog.clear()
+    batches(source, damaged)
+    assert not caplog.text
+    assert len(damaged) == 1 and "13" in damaged.names[0]
+    with pytest.raises(TooManyDamaged):
+        batches(Failing(images, lambda index: index == 13), DamagedLog(IMAGES, 0.0))
+
+
+def test_nothing_that_can_be_read_is_an_outage_and_no_damage(images):
+    damaged = DamagedLog(IMAGES, 1.0)
+    with pytest.raises(Outage, match="the same command continues"):
+        batches(Failing(images, lambda index: True), damaged)
+    assert len(damaged) == 0
+
+
+@pytest.mark.parametrize("mount_point_stays", [True, False])
+def test_a_folder_that_vanishes_is_an_outage_and_waited_for(images, folder, mount_point_stays):
+    split, away = folder / "train", folder / "away"
+    undisturbed = batches(images, DamagedLog(IMAGES, 0.0))
+    split.rename(away)
+    if mount_point_stays:
+        split.mkdir()
+    damaged = DamagedLog(IMAGES, 1.0)
+    with pytest.raises(Outage, match="the folder is gone, or empty"):
+        batches(images, damaged)
+    assert len(damaged) == 0
+
+    def back():
+        if mount_point_stays:
+            split.rmdir()
+        away.rename(split)
+
+    threading.Timer(0.2, back).start()
+    np.testing.assert_array_equal(batches(images, damaged), undisturbed)
+    assert len(damaged) == 0
+
+
+def test_an_outage_while_a_split_is_listed_passes(folder, monkeypatch):
+    scan, fails = os.scandir, iter([True, True])
+
+    def scandir(path):
+        if next(fails, False):
+            raise fault()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    settings = SimpleNamespace(source="folder", path=str(folder), classes="", max_pixels=10**8)
+    assert len(open_source(settings, "train")) == IMAGES
+
+
+def test_a_file_of_records_that_is_out_of_reach_is_told_from_a_damaged_one(tmp_path):
+    (tmp_path / "records").write_bytes(b"")
+    instruction = SimpleNamespace(filename=tmp_path / "records", examples_in_shard=1, take=1)
+    shards = Shards("records", [instruction])
+    with pytest.raises(OSError, match="Input/output error"):
+        shards.check(0, RuntimeError("pread() failed: Input/output error; reading records"))
+    with pytest.raises(DataError, match="cannot be read"):
+        shards.check(0, RuntimeError("open() failed: Permission denied; reading records"))
+
+
+# --- a run
+
+
+@pytest.fixture
+def config(folder):
+    ENCODERS["tiny"] = TinyEncoder
+    config = tiny_config("method=simclr")
+    config.update_from_flattened_dict(
+        {"steps": 24, "log.every_steps": 2, "checkpoint.every_steps": 100, "data.cache_gib": 0.0}
+    )
+    config.data.update({"source": "folder", "path": str(folder), "on_device": "never"})
+    return config
+
+
+def test_a_run_whose_images_vanish_saves_and_the_same_command_continues(
+    config, folder, tmp_path, monkeypatch
+):
+    whole = pretrain(config, tmp_path / "whole")
+    write = MetricsWriter.write
+
+    def vanish(writer, step, metrics):
+        write(writer, step, metrics)
+        if step == 4:
+            folder.rename(tmp_path / "away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsWriter, "write", vanish)
+        with pytest.raises(Outage) as outage:
+            pretrain(config, tmp_path / "run")
+    assert code_of(outage.value) == EXIT_OUTAGE and "\n" not in str(outage.value)
+    assert steps_saved(tmp_path / "run")[-1] >= 4
+    (tmp_path / "away").rename(folder)
+    state = pretrain(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_no_space_at_the_start_is_waited_for(config, tmp_path, monkeypatch, passes):
+    write, fails = loop_module.write_config, iter([True] * (2 if passes else 1000))
+
+    def full(*arguments):
+        if next(fails, False):
+            raise fault(errno.ENOSPC)
+        write(*arguments)
+
+    monkeypatch.setattr(loop_module, "write_config", full)
+    config.steps = 1
+    if passes:
+        assert int(pretrain(config, tmp_path / "run").step) == 1
+        return
+    with pytest.raises(Outage, match=r"workdir=.*: No space left on device, for 0\.5 s") as ended:
+        pretrain(config, tmp_path / "run")
+    assert code_of(ended.value) == EXIT_OUTAGE
+
+
+def test_a_lock_of_another_host_is_waited_for(tmp_path):
+    holder = json.dumps({"host": "a-host-that-died", "pid": 7, "since": "today"})
+    (tmp_path / "lock").write_text(holder)
+    descriptor = os.open(tmp_path / "lock", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def take():
+        return retried("workdir", lambda: workdir_held(tmp_path).__enter__())
+
+    with pytest.raises(
+        Outage, match=r"in use by another run .process 7 on a-host-that-died"
+    ) as held:
+        take()
+    assert code_of(held.value) == EXIT_OUTAGE
+    threading.Timer(0.2, lambda: os.close(descriptor)).start()
+    take()
+
+
+def test_a_checkpoint_that_fails_to_be_read_once_is_not_given_up(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, small_state(step), {"step": step})
+    checkpoints.close()
+    read, fails = Checkpoints._read, iter([True, True])
+
+    def failing(self, step, like):
+        if next(fails, False):
+            raise fault(errno.ESTALE)
+        return read(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "_read", failing)
+    monkeypatch.setenv(faults.SECONDS, "60")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state, _ = checkpoints.restore(small_state(0))
+    assert int(state.step) == 2
+    monkeypatch.setattr(Checkpoints, "_read", lambda *_: (_ for _ in ()).throw(fault()))
+    monkeypatch.setenv(faults.SECONDS, "0.5")
+    with pytest.raises(Outage, match="checkpoint 2: Input/output error"):
+        checkpoints.restore(small_state(0))
+    checkpoints.close()
+    assert steps_saved(tmp_path) == [1, 2] and not (tmp_path / "unreadable").exists()
+
+
+def test_passing_looks_at_causes_and_at_what_libraries_say():
+    assert passing(caused(DataError("x"), fault())).errno == errno.EIO
+    assert passing(ValueError("INTERNAL: [os_error_code: 'ESTALE' Stale file handle]"))
+    assert passing(ValueError("File exists")) is None and passing(None) is None
