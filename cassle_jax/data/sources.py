@@ -112,7 +112,7 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
         text = importlib.resources.files(__package__).joinpath("imagenet100_wnids.txt").read_text()
     else:
         try:
-            text = path_of(classes).read_text(encoding="utf-8-sig")
+            text = path_of(classes).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "
