@@ -301,7 +301,7 @@ def _check_devices(mesh: Mesh) -> None:
 
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:
-    """The path; raises ConfigError where no checkpoint can be written, such as an unknown scheme."""
+    """The path; raises ConfigError where no checkpoint can be written, as by an unknown scheme."""
     if "://" in str(workdir) and not on_object_store(workdir):
         raise ConfigError(
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
