@@ -66,7 +66,7 @@ def evaluate_command(
         name are seeds of one subject.
       datasets: names in `DATASETS`, `motifs`, `scenes`, `folder:<path>`, or `name=<path of its
         folder>`.
-      to: folder of the report; its page says where the evaluation ended early.
+      to: folder of the report; its page says so if the evaluation ended early.
       tasks: names in `TASKS`; empty for the usual ones that suit each dataset.
       network: the network of a run to evaluate: `online` or `momentum`.
       data_dir: data_dir of tensorflow-datasets.

@@ -1,4 +1,4 @@
-"""From stored images to batches of uint8 canvases: sources, decoding, and the Grain pipeline."""
+"""Turns stored images into batches of uint8 canvases: sources, decoding, and the Grain pipeline."""
 
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode

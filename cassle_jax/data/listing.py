@@ -42,7 +42,7 @@ class Skipped:
             LOG.log(level, "%s: skipped %d: %s, such as %r", name, count, kind, first)
 
     def __str__(self) -> str:
-        """Such as ' (skipped: 3: hidden, such as 'a/.x')'; '' where nothing was left out."""
+        """A summary such as ' (skipped: 3: hidden, such as 'a/.x')'; '' if nothing was left out."""
         each = [f"{count}: {kind}, such as {one!r}" for kind, (count, one) in self._found.items()]
         return f" (skipped: {'; '.join(each)})" if each else ""
 

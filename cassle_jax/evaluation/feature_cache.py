@@ -52,7 +52,7 @@ class FeatureCache:
 
         Args:
           subject: 16 hexadecimal digits.
-          key: the key of the arrays, likewise.
+          key: 16 hexadecimal digits, of the arrays.
           arrays: the arrays by name.
         """
         if sum(each.nbytes for each in arrays.values()) > self._bytes:

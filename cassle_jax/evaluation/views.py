@@ -35,7 +35,7 @@ from cassle_jax.parallel import shard_batch
 AUGMENTATIONS = ("crop", *SWITCHES)
 
 Batch = Mapping[str, Array | np.ndarray]
-"""As from `evaluation_batches`: image uint8 [B, H, W, 3], size [B, 2], index [B] and mask [B]."""
+"""A batch of `evaluation_batches`: image uint8 [B, H, W, 3], size [B, 2], index [B], mask [B]."""
 
 
 def protocol_key(protocol: str, seed: int) -> PRNGKeyArray:

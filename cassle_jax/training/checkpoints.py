@@ -340,7 +340,7 @@ class Checkpoints:
 
 
 def _in_all_processes(here: bool) -> bool:
-    """Whether it holds in every process; all processes must call this."""
+    """Whether `here` is true in every process; all processes must call this."""
     if jax.process_count() == 1:
         return here
     return bool(multihost_utils.process_allgather(np.array(here)).all())
@@ -361,7 +361,7 @@ def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
 
 
 def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
-    """The same for some parts of a state, by name."""
+    """A checksum per part of a state, by name."""
     return {name: int(value) for name, value in _checksums_of(dict(parts)).items()}
 
 
