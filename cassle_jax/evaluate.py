@@ -264,7 +264,7 @@ def open_evaluated(described: str, data_dir: str) -> EvaluationData:
 
 
 def datasets_in(text: str) -> tuple[str, ...]:
-    """The datasets of a list with commas; a comma that no dataset follows belongs to a path."""
+    """The datasets in a comma-separated list; a comma without a dataset after it is a path's."""
     found: list[str] = []
     for piece in text.split(",") if text else []:
         name = piece.strip().partition("=")[0]
@@ -277,7 +277,7 @@ def datasets_in(text: str) -> tuple[str, ...]:
 
 
 def named_path(described: str) -> tuple[str, str]:
-    """Name and path of `name=path`; the name is empty where all of it is a path that is there."""
+    """Name and path of `name=path`; the name is empty where the whole is an existing path."""
     name, separator, path = described.partition("=")
     if not separator or path_of(described).exists():
         return "", described

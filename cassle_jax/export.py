@@ -125,12 +125,18 @@ if __name__ == "__main__":
     run_flag = flags.DEFINE_string("run", "", "Workdir of the run to export.")
     weights_flag = flags.DEFINE_string("weights", "", "Or a file of weights to convert.")
     to_flag = flags.DEFINE_string("to", None, "Folder to write to.")
-    formats_flag = flags.DEFINE_list("formats", [], f"Of {', '.join(FORMATS)}; the usual ones.")
-    network_flag = flags.DEFINE_string(
-        "network", "online", "online, or momentum where there is one."
+    formats_flag = flags.DEFINE_list(
+        "formats",
+        [],
+        f"Formats to write; default: the usual ones. One or more of {', '.join(FORMATS)}.",
     )
-    step_flag = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.")
-    heads_flag = flags.DEFINE_integer("heads", None, "Of a ViT in a file that does not say.")
+    network_flag = flags.DEFINE_string(
+        "network", "online", "Network to export: online, or momentum where there is one."
+    )
+    step_flag = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+    heads_flag = flags.DEFINE_integer(
+        "heads", None, "Attention heads of a ViT whose file does not say."
+    )
     flags.mark_flags_as_required(["to"])
     command.run(
         lambda: export_command(

@@ -1,4 +1,4 @@
-"""Tells faults of storage that may pass from mistakes that stay, and tries again while they may."""
+"""Distinguishes temporary faults of storage from lasting mistakes, and retries the former."""
 
 import errno
 import logging
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 LOG = logging.getLogger(__name__)
 
-SECONDS = "CASSLE_STORAGE_SECONDS"  # how long a fault is given to pass
+SECONDS = "CASSLE_STORAGE_SECONDS"  # how long to wait for a fault to pass
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PASSING = FULL | {
@@ -27,7 +27,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
 T = TypeVar("T")
 
 hurry = threading.Event()
-"""Set where the process is to end: nothing is waited for any more."""
+"""Set when the process is about to end: retries then stop waiting."""
 
 
 class Outage(RuntimeError):
@@ -35,7 +35,7 @@ class Outage(RuntimeError):
 
 
 def passing(error: BaseException | None) -> OSError | None:
-    """The fault of storage that led to `error` and may pass; `None` where none did."""
+    """The temporary fault of storage that caused `error`; `None` for any other cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _PASSING:
             return error
@@ -46,12 +46,12 @@ def passing(error: BaseException | None) -> OSError | None:
 
 
 def _told(text: str) -> int | None:
-    """The fault that a library in another language tells of in words."""
+    """The number of the fault that a library in another language reports in words."""
     return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
 
 
 def storage_seconds() -> float:
-    """How long a fault is given to pass: `CASSLE_STORAGE_SECONDS`, or five minutes."""
+    """Seconds to wait for a fault to pass: `CASSLE_STORAGE_SECONDS`, or five minutes."""
     text = os.environ.get(SECONDS, "300")
     try:
         return max(0.0, float(text))
@@ -60,12 +60,12 @@ def storage_seconds() -> float:
 
 
 def retried(what: str, action: Callable[[], T], *, seconds: float | None = None) -> T:
-    """Does something with storage, and does it again, ever more rarely, while a fault may pass.
+    """Runs an action on storage, and retries at growing intervals while a fault may pass.
 
     Args:
-      what: is read or written, for the log.
-      action: leaves nothing behind where it fails.
-      seconds: after which it is given up; `storage_seconds()` by default.
+      what: what is read or written, for the log.
+      action: the action; leaves nothing behind where it fails.
+      seconds: time after which it gives up; `storage_seconds()` by default.
 
     Raises:
       Outage: the fault did not pass; caused by the last one.
@@ -76,7 +76,7 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
     while True:
         try:
             return action()
-        except Exception as error:  # of a library, which raises whatever it calls this
+        except Exception as error:  # libraries raise their own types for this
             fault = passing(error)
             if fault is None:
                 raise

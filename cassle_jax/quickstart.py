@@ -208,7 +208,7 @@ def main(method: str, workdir: epath.Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    method_flag = flags.DEFINE_enum("method", "simclr", sorted(METHODS), "What is pretrained.")
+    method_flag = flags.DEFINE_enum("method", "simclr", sorted(METHODS), "Method to pretrain.")
     workdir_flag = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of runs and page.")
-    seed_flag = flags.DEFINE_integer("seed", 0, "Of weights, order and augmentations.", 0)
+    seed_flag = flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentations.", 0)
     command.run(lambda: main(method_flag.value, path_of(workdir_flag.value), seed_flag.value))

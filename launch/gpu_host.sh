@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on all GPUs of this host, and starts again where the run saved and ended, lost storage, or crashed.
+# Pretrains on all GPUs of this host, and restarts the run after it saved and ended, lost storage, or crashed.
 # Usage: bash launch/gpu_host.sh [--processes=N] [--restarts=N] [--dry-run] --config=… --workdir=… [--config.…=…]
 #   --processes  1 for all GPUs (the default, and JAX's recommendation), or N with an equal share each
 #   --restarts   largest number of restarts (default 5); after that, the same command continues by hand

@@ -112,8 +112,8 @@ install_jax_with() {
 version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
 
 # Calls start_processes, which sets the array processes, until the run is finished or cannot be.
-# One that saved and ended, lost storage or another process, or crashed, starts again, at most so many times; one that
-# was asked to end through this script, by SIGTERM or Ctrl-C, does not.
+# Restarts a run that saved and ended, lost storage or another process, or crashed, up to the given number of times, but
+# not one that SIGTERM or Ctrl-C ended through this script.
 supervise() {
   local left="$1" code
   processes=() stopping=''

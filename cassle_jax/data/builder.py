@@ -109,7 +109,7 @@ class TfdsSource:
         return content_of_files(self._shards.paths)
 
     def _reopen(self) -> None:
-        """Takes readers that have not failed; what others still read with the old ones goes on."""
+        """Opens new readers, as these have failed; reads of other threads with these continue."""
         records = copy.copy(self._records)
         records.data_source = copy.copy(self._records.data_source)
         self._records = records

@@ -80,7 +80,7 @@ class DamagedLog:
         return tuple(sorted(self._remembered))
 
     def knows(self, name: str) -> bool:
-        """Whether the record `name` was noted before."""
+        """Whether the record `name` has been added before."""
         return _printable(name) in self._reasons
 
     def add(self, name: str, reason: str) -> None:

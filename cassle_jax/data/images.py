@@ -20,7 +20,7 @@ from cassle_jax.faults import Outage, passing, retried
 
 Batch = dict[str, np.ndarray]
 
-# The distances to the other images that are read to tell a bad file from a storage outage.
+# Distances to other images, whose reading distinguishes a bad file from a storage outage.
 _OTHERS = (1, 17, 1009)
 
 # Errors of the file itself. Substitutes for images lost to machine or network errors would hide
@@ -168,11 +168,11 @@ class Images:
         return squares_of(pixels, self._canvas, self._short_side)(CENTRE)
 
     def _read(self, index: int, name: str) -> Record:
-        """The record, waited for while its storage may come back.
+        """The record; waits for storage that may come back.
 
         Raises:
-          OSError: the file's own trouble: others can be read.
-          Outage: nothing can be read.
+          OSError: this file alone cannot be read.
+          Outage: no file can be read.
         """
 
         def read(place: int = index) -> Record:
@@ -191,7 +191,7 @@ class Images:
             except (OSError, _Known):
                 return False
             except DamagedImage:
-                return True  # what is damaged was read
+                return True  # a damaged image has been read
             return True
 
         try:
@@ -212,7 +212,7 @@ class Images:
 
 
 class _Known(Exception):
-    """The record's file could not be read before, and was waited for then."""
+    """An earlier read has already waited in vain for the record's file."""
 
     def __init__(self, fault: OSError):
         super().__init__()
@@ -220,7 +220,7 @@ class _Known(Exception):
 
 
 def _check_folder_there(file: str | None, root: str) -> None:
-    """Raises OSError where not a file is missing but the folder of all, as when unmounted."""
+    """Raises OSError where the whole folder is missing, as when unmounted, not one file."""
     if file is None or not pathlib.Path(file).is_relative_to(root):
         return
     with contextlib.suppress(OSError), os.scandir(root) as entries:

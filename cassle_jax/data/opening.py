@@ -43,7 +43,7 @@ def open_source(data_config: Any, split: str) -> Source:
 
     Raises:
       DataError: a setting cannot work; the message names it and what would.
-      Outage: its storage did not come back in time.
+      Outage: storage was out of reach and did not come back in time.
     """
     openers = {**dict.fromkeys(FAMILIES, _open_drawn), "folder": _open_folder, "tfds": _open_tfds}
     opener = openers.get(data_config.source)

@@ -46,7 +46,7 @@ class Shards:
     def check(self, position: int, error: Exception) -> None:
         """Raises DataError where `error` is the fault of a record's file, not of the record.
 
-        OSError where storage is, which may come back.
+        Raises OSError where it is the fault of storage, which may come back.
 
         Args:
           position: place of the record in the split.

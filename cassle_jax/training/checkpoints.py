@@ -59,8 +59,8 @@ class Checkpoints:
         self._failures = 0
         self._cause: Exception | None = None  # of the newest save's trouble
         self._read_back: ReadBack | None = None
-        self._unproved = ""  # why the newest that was read back cannot be continued from
-        self._proved = jax.process_index() > 0  # the first process reads for all
+        self._unproved = ""  # why no run can continue from the newest one read back
+        self._proved = jax.process_index() > 0  # the first process reads for all of them
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(late_reads_ignored())
         self._quiet.enter_context(_orbax_tells_errors_once())
@@ -142,7 +142,7 @@ class Checkpoints:
         for step in steps:
             restored = None
             try:
-                # The newest is waited for; an older one tells a damaged file from a lost disk.
+                # Wait for the newest; an older one distinguishes a damaged file from a lost disk.
                 seconds = 0.0 if outage else None
                 restored = retried(f"checkpoint {step}", partial(read, step), seconds=seconds)
             except ConfigError:
@@ -227,7 +227,7 @@ class Checkpoints:
             self._read_back.start()
 
     def _look_at_proof(self, *, wait: bool = False) -> None:
-        """Takes note of how reading the first checkpoint back ended, and tells where badly."""
+        """Records how reading the first checkpoint back ended; logs a failure."""
         read_back = self._read_back
         if read_back is None or not read_back.ended(wait=wait):
             return

@@ -34,7 +34,7 @@ def workdir_held(workdir: epath.PathLike) -> Iterator[None]:
       workdir: workdir of the run; must exist.
 
     Raises:
-      ConfigError: another run of this host holds it; names the process and since when.
+      ConfigError: another run of this host holds it; the message names its process and start.
       OSError: the file cannot be written; EAGAIN where a run of another host holds it.
     """
     if fcntl is None or on_object_store(workdir):
@@ -75,7 +75,7 @@ def _take(descriptor: int, workdir: epath.PathLike) -> None:
 
 
 def _holder(descriptor: int) -> tuple[str, str | None]:
-    """Who holds the lock, in words, and its host, where it is known."""
+    """The holder of the lock, in words, and its host, where it is known."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         told = f"process {holder['pid']} on {holder['host']} since {holder['since']}"

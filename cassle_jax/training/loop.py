@@ -165,7 +165,7 @@ class _Loop:
             state=self.data_state,
         )
         opened.callback(self.feed.close)
-        opened.callback(hurry.set)  # which must not wait for images that nobody needs any more
+        opened.callback(hurry.set)  # not to wait for images without use
         self.train_step = make_train_step(run, mesh)
         self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None

@@ -13,16 +13,16 @@ from etils import epath
 from cassle_jax.faults import retried
 from cassle_jax.training.state import TrainState
 
-_CHUNK = 2**22  # words whose factors are made at a time
+_CHUNK = 2**22  # words per step of the checksum
 
 
 class ReadBack:
-    """One checkpoint, to be read once it is complete.
+    """Reads one checkpoint once it is complete.
 
     Args:
-      folder: of the checkpoint.
-      state: that is saved in it; only shapes are kept.
-      saved: what is saved beside it, with the checksums.
+      folder: folder of the checkpoint.
+      state: the state saved in it; only its shapes are kept.
+      saved: the data saved beside it, with the checksums.
     """
 
     def __init__(self, folder: epath.Path, state: TrainState, saved: Mapping[str, Any]):
@@ -33,11 +33,11 @@ class ReadBack:
         self._problem: str | None = None
 
     def start(self) -> None:
-        """Begins to read."""
+        """Starts reading."""
         self._thread.start()
 
     def ended(self, *, wait: bool) -> bool:
-        """Whether it was begun and is over; with `wait`, what was begun is waited for."""
+        """Whether reading was started and has ended; with `wait`, waits for its end."""
         if self._thread.ident is None:
             return False
         self._thread.join(None if wait else 0.0)
@@ -45,7 +45,7 @@ class ReadBack:
 
     @property
     def problem(self) -> str | None:
-        """Why the checkpoint cannot be continued from; `None` where it can."""
+        """The reason why no run can continue from the checkpoint; `None` where one can."""
         return self._problem
 
     def _read(self) -> None:
@@ -56,7 +56,7 @@ class ReadBack:
             wrong = [name for name in found if found[name] != expected[name]]
             if wrong or saved != self._saved:
                 self._problem = f"{', '.join(wrong) or 'data'} of it are not what was saved"
-        except Exception as error:  # Orbax and TensorStore raise whatever they come upon
+        except Exception as error:  # Orbax and TensorStore raise any type
             self._problem = (str(error).strip() or repr(error)).splitlines()[0]
 
     def _load(self) -> tuple[TrainState, dict[str, Any]]:
@@ -70,7 +70,7 @@ class ReadBack:
 
 
 def host_checksum(part: Any) -> int:
-    """What `checkpoints.checksums_of` computes on the devices, of a part that is on the host."""
+    """The checksum of a part on the host, as `checkpoints.checksums_of` computes it on devices."""
     total = 0
     for leaf in jax.tree.leaves(part):
         total = (total * 16777619 + _checksum(leaf)) % 2**32
@@ -91,7 +91,7 @@ def _checksum(leaf: Any) -> int:
 
 
 def _on_the_host(leaf: jax.Array) -> Any:
-    """An array of no memory, of the shape and dtype in which the leaf is to be read."""
+    """A target without memory, in the shape and dtype to read the leaf in."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

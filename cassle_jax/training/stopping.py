@@ -45,7 +45,7 @@ class StopRequest:
     def _on_signal(self, number, _) -> None:
         if self._alone:
             self._asked.set()
-            hurry.set()  # what is waited for may take minutes, and a kill comes in seconds
+            hurry.set()  # waits may take minutes, but a kill comes in seconds
         else:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
