@@ -163,7 +163,11 @@ def assert_equal(found, expected):
 def test_an_encoder_without_a_projector_is_matched_by_its_features(measured):
     measure, _ = matcher(COLOR_DIFF)
     bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 16))
-    assert bare.agreements == {FEATURES: measured.agreements[FEATURES]}
+    assert list(bare.agreements) == [FEATURES]
+    # Two programs, which XLA rounds each in its own way.
+    assert dataclasses.astuple(bare.agreements[FEATURES]) == pytest.approx(
+        dataclasses.astuple(measured.agreements[FEATURES]), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
