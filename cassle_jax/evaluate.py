@@ -81,7 +81,6 @@ def evaluate_command(
     """
     for name in tasks:
         knows("tasks", name, TASKS)
-    knows("network", network, ("online", "momentum"))
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
     mesh = device_mesh()
@@ -90,7 +89,7 @@ def evaluate_command(
             f"batch={batch} cannot be split over {mesh.size} devices; use a multiple of them"
         )
     try:
-        _check_settings(settings or Settings(), limit)
+        check_settings(settings or Settings(), limit=limit, network=network)
         check_at_least(0, cache_gib=cache_gib)
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("augment.")) from error
@@ -344,8 +343,16 @@ def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
     return facts | {name: seeds[0].facts[name] for name in known if name in seeds[0].facts}
 
 
-def _check_settings(settings: Settings, limit: int) -> None:
-    """Refuses at the start what a protocol would only refuse at its turn."""
+def check_settings(
+    settings: Settings, *, limit: int = 0, network: str = "online", batch: int = 2
+) -> None:
+    """Refuses at the start what a run or a protocol would only refuse at its turn.
+
+    Raises:
+      ValueError: names the setting, its value, and what would work.
+    """
+    knows("network", network, ("online", "momentum"))
+    check_at_least(2, batch=batch)
     check_at_least(0, limit=limit, analysed=settings.analysed)
     check_seed(seed=settings.seed)
     check_at_least(0, fine_tune_epochs=settings.fine_tune_epochs)

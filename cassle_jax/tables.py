@@ -25,6 +25,7 @@ from cassle_jax.config import ConfigError, knows
 from cassle_jax.data import DataError, open_source
 from cassle_jax.evaluate import (
     check_names,
+    check_settings,
     datasets_in,
     open_evaluated,
     tasks_for,
@@ -377,6 +378,10 @@ def evaluation_of(
     typed = {name: _value(name, value, kinds[name]) for name, value in values.items()}
     settings = Settings(**{name: value for name, value in typed.items() if name not in own})
     others = {name: value for name, value in typed.items() if name in own}
+    try:
+        check_settings(settings, **others)
+    except ValueError as error:
+        raise ConfigError(f"evaluation {str(error).removeprefix('augment.')}") from error
     for data in opened:
         limit = others.get("limit", 0)
         for task, reason in unmet_needs(data, tasks_for(data, tasks), settings, limit).items():

@@ -156,6 +156,11 @@ def test_an_unknown_table_names_the_closest():
         ({"tasks": ("knnn",)}, "tasks='knnn' is unknown"),
         ({"evaluation": ("limt=3",)}, "evaluation='limt' is unknown.*'limit'"),
         ({"evaluation": ("limit=x",)}, "evaluation limit='x' is invalid"),
+        ({"evaluation": ("limit=-1",)}, "evaluation limit=-1 .* 0"),
+        ({"evaluation": ("network=target",)}, "evaluation network='target' is unknown.* online"),
+        ({"evaluation": ("batch=1",)}, "evaluation batch=1 .* 2"),
+        ({"evaluation": ("episodes=0",)}, "evaluation episodes=0 .* 1"),
+        ({"evaluation": ("std=0.2,0,0.2",)}, r"evaluation std=\(0.2, 0.0, 0.2\)"),
         ({"overrides": ("data.source=folder", "data.path=/none")}, "/none"),
     ],
 )
