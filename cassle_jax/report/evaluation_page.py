@@ -123,10 +123,14 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
 
 
 def is_complete(path: str | PathLike[str]) -> bool:
-    """Whether there is a `report.json` at the path of an evaluation that was done, all of it."""
-    if not Path(path).exists():
+    """Whether there is a `report.json` at the path of an evaluation that was done, all of it.
+
+    A damaged one is not complete: the evaluation makes it anew.
+    """
+    try:
+        held = _held(path)
+    except (FileNotFoundError, ValueError):
         return False
-    held = _held(path)
     runs = (run for one in held["subjects"].values() for run in one["runs"])
     failed = any(each["kind"] == "failure" for run in runs for each in run)
     return held.get("complete", True) and not failed

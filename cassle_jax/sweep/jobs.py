@@ -120,9 +120,14 @@ class Command:
 
 
 def outcome_of(folder: Path) -> dict[str, object] | None:
-    """Reads `outcome.json` of a command; returns `None` where no command ended in the folder."""
-    path = folder / OUTCOME
-    return json.loads(path.read_text()) if path.exists() else None
+    """Reads `outcome.json` of a command; returns `None` where no command ended in the folder.
+
+    A damaged file counts as missing, so that the command runs again.
+    """
+    try:
+        return json.loads((folder / OUTCOME).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 class Local:

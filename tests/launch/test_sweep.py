@@ -173,6 +173,13 @@ def test_slurm_requeues_a_run_that_saved(on_slurm, tmp_path, monkeypatch, rank, 
     assert calls.read_text() == expected
 
 
+def test_a_damaged_outcome_counts_as_missing(tmp_path):
+    assert outcome_of(tmp_path) is None
+    for damaged in (b"", b'{"exit_code": ', b"\0\0"):
+        (tmp_path / OUTCOME).write_bytes(damaged)
+        assert outcome_of(tmp_path) is None
+
+
 def test_a_run_without_progress_is_not_restarted_forever(on_slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "99")
     assert on_slurm[1]() == 75

@@ -390,6 +390,8 @@ def test_what_failed_stands_at_the_top_and_what_was_found_is_found_by_its_key(tm
         write_report(report.parent, found, complete=complete)
         assert is_complete(report) == (found is whole and complete)
     assert not is_complete(tmp_path / "report.json")
+    report.write_bytes(report.read_bytes()[:100])  # as a power cut leaves it
+    assert not is_complete(report)
 
 
 @pytest.mark.parametrize(
