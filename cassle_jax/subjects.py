@@ -52,7 +52,8 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise ConfigError(f"{where}{error}") from error
 
 
 def _of_run(name: str, weights: Weights) -> Subject:

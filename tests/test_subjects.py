@@ -98,6 +98,9 @@ def test_what_cannot_be_opened_is_one_line(tmp_path):
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match=r"neither a ResNet's conv1\.weight nor"):
         open_subject(tmp_path / "a.safetensors")
+    save_file({"conv1.weight": np.ones((4, 3, 7, 7), np.float32)}, tmp_path / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"b\.safetensors: a ResNet of .* is not known here"):
+        open_subject(tmp_path / "b.safetensors")
 
 
 def test_settings_that_came_or_went_since_a_run_began_do_not_matter(run, tmp_path, caplog):
