@@ -22,6 +22,7 @@ _PASSING = FULL | {
     )
     if hasattr(errno, name)  # not every system has them all
 }
+_OURS = __name__.split(".")[0]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
 
 T = TypeVar("T")
@@ -35,18 +36,23 @@ class Outage(RuntimeError):
 
 
 def passing(error: BaseException | None) -> OSError | None:
-    """The temporary fault of storage that caused `error`; `None` for any other cause."""
+    """The temporary fault of storage that caused `error`; `None` for any other cause.
+
+    Libraries in other languages report a fault in words alone. This project's own errors have it as
+    their cause; their words may quote a fault that is past, or a path.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _PASSING:
             return error
-        if not isinstance(error, OSError | Outage) and (code := _told(str(error))):
+        other = not isinstance(error, OSError) and type(error).__module__.split(".")[0] != _OURS
+        if other and (code := _named_in(str(error))):
             return OSError(code, os.strerror(code))
         error = error.__cause__
     return None
 
 
-def _told(text: str) -> int | None:
-    """The number of the fault that a library in another language reports in words."""
+def _named_in(text: str) -> int | None:
+    """The number of the temporary fault that a text names."""
     return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
 
 
@@ -72,10 +78,12 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
       Exception: any other error of `action`, at once.
     """
     seconds = storage_seconds() if seconds is None else seconds
-    until, pause, told = time.monotonic() + seconds, _FIRST_PAUSE, False
+    until, pause, logged = time.monotonic() + seconds, _FIRST_PAUSE, False
     while True:
         try:
             return action()
+        except Outage:  # of an action that has waited itself
+            raise
         except Exception as error:  # libraries raise their own types for this
             fault = passing(error)
             if fault is None:
@@ -84,8 +92,8 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
             left = until - time.monotonic()
             if left <= 0 or hurry.is_set():
                 raise Outage(f"{reason}, for {seconds:g} s; the same command continues") from error
-            if not told:
+            if not logged:
                 LOG.warning("%s; it is tried again for %.3g s", reason, seconds)
-            told = True
+            logged = True
         hurry.wait(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -107,6 +107,26 @@ def test_what_passes_is_tried_again_and_what_stays_is_an_outage(caplog):
         retried("it", never)
 
 
+def test_an_own_error_that_quotes_a_fault_is_none():
+    assert passing(ConfigError("run='Input/output error' is no run")) is None
+    assert code_of(TooManyDamaged("3 images are damaged: Input/output error")) == EXIT_WRONG_SETTING
+    wrong = DataError("the split cannot be opened")
+    wrong.__cause__ = fault()
+    assert code_of(wrong) == EXIT_OUTAGE
+
+
+def test_an_action_that_has_waited_itself_is_not_waited_for_again():
+    tries = []
+
+    def action():
+        tries.append(1)
+        raise Outage("gone") from fault()
+
+    with pytest.raises(Outage, match=r"^gone$"):
+        retried("it", action)
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), ValueError("wrong")])
 def test_what_cannot_pass_is_not_tried_again(error):
     tries = []

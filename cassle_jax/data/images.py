@@ -16,12 +16,14 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.pool import BufferPool
 from cassle_jax.data.sources import Record, Source
 from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
-from cassle_jax.faults import Outage, passing, retried
+from cassle_jax.faults import Outage, passing, retried, storage_seconds
 
 Batch = dict[str, np.ndarray]
 
 # Distances to other images, whose reading distinguishes a bad file from a storage outage.
 _OTHERS = (1, 17, 1009)
+# The wait for one file before the others are tried.
+_ONE_FILE_SECONDS = 15.0
 
 # Errors of the file itself. Substitutes for images lost to machine or network errors would hide
 # these errors, and change the order of the images.
@@ -195,14 +197,14 @@ class Images:
             return True
 
         try:
-            return retried(name, read)
+            return retried(name, read, seconds=min(_ONE_FILE_SECONDS, storage_seconds()))
         except _Known as known:
             raise known.fault from None
         except Outage as outage:
             others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
             if any(map(can_be_read, others)):
                 raise passing(outage) from None
-            raise
+        return retried(name, read)
 
     def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
         """This thread's memory for a decoded image until it is on its canvas."""
