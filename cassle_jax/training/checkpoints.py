@@ -20,7 +20,7 @@ from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from cassle_jax.config import ConfigError
-from cassle_jax.faults import Outage, retried
+from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.storage import free_bytes
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.read_back import ReadBack
@@ -114,9 +114,9 @@ class Checkpoints:
             self._try(step, state, data_state)
             self._settle()
             if step in self._manager.all_steps():
-                self._look_at_proof(wait=True)
-                if self._proved:
-                    return
+                self._look_at_proof(wait=not hurry.is_set())
+                if self._proved or self._read_back is not None:
+                    return  # read, or still being read when the process must end
                 raise NotSaved(f"{self._unproved}, nor could any before it")
         raise NotSaved(
             f"step {step} could not be saved: {self._trouble}; {self._newest_told()}, where the "
@@ -192,13 +192,14 @@ class Checkpoints:
 
     def _try(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         self._settle()
+        data = {**data_state, "checksums": checksums(state, data_state)}
+        self._look_at_proof(wait=not hurry.is_set())
+        if not self._proved and self._read_back is None:
+            self._read_back = ReadBack(self._folder / str(step), state, data)
         if step in self._manager.all_steps():
+            self._begin_proof()
             return
         self._saving = step
-        data = {**data_state, "checksums": checksums(state, data_state)}
-        self._look_at_proof(wait=True)
-        if not self._proved:
-            self._read_back = ReadBack(self._folder / str(step), state, data)
         try:
             self._check_room(state)
             self._manager.save(
@@ -223,7 +224,10 @@ class Checkpoints:
         if self._trouble:
             LOG.warning("checkpoint %d is saved", self._saving)
         self._saving, self._trouble, self._warned = None, "", False
-        if self._read_back:
+        self._begin_proof()
+
+    def _begin_proof(self) -> None:
+        if self._read_back and not self._read_back.started:
             self._read_back.start()
 
     def _look_at_proof(self, *, wait: bool = False) -> None:

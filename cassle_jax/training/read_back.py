@@ -36,9 +36,14 @@ class ReadBack:
         """Starts reading."""
         self._thread.start()
 
+    @property
+    def started(self) -> bool:
+        """Whether reading was started."""
+        return self._thread.ident is not None
+
     def ended(self, *, wait: bool) -> bool:
         """Whether reading was started and has ended; with `wait`, waits for its end."""
-        if self._thread.ident is None:
+        if not self.started:
             return False
         self._thread.join(None if wait else 0.0)
         return not self._thread.is_alive()
@@ -90,7 +95,7 @@ def _checksum(leaf: Any) -> int:
     return total % 2**32
 
 
-def _on_the_host(leaf: jax.Array) -> Any:
+def _on_the_host(leaf: Any) -> Any:
     """A target without memory, in the shape and dtype to read the leaf in."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
