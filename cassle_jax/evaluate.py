@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
-from cassle_jax.faults import retried
+from cassle_jax.faults import Outage, retried
 from cassle_jax.parallel import device_mesh
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import path_of
@@ -105,6 +106,8 @@ def evaluate_command(
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
     unmet = _unmet_needs(opened, plan, chosen, limit, mesh.size)
+    if not os.fspath(to):
+        raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
     folder = Path(path_of(to))
     _check_writable(folder)
     report = GrowingReport(
@@ -321,6 +324,8 @@ def _run(name: str, bench: Bench, report: GrowingReport) -> list[Finding]:
     try:
         findings = TASKS[name].run(bench)
         report.check(findings)
+    except Outage:  # the tasks after it would each wait for the same storage
+        raise
     except Exception as error:
         if jax.process_count() > 1 and (
             isinstance(error, DataError) or not isinstance(error, ValueError)

@@ -28,14 +28,13 @@ from cassle_jax.augment import CHANCES, AugmentSpec, center_view
 from cassle_jax.checks import check_at_least
 from cassle_jax.data import (
     BatchIterator,
-    DamagedLog,
     Source,
     evaluation_batches,
     training_batches,
 )
 from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.data.sources import DAMAGED
-from cassle_jax.evaluation.store import MAX_BAD_FRACTION, canvas_for, uncropped_side
+from cassle_jax.evaluation.store import canvas_for, tolerant_log, uncropped_side
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree, Schedule
@@ -236,7 +235,7 @@ def measured_accuracies(
         batch=batch,
         canvas=subject.spec.size,
         short_side=uncropped_side(subject.spec.size),
-        damaged=DamagedLog(len(test), MAX_BAD_FRACTION),
+        damaged=tolerant_log(test),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -432,7 +431,7 @@ def _shuffled(train: Source, training: Training, canvas: int) -> BatchIterator:
         batch=training.batch,
         canvas=canvas,
         seed=training.seed,
-        damaged=DamagedLog(len(train), min(1.0, MAX_BAD_FRACTION + 1 / len(train))),
+        damaged=tolerant_log(train),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         cache_bytes=_CACHE_BYTES,

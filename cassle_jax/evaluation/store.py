@@ -26,7 +26,13 @@ from cassle_jax.parallel import replicate
 
 LOG = logging.getLogger(__name__)
 
-MAX_BAD_FRACTION = 0.01
+_MAX_BAD_FRACTION = 0.01
+
+
+def tolerant_log(source: Source) -> DamagedLog:
+    """A log that tolerates 1 % of damaged images, and one however few images there are."""
+    return DamagedLog(len(source), min(1.0, _MAX_BAD_FRACTION + 1 / len(source)))
+
 
 PREPARATION = 2
 """Version of the code between a file and its features; a change invalidates all kept features."""
@@ -161,7 +167,7 @@ class FeatureStore:
         return evaluation_batches(
             source,
             batch=self.batch,
-            damaged=DamagedLog(len(source), MAX_BAD_FRACTION),
+            damaged=tolerant_log(source),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=self._threads,

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -302,7 +304,9 @@ def _check_devices(mesh: Mesh) -> None:
 
 def _known_path(workdir: epath.PathLike) -> epath.Path:
     """The path; raises ConfigError where no checkpoint can be written, as by an unknown scheme."""
-    if "://" in str(workdir) and not on_object_store(workdir):
+    if not os.fspath(workdir):
+        raise ConfigError("workdir='' names no folder; give one, as in --workdir=runs/first")
+    if re.search(r"://|^(gs|s3):/", str(workdir)) and not on_object_store(workdir):
         raise ConfigError(
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )

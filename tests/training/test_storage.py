@@ -130,7 +130,14 @@ def refuse(path, content):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("workdir", ["memory://run", "file:///tmp/run", "gcs://bucket/run"])
+def test_an_empty_workdir_is_not_the_current_folder():
+    with pytest.raises(ConfigError, match=r"^workdir='' names no folder"):
+        pretrain(tiny_config(), "")
+
+
+@pytest.mark.parametrize(
+    "workdir", ["memory://run", "file:///tmp/run", "gcs://bucket/run", "s3:/bucket/run"]
+)
 def test_an_unknown_scheme_is_no_local_folder(workdir):
     with pytest.raises(ConfigError, match=r"workdir=\S+ has a scheme that is unknown; use a local"):
         pretrain(tiny_config(), workdir)
