@@ -1,8 +1,12 @@
 """Programs that XLA is known to miscompile for CPUs are right where cassle_jax is imported."""
 
+import json
 import os
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 IMPORTS = "import cassle_jax, jax, jax.numpy as jnp"
 
@@ -55,3 +59,46 @@ def test_flags_of_the_user_stay_and_another_jaxlib_gets_none_that_would_end_it(m
         monkeypatch.setenv("XLA_FLAGS", flags)
         cpu_fusions.switch_off_ynnpack()
         assert os.environ["XLA_FLAGS"] == expected
+
+
+STEP_AND_FITS = """
+import json
+import jax, numpy as np
+from cassle_jax.data import DamagedLog, open_source, training_batches
+from cassle_jax.evaluation.linear import PENALTIES, fit_logistic
+from cassle_jax.models import ENCODERS
+from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.training.run import build_run
+from cassle_jax.training.step import make_train_step
+from tests.tiny import TinyEncoder, tiny_config
+
+ENCODERS["tiny"] = TinyEncoder
+config, mesh = tiny_config("method=moco_v2"), device_mesh()
+source = open_source(config.data, "train")
+run = build_run(config, mesh, len(source))
+batches = training_batches(
+    source, batch=16, canvas=config.data.canvas, seed=0, damaged=DamagedLog(len(source), 0.0)
+)
+state, step = on_every_device(run.initial_state, mesh), make_train_step(run, mesh)
+found = []
+for _ in range(2):
+    batch = {name: next(batches)[name] for name in ("image", "size")}
+    state, metrics = step(state, shard_batch(batch, mesh))
+    found += [float(metrics[name]) for name in ("loss", "gradient_norm", "positive_similarity")]
+draw = np.random.default_rng(0)
+labels = draw.integers(0, 3, 60)
+features = (draw.normal(size=(60, 5)) + labels[:, None]).astype(np.float32)
+print(json.dumps(found + fit_logistic(features, labels, 3, PENALTIES).objectives.tolist()))
+"""
+
+
+@pytest.mark.exhaustive
+def test_optimisations_change_neither_the_step_nor_linear_evaluation():
+    optimised, plain = (
+        run(STEP_AND_FITS, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS=without)
+        for without in ("0", "1")
+    )
+    assert optimised.returncode == plain.returncode == 0, optimised.stderr + plain.stderr
+    results = [json.loads(each.stdout) for each in (optimised, plain)]
+    assert len(results[0]) == 6 + 45
+    np.testing.assert_allclose(*results, rtol=2e-5)
