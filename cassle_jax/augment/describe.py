@@ -188,8 +188,10 @@ def check_descriptors(names: Iterable[str]) -> list[str]:
 
     Raises:
       ValueError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
-        example).
+        example), or if ``names`` is a string.
     """
+    if isinstance(names, str):
+        raise ValueError(f"descriptors={names!r} is one name; give a tuple of them, ({names!r},)")
     names = sorted(names)
     for name in names:
         descriptor, dot, _ = name.partition(".")

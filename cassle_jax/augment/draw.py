@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, PRNGKeyArray
 
-from cassle_jax.augment.inputs import check_one, check_size
+from cassle_jax.augment.inputs import check_key, check_size
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "SWITCHES", "Size", "ViewParams", "draw"]
@@ -99,8 +99,7 @@ def draw(
         'batch' and there is no ``order_key``.
     """
     check_size(size)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        check_one("key", key)
+    check_key(key)
     if spec.jitter_order == "batch" and order_key is None:
         raise ValueError(
             "augment.jitter_order='batch' needs the order_key that the batch shares; pass "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_image", "check_one", "check_params", "check_size"]
+__all__ = ["check_image", "check_key", "check_one", "check_params", "check_size"]
 
 _LENGTHS = {"crop": (4,), "jitter_order": (4,)}  # shapes of parameters that are not scalars
 # parameter: (the flag it belongs to, lowest, highest)
@@ -100,6 +100,18 @@ def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
     if pixels.min() < 1 or (canvas is not None and (pixels > canvas).any()):
         most = f", and at most the canvas's {canvas[0]}×{canvas[1]}" if canvas else ""
         raise ValueError(f"size={tuple(pixels.tolist())} is no picture's; use at least 1×1{most}")
+
+
+def check_key(key: Any) -> None:
+    """Refuses anything but one random key.
+
+    Raises:
+      ValueError: the message names the key or its shape, and what would work.
+    """
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key={key!r} is no random key; use one, as by jax.random.key(0)")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        check_one("key", key)
 
 
 def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:

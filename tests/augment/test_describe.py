@@ -177,6 +177,7 @@ def test_widths():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        ("color", r"descriptors='color' is one name; give a tuple of them, \('color',\)"),
         (("crop", "zoom"), r"unknown name 'zoom'; use any of blur, color, "),
         (("color.tint",), r"unknown name 'color.tint'; use any of color.brightness, "),
         (("crop", "crop"), r"names 'crop' twice; name each once"),

@@ -107,6 +107,12 @@ def test_a_size_that_is_none(size, message):
         center_view(BYTES, size, SPEC)
 
 
+@pytest.mark.parametrize("key", [0, None])
+def test_a_key_that_is_none(key):
+    with pytest.raises(ValueError, match=rf"key={key} is no random key; use one, as by"):
+        augment(key, BYTES, SPEC)
+
+
 def test_several_keys_views_or_parameters_want_vmap(view):
     with pytest.raises(ValueError, match=r"key has shape \(2,\).* use jax\.vmap for several"):
         draw(jax.random.split(KEY), np.array([12, 10]), SPEC)
