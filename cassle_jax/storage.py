@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import logging
 import os
 import secrets
@@ -9,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
@@ -53,6 +54,14 @@ def free_bytes(folder: epath.PathLike) -> int | None:
     try:
         return None if on_object_store(folder) else shutil.disk_usage(folder).free
     except OSError:
+        return None
+
+
+def kept_json(path: epath.PathLike) -> Any:
+    """The content of a JSON file; `None` where it is missing, or damaged as by a power cut."""
+    try:
+        return json.loads(epath.Path(path).read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -34,7 +34,7 @@ from cassle_jax.evaluate import (
 from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
-from cassle_jax.storage import path_of, write_whole
+from cassle_jax.storage import kept_json, path_of, write_whole
 from cassle_jax.sweep.budget import (
     MEASURED,
     MEASURED_RUN,
@@ -206,7 +206,7 @@ class _RunRecords:
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.loads(json.dumps({"table": table.title, **_facts(evaluation)}))
         path = folder / TABLE_FILE
-        saved = json.loads(path.read_text()) if path.exists() else facts
+        saved = kept_json(path) or facts
         # What an older version did not know counts as today's default.
         saved = json.loads(json.dumps(_facts(Evaluation()))) | saved
         for name, value in facts.items():

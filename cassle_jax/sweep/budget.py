@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cassle_jax.config import ConfigError
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import kept_json, write_whole
 from cassle_jax.sweep.jobs import outcome_of
 from cassle_jax.sweep.space import RunSpec
 from cassle_jax.training.metrics import read_metrics
@@ -48,9 +48,10 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
       ConfigError: the plan was made for another budget.
     """
     path = folder / PLAN
-    if not path.exists():
+    content = kept_json(path)
+    if content is None:
         return None
-    plan = Plan(**json.loads(path.read_text()))
+    plan = Plan(**content)
     if minutes not in (0, plan.minutes):
         raise ConfigError(
             f"minutes={minutes:g} was {plan.minutes:g} when {folder} was created, and the length "

@@ -18,7 +18,7 @@ from submitit.helpers import DelayedSubmission
 
 from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
 from cassle_jax.config import ConfigError
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import kept_json, write_whole
 
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 
@@ -124,10 +124,7 @@ def outcome_of(folder: Path) -> dict[str, object] | None:
 
     A damaged file counts as missing, so that the command runs again.
     """
-    try:
-        return json.loads((folder / OUTCOME).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+    return kept_json(folder / OUTCOME)
 
 
 class Local:

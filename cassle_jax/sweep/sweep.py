@@ -9,7 +9,7 @@ from pathlib import Path
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
 from cassle_jax.config import ConfigError, flat_settings, knows
 from cassle_jax.evaluate import check_names
-from cassle_jax.storage import path_of, write_whole
+from cassle_jax.storage import kept_json, path_of, write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
@@ -197,7 +197,7 @@ def _evaluate(
     saved, outcome = folder / "asked.json", outcome_of(folder)
     newest = max((records.workdir(run) / OUTCOME).stat().st_mtime for run in runs)
     fresh = outcome and outcome["exit_code"] == 0 and (folder / OUTCOME).stat().st_mtime > newest
-    if not fresh or not saved.exists() or json.loads(saved.read_text()) != arguments:
+    if not fresh or kept_json(saved) != arguments:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(saved, json.dumps(arguments))
         (folder / OUTCOME).unlink(missing_ok=True)

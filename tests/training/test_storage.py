@@ -15,7 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog
-from cassle_jax.storage import GrowingFile, free_bytes, on_object_store, write_whole, written_whole
+from cassle_jax.storage import (
+    GrowingFile,
+    free_bytes,
+    kept_json,
+    on_object_store,
+    write_whole,
+    written_whole,
+)
 from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter, append_line, read_lines, read_metrics
@@ -141,3 +148,12 @@ def test_an_empty_workdir_is_not_the_current_folder():
 def test_an_unknown_scheme_is_no_local_folder(workdir):
     with pytest.raises(ConfigError, match=r"workdir=\S+ has a scheme that is unknown; use a local"):
         pretrain(tiny_config(), workdir)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"a": 1', b"\0\0\0"])
+def test_json_that_is_missing_or_torn_counts_as_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "plan.json").write_bytes(content)
+    assert kept_json(tmp_path / "plan.json") is None
+    write_whole(tmp_path / "plan.json", '{"a": 1}')
+    assert kept_json(tmp_path / "plan.json") == {"a": 1}
