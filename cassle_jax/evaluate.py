@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
 from cassle_jax import command
 from cassle_jax.augment import AugmentSpec
@@ -30,7 +28,7 @@ from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from cassle_jax.faults import Outage, retried
-from cassle_jax.parallel import device_mesh
+from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import path_of
 from cassle_jax.subjects import open_subject
@@ -105,7 +103,7 @@ def evaluate_command(
     plan = {data.name: tasks_for(data, tasks) for data in opened}
     if not any(plan.values()):
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
-    unmet = _unmet_needs(opened, plan, chosen, limit, mesh.size)
+    unmet = _check_needs(opened, plan, chosen, limit, mesh.size)
     if not os.fspath(to):
         raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
     folder = Path(path_of(to))
@@ -133,7 +131,7 @@ def evaluate_command(
     if jax.process_index() == 0:
         LOG.info("the page is %s", page)
     if report.failures:
-        raise DataError(_told(report.failures, page))
+        raise DataError(_failure_line(report.failures, page))
     return page
 
 
@@ -151,7 +149,7 @@ def _evaluate(
         kept = report.kept(key)
         if name in unmet:
             report.add([Failure(name, bench.data.name, unmet[name])])
-        elif _in_all_processes(kept is not None):
+        elif in_all_processes(kept is not None):
             LOG.info("%s of %s on %s: done before", name, bench.subject.name, bench.data.name)
             report.add(kept, key)
         else:
@@ -172,7 +170,7 @@ def unmet_needs(
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _unmet_needs(
+def _check_needs(
     opened: Sequence[EvaluationData],
     plan: Mapping[str, Sequence[str]],
     settings: Settings,
@@ -204,15 +202,11 @@ def _written(report: GrowingReport, *, complete: bool) -> Path:
         raise ConfigError(f"the report cannot be written: {error.strerror or error}") from error
 
 
-def _told(failures: Sequence[tuple[str, Failure]], page: Path) -> str:
+def _failure_line(failures: Sequence[tuple[str, Failure]], page: Path) -> str:
     name, first = failures[0]
     what = "1 task" if len(failures) == 1 else f"{len(failures)} tasks"
     why = f"{first.task} of {name} on {first.dataset}: {first.reason}"
     return f"{what} failed, the rest is in {page}; {why}"
-
-
-def _in_all_processes(here: bool) -> bool:
-    return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
 def _shared_facts(

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
@@ -22,7 +21,7 @@ from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods.base import PyTree
-from cassle_jax.parallel import replicate
+from cassle_jax.parallel import in_all_processes, replicate
 
 LOG = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ class FeatureStore:
         kept = self._cache and self._cache.read(self._fingerprint, key)
         features = kept and Features(**kept)
         # Some processes may find a file that others do not: all must extract, or none.
-        if not multihost_utils.process_allgather(np.array(bool(features))).all():
+        if not in_all_processes(bool(features)):
             LOG.info("features of %s on %s", self._subject.name, source.name)
             params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
             extracted = self._extract(params, batch_stats, self._views(source, short_side))

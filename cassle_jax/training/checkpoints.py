@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from cassle_jax.config import ConfigError
 from cassle_jax.faults import Outage, hurry, retried
+from cassle_jax.parallel import in_all_processes
 from cassle_jax.storage import free_bytes
 from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.read_back import ReadBack
@@ -40,8 +41,8 @@ class Checkpoints:
 
     A checkpoint holds the training state, its keys, the data iterator's state, and checksums. It
     gets its final name only when it is complete, and older ones are deleted only after that. So the
-    last complete one survives a kill at any moment, or a full disk. The first
-    one is read back in the background, so that a run that cannot be continued reports it early.
+    last complete one survives a kill at any moment, or a full disk. The first one is read back in
+    the background, so that a run that cannot be continued reports it early.
 
     Args:
       workdir: workdir of the run.
@@ -59,8 +60,8 @@ class Checkpoints:
         self._failures = 0
         self._cause: Exception | None = None  # of the newest save's trouble
         self._read_back: ReadBack | None = None
-        self._unproved = ""  # why no run can continue from the newest one read back
-        self._proved = jax.process_index() > 0  # the first process reads for all of them
+        self._unreadable = ""  # why no run can continue from the newest one read back
+        self._readable = jax.process_index() > 0  # the first process reads for all of them
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(late_reads_ignored())
         self._quiet.enter_context(_orbax_tells_errors_once())
@@ -114,12 +115,12 @@ class Checkpoints:
             self._try(step, state, data_state)
             self._settle()
             if step in self._manager.all_steps():
-                self._look_at_proof(wait=not hurry.is_set())
-                if self._proved or self._read_back is not None:
+                self._check_read_back(wait=not hurry.is_set())
+                if self._readable or self._read_back is not None:
                     return  # read, or still being read when the process must end
-                raise NotSaved(f"{self._unproved}, nor could any before it")
+                raise NotSaved(f"{self._unreadable}, nor could any before it")
         raise NotSaved(
-            f"step {step} could not be saved: {self._trouble}; {self._newest_told()}, where the "
+            f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, where the "
             "same command continues"
         ) from self._cause
 
@@ -155,8 +156,8 @@ class Checkpoints:
                 )
                 if isinstance(error, Outage):
                     outage = outage or error
-            if _in_all_processes(restored is not None):
-                self._proved = True
+            if in_all_processes(restored is not None):
+                self._readable = True
                 self._set_aside_after(step)
                 return restored
         if outage:
@@ -173,13 +174,13 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():
             self._settle()
             self._warn_once()
-        self._look_at_proof()
+        self._check_read_back()
 
     def close(self) -> None:
         """Waits for the current save."""
         self._settle()
         self._warn_once()
-        self._look_at_proof(wait=True)
+        self._check_read_back(wait=True)
         self._manager.close()
         if not self._failures:
             self._quiet.close()  # writes of a failed save may end later
@@ -192,12 +193,16 @@ class Checkpoints:
 
     def _try(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         self._settle()
+        self._check_read_back(wait=not hurry.is_set())
+        saved = step in self._manager.all_steps()
+        unread = not self._readable and self._read_back is None
+        if saved and not unread:
+            return
         data = {**data_state, "checksums": checksums(state, data_state)}
-        self._look_at_proof(wait=not hurry.is_set())
-        if not self._proved and self._read_back is None:
+        if unread:
             self._read_back = ReadBack(self._folder / str(step), state, data)
-        if step in self._manager.all_steps():
-            self._begin_proof()
+        if saved:
+            self._begin_read_back()
             return
         self._saving = step
         try:
@@ -224,21 +229,23 @@ class Checkpoints:
         if self._trouble:
             LOG.warning("checkpoint %d is saved", self._saving)
         self._saving, self._trouble, self._warned = None, "", False
-        self._begin_proof()
+        self._begin_read_back()
 
-    def _begin_proof(self) -> None:
+    def _begin_read_back(self) -> None:
         if self._read_back and not self._read_back.started:
             self._read_back.start()
 
-    def _look_at_proof(self, *, wait: bool = False) -> None:
+    def _check_read_back(self, *, wait: bool = False) -> None:
         """Records how reading the first checkpoint back ended; logs a failure."""
         read_back = self._read_back
         if read_back is None or not read_back.ended(wait=wait):
             return
-        self._read_back, self._proved = None, read_back.problem is None
+        self._read_back, self._readable = None, read_back.problem is None
         if read_back.problem:
-            self._unproved = f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
-            LOG.warning("%s; from it the run could not be continued", self._unproved)
+            self._unreadable = (
+                f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
+            )
+            LOG.warning("%s; from it the run could not be continued", self._unreadable)
 
     def _check_room(self, state: TrainState) -> None:
         """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process checks."""
@@ -248,7 +255,7 @@ class Checkpoints:
             short = bool(multihost_utils.broadcast_one_to_all(np.array(short)))
         if short:
             raise _NoRoom(
-                f"{self._folder} has {_told(free or 0)} free, and it takes up to {_told(needed)}"
+                f"{self._folder} has {_mb(free or 0)} free, and it takes up to {_mb(needed)}"
             )
 
     def _failed(self, error: Exception) -> None:
@@ -259,7 +266,7 @@ class Checkpoints:
             self._trouble = f"checkpoint {step} is not saved: {error}"
             return
         free = free_bytes(self._folder)
-        room = "" if free is None else f" ({_told(free)} free)"
+        room = "" if free is None else f" ({_mb(free)} free)"
         self._trouble = f"checkpoint {step} is not saved: {self._folder}{room}: {_reason(error)}"
         self._cause = error
         if jax.process_count() > 1:
@@ -289,11 +296,11 @@ class Checkpoints:
             LOG.warning(
                 "%s; training goes on and tries again at the next checkpoint; %s",
                 self._trouble,
-                self._newest_told(),
+                self._newest_named(),
             )
             self._warned = True
 
-    def _newest_told(self) -> str:
+    def _newest_named(self) -> str:
         newest = self.newest()
         return "none is saved yet" if newest is None else f"the newest saved is {newest}"
 
@@ -320,8 +327,8 @@ class Checkpoints:
             if saved.get(name) != now.get(name):
                 raise ConfigError(
                     f"workdir={self._folder.parent} holds checkpoints of other networks or another "
-                    f"optimizer: {name} is {_shape_told(saved.get(name))} in checkpoint {step} and "
-                    f"{_shape_told(now.get(name))} now; use another workdir, or the settings the "
+                    f"optimizer: {name} is {_shape_text(saved.get(name))} in checkpoint {step} and "
+                    f"{_shape_text(now.get(name))} now; use another workdir, or the settings the "
                     "run was begun with"
                 )
 
@@ -339,15 +346,8 @@ class Checkpoints:
             for each in unread:
                 (self._folder / str(each)).rename(aside / f"{each}-{time.time_ns()}")
             LOG.warning("what could not be read is kept in %s", aside)
-        _in_all_processes(True)
+        in_all_processes(True)
         self._manager.reload()
-
-
-def _in_all_processes(here: bool) -> bool:
-    """Whether `here` is true in every process; all processes must call this."""
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.array(here)).all())
 
 
 class _NoRoom(OSError):
@@ -407,7 +407,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named if name != "key"}
 
 
-def _shape_told(shape: tuple[int, ...] | None) -> str:
+def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else "×".join(str(each) for each in shape) or "a number"
 
 
@@ -415,7 +415,7 @@ def _bytes(state: TrainState) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-def _told(size: int) -> str:
+def _mb(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
