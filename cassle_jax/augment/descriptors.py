@@ -75,6 +75,15 @@ class Descriptor:
         return len(self.components)
 
 
+def _flag(name: str) -> Reader:
+    """Reads a parameter that is true or false as 1 or 0."""
+    return lambda view, _: getattr(view.params, name).astype(jnp.float32)[None]
+
+
+def _flipped_alike(view_1: View, view_2: View) -> Float32[Array, "1"]:
+    return (view_1.params.flip == view_2.params.flip).astype(jnp.float32)[None]
+
+
 def _crop(view: View, spec: AugmentSpec) -> Float32[Array, "4"]:
     del spec
     row, column, height, width = _box(view.params)
@@ -141,18 +150,16 @@ DESCRIPTORS = {
     ),
     "flip": Descriptor(
         ("flipped",),
-        lambda view, _: view.params.flip.astype(jnp.float32)[None],
+        _flag("flip"),
         setting="flip",
         kind="binary",
-        compare=lambda *views: (views[0].params.flip == views[1].params.flip).astype(jnp.float32)[
-            None
-        ],
+        compare=_flipped_alike,
         alike=(1.0,),
         predicted=True,
     ),
     "grayscale": Descriptor(
         ("grey",),
-        lambda view, _: view.params.grayscale.astype(jnp.float32)[None],
+        _flag("grayscale"),
         setting="grayscale",
         kind="binary",
     ),

@@ -35,6 +35,18 @@ def read(source) -> list[tuple[str, str | None]]:
     return [(r.image.decode(), names[r.label] if r.label >= 0 else None) for r in records]
 
 
+def refuse_folders(monkeypatch, ending):
+    """Listing a folder whose path ends so is not permitted."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fsdecode(path).endswith(ending):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 def test_tiny_imagenet_as_it_is_published(tree):
     images = ["n1/images/n1_0.JPEG", "n1/images/n1_1.JPEG", "n2/images/n2_0.JPEG"]
     root = tree(
@@ -165,14 +177,7 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
         (split / "b" / f"{number}_boxes.txt").write_text("text")
     (split / "b" / "locked").mkdir()
     os.mkfifo(split / "b" / "pipe.jpg")
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fsdecode(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refuse_folders(monkeypatch, "locked")
     source = open_folder(str(root), "train")
     assert [name for _, name in read(source)] == ["a", "a", "b", "b"]
     for count, kind, example in (
@@ -193,14 +198,7 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
 def test_a_split_that_cannot_be_read_is_told_in_one_line(tree, split, monkeypatch):
     root = tree("train/a/1.jpg", "train/b/1.jpg")
     (root / "test").symlink_to(root / "test")
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fsdecode(path).endswith("train"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refuse_folders(monkeypatch, "train")
     said = "cannot be listed: Permission denied" if split == "train" else "no split 'test'"
     with pytest.raises(DataError, match=said) as caught:
         open_folder(str(root), split)
