@@ -78,7 +78,7 @@ def _holder(descriptor: int) -> tuple[str, str | None]:
     """The holder of the lock, in words, and its host, where it is known."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-        told = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        return told, holder["host"]
+        words = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        return words, holder["host"]
     except (OSError, ValueError, TypeError, KeyError):
         return "which did not say what it is", None

@@ -80,7 +80,7 @@ def five_crops(pixels):
 
 @pytest.fixture(scope="module")
 def benches():
-    """Of an encoder that returns what it is shown, on the same pictures in two formats."""
+    """The features of an encoder that returns its input, for the same pictures in two formats."""
     spec = dataclasses.replace(SPEC, size=SIZE)
     networks = Networks({"encoder": Pixels})
     subject = dataclasses.replace(colour_subject(), networks=networks, spec=spec)

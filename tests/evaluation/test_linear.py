@@ -126,7 +126,7 @@ def test_all_penalties_converge_whatever_the_features(features, labels):
 
 
 def derivatives(rows, labels, theta, penalty):
-    """Of the objective, as it is written: the gradient, and all second derivatives."""
+    """The gradient and all second derivatives of the objective, straight from its formula."""
     probabilities = softmax(rows @ theta.T, axis=1)
     wrong = probabilities - np.eye(len(theta))[labels]
     gradient = wrong.T @ rows + 2 * penalty * theta

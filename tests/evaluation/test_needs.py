@@ -1,4 +1,4 @@
-"""What protocols need of a dataset is told as they themselves would find it, before they run."""
+"""The needs that protocols declare are those that they would find themselves when they run."""
 
 import dataclasses
 import re
