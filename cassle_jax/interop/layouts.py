@@ -31,6 +31,7 @@ HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.",
 STEM = re.compile(r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token)")
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
+MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
 KNOWN = (
     "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, VISSL, Lightly and "
     "solo-learn and models of torchvision and timm"
@@ -40,18 +41,23 @@ KNOWN = (
 def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
     """Everything in nested dicts by its path, without the names that module wrappers add.
 
-    A dict that occurs twice is read once: files may hold a dict within itself.
+    A dict within itself is left out, since files may hold one; a dict under two names has both.
+
+    Raises:
+        WeightsError: two arrays have one name, or there are more names than a checkpoint has.
     """
-    flat, seen, waiting = {}, set(), [("", content, 0)]
+    flat, waiting = {}, [("", content, ())]
     while waiting:
-        path, value, depth = waiting.pop()
+        path, value, above = waiting.pop()
         if not isinstance(value, Mapping):
             if flat.setdefault(path, value) is not value:
                 raise WeightsError(f"it has two arrays called {path}")
-        elif id(value) not in seen and depth < DEEPEST:
-            seen.add(id(value))
+        elif id(value) not in above and len(above) < DEEPEST:
             names = [name for name in value if isinstance(name, str)]
-            waiting += [(_joined(path, name), value[name], depth + 1) for name in reversed(names)]
+            above = (*above, id(value))
+            waiting += [(_joined(path, name), value[name], above) for name in reversed(names)]
+        if len(flat) + len(waiting) > MOST_NAMES:
+            raise WeightsError(f"it has more than {MOST_NAMES} names; save the state_dict() alone")
     return flat
 
 

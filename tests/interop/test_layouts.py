@@ -171,6 +171,22 @@ def test_a_sequence_without_its_relu_computes_something_else(resnet):
     assert_same(networks_in(in_sequence(small, 3))[0]["encoder"], small)
 
 
+def test_a_dict_under_two_names_has_both(resnet):
+    heads = {"0.weight": np.ones((4, 4), np.float32)}
+    content = {"ss_predictor": {"crop": heads}, "backbone": resnet, "projector": heads, "epoch": 7}
+    networks, ignored, _ = networks_in(content)
+    assert networks["projector"].keys() == {"projector.0.weight"}
+    assert ignored == ("ss_predictor", "epoch")
+
+
+def test_dicts_that_share_dicts_cannot_hold_the_reader_up(resnet):
+    content = resnet
+    for _ in range(12):
+        content = {f"part_{i}": content for i in range(10)}
+    with pytest.raises(WeightsError, match="more than 100000 names"):
+        networks_in(content)
+
+
 def test_a_file_may_hold_a_dict_within_itself(resnet):
     content = {"model": resnet}
     content["again"] = content
