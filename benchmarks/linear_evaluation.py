@@ -16,7 +16,8 @@ from absl import app, flags
 from benchmarks.contest import Contender, Row, contest
 from benchmarks.rivals.published import torch_device
 from benchmarks.workload import Workload
-from cassle_jax.evaluation.linear import PENALTIES, fit_logistic
+from cassle_jax.evaluation.linear import PENALTIES
+from cassle_jax.solvers.logistic import fit_logistic
 
 SIZES = (8000, 512, 10)  # CIFAR-10's rows, ResNet-18's features, classes
 

@@ -65,7 +65,8 @@ STEP_AND_FITS = """
 import json
 import jax, numpy as np
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.evaluation.linear import PENALTIES, fit_logistic
+from cassle_jax.evaluation.linear import PENALTIES
+from cassle_jax.solvers.logistic import fit_logistic
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
 from cassle_jax.training.run import build_run

@@ -1,20 +1,12 @@
-"""Few-shot classification: logistic regressions of many small episodes, solved side by side.
+"""Few-shot classification: logistic regressions of many small episodes.
 
-An episode draws N classes, and per class K images to fit and 16 others to classify. It is solved
-as scikit-learn's liblinear solves it: one class against the rest, each class minimising
-½‖θ‖² + C·Σ log(1 + exp(−y·θᵀx)) with C = 1 on the features as they are. The intercept is the weight
-of a constant one and is penalised like the others. That is strictly convex, with one optimum.
-
-The optimum lies in the span of the N·K images. So each episode is rotated onto the principal axes
-of that span (in float64, on the host), which leaves the penalty unchanged, and solved there by
-Newton's method, all classes of many episodes in one batch.
+An episode draws N classes, and per class K images to fit and 16 others to classify, one class
+against the rest.
 """
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +15,12 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from cassle_jax.checks import check_at_least
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.solvers.one_against_rest import fit_one_against_rest
 
 QUERIES = 16  # per class and episode
 
-_TOLERANCE = 1e-6
-_MAX_STEPS = 50
-_LONGEST = 1e4
-_SEARCH_LENGTHS = 0.5 ** np.arange(16)
 _TOGETHER = 256
 _WORKING_BYTES = 1 << 30
-
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclass(frozen=True)
@@ -69,14 +56,6 @@ class FewShotResult:
         setting = f"{self.ways}-way {self.shots}-shot"
         score = Score("few-shot", dataset, f"{setting} accuracy", self.mean, self.interval)
         return [score, *missed_optima("few-shot", dataset, self.converged, f"{setting} fits")]
-
-
-class OneAgainstRest(NamedTuple):
-    """Weights, intercept and whether they are the optimum, per episode and class."""
-
-    weights: Float32[Array, "episodes ways features"]
-    intercepts: Float32[Array, "episodes ways"]
-    converged: Bool[Array, "episodes ways"]
 
 
 def few_shot(
@@ -134,29 +113,6 @@ def few_shot(
     return FewShotResult(ways, shots, queries, accuracies, converged)
 
 
-def fit_one_against_rest(
-    support: Float[np.ndarray, "episodes ways shots features"],
-) -> OneAgainstRest:
-    """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of each episode.
-
-    A fit has converged when its last Newton step was predicted to lower the objective by less than
-    1e-6 of its value. Images longer than 1e4 never count as converged: float32 loses the penalty's
-    curvature beside theirs.
-
-    Args:
-      support: The features of each episode's classes; used as they are.
-
-    Returns:
-      The classifier that separates each class from the episode's other classes.
-    """
-    episodes, ways, shots, _ = support.shape
-    images = support.astype(np.float32).reshape(episodes, ways * shots, -1)
-    images = np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=1)
-    is_own = np.arange(ways)[:, None] == np.arange(ways).repeat(shots)
-    rows, lengths = _principal_axes(images)
-    return _fit(images, rows, np.where(is_own, np.float32(1), -1), lengths <= _LONGEST)
-
-
 def _rows_of_classes(
     features: np.ndarray, labels: np.ndarray, ways: int, images: int
 ) -> list[Int[np.ndarray, " _"]]:
@@ -207,17 +163,6 @@ def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
     yield from np.split(filled, len(filled) // together)
 
 
-def _principal_axes(
-    images: Float32[np.ndarray, "episodes rows _"],
-) -> tuple[Float32[np.ndarray, "episodes rows rows"], Float64[np.ndarray, " episodes"]]:
-    """Every episode's images on the principal axes of their span; the longest image's length."""
-    images = images.astype(np.float64)
-    gram = images @ images.swapaxes(1, 2)
-    spectrum, axes = np.linalg.eigh(gram)
-    rows = axes * np.sqrt(spectrum.clip(0))[:, None, :]
-    return rows.astype(np.float32), np.sqrt(gram.max(axis=(1, 2)))
-
-
 @jax.jit
 def _count_right(
     features: Float32[Array, "rows features"],
@@ -226,78 +171,8 @@ def _count_right(
     intercepts: Float32[Array, "episodes ways"],
 ) -> Int[Array, " episodes"]:
     """The number of queries classified correctly, per episode."""
-    scores = _einsum("evqd,ewd->evqw", features[queries], weights)
+    scores = jnp.einsum(
+        "evqd,ewd->evqw", features[queries], weights, precision=jax.lax.Precision.HIGHEST
+    )
     found = jnp.argmax(scores + intercepts[:, None, None], axis=-1)
     return jnp.sum(found == jnp.arange(queries.shape[1])[:, None], axis=(1, 2))
-
-
-# E episodes, W ways (one problem each), R rows to fit, A axes of their span.
-
-
-@jax.jit
-def _fit(
-    images: Float32[Array | np.ndarray, "E R D"],
-    rows: Float32[Array | np.ndarray, "E R A"],
-    signs: Float32[Array | np.ndarray, "W R"],
-    is_solvable: Bool[Array | np.ndarray, " E"],
-) -> OneAgainstRest:
-    margins, converged = _newton(jnp.asarray(rows), jnp.asarray(signs))
-    # At the optimum θ is the sum of the images weighted by their residuals: no need of the axes.
-    thetas = _einsum("ewr,erd->ewd", signs * jax.nn.sigmoid(-margins), images)
-    return OneAgainstRest(thetas[..., :-1], thetas[..., -1], converged & is_solvable[:, None])
-
-
-def _newton(
-    rows: Float32[Array, "E R A"], signs: Float32[Array, "W R"]
-) -> tuple[Float32[Array, "E W R"], Bool[Array, "E W"]]:
-    """Minimises ½‖θ‖² + Σ log(1 + exp(−sign·θᵀrow)); returns sign·θᵀrow and what converged."""
-    identity = jnp.eye(rows.shape[2])
-
-    def margins_of(thetas):
-        return signs * _einsum("ewa,era->ewr", thetas, rows)
-
-    def unfinished(state):
-        step, _, _, converged = state
-        return (step < _MAX_STEPS) & ~converged.all()
-
-    def improve(state):
-        step, thetas, margins, converged = state
-        wrong = jax.nn.sigmoid(-margins)
-        gradient = thetas - _einsum("ewr,era->ewa", signs * wrong, rows)
-        spread = wrong * jax.nn.sigmoid(margins)
-        hessian = identity + _einsum("era,ewr,erb->ewab", rows, spread, rows)
-        factor = jax.scipy.linalg.cho_factor(hessian)
-        direction = -jax.scipy.linalg.cho_solve(factor, gradient[..., None])[..., 0]
-        change = margins_of(direction)
-        length = _line_search(thetas, margins, direction, change)[..., None]
-        objective = jnp.sum(thetas**2, axis=-1) / 2 + jnp.sum(jax.nn.softplus(-margins), axis=-1)
-        decrease = -jnp.sum(gradient * direction, axis=-1) / 2
-        converged |= decrease <= _TOLERANCE * objective
-        return step + 1, thetas + length * direction, margins + length * change, converged
-
-    thetas = jnp.zeros((len(rows), len(signs), rows.shape[2]))
-    state = (0, thetas, margins_of(thetas), jnp.zeros(thetas.shape[:2], bool))
-    _, thetas, _, converged = jax.lax.while_loop(unfinished, improve, state)
-    return margins_of(thetas), converged
-
-
-def _line_search(
-    thetas: Float32[Array, "E W A"],
-    margins: Float32[Array, "E W R"],
-    direction: Float32[Array, "E W A"],
-    change: Float32[Array, "E W R"],
-) -> Float32[Array, "E W"]:
-    """The longest step of 1, ½, ¼, … at whose end the objective still falls, or hardly rises.
-
-    Slopes are compared, not values: near the optimum, differences of values are all rounding.
-    """
-
-    def slope(length):
-        wrong = jax.nn.sigmoid(-margins - length * change)
-        inward = jnp.sum((thetas + length * direction) * direction, axis=-1)
-        return inward - jnp.sum(wrong * change, axis=-1)
-
-    allowed = 0.1 * jnp.abs(slope(0.0))
-    lengths = jnp.asarray(_SEARCH_LENGTHS, jnp.float32)
-    within = jax.lax.map(lambda length: slope(length) <= allowed, lengths)
-    return lengths[jnp.argmax(within, axis=0)]

@@ -4,8 +4,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from cassle_jax.evaluation import few_shot as few_shot_module
-from cassle_jax.evaluation.few_shot import few_shot, fit_one_against_rest
+from cassle_jax.evaluation.few_shot import few_shot
 from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.solvers.one_against_rest import fit_one_against_rest
 
 
 def clusters(rows: int, seed: int = 0, classes: int = 6, width: int = 40, scale: float = 1):

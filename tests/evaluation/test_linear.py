@@ -6,7 +6,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from cassle_jax.evaluation.linear import PENALTIES, fit_logistic, linear_evaluation
+from cassle_jax.evaluation.linear import PENALTIES, linear_evaluation
+from cassle_jax.solvers.logistic import fit_logistic
 
 
 def blobs(rows: int, seed: int, classes: int = 4, width: int = 6, noise: float = 1.0):

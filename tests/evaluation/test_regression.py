@@ -5,8 +5,9 @@ from sklearn.linear_model import LinearRegression, QuantileRegressor
 from sklearn.metrics import r2_score
 from sklearn.svm import LinearSVR
 
-from cassle_jax.evaluation import regression as regression_module
-from cassle_jax.evaluation.regression import fit_absolute, regression
+from cassle_jax.evaluation.regression import regression
+from cassle_jax.solvers import absolute_error
+from cassle_jax.solvers.absolute_error import fit_absolute
 
 
 def landmarks(rows: int, seed: int, width: int = 8, targets: int = 3, noise: float = 0.05):
@@ -31,7 +32,7 @@ def optimum(features: np.ndarray, target: np.ndarray, penalty: float) -> np.ndar
 
 
 def test_fits_are_the_optima(monkeypatch):
-    monkeypatch.setattr(regression_module, "_TOGETHER", 4)
+    monkeypatch.setattr(absolute_error, "_TOGETHER", 4)
     features, targets = landmarks(40, seed=1, width=4, targets=2)
     # Out of order, and so many that they are solved in lots of three.
     penalties = [1.0, 0.1, 30.0, 0.05, 5.0, 0.3]

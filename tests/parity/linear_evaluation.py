@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cassle_jax.evaluation.linear import fit_logistic, linear_evaluation
+from cassle_jax.evaluation.linear import linear_evaluation
+from cassle_jax.solvers.logistic import fit_logistic
 from tests.parity.comparison import Comparison, difference
 from tests.parity.golden_file import GoldenFile
 

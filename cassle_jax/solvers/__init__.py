@@ -1,0 +1,1 @@
+"""Solvers: convex fits of frozen features, each to its one optimum."""
