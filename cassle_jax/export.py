@@ -59,13 +59,14 @@ def export_command(
         knows("formats", name, FORMATS)
     try:
         if run:
-            read = read_run(run, network=network, step=step)
+            read = read_run(run, network=network, step=step).in_pytorch()
         else:
             read = load_weights(weights, heads)
             read = dataclasses.replace(read, card=file_card(Path(path_of(weights)), read.card))
         export(read, Path(path_of(to)), formats)
     except WeightsError as error:
-        raise ConfigError(str(error)) from error
+        where = "" if not run or str(run) in str(error) else f"run={run}: "
+        raise ConfigError(f"{where}{error}") from error
 
 
 def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:

@@ -13,14 +13,14 @@ from cassle_jax.augment import AugmentSpec
 from cassle_jax.config import ConfigError
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.interop.architecture import architecture_of
-from cassle_jax.interop.weights import Weights, load_weights
+from cassle_jax.interop.weights import EXPORTED, Weights, load_weights
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import AXIS
 from cassle_jax.storage import path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
-from cassle_jax.training.run_weights import read_run
+from cassle_jax.training.run_weights import RunWeights, read_run
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         raise ConfigError(f"{where}{error}") from error
 
 
-def _of_run(name: str, weights: Weights) -> Subject:
+def _of_run(name: str, weights: Weights | RunWeights) -> Subject:
     config, gone = todays_settings(ConfigDict(weights.card["config"]))
     if gone:
         LOG.warning("%s: settings that exist no more are left out: %s", name, ", ".join(gone))
@@ -67,7 +67,7 @@ def _of_run(name: str, weights: Weights) -> Subject:
     conditioning = Conditioning(**config.conditioning.to_dict())
     spec = augment_spec(config)
     shapes = _shapes(networks, spec.size, conditioning.size)
-    known = [network for network in shapes["params"] if network in weights.networks]
+    known = [n for n in shapes["params"] if n in weights.networks and n in EXPORTED]
     shapes = {part: {n: tree[n] for n in known if n in tree} for part, tree in shapes.items()}
     variables = _loaded(weights, shapes)
     views = view_specs(config, method)[:2]
@@ -100,5 +100,5 @@ def _shapes(networks: Networks, size: int, descriptor: int):
     return dict(jax.eval_shape(make))
 
 
-def _loaded(weights: Weights, shapes) -> dict:
+def _loaded(weights: Weights | RunWeights, shapes) -> dict:
     return jax.tree.map(np.asarray, weights.into({"batch_stats": {}, **shapes}))

@@ -36,6 +36,7 @@ LEAVES = {
     ("batch_stats", "var"): "running_var",
 }
 KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by number of axes, in PyTorch's order
+VARIANCES = ("running_var", ".var")  # how their names end in PyTorch and here
 PROBLEMS_SHOWN = 8  # of each kind
 
 
@@ -208,17 +209,30 @@ def _fitting_names(
         names[path]: tuple(target.shape[axis] for axis in _axes(path, target))
         for path, target in traverse_util.flatten_dict(variables).items()
     }
-    missing = [f"{name} is missing" for name in expected if name not in state]
-    unexpected = [f"{name} is unexpected" for name in state if name not in expected]
-    misshapen = [
-        f"{name} has shape {state[name].shape}, not {shape}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    problems = [*_some(missing), *_some(unexpected), *_some(misshapen), *_some(not_weights(state))]
-    if problems:
-        raise WeightsError(f"the PyTorch state does not fit the model: {'; '.join(problems)}")
+    check_fit(state, expected, "the PyTorch state")
     return names
+
+
+def check_fit(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Refuses arrays that a model of these shapes does not take; `what` names them.
+
+    Raises:
+        WeightsError: an array is missing, unexpected, of another shape or not finite, or variances
+            are below 0; the message names each.
+    """
+    missing = [f"{name} is missing" for name in shapes if name not in arrays]
+    unexpected = [f"{name} is unexpected" for name in arrays if name not in shapes]
+    misshapen = [
+        f"{name} has shape {arrays[name].shape}, not {shape}"
+        for name, shape in shapes.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    kinds = (missing, unexpected, misshapen, not_weights(arrays))
+    problems = [problem for kind in kinds for problem in _some(kind)]
+    if problems:
+        raise WeightsError(f"{what} does not fit the model: {'; '.join(problems)}")
 
 
 def not_weights(state: Mapping[str, np.ndarray]) -> list[str]:
@@ -233,7 +247,7 @@ def not_weights(state: Mapping[str, np.ndarray]) -> list[str]:
             problems.append(
                 f"the weights {name} are not finite; the file is damaged or training diverged"
             )
-        elif name.endswith("running_var") and array.min() < 0:
+        elif name.endswith(VARIANCES) and array.min() < 0:
             problems.append(f"the variances {name} are below 0; the file is damaged")
     return problems
 

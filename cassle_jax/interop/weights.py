@@ -44,6 +44,7 @@ TO_PYTORCH = {
     "predictor": predictor_to_pytorch,
     "image_conditioner": projector_to_pytorch,
 }
+EXPORTED = tuple(TO_PYTORCH)  # the networks that files of weights hold, and evaluation uses
 # The published checkpoints' name of the encoder.
 PUBLISHED = {"encoder": "backbone"}
 

@@ -1,17 +1,22 @@
 """Reads the weights of a run from its newest checkpoint, with a card of their origin."""
 
 import contextlib
+import dataclasses
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from cassle_jax.faults import Outage, retried
 from cassle_jax.interop.card import run_card
 from cassle_jax.interop.errors import WeightsError
+from cassle_jax.interop.pytorch import Variables, check_fit
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
 from cassle_jax.storage import path_of
@@ -31,9 +36,63 @@ NETWORKS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class RunWeights:
+    """The networks of a run as its checkpoint holds them.
+
+    Attributes:
+        variables: `params` and `batch_stats`, each by network.
+        card: their origin as a model card describes it.
+        heads: number of attention heads of a ViT encoder; `None` for a ResNet.
+    """
+
+    variables: Variables
+    card: Mapping[str, Any]
+    heads: int | None = None
+
+    @property
+    def networks(self) -> list[str]:
+        """The networks' names."""
+        return [*self.variables["params"]]
+
+    def without(self, *names: str) -> "RunWeights":
+        """These weights without the networks called `names`."""
+        kept = {
+            collection: {n: tree for n, tree in networks.items() if n not in names}
+            for collection, networks in self.variables.items()
+        }
+        return dataclasses.replace(self, variables=kept)
+
+    def into(self, variables: Variables) -> dict[str, Any]:
+        """The values of these weights for every network of `variables`, arrays or shapes.
+
+        Raises:
+            WeightsError: an array is missing, unexpected or of another shape, or not finite.
+        """
+        taken = {
+            collection: {name: self.variables[collection].get(name, {}) for name in networks}
+            for collection, networks in variables.items()
+        }
+        shapes = {name: tuple(each.shape) for name, each in _by_name(variables).items()}
+        check_fit(_by_name(taken), shapes, "the checkpoint")
+        return taken
+
+    def in_pytorch(self) -> Weights:
+        """The same under PyTorch's names and in its layouts.
+
+        Raises:
+            WeightsError: there are weights that are not finite.
+        """
+        return weights_of(self.variables, self.card, self.heads)
+
+
+def _by_name(variables: Variables) -> dict[str, Any]:
+    return {".".join(path): array for path, array in flatten_dict(variables).items()}
+
+
 def read_run(
     workdir: epath.PathLike, *, network: str = "online", step: int | None = None
-) -> Weights:
+) -> RunWeights:
     """Reads the weights of a run, whatever devices it ran on; its data is not needed.
 
     Args:
@@ -42,7 +101,7 @@ def read_run(
         step: step of the checkpoint; `None` for the newest readable one.
 
     Raises:
-        WeightsError: there is no such run, checkpoint or network, or its weights are not finite.
+        WeightsError: there is no such run, checkpoint or network.
     """
     workdir = path_of(workdir).resolve()
     if not (workdir / "config.json").exists():
@@ -65,10 +124,7 @@ def read_run(
             metrics=read_metrics(workdir),
             start=start_before(workdir, step),
         )
-    try:
-        return weights_of(variables, card, heads)
-    except WeightsError as error:
-        raise WeightsError(f"run={workdir} at step {step}: {error}") from error
+    return RunWeights(variables, card, heads)
 
 
 @contextlib.contextmanager
