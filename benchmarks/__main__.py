@@ -34,8 +34,7 @@ from benchmarks.contest import Row
 from benchmarks.isolated import run_isolated
 from benchmarks.workload import Workload, cpus, devices, draw_jpegs, jpegs_in, workload_for
 from cassle_jax import command
-from cassle_jax.checks import check_at_least
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of
 from cassle_jax.storage import write_whole
 
 LOG = logging.getLogger("cassle_jax.benchmarks")
@@ -156,13 +155,16 @@ def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
     }  # fmt: skip
     work = dataclasses.replace(default, **given)
     try:
-        check_at_least(2, batch=work.batch, views_batch=work.views_batch)
-        check_at_least(1, steps=work.steps, rounds=work.rounds, size=work.size)
-        check_at_least(work.views_size, canvas=work.canvas)
+        check_at_least("batch", work.batch, 2)
+        check_at_least("views_batch", work.views_batch, 2)
+        check_at_least("steps", work.steps, 1)
+        check_at_least("rounds", work.rounds, 1)
+        check_at_least("size", work.size, 1)
+        check_at_least("canvas", work.canvas, work.views_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    knows("encoder", work.encoder, ("resnet18", "resnet34", "resnet50"))
-    knows("dtype", work.dtype, ("float32", "bfloat16"))
+    check_one_of("encoder", work.encoder, ("resnet18", "resnet34", "resnet50"))
+    check_one_of("dtype", work.dtype, ("float32", "bfloat16"))
     return work
 
 
@@ -179,7 +181,7 @@ if __name__ == "__main__":
     def main() -> None:
         """Runs the measurements of the flags."""
         for name in only_flag.value:
-            knows("only", name, MEASUREMENTS)
+            check_one_of("only", name, MEASUREMENTS)
         machine = about()
         work = chosen_workload(flags.FLAGS, machine["platform"])
         load = os.getloadavg()[0]

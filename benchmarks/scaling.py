@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
-from cassle_jax.config import ConfigError, base_config, imagenet
+from cassle_jax.checks import ConfigError
+from cassle_jax.config import base_config, imagenet
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step

@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cassle_jax.config import ConfigError, base_config
+from cassle_jax.checks import ConfigError
+from cassle_jax.config import base_config
 from cassle_jax.data.families import open_drawn
 
 

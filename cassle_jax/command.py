@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from cassle_jax.config import ConfigError, closest_setting, flat_settings
+from cassle_jax.checks import ConfigError
+from cassle_jax.config import closest_setting, flat_settings
 from cassle_jax.data import DataError
 from cassle_jax.faults import Outage, passing
 

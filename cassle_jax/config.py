@@ -19,7 +19,7 @@ from cassle_jax.augment import (
     LEAK_FREE_DESCRIPTORS,
     AugmentSpec,
 )
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.methods import METHODS
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning
@@ -152,15 +152,6 @@ def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
     return config
 
 
-def knows(name: str, value: str, known: Iterable[str]) -> None:
-    """Raises ConfigError, with the closest known name, unless `value` is one of `known`."""
-    known = sorted(known)
-    if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(known)}{hint}")
-
-
 def closest_setting(name: str, settings: Iterable[str]) -> str:
     """The setting closest to an unknown name, by its last part or its spelling; "" for none."""
     settings = sorted(settings)
@@ -192,13 +183,13 @@ def _parse(arguments: str, recipe_of: str) -> dict[str, str]:
                 f"config argument {item!r} is unknown; use {', '.join(f'{a}=…' for a in ARGUMENTS)}"
             )
         chosen[name] = value
-    knows("method", chosen["method"], METHODS)
+    check_one_of("method", chosen["method"], METHODS)
     if recipe_of and chosen["method"] != recipe_of:
         raise ConfigError(
             f"method={chosen['method']!r} does not fit this recipe, which is {recipe_of}'s; use "
             f"configs/imagenet.py:method={chosen['method']}"
         )
-    knows("follow", chosen["follow"], ("paper", "published"))
+    check_one_of("follow", chosen["follow"], ("paper", "published"))
     return chosen
 
 
@@ -215,7 +206,7 @@ def _conditioning(value: str) -> Conditioning:
         f"{name}.{part}" for name, each in DESCRIPTORS.items() for part in each.components
     ]
     for name in value.split("+"):
-        knows("conditioning", name, (*named, *(components if "." in name else DESCRIPTORS)))
+        check_one_of("conditioning", name, (*named, *(components if "." in name else DESCRIPTORS)))
     return Conditioning(tuple(sorted(value.split("+"))))
 
 
@@ -227,7 +218,7 @@ def _augself_weights(value: str) -> dict[str, float]:
     weights = {}
     for item in value.split("+"):
         name, _, weight = item.partition(":")
-        knows("augself", name, PREDICTED)
+        check_one_of("augself", name, PREDICTED)
         try:
             weights[name] = float(weight or 0.5)
         except ValueError:

@@ -26,8 +26,8 @@ import jax
 # The key-value store that the processes share has no public name.
 from jax._src import distributed as runtime
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, Stop, code_of
-from cassle_jax.config import ConfigError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = "CASSLE_JOIN_SECONDS"

@@ -15,8 +15,7 @@ from absl import flags
 
 from cassle_jax import command
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.checks import check_at_least, check_seed
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_seed
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
 from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
@@ -79,7 +78,7 @@ def evaluate_command(
       ConfigError, DataError: a setting cannot work, or, at the end, a task failed; in one line.
     """
     for name in tasks:
-        knows("tasks", name, TASKS)
+        check_one_of("tasks", name, TASKS)
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
     mesh = device_mesh()
@@ -89,7 +88,7 @@ def evaluate_command(
         )
     try:
         check_settings(settings or Settings(), limit=limit, network=network)
-        check_at_least(0, cache_gib=cache_gib)
+        check_at_least("cache_gib", cache_gib, 0)
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("augment.")) from error
     opened = [retried(each, partial(open_evaluated, each, data_dir)) for each in datasets]
@@ -236,10 +235,10 @@ def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
       ConfigError: a name is unknown; the message has the closest known one.
     """
     for task in tasks:
-        knows("tasks", task, TASKS)
+        check_one_of("tasks", task, TASKS)
     for dataset in datasets:
         if not dataset.startswith(OWN_FOLDER):
-            knows("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
+            check_one_of("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
 
 
 def open_evaluated(described: str, data_dir: str) -> EvaluationData:
@@ -350,16 +349,18 @@ def check_settings(
     Raises:
       ValueError: names the setting, its value, and what would work.
     """
-    knows("network", network, ("online", "momentum"))
-    check_at_least(2, batch=batch)
-    check_at_least(0, limit=limit, analysed=settings.analysed)
-    check_seed(seed=settings.seed)
-    check_at_least(0, fine_tune_epochs=settings.fine_tune_epochs)
-    check_at_least(1, episodes=settings.episodes, neighbours=settings.neighbours)
-    check_at_least(1, probe_epochs=settings.probe_epochs)
-    check_at_least(2, ways=settings.ways)
+    check_one_of("network", network, ("online", "momentum"))
+    check_at_least("batch", batch, 2)
+    check_at_least("limit", limit, 0)
+    check_at_least("analysed", settings.analysed, 0)
+    check_seed("seed", settings.seed)
+    check_at_least("fine_tune_epochs", settings.fine_tune_epochs, 0)
+    check_at_least("episodes", settings.episodes, 1)
+    check_at_least("neighbours", settings.neighbours, 1)
+    check_at_least("probe_epochs", settings.probe_epochs, 1)
+    check_at_least("ways", settings.ways, 2)
     for shots in settings.shots:
-        check_at_least(1, shots=shots)
+        check_at_least("shots", shots, 1)
     for fraction in settings.fractions:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fractions={fraction:g} is not in (0, 1]")

@@ -10,7 +10,7 @@ from absl import flags
 from safetensors import SafetensorError
 
 from cassle_jax import command
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.interop.architecture import Architecture, architecture_of, check_arrays
 from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
@@ -54,9 +54,9 @@ def export_command(
         raise ConfigError("--heads is for a file; use it with --weights=FILE")
     if not to:
         raise ConfigError("--to is empty; give the folder to write to")
-    knows("network", network, NETWORKS)
+    check_one_of("network", network, NETWORKS)
     for name in formats:
-        knows("formats", name, FORMATS)
+        check_one_of("formats", name, FORMATS)
     try:
         if run:
             read = read_run(run, network=network, step=step).in_pytorch()

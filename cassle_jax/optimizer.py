@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from cassle_jax.checks import check_at_least, check_fraction, check_one_of, check_positive
+from cassle_jax.checks import (
+    check_at_least,
+    check_fraction,
+    check_one_of,
+    check_positive,
+    check_share,
+)
 from cassle_jax.methods import Method, Moment
 from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule
 
@@ -68,17 +74,13 @@ class OptimizerSpec:
     schedule_by: str = "step"
 
     def __post_init__(self):
-        check_one_of(("sgd", "adamw", "lars"), optimizer__name=self.name)
-        check_one_of(("step", "epoch"), optimizer__schedule_by=self.schedule_by)
-        check_fraction(0.0, optimizer__final_fraction=self.final_fraction)
-        check_positive(optimizer__base_learning_rate=self.base_learning_rate)
-        check_at_least(
-            0,
-            optimizer__weight_decay=self.weight_decay,
-            optimizer__warmup_epochs=self.warmup_epochs,
-        )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1); 0.9 is usual")
+        check_one_of("optimizer.name", self.name, ("sgd", "adamw", "lars"))
+        check_one_of("optimizer.schedule_by", self.schedule_by, ("step", "epoch"))
+        check_fraction("optimizer.final_fraction", self.final_fraction, 0.0)
+        check_positive("optimizer.base_learning_rate", self.base_learning_rate)
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
+        check_share("optimizer.momentum", self.momentum, 0.9)
 
 
 def peak_learning_rate(spec: OptimizerSpec, batch_size: int) -> float:

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import all_processes
 from cassle_jax.faults import FULL, passing
 from cassle_jax.storage import is_utf8, path_of

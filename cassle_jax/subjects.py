@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.weights import EXPORTED, Weights, load_weights

@@ -20,8 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from cassle_jax import command
-from cassle_jax.checks import check_at_least, check_positive
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_positive
 from cassle_jax.data import DataError, open_source
 from cassle_jax.evaluate import (
     check_names,
@@ -116,8 +115,9 @@ def run_table(
       ConfigError, DataError: invalid settings or missing data, before any run starts.
       Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
-    check_at_least(1, parallel=parallel)
-    check_at_least(0, call_minutes=call_minutes, minutes=minutes)
+    check_at_least("parallel", parallel, 1)
+    check_at_least("call_minutes", call_minutes, 0)
+    check_at_least("minutes", minutes, 0)
     to = Path(path_of(to)).resolve()
 
     def expanded(*more: str) -> list[RunSpec]:
@@ -319,7 +319,7 @@ def dry_run(
     rate: float = RATE,
 ) -> str:
     """Lists a table's runs and their cost; see `run_table` and `cost_table`."""
-    check_positive(rate=rate)
+    check_positive("rate", rate)
     runs = runs_of_table(table, rows=rows, seeds=seeds, overrides=overrides, toy=toy)
     plans = _planned(runs, images_of)
     return cost_table([run for run, _ in plans], [images for _, images in plans], rate)
@@ -369,12 +369,12 @@ def evaluation_of(
     check_names(chosen, tasks)
     opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
     for format_name in table.export:
-        knows("export", format_name, FORMATS)
+        check_one_of("export", format_name, FORMATS)
     values = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
     own = {"limit": int, "network": str, "batch": int}
     kinds = own | get_type_hints(Settings)
     for name in values:
-        knows("evaluation", name, kinds)
+        check_one_of("evaluation", name, kinds)
     typed = {name: _value(name, value, kinds[name]) for name, value in values.items()}
     settings = Settings(**{name: value for name, value in typed.items() if name not in own})
     others = {name: value for name, value in typed.items() if name in own}

@@ -13,8 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from cassle_jax import command
-from cassle_jax.checks import check_at_least, check_positive
-from cassle_jax.config import knows
+from cassle_jax.checks import check_at_least, check_one_of, check_positive
 from cassle_jax.evaluate import datasets_in
 from cassle_jax.methods import METHODS
 from cassle_jax.sweep.table import find_table
@@ -60,10 +59,10 @@ def transfer(
       ConfigError, DataError: invalid settings or missing data.
       Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
-    check_positive(minutes=minutes)
-    check_at_least(1, seeds=seeds)
+    check_positive("minutes", minutes)
+    check_at_least("seeds", seeds, 1)
     for method in methods:
-        knows("methods", method, METHODS)
+        check_one_of("methods", method, METHODS)
     table = find_table("transfer", **({"methods": tuple(methods)} if methods else {}))
     path = [f"data.path={data}"] if data else []
     return run_table(

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cassle_jax import command
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.training.loop import Diverged, Preempted

@@ -4,7 +4,8 @@ import runpy
 
 import pytest
 
-from cassle_jax.config import ConfigError, base_config, flat_settings, knows
+from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import METHODS
 from cassle_jax.training.run import view_specs
 
@@ -157,9 +158,9 @@ def test_what_is_unknown_is_a_config_error_with_what_is_known(arguments, message
 
 
 def test_knows_lets_known_values_pass():
-    knows("method", "simclr", METHODS)
+    check_one_of("method", "simclr", METHODS)
     with pytest.raises(ConfigError, match=r"^a\.b='z' is unknown; use one of x, y$"):
-        knows("a.b", "z", {"y", "x"})
+        check_one_of("a.b", "z", {"y", "x"})
 
 
 def test_settings_have_full_names():

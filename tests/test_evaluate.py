@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cassle_jax.augment import IMAGENET_STD
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.findings import Failure, Score

@@ -241,8 +241,8 @@ def test_whatever_changes_by_the_epoch_changes_at_its_first_step(steps_per_epoch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "lamb"}, r"optimizer\.name='lamb'.*'sgd' or 'adamw' or 'lars'"),
-        ({"schedule_by": "week"}, r"optimizer\.schedule_by='week'.*'step' or 'epoch'"),
+        ({"name": "lamp"}, r"optimizer\.name='lamp'.*use one of adamw, lars, sgd"),
+        ({"schedule_by": "week"}, r"optimizer\.schedule_by='week'.*use one of epoch, step"),
         ({"base_learning_rate": 0.0}, r"optimizer\.base_learning_rate=0\.0 must be above 0"),
         ({"base_learning_rate": float("nan")}, r"optimizer\.base_learning_rate=nan"),
         ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1 must be at least 0"),

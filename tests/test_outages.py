@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from cassle_jax import faults
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
-from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.shards import Shards

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.methods import METHODS, ViewBatch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of

@@ -4,7 +4,7 @@ import pytest
 
 from cassle_jax import transfer as command
 from cassle_jax.augment import CASSLE_DESCRIPTORS, LEAK_FREE_DESCRIPTORS
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.sweep.table import find_table, runs_of_table
 
 

@@ -112,8 +112,8 @@ class AugmentSpec:
             self._set_floats(name, 3, "use three numbers, one a channel")
         if min(self.std) <= 0:
             raise ValueError(f"augment.std={self.std} has a value that is not positive; use > 0")
-        check_one_of(("image", "batch"), augment__jitter_order=self.jitter_order)
-        check_one_of(("jitter", "blur"), augment__solarize_after=self.solarize_after)
+        check_one_of("augment.jitter_order", self.jitter_order, ("image", "batch"))
+        check_one_of("augment.solarize_after", self.solarize_after, ("jitter", "blur"))
         self._check_kernel()
 
     @property

@@ -103,7 +103,7 @@ def check_classes(
       ValueError: no images or no labels, labels outside the classes, one class only, or a class of
         the test images that no training image has.
     """
-    check_at_least(2, classes=classes)
+    check_at_least("classes", classes, 2)
     if train.class_names != test.class_names:
         raise ValueError(f"{train.name} and {test.name} do not have the same list of classes")
     for source, labels in ((train, train_labels), (test, test_labels)):

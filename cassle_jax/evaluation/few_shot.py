@@ -89,8 +89,10 @@ def few_shot(
       ValueError: If a feature is not finite, there are fewer classes than `ways`, a class has fewer
         images than an episode draws, or a number is too small.
     """
-    check_at_least(1, shots=shots, queries=queries, episodes=episodes)
-    check_at_least(2, ways=ways)
+    check_at_least("shots", shots, 1)
+    check_at_least("queries", queries, 1)
+    check_at_least("episodes", episodes, 1)
+    check_at_least("ways", ways, 2)
     features = np.asarray(features, np.float32)
     rows_of = _rows_of_classes(features, labels, ways, shots + queries)
     drawn = _draw(rows_of, ways, shots + queries, episodes, seed)

@@ -182,8 +182,8 @@ def _check_settings(
 ) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} is not in (0, 1]; 0.01, 0.1 and 1 are usual")
-    check_at_least(0, epochs=epochs)
-    check_seed(seed=seed)
+    check_at_least("epochs", epochs, 0)
+    check_seed("seed", seed)
     for name, rate in (("encoder_rate", encoder_rate), ("head_rate", head_rate)):
         if rate:
-            check_positive(**{name: rate})
+            check_positive(name, rate)

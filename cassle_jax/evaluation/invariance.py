@@ -180,9 +180,9 @@ def invariance_meter(
     Raises:
       ValueError: a temperature or a strength is not positive.
     """
-    check_positive(temperature=temperature)
+    check_positive("temperature", temperature)
     for strength in strengths:
-        check_positive(strength=strength)
+        check_positive("strength", strength)
     spec = every_augmentation(spec)
     compared = _compared(spec, strengths)
     measure = _measurement(networks, conditioning, spec, compared, temperature, mesh)

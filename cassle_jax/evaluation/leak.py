@@ -114,9 +114,9 @@ def leak_of(
     Raises:
       ValueError: fewer than 8 images, no descriptors, or a setting out of its range.
     """
-    check_at_least(1, steps=steps)
-    check_at_least(2, batch=batch)
-    check_positive(temperature=temperature)
+    check_at_least("steps", steps, 1)
+    check_at_least("batch", batch, 2)
+    check_positive("temperature", temperature)
     if not conditioning.descriptors:
         raise ValueError("there are no descriptors, so there is no ω that could give images away")
     if len(images) < FEWEST_IMAGES:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
+from cassle_jax.checks import check_one_of
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 from cassle_jax.solvers.logistic import check_rows, fit_logistic
 
@@ -90,8 +91,7 @@ def linear_evaluation(
         has labels outside the classes; if there are fewer than two classes or the training rows
         hold one only; or if a penalty or the metric is not a valid one.
     """
-    if metric not in ("accuracy", "mean_per_class"):
-        raise ValueError(f"metric={metric!r} is unknown; use 'accuracy' or 'mean_per_class'")
+    check_one_of("metric", metric, ("accuracy", "mean_per_class"))
     width = train[0].shape[1]
     for name, split in (("train", train), ("val", val), ("test", test)):
         check_rows(name, *split, classes)

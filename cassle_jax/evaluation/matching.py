@@ -128,7 +128,7 @@ class ViewMatcher:
         Raises:
           ValueError: the temperature is not positive.
         """
-        check_positive(temperature=temperature)
+        check_positive("temperature", temperature)
         self._networks = networks
         self._conditioning = conditioning
         self._specs = tuple(specs[:2])

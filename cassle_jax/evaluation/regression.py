@@ -92,7 +92,7 @@ def regression(
         rows, or is not finite; if a target is the same in all rows of a split; or if a penalty or
         the metric is not a valid one.
     """
-    check_one_of(METRICS, metric=metric)
+    check_one_of("metric", metric, METRICS)
     shape = train[0].shape[1:], train[1].shape[1:]
     for name, split in (("train", train), ("val", val), ("test", test)):
         check_rows(name, *split)

@@ -91,9 +91,9 @@ def sgd_probe(
       He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020,
       section 4.1, and its published code.
     """
-    check_at_least(1, epochs=epochs)
-    check_seed(seed=seed)
-    check_positive(learning_rate=learning_rate)
+    check_at_least("epochs", epochs, 1)
+    check_seed("seed", seed)
+    check_positive("learning_rate", learning_rate)
     check_classes(train, test, labels_of(train), labels_of(test), classes)
     shared = fitting_batch(batch, len(train), mesh)
     steps = epochs * (len(train) // shared)

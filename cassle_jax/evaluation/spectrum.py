@@ -98,8 +98,8 @@ def spectrum(
     if len(matrix) < 2:
         raise ValueError(f"a variance needs two rows; {len(matrix)} row is too few")
     first, last = ranks
-    check_at_least(1, ranks=first)
-    check_at_least(first + 1, ranks=last)
+    check_at_least("ranks", first, 1)
+    check_at_least("ranks", last, first + 1)
     effective_rank = rank_me(matrix)
     centred = matrix - matrix.mean(axis=0)
     variances = _squared_singular_values(centred)[::-1] / (len(matrix) - 1)
@@ -170,8 +170,9 @@ def lidar(
     """
     points = _finite(features, "features")
     images, views, width = points.shape
-    check_at_least(2, images=images, views=views)
-    check_positive(delta=delta)
+    check_at_least("images", images, 2)
+    check_at_least("views", views, 2)
+    check_positive("delta", delta)
     means = points.mean(axis=1)
     within = (points - means[:, None]).reshape(-1, width)
     within = within.T @ within / (images * (views - 1)) + delta * np.eye(width)

@@ -40,7 +40,7 @@ Batch = Mapping[str, Array | np.ndarray]
 
 def protocol_key(protocol: str, seed: int) -> PRNGKeyArray:
     """The random key of a protocol, different for every protocol and seed in [0, 2³²)."""
-    check_seed(seed=seed)
+    check_seed("seed", seed)
     return jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(protocol.encode())))
 
 

@@ -45,13 +45,13 @@ class AugSelf:
     hidden: int = 512
 
     def __post_init__(self):
-        check_at_least(1, augself__hidden=self.hidden)
+        check_at_least("augself.hidden", self.hidden, 1)
         for name, weight in self.weights.items():
             if name not in PREDICTED:
                 raise ValueError(
                     f"augself.{name} cannot be predicted; use any of {', '.join(PREDICTED)}"
                 )
-            check_positive(**{f"augself__{name}": weight})
+            check_positive(f"augself.{name}", weight)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -31,9 +31,8 @@ class BarlowTwins(Method):
     projector_depth: int = 3
 
     def __post_init__(self):
-        check_positive(
-            method__redundancy_weight=self.redundancy_weight, method__vector_rate=self.vector_rate
-        )
+        check_positive("method.redundancy_weight", self.redundancy_weight)
+        check_positive("method.vector_rate", self.vector_rate)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
 
     @override

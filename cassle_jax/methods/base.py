@@ -351,8 +351,9 @@ class Method:
 
     def check_projector(self, hidden: int, out: int, depth: int) -> None:
         """Raises ValueError for sizes no projector can have; hidden 0 is the features' width."""
-        check_at_least(0, method__projector_hidden=hidden)
-        check_at_least(1, method__projector_out=out, method__projector_depth=depth)
+        check_at_least("method.projector_hidden", hidden, 0)
+        check_at_least("method.projector_out", out, 1)
+        check_at_least("method.projector_depth", depth, 1)
 
     def check(self, global_batch: int, local_batch: int) -> None:
         """Raises ValueError, naming the setting, where the method cannot work with these sizes."""

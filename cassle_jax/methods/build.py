@@ -69,16 +69,13 @@ class Conditioning:
     plain_branch: float = 0.0
 
     def __post_init__(self):
-        check_at_least(1, conditioning__depth=self.depth, conditioning__width=self.width)
-        check_at_least(
-            0,
-            conditioning__start_epoch=self.start_epoch,
-            conditioning__ramp_epochs=self.ramp_epochs,
-        )
-        check_share(
-            conditioning__dropout=self.dropout, conditioning__plain_branch=self.plain_branch
-        )
-        check_one_of(("projector", "predictor", "both"), conditioning__into=self.into)
+        check_at_least("conditioning.depth", self.depth, 1)
+        check_at_least("conditioning.width", self.width, 1)
+        check_at_least("conditioning.start_epoch", self.start_epoch, 0)
+        check_at_least("conditioning.ramp_epochs", self.ramp_epochs, 0)
+        check_share("conditioning.dropout", self.dropout, 0.0)
+        check_share("conditioning.plain_branch", self.plain_branch, 0.5)
+        check_one_of("conditioning.into", self.into, ("projector", "predictor", "both"))
         object.__setattr__(self, "descriptors", tuple(self.descriptors))  # JSON has lists
         try:
             check_descriptors(self.descriptors)

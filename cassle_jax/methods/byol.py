@@ -37,9 +37,9 @@ class BYOL(Method):
 
     def __post_init__(self):
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_at_least(1, method__predictor_hidden=self.predictor_hidden)
-        check_fraction(0.996, method__momentum=self.momentum)
-        check_one_of(("step", "epoch"), method__momentum_by=self.momentum_by)
+        check_at_least("method.predictor_hidden", self.predictor_hidden, 1)
+        check_fraction("method.momentum", self.momentum, 0.996)
+        check_one_of("method.momentum_by", self.momentum_by, ("step", "epoch"))
 
     @override
     def projector(self, feature_width):

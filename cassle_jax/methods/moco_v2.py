@@ -40,11 +40,11 @@ class MoCoV2(Method):
     projector_depth: int = 2
 
     def __post_init__(self):
-        check_positive(method__temperature=self.temperature)
-        check_at_least(1, method__queue_size=self.queue_size)
+        check_positive("method.temperature", self.temperature)
+        check_at_least("method.queue_size", self.queue_size, 1)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_fraction(0.999, method__momentum=self.momentum)
-        check_one_of(("keys", "queries"), method__enqueue=self.enqueue)
+        check_fraction("method.momentum", self.momentum, 0.999)
+        check_one_of("method.enqueue", self.enqueue, ("keys", "queries"))
 
     @override
     def projector(self, feature_width):

@@ -45,9 +45,9 @@ class MoCoV3(Method):
     predictor_last_bn: bool = True
 
     def __post_init__(self):
-        check_positive(method__temperature=self.temperature)
-        check_fraction(0.999, method__momentum=self.momentum)
-        check_one_of(("constant", "cosine"), method__momentum_schedule=self.momentum_schedule)
+        check_positive("method.temperature", self.temperature)
+        check_fraction("method.momentum", self.momentum, 0.999)
+        check_one_of("method.momentum_schedule", self.momentum_schedule, ("constant", "cosine"))
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
 
     @override

@@ -32,9 +32,9 @@ class SimCLR(Method):
     projector_depth: int = 2
 
     def __post_init__(self):
-        check_positive(method__temperature=self.temperature)
+        check_positive("method.temperature", self.temperature)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_one_of(("global", "local"), method__negatives=self.negatives)
+        check_one_of("method.negatives", self.negatives, ("global", "local"))
 
     @override
     def projector(self, feature_width):

@@ -35,7 +35,7 @@ class SimSiam(Method):
 
     def __post_init__(self):
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_at_least(1, method__predictor_hidden=self.predictor_hidden)
+        check_at_least("method.predictor_hidden", self.predictor_hidden, 1)
 
     @override
     def projector(self, feature_width):

@@ -98,18 +98,16 @@ class SwAV(Method):
     projector_depth: int = 2
 
     def __post_init__(self):
-        check_positive(method__temperature=self.temperature, method__epsilon=self.epsilon)
-        check_at_least(2, method__prototypes=self.prototypes)
-        check_at_least(1, method__sinkhorn_iterations=self.sinkhorn_iterations)
-        check_at_least(
-            0,
-            method__small_crops=self.small_crops,
-            method__small_crop_size=self.small_crop_size,
-            method__queue_size=self.queue_size,
-            method__queue_start=self.queue_start,
-            method__freeze_prototypes_epochs=self.freeze_prototypes_epochs,
-            method__freeze_prototypes_steps=self.freeze_prototypes_steps,
-        )
+        check_positive("method.temperature", self.temperature)
+        check_positive("method.epsilon", self.epsilon)
+        check_at_least("method.prototypes", self.prototypes, 2)
+        check_at_least("method.sinkhorn_iterations", self.sinkhorn_iterations, 1)
+        check_at_least("method.small_crops", self.small_crops, 0)
+        check_at_least("method.small_crop_size", self.small_crop_size, 0)
+        check_at_least("method.queue_size", self.queue_size, 0)
+        check_at_least("method.queue_start", self.queue_start, 0)
+        check_at_least("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, 0)
+        check_at_least("method.freeze_prototypes_steps", self.freeze_prototypes_steps, 0)
         area = tuple(self.small_crop_area)
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise ValueError(

@@ -40,12 +40,9 @@ class VICReg(Method):
     projector_depth: int = 3
 
     def __post_init__(self):
-        check_at_least(
-            0,
-            method__invariance_weight=self.invariance_weight,
-            method__variance_weight=self.variance_weight,
-            method__covariance_weight=self.covariance_weight,
-        )
+        check_at_least("method.invariance_weight", self.invariance_weight, 0)
+        check_at_least("method.variance_weight", self.variance_weight, 0)
+        check_at_least("method.covariance_weight", self.covariance_weight, 0)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
 
     @override

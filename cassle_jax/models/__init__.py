@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from cassle_jax.checks import check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.conditioning import (
     INJECTIONS,
@@ -52,8 +53,7 @@ def make_encoder(
     Raises:
         ValueError: for an unknown name, or a setting that the architecture lacks.
     """
-    if name not in ENCODERS:
-        raise ValueError(f"encoder={name!r} is unknown; use one of {sorted(ENCODERS)}")
+    check_one_of("encoder.name", name, ENCODERS)
     settings = {"dtype": dtype, "remat": remat}
     if width:
         settings["width"] = width

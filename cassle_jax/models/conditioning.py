@@ -6,6 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cassle_jax.checks import check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.mlp import MLP
 
@@ -32,10 +33,8 @@ def check_conditioning(
         ValueError: for an unknown name, an injection that a hypernetwork cannot have, a descriptor
             without entries, or raw ω added to or multiplied with features of another width.
     """
-    if treatment not in TREATMENTS:
-        raise ValueError(f"treatment={treatment!r} is unknown; use one of {TREATMENTS}")
-    if injection not in INJECTIONS:
-        raise ValueError(f"injection={injection!r} is unknown; use one of {INJECTIONS}")
+    check_one_of("conditioning.treatment", treatment, TREATMENTS)
+    check_one_of("conditioning.injection", injection, INJECTIONS)
     if treatment == "hypernetwork" and injection not in ("none", "concat"):
         raise ValueError(
             f"injection={injection!r} does nothing with treatment='hypernetwork', whose descriptor "

@@ -187,13 +187,10 @@ class VisionTransformer(nn.Module):
     frozen_parameters: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed")
 
     def __post_init__(self):
-        check_at_least(
-            1,
-            encoder__width=self.width,
-            encoder__depth=self.depth,
-            encoder__heads=self.heads,
-            encoder__patch_size=self.patch_size,
-        )
+        check_at_least("encoder.width", self.width, 1)
+        check_at_least("encoder.depth", self.depth, 1)
+        check_at_least("encoder.heads", self.heads, 1)
+        check_at_least("encoder.patch_size", self.patch_size, 1)
         if self.width % 4:
             raise ValueError(
                 f"encoder.width={self.width} is not a multiple of 4, as sin-cos positions need; "

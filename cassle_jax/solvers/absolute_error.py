@@ -97,8 +97,8 @@ def fit_absolute(
     if penalties.ndim != 1 or penalties.size == 0:
         raise ValueError(f"penalties of shape {penalties.shape} must be a list of one or more")
     for penalty in penalties:
-        check_positive(penalties=penalty)
-    check_at_least(1, max_steps=max_steps)
+        check_positive("penalties", penalty)
+    check_at_least("max_steps", max_steps, 1)
 
     rotated, spectrum, axes = principal_axes(features)
     order = np.argsort(-penalties, kind="stable")

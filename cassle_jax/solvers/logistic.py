@@ -116,8 +116,9 @@ def fit_logistic(
     if penalties.ndim != 1 or penalties.size == 0:
         raise ValueError(f"penalties of shape {penalties.shape} must be a list of one or more")
     for penalty in penalties:
-        check_positive(penalties=penalty)
-    check_at_least(1, together=together, max_steps=max_steps)
+        check_positive("penalties", penalty)
+    check_at_least("together", together, 1)
+    check_at_least("max_steps", max_steps, 1)
 
     rotated, _, axes = principal_axes(features)
     order, lots = _lots(penalties, together)
@@ -131,7 +132,7 @@ def fit_logistic(
 
 def check_rows(name: str, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Raises ValueError unless rows of finite features have one label in [0, classes) each."""
-    check_at_least(2, classes=classes)
+    check_at_least("classes", classes, 2)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(
             f"{name} has features of shape {features.shape}; rows × features is needed"

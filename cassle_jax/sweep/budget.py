@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.storage import kept_json, write_whole
 from cassle_jax.sweep.jobs import outcome_of
 from cassle_jax.sweep.space import RunSpec

@@ -16,8 +16,8 @@ from pathlib import Path
 import submitit
 from submitit.helpers import DelayedSubmission
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
-from cassle_jax.config import ConfigError
 from cassle_jax.storage import kept_json, write_whole
 
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"

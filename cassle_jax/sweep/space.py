@@ -11,8 +11,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cassle_jax.checks import check_seed
-from cassle_jax.config import ARGUMENTS, ConfigError, closest_setting, flat_settings
+from cassle_jax.checks import ConfigError, check_seed
+from cassle_jax.config import ARGUMENTS, closest_setting, flat_settings
 from cassle_jax.storage import path_of
 
 Values = dict[str, str]
@@ -105,7 +105,7 @@ def run_of(
     for setting in values:
         _check_name(setting, known)
     chosen = parsed(arguments)
-    check_seed(seed=chosen.seed)
+    check_seed("seed", chosen.seed)
     return RunSpec(name, subject, values, arguments, chosen)
 
 
@@ -177,7 +177,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _draws(listed: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Values]:
-    check_seed(draw_seed=seed)
+    check_seed("draw_seed", seed)
     generator = np.random.default_rng(seed)
     return [
         {name: _drawn(generator, name, values) for name, values in listed.items()}

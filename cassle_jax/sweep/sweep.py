@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
-from cassle_jax.config import ConfigError, flat_settings, knows
+from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_names
 from cassle_jax.storage import kept_json, path_of, write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
@@ -67,7 +68,7 @@ def sweep(
       Stop: some runs failed, or Ctrl-C; the same sweep resumes.
     """
     evaluation = evaluation or EvaluationOptions()
-    knows("where", where, ("local", "slurm"))
+    check_one_of("where", where, ("local", "slurm"))
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
     folder = Path(path_of(folder)).resolve()

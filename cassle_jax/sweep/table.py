@@ -1,7 +1,6 @@
 """Named experiments: finds a table of rows and seeds, checks it, and expands it into runs."""
 
 import dataclasses
-import difflib
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cassle_jax.config import ConfigError, flat_settings
+from cassle_jax.checks import ConfigError, did_you_mean
+from cassle_jax.config import flat_settings
 from cassle_jax.storage import path_of
 from cassle_jax.sweep.space import RunSpec, Values, run_of
 
@@ -138,11 +138,9 @@ def find_table(name: str, **arguments: object) -> Table:
     if path.suffix != ".py":
         known = sorted(file.stem for file in TABLES.glob("*.py"))
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
                 f"table={name!r} is unknown; use one of {', '.join(known)}, or the path of a "
-                f"file{hint}"
+                f"file{did_you_mean(name, known)}"
             )
         path = TABLES / f"{name}.py"
     try:

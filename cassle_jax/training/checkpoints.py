@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.storage import free_bytes

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.storage import on_object_store
 
 try:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried

@@ -12,12 +12,11 @@ from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
-from cassle_jax.checks import check_at_least, check_seed
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_at_least, check_fraction, check_one_of, check_seed
 from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.models import ENCODERS, VisionTransformer, make_encoder
+from cassle_jax.models import VisionTransformer, make_encoder
 from cassle_jax.models.vit import check_image_size
 from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.parallel import AXIS
@@ -119,7 +118,7 @@ def view_specs(config: ConfigDict, method: Method) -> tuple[AugmentSpec, ...]:
 
 def compute_dtype(config: ConfigDict, platform: str) -> jnp.dtype:
     """The dtype of convolutions and products on a platform such as `cpu`, `gpu` or `tpu`."""
-    knows("dtype", config.dtype, ("auto", "bfloat16", "float32"))
+    check_one_of("dtype", config.dtype, ("auto", "bfloat16", "float32"))
     automatic = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(automatic if config.dtype == "auto" else config.dtype)
 
@@ -128,7 +127,7 @@ def build_method(config: ConfigDict) -> Method:
     """The method of a configuration with its hyper-parameters."""
     settings = config.method.to_dict()
     name = settings.pop("name")
-    knows("method.name", name, METHODS)
+    check_one_of("method.name", name, METHODS)
     known = {field.name for field in dataclasses.fields(METHODS[name])}
     # A configuration saved by an older version lacks newer settings; they get the default.
     if unknown := sorted(set(settings) - known):
@@ -164,7 +163,6 @@ def networks_of(
     Raises:
       ValueError: a setting cannot work; the message names it.
     """
-    knows("encoder.name", config.encoder.name, ENCODERS)
 
     def encoder():
         return make_encoder(**config.encoder.to_dict(), dtype=dtype, axis_name=axis_name)
@@ -232,31 +230,24 @@ def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
 
 
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
-    check_at_least(2, batch_size=config.batch_size)  # one image has no variance for BatchNorm
-    check_at_least(1, epochs=config.epochs)
-    check_seed(seed=config.seed)
-    check_at_least(1, encoder__patch_size=config.encoder.patch_size)
-    check_at_least(1, checkpoint__keep=config.checkpoint.keep)
-    check_at_least(
-        0,
-        chunk_size=config.chunk_size,
-        encoder__width=config.encoder.width,
-        steps=config.steps,
-        probe__every_epochs=config.probe.every_epochs,
-        checkpoint__every_steps=config.checkpoint.every_steps,
-        checkpoint__keep_every_steps=config.checkpoint.keep_every_steps,
-        log__every_steps=config.log.every_steps,
-        data__cache_gib=config.data.cache_gib,
-        data__threads=config.data.threads,
-        data__max_bad_fraction=config.data.max_bad_fraction,
-        probe__train_images=config.probe.train_images,
-        probe__test_images=config.probe.test_images,
-    )
-    knows("data.on_device", config.data.on_device, ("auto", "always", "never"))
-    if config.data.max_bad_fraction > 1:
-        raise ConfigError(
-            f"data.max_bad_fraction={config.data.max_bad_fraction} is not a fraction; use at most 1"
-        )
+    check_at_least("batch_size", config.batch_size, 2)  # one image has no variance for BatchNorm
+    check_at_least("epochs", config.epochs, 1)
+    check_seed("seed", config.seed)
+    check_at_least("encoder.patch_size", config.encoder.patch_size, 1)
+    check_at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    check_at_least("chunk_size", config.chunk_size, 0)
+    check_at_least("encoder.width", config.encoder.width, 0)
+    check_at_least("steps", config.steps, 0)
+    check_at_least("probe.every_epochs", config.probe.every_epochs, 0)
+    check_at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)
+    check_at_least("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0)
+    check_at_least("log.every_steps", config.log.every_steps, 0)
+    check_at_least("data.cache_gib", config.data.cache_gib, 0)
+    check_at_least("data.threads", config.data.threads, 0)
+    check_fraction("data.max_bad_fraction", config.data.max_bad_fraction, 0.01)
+    check_at_least("probe.train_images", config.probe.train_images, 0)
+    check_at_least("probe.test_images", config.probe.test_images, 0)
+    check_one_of("data.on_device", config.data.on_device, ("auto", "always", "never"))
     if config.batch_size % devices:
         raise ConfigError(
             f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"

@@ -6,7 +6,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from cassle_jax.config import ConfigError, base_config, flat_settings
+from cassle_jax.checks import ConfigError
+from cassle_jax.config import base_config, flat_settings
 from cassle_jax.storage import write_whole
 
 # Settings that may differ when a run is continued: its results do not depend on them.

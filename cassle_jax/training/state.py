@@ -94,7 +94,7 @@ def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRN
       ValueError: the seed is out of that range.
     """
     if isinstance(seed, int):
-        check_seed(seed=seed)
+        check_seed("seed", seed)
         seed = jax.random.key(seed)
     return tuple(jax.random.split(seed, 3))
 

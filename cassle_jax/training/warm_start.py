@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cassle_jax.config import ConfigError, knows
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.interop.architecture import VIT_HEADS, architecture_of
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
@@ -27,7 +27,7 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
     """
-    knows("weights.networks", settings.networks, ("all", "encoder"))
+    check_one_of("weights.networks", settings.networks, ("all", "encoder"))
     if not settings.path:
         return state
     try:

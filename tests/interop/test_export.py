@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.card import markdown, run_card, with_encoder

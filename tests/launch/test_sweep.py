@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import submitit
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of

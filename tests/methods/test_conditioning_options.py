@@ -154,8 +154,11 @@ def test_a_plain_branch_adds_the_plain_methods_loss(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dropout": 1.0}, r"conditioning\.dropout=1\.0 is not a share; use 0 or more, and less"),
-        ({"plain_branch": -0.1}, r"conditioning\.plain_branch=-0\.1 is not a share"),
+        ({"dropout": 1.0}, r"conditioning\.dropout=1\.0 is not in \[0, 1\); 0\.0 is usual"),
+        (
+            {"plain_branch": -0.1},
+            r"conditioning\.plain_branch=-0\.1 is not in \[0, 1\); 0\.5",
+        ),
         ({"start_epoch": -1.0}, r"conditioning\.start_epoch=-1\.0 must be at least 0"),
         ({"descriptors": (), "dropout": 0.5}, r"conditioning\.dropout=0\.5 does nothing without"),
         ({"treatment": "hypernetwork", "dropout": 0.5}, r"use conditioning\.treatment='mlp'"),

@@ -129,7 +129,7 @@ def test_a_queue_that_no_whole_number_of_batches_fills_names_one_that_works():
         ({"queue_size": 0}, r"method\.queue_size=0 must be at least 1"),
         ({"momentum": 1.5}, r"method\.momentum=1\.5 .*\[0, 1\].*0\.999"),
         ({"momentum": float("nan")}, r"method\.momentum=nan"),
-        ({"enqueue": "both"}, r"method\.enqueue='both'.*'keys' or 'queries'"),
+        ({"enqueue": "both"}, r"method\.enqueue='both'.*use one of keys, queries"),
         ({"temperature": 0.0}, r"method\.temperature=0\.0 must be above 0"),
     ],
 )

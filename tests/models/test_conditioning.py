@@ -88,7 +88,7 @@ def test_image_conditioners_need_a_treatment():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mpl", "concat"), r"treatment='mpl' is unknown; use one of .*'mlp'"),
+        (("mpl", "concat"), r"treatment='mpl' is unknown; use one of .*mlp"),
         (("mlp", "cat"), r"injection='cat' is unknown; use one of .*'concat'"),
         (("hypernetwork", "add"), "injection='add' does nothing .* use injection='none'"),
         (("hypernetwork", "image"), "injection='image' does nothing"),

@@ -102,7 +102,7 @@ def test_recomputed_blocks_in_bfloat16_give_float32_features_and_the_same_gradie
 
 def test_unknown_encoders_are_refused_with_the_known_ones():
     assert {"resnet18", "resnet34", "resnet50"} <= ENCODERS.keys()
-    with pytest.raises(ValueError, match=r"encoder='resnet20' is unknown; use one of .*resnet34"):
+    with pytest.raises(ValueError, match=r"encoder\.name='resnet20' is unknown; .*resnet34"):
         make_encoder("resnet20")
     with pytest.raises(ValueError, match=r"depth=20 .*\[18, 34, 50\]"):
         ResNet(20)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, open_source, training_batches
 from cassle_jax.methods import METHODS, AugSelf, Step
 from cassle_jax.methods.build import Conditioning, build_networks

@@ -16,7 +16,7 @@ import optax
 import pytest
 from PIL import Image
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_metrics

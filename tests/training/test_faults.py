@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
-from cassle_jax.config import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command

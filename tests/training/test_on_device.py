@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.training.loop import pretrain
 from tests.tiny import tiny_config
 

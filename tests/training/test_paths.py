@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
-from cassle_jax.config import ConfigError
 from cassle_jax.data import DamagedLog, open_source
 from cassle_jax.evaluate import datasets_in, named_path
 from cassle_jax.models import ENCODERS

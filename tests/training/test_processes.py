@@ -8,7 +8,7 @@ import time
 import pytest
 from etils import epath
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import runtime_arguments
 from cassle_jax.training.metrics import read_lines, read_metrics
 from tests.everyday import everyday

@@ -13,7 +13,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog
 from cassle_jax.storage import (
     GrowingFile,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cassle_jax.config import ConfigError
+from cassle_jax.checks import ConfigError
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.parallel import device_mesh, on_every_device
