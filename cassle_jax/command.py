@@ -1,5 +1,6 @@
 """Shared by all commands: flag parsing, one-line errors for users' mistakes, exit codes."""
 
+import itertools
 import logging
 import re
 import runpy
@@ -11,6 +12,7 @@ from absl import logging as absl_logging
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import closest_setting, flat_settings
+from cassle_jax.config_files import find_config
 from cassle_jax.data import DataError
 from cassle_jax.faults import Outage, passing
 
@@ -75,6 +77,8 @@ def code_of(error: BaseException) -> int | None:
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
     try:
+        if "config" in flags.FLAGS:
+            arguments = _with_files_found(arguments)
         _check_overrides(arguments)
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
@@ -88,12 +92,20 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
+def _with_files_found(arguments: Sequence[str]) -> list[str]:
+    """Makes `--config FILE` one word, and finds the file (see `find_config`)."""
+    words, found = iter(arguments), []
+    for word in words:
+        if word in ("-config", "--config"):
+            word = "=".join([word, *itertools.islice(words, 1)])
+        match = re.fullmatch(r"(--?config=)(.+)", word, re.DOTALL)
+        found.append(f"{match[1]}{find_config(match[2])}" if match else word)
+    return found
+
+
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
-    words = iter(arguments)
-    # A value may follow its flag as a separate word.
-    joined = (f"{w}={next(words, '')}" if w in ("-config", "--config") else w for w in words)
-    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", each) for each in joined]
+    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", word) for word in arguments]
     files = [(match[1], match[2]) for match in matches if match and match[1]]
     overridden = [match[3] for match in matches if match and match[3]]
     if not files or not overridden:

@@ -1,9 +1,9 @@
 """Defines every setting of a run with its default, the base of all configuration files.
 
 A file in `configs/` defines a function of an argument string, as in
-`--config=configs/cifar10.py:method=simclr,conditioning=none,augself=main`. It starts from
-`base_config`, which parses the arguments, and changes the settings of its dataset. Flags override
-single values: `--config.optimizer.weight_decay=1e-4`.
+`--config=configs/cifar10.py:method=simclr,conditioning=none,augself=main`, or `--config=cifar10`.
+It starts from `base_config`, which parses the arguments, and changes the settings of its dataset.
+Flags override single values: `--config.optimizer.weight_decay=1e-4`.
 """
 
 import dataclasses

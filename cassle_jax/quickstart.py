@@ -2,6 +2,7 @@
 
 import json
 import logging
+import runpy
 import time
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax import command
 from cassle_jax.config import flat_settings
+from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import CHANGED, UNCHANGED, Motifs, open_source
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
@@ -27,9 +29,10 @@ from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
 from cassle_jax.training.sheet import first_views
 from cassle_jax.training.state import TrainState
-from configs.quickstart import get_config
 
 LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __main__
+
+get_config = runpy.run_path(str(CONFIGS / "quickstart.py"))["get_config"]
 
 RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
 """For each run the arguments of its configuration; the first is what the others are beside."""

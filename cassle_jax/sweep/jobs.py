@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -255,6 +256,14 @@ def _options(text: str) -> dict[str, str | int]:
             raise ValueError(f"{item!r} is not name=value")
         options[name.strip()] = int(value) if value.strip().isdecimal() else value.strip()
     return options
+
+
+def import_in_processes() -> None:
+    """Lets processes that are started from here import this project from its clone."""
+    root = str(Path(__file__).resolve().parents[2])
+    if root != sysconfig.get_path("purelib"):  # whose packages must not precede Python's own
+        path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
 
 
 def visible_gpus() -> list[str]:

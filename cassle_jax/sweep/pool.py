@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import signal
 import time
 from collections import deque
@@ -10,8 +9,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
-from cassle_jax.sweep.jobs import OUTCOME, visible_gpus
-from cassle_jax.sweep.table import ROOT
+from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus
 from cassle_jax.sweep.worker import Job, work, write_outcome
 
 LOG = logging.getLogger(__name__)
@@ -39,9 +37,7 @@ class WorkerPool:
         self._until = time.monotonic() + seconds if seconds else float("inf")
         self._free = deque(gpu_shares(visible_gpus(), parallel))
         self._stop_requested = False
-        # The fork server imports from Python's default search path only.
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+        import_in_processes()  # the fork server imports from Python's default search path only
         self._forks = multiprocessing.get_context("forkserver")
         self._forks.set_forkserver_preload([work.__module__])
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import ConfigError, check_seed
 from cassle_jax.config import ARGUMENTS, closest_setting, flat_settings
-from cassle_jax.storage import path_of
+from cassle_jax.config_files import find_file
 
 Values = dict[str, str]
 
@@ -215,7 +216,7 @@ def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[s
     settings = [
         f"--config.{name}={value}" for name, value in values.items() if name not in ARGUMENTS
     ]
-    file = path_of(path).resolve()
+    file = Path(find_file("config", path)).resolve()
     return (f"--config={file}:{','.join(own)}", *overrides, *settings)
 
 

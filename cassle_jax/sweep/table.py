@@ -4,17 +4,13 @@ import dataclasses
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError, did_you_mean
+from cassle_jax.checks import ConfigError
 from cassle_jax.config import flat_settings
-from cassle_jax.storage import path_of
+from cassle_jax.config_files import CONFIGS, TABLES, find_file
 from cassle_jax.sweep.space import RunSpec, Values, run_of
-
-ROOT = Path(__file__).resolve().parents[2]
-TABLES = ROOT / "configs" / "tables"
 
 # Settings of a toy-sized run, which takes seconds; a run ignores those that it does not have.
 TOY = {
@@ -65,7 +61,7 @@ class Row:
       subject: name of the row, such as `SimCLR, CASSLE`; the part before the last comma is its
         group.
       config: a configuration file with its arguments, such as `configs/cifar10.py:method=simclr`;
-        a relative path starts at the project's root if the file is there.
+        a relative path starts at this project's `configs/` if the file is there.
       overrides: settings and arguments of the file, as `name=value`.
       against: subject of the baseline row; "" for the first of the group.
     """
@@ -134,17 +130,8 @@ def find_table(name: str, **arguments: object) -> Table:
     Raises:
       ConfigError: the name is unknown, with the closest known one; or the table is invalid.
     """
-    path = Path(path_of(name))
-    if path.suffix != ".py":
-        known = sorted(file.stem for file in TABLES.glob("*.py"))
-        if name not in known:
-            raise ConfigError(
-                f"table={name!r} is unknown; use one of {', '.join(known)}, or the path of a "
-                f"file{did_you_mean(name, known)}"
-            )
-        path = TABLES / f"{name}.py"
     try:
-        module = runpy.run_path(str(path))
+        module = runpy.run_path(find_file("table", name, TABLES))
     except OSError as error:
         raise ConfigError(f"table={name} cannot be read: {error.strerror}") from error
     if "get_table" not in module:
@@ -262,8 +249,8 @@ def parse_settings(texts: Iterable[str]) -> Values:
 
 def _run(row: Row, seed: int, values: Values) -> RunSpec:
     config = row.config
-    if not Path(config).is_absolute() and (ROOT / config.partition(":")[0]).exists():
-        config = str(ROOT / config)
+    if (CONFIGS.parent / config.partition(":")[0]).exists():
+        config = str(CONFIGS.parent / config)
     return run_of(config, values, name=folder_of(row.subject, seed), subject=row.subject)
 
 

@@ -5,8 +5,8 @@ python -m cassle_jax.tables --table=choice --to=runs/choice --parallel=8 \\
     --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/held_out
 """
 
+from cassle_jax.sweep.short import BASE, COMPARED, VARIANTS, row
 from cassle_jax.sweep.table import Table
-from configs.tables.short_transfer import BASE, COMPARED, VARIANTS, row
 
 RATES = {" at half the rate": "0.001", " at twice the rate": "0.004"}
 
