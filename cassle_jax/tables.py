@@ -7,14 +7,12 @@ A table is a Python file in configs/tables/ or elsewhere. A call resumes the run
 with the same folder, also on another machine; `--call_minutes` limits the length of a call.
 """
 
-import dataclasses
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -22,15 +20,9 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_positive
 from cassle_jax.data import DataError, open_source
-from cassle_jax.evaluate import (
-    check_names,
-    check_settings,
-    datasets_in,
-    open_evaluated,
-    tasks_for,
-    unmet_needs,
-)
-from cassle_jax.evaluation.tasks import Settings
+from cassle_jax.evaluate import check_names, datasets_in, open_evaluated
+from cassle_jax.evaluation.plan import plan
+from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.report.evaluation_page import JSON, read_report
 from cassle_jax.storage import kept_json, path_of, write_whole
@@ -370,44 +362,28 @@ def evaluation_of(
     opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
-    values = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
-    own = {"limit": int, "network": str, "batch": int}
-    kinds = own | get_type_hints(Settings)
-    for name in values:
-        check_one_of("evaluation", name, kinds)
-    typed = {name: _value(name, value, kinds[name]) for name, value in values.items()}
-    settings = Settings(**{name: value for name, value in typed.items() if name not in own})
-    others = {name: value for name, value in typed.items() if name in own}
+    texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
+    for name in texts:
+        check_one_of("evaluation", name, all_settings())
     try:
-        check_settings(settings, **others)
-    except ValueError as error:
-        raise ConfigError(f"evaluation {str(error).removeprefix('augment.')}") from error
-    for data in opened:
-        limit = others.get("limit", 0)
-        for task, reason in unmet_needs(data, tasks_for(data, tasks), settings, limit).items():
-            raise DataError(f"{task} on {data.name}: {reason}")
-    return Evaluation(chosen, tasks, data_dir, settings=settings, **others)
-
-
-def _value(name: str, text: str, kind: Any) -> Any:
-    try:
-        if members := get_args(kind):
-            return tuple(members[0](item) for item in text.split(","))
-        return kind(text)
-    except ValueError as error:
-        raise ConfigError(f"evaluation {name}={text!r} is invalid: {error}") from error
+        values = parsed_settings(texts)
+        extraction, of_protocols = checked_settings(values)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation {error}") from error
+    for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
+        if each.unmet:
+            raise DataError(f"{each}: {each.unmet}")
+    return Evaluation(chosen, tasks, data_dir, settings=values)
 
 
 def _facts(evaluation: Evaluation) -> dict[str, object]:
     """The settings that affect the results of an evaluation, without the paths of its images."""
-    facts = dataclasses.asdict(evaluation)
-    settings = facts.pop("settings")
-    del facts["data_dir"]
     names = [
         dataset if dataset.startswith("folder:") else dataset.partition("=")[0]
         for dataset in evaluation.datasets
     ]
-    return {**facts, **settings, "datasets": names}
+    settings = {name: each.default for name, each in all_settings().items()} | evaluation.settings
+    return {"datasets": names, "tasks": evaluation.tasks, **settings}
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[int]:

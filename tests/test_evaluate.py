@@ -13,7 +13,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.findings import Failure, Score
-from cassle_jax.evaluation.tasks import TASKS, Settings
+from cassle_jax.evaluation.protocols import PROTOCOLS
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.report.evaluation_page import is_complete, read_report
 from cassle_jax.subjects import open_subject
@@ -22,7 +22,7 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
 from tests.tiny import tiny_config
 
-SMALL = Settings(analysed=32)
+SMALL = {"analysed": 32}
 
 
 def workdir_of(folder, spoil=lambda params: params):
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(run, folder, *tasks, **settings):
-    defaults = {"runs": [run], "datasets": ["scenes"], "limit": 96, "batch": 32, "settings": SMALL}
+    defaults = {"runs": [run], "datasets": ["scenes"], "limit": 96, "batch": 32, **SMALL}
     return evaluate_command(
         **{**defaults, "to": str(folder / "report"), "tasks": tasks, **settings}
     )
@@ -63,7 +63,7 @@ def test_protocols_read_features_that_are_extracted_once(run, tmp_path, caplog):
     subjects, facts = read_report(tmp_path / "report" / "report.json")
     assert subjects == first[0]
     (findings,) = subjects["mine"]
-    assert {finding.task for finding in findings} == {"k-NN (k = 1)", "linear", "factor probes"}
+    assert {finding.task for finding in findings} == {"knn", "linear", "factors"}
     assert all(finding.dataset == "scenes" for finding in findings)
     assert facts["mine"]["step"] == 1
     assert "mine" in page.read_text()
@@ -72,19 +72,19 @@ def test_protocols_read_features_that_are_extracted_once(run, tmp_path, caplog):
 
 def test_images_may_be_prepared_otherwise_than_in_training(run, tmp_path):
     cache = tmp_path / "features"
-    chosen = Settings(size=40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    chosen = {"size": 40, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 1.0)}
     evaluate(run, tmp_path, "knn", cache=str(cache))
     own = set(cache.rglob("*.npz"))
-    page = evaluate(run, tmp_path, "knn", settings=chosen, cache=str(cache))
+    page = evaluate(run, tmp_path, "knn", **chosen, cache=str(cache))
     assert "size 40, mean (0.1, 0.2, 0.3), std (0.5, 0.25, 1.0)" in page.read_text()
     assert len(set(cache.rglob("*.npz")) - own) == len(own)
-    subject = open_subject(run).with_images(size=40, mean=chosen.mean)
+    subject = open_subject(run).with_images(size=40, mean=chosen["mean"])
     for spec in (subject.spec, *subject.views):
-        assert (spec.size, spec.mean, spec.std) == (40, chosen.mean, IMAGENET_STD)
+        assert (spec.size, spec.mean, spec.std) == (40, chosen["mean"], IMAGENET_STD)
 
 
 def test_protocols_that_train_are_run_when_asked_for(run, tmp_path):
-    settings = Settings(analysed=32, probe_epochs=1, fine_tune_epochs=1, fractions=(1.0,))
+    settings = {"probe_epochs": 1, "fine_tune_epochs": 1, "fractions": (1.0,)}
     for split in ("train", "test"):
         for shade, name in enumerate("ab"):
             folder = tmp_path / "images" / split / name
@@ -98,7 +98,7 @@ def test_protocols_that_train_are_run_when_asked_for(run, tmp_path):
         "fine_tune",
         datasets=[f"folder:{tmp_path / 'images'}"],
         batch=8,
-        settings=settings,
+        **settings,
     )
     ((findings,),) = (runs for runs in read_report(tmp_path / "report" / "report.json")[0].values())
     assert all(0 <= finding.value <= 1 for finding in findings)
@@ -111,15 +111,15 @@ def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
     assert {name: len(one["runs"]) for name, one in held.items()} == {"a": 2, "b": 1}
 
 
-def fails(bench):
+def fails(bench, settings):
     raise ValueError("in the second task")
 
 
-def says_it_twice(bench):
+def says_it_twice(bench, settings):
     return 2 * [Score("spectrum", bench.data.name, "RankMe", 1.0)]
 
 
-def runs_out_of_memory(bench):
+def runs_out_of_memory(bench, settings):
     raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocated so far: much")
 
 
@@ -134,10 +134,10 @@ def runs_out_of_memory(bench):
 def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
     run, tmp_path, monkeypatch, runs_badly, reason
 ):
-    broken = dataclasses.replace(TASKS["knn"], run=runs_badly)
+    broken = dataclasses.replace(PROTOCOLS["knn"], run=runs_badly)
     folder = tmp_path / "report"
     with monkeypatch.context() as patch:
-        patch.setitem(TASKS, "knn", broken)
+        patch.setitem(PROTOCOLS, "knn", broken)
         with pytest.raises(DataError, match=f"1 task failed.*knn of a on scenes: .*{reason}$"):
             evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])
     page = (folder / "report.html").read_text()
@@ -145,7 +145,7 @@ def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
     ((findings,),) = read_report(folder / "report.json")[0].values()
     (failure,) = (each for each in findings if isinstance(each, Failure))
     assert (failure.task, failure.dataset) == ("knn", "scenes") and reason in failure.reason
-    assert {each.task for each in findings} == {"knn", "factor probes"}
+    assert {each.task for each in findings} == {"knn", "factors"}
     evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])  # what failed is tried again
     assert 'class="failed"' not in (folder / "report.html").read_text()
     assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".html", ".json"]
@@ -155,7 +155,7 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
     done = []
 
     def watched(name, stop=False):
-        def runs(bench):
+        def runs(bench, settings):
             if stop:
                 page = (tmp_path / "report" / "report.html").read_text()
                 assert "INCOMPLETE" in page and "k-NN" in page
@@ -163,7 +163,7 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
             done.append((name, bench.subject.name))
             return [Score(name, bench.data.name, "k-NN", len(done))]
 
-        monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], run=runs))
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], run=runs))
 
     runs = [f"a={run}", f"a={run}", f"b={run}"]
     watched("knn")
@@ -211,10 +211,9 @@ def test_what_a_dataset_lacks_is_told_first_and_the_rest_is_done(run, tmp_path, 
         "(limit=96, analysed=32); the rest is done",
     ]
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "ways=5 is more than its 4 classes" in page and "k-NN (k = 1)" in page
-    settings = dataclasses.replace(SMALL, ways=4)
+    assert "ways=5 is more than its 4 classes" in page and "k-NN" in page
     with pytest.raises(DataError, match=r"too few images of class 'a'.*: 3; 21 is the least"):
-        evaluate(run, tmp_path / "none", "few_shot", datasets=[small], batch=8, settings=settings)
+        evaluate(run, tmp_path / "none", "few_shot", datasets=[small], batch=8, ways=4)
     assert not (tmp_path / "none").exists()
 
 
@@ -235,9 +234,9 @@ def test_names_of_any_bytes_reach_the_page(run, tmp_path):
         ({"tasks": ["regression"]}, r"tasks=regression suit none of scenes"),
         ({"runs": []}, r"evaluate needs --run=WORKDIR"),
         ({"batch": 30}, r"batch=30 cannot be split over 8 devices"),
-        ({"settings": Settings(size=-8)}, r"^size=-8 is not valid; use an integer >= 1"),
-        ({"settings": Settings(mean=(0.5,))}, r"^mean=\(0\.5,\) does not have 3 values"),
-        ({"settings": Settings(std=(0.2, 0.2, 0.0))}, r"^std=.* not positive; use > 0"),
+        ({"size": -8}, r"^size=-8 is not valid; use an integer >= 1"),
+        ({"mean": (0.5,)}, r"^mean=\(0\.5,\) does not have 3 values"),
+        ({"std": (0.2, 0.2, 0.0)}, r"^std=.* not positive; use > 0"),
         ({"network": "teacher"}, r"network='teacher' is unknown"),
         ({"datasets": ["cifar"]}, r"dataset 'cifar' is unknown \(did you mean 'cifar10'\?\)"),
     ],

@@ -3,7 +3,6 @@
 import pytest
 
 from cassle_jax.evaluate import evaluate_command
-from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.evaluation.views import protocol_key
 from cassle_jax.sweep.space import _draws
 from cassle_jax.training.state import seed_keys
@@ -16,9 +15,7 @@ from cassle_jax.training.state import seed_keys
         seed_keys,
         lambda seed: protocol_key("leak", seed),
         lambda seed: _draws({}, 1, seed),
-        lambda seed: evaluate_command(
-            runs=["none"], datasets=["scenes"], to="none", settings=Settings(seed=seed)
-        ),
+        lambda seed: evaluate_command(runs=["none"], datasets=["scenes"], to="none", seed=seed),
     ],
 )
 def test_a_seed_beyond_32_bits_is_refused(take, seed):

@@ -12,8 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cassle_jax.augment import DESCRIPTORS, AugmentSpec, describe
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.factor_probes import probe_factors
 from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.views import (
     Batch,
     of_all_images,
@@ -64,14 +68,14 @@ class AugmentationReadings:
     def findings(self, dataset: str) -> list[Finding]:
         """The readings, as scores and as bars."""
         scores = [
-            Score("augmentation probes", dataset, f"{metric} of {name}, {source}", value)
+            Score(PROTOCOL.name, dataset, f"{metric} of {name}, {source}", value)
             for name, metric, values in self._values()
             for source, value in values.items()
             if source != "constant answer"
         ]
         return scores + [
             Chart(
-                "augmentation probes",
+                PROTOCOL.name,
                 dataset,
                 f"{metric} of a linear probe on frozen features",
                 "descriptor",
@@ -225,3 +229,21 @@ def _reading(
     constant = np.unique(tested, return_counts=True)[1].max() / len(tested)
     pair, augmented = (1 - (1 - score) * (1 - constant) for score in (from_pair, from_augmented))
     return Reading("accuracy", float(pair), float(augmented), float(constant))
+
+
+def _run(bench: Bench, settings: Analysis) -> list[Finding]:
+    subject = bench.subject
+    prober = bench.once(
+        augmentation_prober, subject.networks, subject.spec, subject.conditioning.neutral
+    )
+    batches = bench.analysed(settings.analysed)
+    return prober(bench.store.variables, batches, settings.seed).findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "augmentation_probes",
+    title="Augmentation probes",
+    needs=Needs(analysed=FEWEST_IMAGES),
+    settings=Analysis,
+    run=_run,
+)

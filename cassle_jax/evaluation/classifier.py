@@ -34,6 +34,7 @@ from cassle_jax.data import (
 )
 from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.data.sources import DAMAGED
+from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.store import canvas_for, tolerant_log, uncropped_side
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods import Networks
@@ -461,3 +462,8 @@ def _check_finite(loss: np.ndarray, number: int, training: Training) -> None:
             f"the loss or the update of step {number} is not finite; a smaller learning rate "
             f"usually helps (now {rates})"
         )
+
+
+def needs_of_training(devices: int) -> Needs:
+    """What a protocol that trains on images needs of a dataset."""
+    return Needs(labels=True, every_class=True, devices=max(2, devices))

@@ -10,6 +10,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from cassle_jax.data import Drawn
+from cassle_jax.evaluation.bench import Bench
+from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import DRAWN, Protocol
+from cassle_jax.evaluation.settings import Settings
+from cassle_jax.evaluation.store import Features
+
 FactorKind = Literal["class", "value", "angle"]
 
 _VALIDATION_SHARE = 0.2
@@ -182,3 +190,38 @@ def _score(kind: FactorKind, predicted: np.ndarray, factor: np.ndarray) -> float
         constant_error = np.sum((factor - factor.mean(axis=0)) ** 2, dtype=np.float64)
     # Only a small validation split can hold a single value.
     return float(1 - error / constant_error) if constant_error else float(-error)
+
+
+def _run(bench: Bench, _: Settings) -> list[Finding]:
+    def factors(part: Features, source: Drawn) -> dict[str, np.ndarray]:
+        return {name: values[part.places] for name, values in source.factors.items()}
+
+    known = bench.data.test.FACTORS
+    # The probes split off the validation rows they need.
+    scores = probe_factors(
+        bench.train.features,
+        factors(bench.train, bench.data.train),
+        bench.test.features,
+        factors(bench.test, bench.data.test),
+        {name: factor.kind for name, factor in known.items()},
+    )
+    means = group_means(scores, {name: factor.group for name, factor in known.items()})
+    rows = scores | {f"mean, {group}": mean for group, mean in means.items()}
+    bars = Chart(
+        PROTOCOL.name,
+        bench.data.name,
+        "How well a linear probe reads each factor (1 perfect, 0 a constant answer)",
+        "factor",
+        "score",
+        {"features": tuple(scores.items())},
+    )
+    return [*(Score(PROTOCOL.name, bench.data.name, *row) for row in rows.items()), bars]
+
+
+PROTOCOL = Protocol(
+    "factors",
+    title="Factor probes",
+    takes=(DRAWN,),
+    needs=Needs(train=10),
+    run=_run,
+)

@@ -14,7 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from cassle_jax.checks import check_at_least
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Seeded, check_distinct, setting
 from cassle_jax.solvers.one_against_rest import fit_one_against_rest
 
 QUERIES = 16  # per class and episode
@@ -54,8 +58,8 @@ class FewShotResult:
     def findings(self, dataset: str) -> list[Finding]:
         """The mean accuracy with its interval."""
         setting = f"{self.ways}-way {self.shots}-shot"
-        score = Score("few-shot", dataset, f"{setting} accuracy", self.mean, self.interval)
-        return [score, *missed_optima("few-shot", dataset, self.converged, f"{setting} fits")]
+        score = Score(PROTOCOL.name, dataset, f"{setting} accuracy", self.mean, self.interval)
+        return [score, *missed_optima(PROTOCOL.name, dataset, self.converged, f"{setting} fits")]
 
 
 def few_shot(
@@ -178,3 +182,45 @@ def _count_right(
     )
     found = jnp.argmax(scores + intercepts[:, None, None], axis=-1)
     return jnp.sum(found == jnp.arange(queries.shape[1])[:, None], axis=(1, 2))
+
+
+@dataclass(frozen=True)
+class FewShotSettings(Seeded):
+    """Settings of the protocol."""
+
+    shots: tuple[int, ...] = setting((1, 5), "Images per class to fit; one result per number.")
+    ways: int = setting(5, "Classes per episode.")
+    episodes: int = setting(2000, "Number of episodes.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_distinct("shots", self.shots)
+        for shots in self.shots:
+            check_at_least("shots", shots, 1)
+        check_at_least("ways", self.ways, 2)
+        check_at_least("episodes", self.episodes, 1)
+
+
+def _needs(settings: FewShotSettings, _: int) -> Needs:
+    return Needs(labels=True, ways=settings.ways, of_a_class=max(settings.shots) + QUERIES)
+
+
+def _run(bench: Bench, settings: FewShotSettings) -> list[Finding]:
+    parts = [bench.test] if bench.data.task == "few-shot" else [*bench.fitted, bench.test]
+    features, labels = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("features", "labels")
+    )
+    chosen = {"ways": settings.ways, "episodes": settings.episodes, "seed": settings.seed}
+    results = [few_shot(features, labels, shots=shots, **chosen) for shots in settings.shots]
+    return [finding for result in results for finding in result.findings(bench.data.name)]
+
+
+PROTOCOL = Protocol(
+    "few_shot",
+    title="Few-shot classification",
+    takes=("few-shot", "classification"),
+    usual=("few-shot",),
+    needs=_needs,
+    settings=FewShotSettings,
+    run=_run,
+)

@@ -1,5 +1,6 @@
 """Fine-tunes the encoder with a linear head on a part of the labels, and measures both."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -9,18 +10,23 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from cassle_jax.checks import check_at_least, check_positive, check_seed
+from cassle_jax.checks import ConfigError, check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.data.splits import Part, hashed_by_class
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.classifier import (
     Training,
     check_classes,
     fitting_batch,
     measured_accuracies,
+    needs_of_training,
     train_classifier,
 )
 from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Seeded, check_distinct, setting
 from cassle_jax.evaluation.subject import Subject
 
 LOG = logging.getLogger(__name__)
@@ -68,13 +74,17 @@ class FineTuneResult:
 
     def findings(self, dataset: str) -> list[Finding]:
         """All accuracies."""
-        task = f"fine-tuning, {100 * self.fraction:g} % of the labels"
+        labels = f"{100 * self.fraction:g} % of the labels"
         scores = {
             "accuracy": self.accuracy,
             "mean per class": self.class_average,
             "top-5 accuracy": self.top_5,
         }
-        return [Score(task, dataset, name, v) for name, v in scores.items() if v is not None]
+        return [
+            Score(PROTOCOL.name, dataset, f"{name}, {labels}", value)
+            for name, value in scores.items()
+            if value is not None
+        ]
 
 
 def fine_tune(
@@ -187,3 +197,54 @@ def _check_settings(
     for name, rate in (("encoder_rate", encoder_rate), ("head_rate", head_rate)):
         if rate:
             check_positive(name, rate)
+
+
+@dataclass(frozen=True)
+class FineTuneSettings(Seeded):
+    """Settings of the protocol."""
+
+    fractions: tuple[float, ...] = setting(
+        (0.01, 0.1, 1.0), "Shares of the labels, each in (0, 1]; one result per share."
+    )
+    fine_tune_epochs: int = setting(0, "Number of epochs; 0: 20, but at least 1000 steps.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_distinct("fractions", self.fractions)
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"fractions={fraction:g} is not in (0, 1]")
+        check_at_least("fine_tune_epochs", self.fine_tune_epochs, 0)
+
+
+def _needs(settings: FineTuneSettings, devices: int) -> Needs:
+    return dataclasses.replace(needs_of_training(devices), share=min(settings.fractions))
+
+
+def _run(bench: Bench, settings: FineTuneSettings) -> list[Finding]:
+    results = [
+        fine_tune(
+            bench.subject,
+            bench.learnt_from(),
+            bench.store.limited(bench.data.test),
+            classes=bench.data.classes,
+            fraction=fraction,
+            mesh=bench.mesh,
+            epochs=settings.fine_tune_epochs,
+            batch=bench.store.batch,
+            seed=settings.seed,
+        )
+        for fraction in settings.fractions
+    ]
+    return [finding for result in results for finding in result.findings(bench.data.name)]
+
+
+PROTOCOL = Protocol(
+    "fine_tune",
+    title="Fine-tuning",
+    takes=("classification",),
+    usual=(),
+    needs=_needs,
+    settings=FineTuneSettings,
+    run=_run,
+)

@@ -1,6 +1,7 @@
 """Measures how much of what each augmentation changes every stage of the network keeps."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -20,7 +21,9 @@ from cassle_jax.evaluation.agreement import (
     batch_rows,
     counts,
 )
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.projection import (
     check_two,
     has_projector,
@@ -28,6 +31,8 @@ from cassle_jax.evaluation.projection import (
     projector_takes_omega,
     with_wrong_omega,
 )
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.views import (
     Batch,
     alone,
@@ -43,6 +48,8 @@ from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import gather, normalize
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
+
+LOG = logging.getLogger(__name__)
 
 INTERPOLATED = ("jitter", "blur")
 STRENGTHS = tuple(eighths / 8 for eighths in range(1, 17))
@@ -95,7 +102,7 @@ class Invariance:
     def _scores(self, dataset):
         return [
             Score(
-                "invariance",
+                PROTOCOL.name,
                 dataset,
                 f"difference under {augmentation}, {stage}",
                 found.difference,
@@ -113,7 +120,7 @@ class Invariance:
                 for augmentation, stages in self.alone().items()
             }
             title = f"Invariance to each augmentation: {self._among(label)}"
-            yield Chart("invariance", dataset, title, "stage", label, series)
+            yield Chart(PROTOCOL.name, dataset, title, "stage", label, series)
 
     def _lines(self, dataset):
         for augmentation in INTERPOLATED:
@@ -126,7 +133,9 @@ class Invariance:
                     for stage, points in curves.items()
                 }
                 title = f"Strength of {augmentation}: {self._among(label)}"
-                yield Chart("invariance", dataset, title, "strength (1: as trained)", label, series)
+                yield Chart(
+                    PROTOCOL.name, dataset, title, "strength (1: as trained)", label, series
+                )
 
     def _among(self, label):
         return f"InfoNCE among {self.candidates:.0f} images" if label == "InfoNCE" else label
@@ -339,3 +348,21 @@ def _stages(networks: Networks, variables: PyTree, view: ViewBatch) -> dict[str,
 
 def _flat(array: Float[Array, "B ..."]) -> Float[Array, "B D"]:
     return array.reshape(len(array), -1).astype(jnp.float32)
+
+
+def _run(bench: Bench, settings: Analysis) -> list[Finding]:
+    subject = bench.subject
+    if not subject.has_projector:
+        LOG.info("invariance of %s: no projector, so of its encoder alone", subject.name)
+    meter = bench.once(invariance_meter, subject.networks, subject.conditioning, subject.spec)
+    batches = partial(bench.analysed, settings.analysed)
+    return meter(bench.store.variables, batches, settings.seed).findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "invariance",
+    title="Invariance to each augmentation",
+    needs=Needs(analysed=2),
+    settings=Analysis,
+    run=_run,
+)

@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from cassle_jax.checks import check_at_least
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.neighbours import nearest
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Settings, setting
 
 _VOTE_ROWS = 1024
 
@@ -28,11 +33,11 @@ class KnnResult:
     class_average: float
 
     def findings(self, dataset: str) -> list[Finding]:
-        """Both accuracies."""
-        task = f"k-NN (k = {self.k})"
+        """Both accuracies; their names say k where it is not 1, which is usual."""
+        scores = {"accuracy": self.accuracy, "mean per class": self.class_average}
+        note = "" if self.k == 1 else f", k = {self.k}"
         return [
-            Score(task, dataset, "accuracy", self.accuracy),
-            Score(task, dataset, "mean per class", self.class_average),
+            Score(PROTOCOL.name, dataset, f"{name}{note}", value) for name, value in scores.items()
         ]
 
 
@@ -131,3 +136,37 @@ def _winner(votes: Int[Array, "test k"]) -> Int[Array, " test"]:
     """
     counts = jnp.sum(votes[:, :, None] == votes[:, None, :], axis=2)
     return jnp.take_along_axis(votes, jnp.argmax(counts, axis=1)[:, None], axis=1)[:, 0]
+
+
+@dataclass(frozen=True)
+class KnnSettings(Settings):
+    """Settings of the protocol."""
+
+    neighbours: int = setting(1, "Number of neighbours that vote, k.")
+
+    def __post_init__(self):
+        check_at_least("neighbours", self.neighbours, 1)
+
+
+def _needs(settings: KnnSettings, _: int) -> Needs:
+    return Needs(labels=True, neighbours=settings.neighbours)
+
+
+def _run(bench: Bench, settings: KnnSettings) -> list[Finding]:
+    features, labels = (
+        np.concatenate([getattr(part, name) for part in bench.fitted])
+        for name in ("features", "labels")
+    )
+    test = (bench.test.features, bench.test.labels)
+    result = knn_evaluation((features, labels), test, k=settings.neighbours)
+    return result.findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "knn",
+    title="k-NN",
+    takes=("classification",),
+    needs=_needs,
+    settings=KnnSettings,
+    run=_run,
+)

@@ -5,6 +5,7 @@ views match each other, whatever the encoder computes.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -19,12 +20,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from cassle_jax.augment import AugmentSpec, apply, draw
 from cassle_jax.augment.resample import crop_and_resize
 from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.views import Batch, of_all_images, protocol_key
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import nt_xent
 from cassle_jax.models import MLP
 from cassle_jax.parallel import SHARDED, parallel
+
+LOG = logging.getLogger(__name__)
 
 BATCH, TEMPERATURE = 128, 0.2
 
@@ -72,10 +79,10 @@ class Leak:
         bars = {"NT-Xent": tuple((name, value) for name, value, _ in values)}
         return [
             *(
-                Score("leak", dataset, f"NT-Xent, {name}", *value, higher_is_better=None)
+                Score(PROTOCOL.name, dataset, f"NT-Xent, {name}", *value, higher_is_better=None)
                 for name, *value in values
             ),
-            Chart("leak", dataset, title, "seen", "NT-Xent", bars),
+            Chart(PROTOCOL.name, dataset, title, "seen", "NT-Xent", bars),
         ]
 
 
@@ -254,3 +261,23 @@ def _held_out_losses(
     shares = jnp.asarray(_SHARES, jnp.float32)
     of_share = jax.lax.map(lambda share: losses(chosen_by, share).mean(), shares)
     return losses(held_out, shares[jnp.argmin(of_share)])
+
+
+def _run(bench: Bench, settings: Analysis) -> list[Finding]:
+    subject = bench.subject
+    if not subject.conditioning.descriptors:
+        LOG.info("leak of %s: left out, as it has no ω", subject.name)
+        return []
+    pictures = pictures_of(bench.analysed(settings.analysed), bench.mesh)
+    found = leak_of(subject.conditioning, subject.views, *pictures, seed=settings.seed)
+    return found.findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "leak",
+    title="What ω alone gives away",
+    usual=(),
+    needs=Needs(analysed=FEWEST_IMAGES),
+    settings=Analysis,
+    run=_run,
+)

@@ -7,7 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
 from cassle_jax.checks import check_one_of
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Settings
 from cassle_jax.solvers.logistic import check_rows, fit_logistic
 
 PENALTIES = np.logspace(-6, 5, 45)
@@ -48,15 +52,15 @@ class LinearResult:
         exponents = np.log10(self.penalties).tolist()
         points = tuple(zip(exponents, self.val_accuracy.tolist(), strict=True))
         chart = Chart(
-            "linear",
+            PROTOCOL.name,
             dataset,
             "Accuracy of the validation rows",
             "log10 of the penalty w",
             metric.replace("_", " "),
             {"validation": points},
         )
-        scores = [Score("linear", dataset, name, values[name]) for name in names]
-        return [*scores, *missed_optima("linear", dataset, self.converged), chart]
+        scores = [Score(PROTOCOL.name, dataset, name, values[name]) for name in names]
+        return [*scores, *missed_optima(PROTOCOL.name, dataset, self.converged), chart]
 
 
 def linear_evaluation(
@@ -128,3 +132,22 @@ def _accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     occurs = counts > 0
     shares = np.bincount(labels, weights=right)[occurs] / counts[occurs]
     return {"accuracy": float(right.mean()), "mean_per_class": float(shares.mean())}
+
+
+NEEDS = Needs(train=2, val=1, labels=True)
+
+
+def _run(bench: Bench, _: Settings) -> list[Finding]:
+    parts = [(part.features, part.labels) for part in bench.cropped()]
+    metric = bench.data.metric
+    result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)
+    return result.findings(bench.data.name, metric)
+
+
+PROTOCOL = Protocol(
+    "linear",
+    title="Linear evaluation",
+    takes=("classification",),
+    needs=NEEDS,
+    run=_run,
+)

@@ -4,6 +4,7 @@ Also measures how well ω alone matches, with features that say nothing about th
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -17,7 +18,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import check_positive
 from cassle_jax.evaluation.agreement import TEMPERATURE, Agreement, both_ways
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.projection import (
     check_two,
     circle,
@@ -27,11 +30,15 @@ from cassle_jax.evaluation.projection import (
     projector_takes_omega,
     with_wrong_omega,
 )
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.views import Batch, of_all_images, protocol_key, view_as_in_training
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel
+
+LOG = logging.getLogger(__name__)
 
 FEATURES, RIGHT, WRONG, NONE = "features", "right ω", "wrong ω", "no ω"
 MEAN, ANOTHER = "ω alone (mean features)", "ω alone (another image's features)"
@@ -74,13 +81,13 @@ class Matching:
             points = tuple((name, value(each)) for name, each in self.agreements.items())
             points += ((CHANCE, chance),)
             scores += [
-                Score("matching", dataset, f"{metric}, {name}", found,
+                Score(PROTOCOL.name, dataset, f"{metric}, {name}", found,
                       higher_is_better=better if name in (FEATURES, RIGHT, NONE) else None)
                 for name, found in points
             ]  # fmt: skip
             charts.append(
                 Chart(
-                    "matching",
+                    PROTOCOL.name,
                     dataset,
                     f"{metric} of matching two views among {self.images} images",
                     "features, or the projector with",
@@ -254,3 +261,23 @@ def _batches_of(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Iterable[Batch]
         rows = start + np.arange(share)
         mask = rows < count
         yield {name: each[rows * mask] for name, each in arrays.items()} | {"mask": mask}
+
+
+def _run(bench: Bench, settings: Analysis) -> list[Finding]:
+    subject = bench.subject
+    if not subject.has_projector:
+        LOG.info("matching of %s: no projector, so by its features alone", subject.name)
+    elif projector_takes_omega(subject.conditioning) and encoder_takes_omega(subject.networks):
+        LOG.info("matching of %s: ω enters with the image, so not by ω alone", subject.name)
+    matcher = bench.once(ViewMatcher, subject.networks, subject.conditioning, subject.views)
+    batches = partial(bench.analysed, settings.analysed)
+    return matcher(bench.store.variables, batches, settings.seed).findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "matching",
+    title="Matching of two views",
+    needs=Needs(analysed=2),
+    settings=Analysis,
+    run=_run,
+)

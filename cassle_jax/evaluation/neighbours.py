@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from cassle_jax.data import Source, decode
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Gallery, Pixels
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Settings
+
+GALLERY_QUERIES, GALLERY_NEIGHBOURS = 8, 6
+THUMBNAIL = 96  # pixels
 
 _QUERY_ROWS = 1024
 _SEARCH_ROWS = 8192
@@ -63,7 +70,7 @@ class Neighbours:
             ]
             caption = names[query] if names else "query"
             lines.append(((query_picture(query), caption), *found))
-        return [Gallery("neighbours", dataset, title, tuple(lines))]
+        return [Gallery(PROTOCOL.name, dataset, title, tuple(lines))]
 
 
 def nearest(
@@ -171,3 +178,29 @@ def _search(
 def _normalise(rows: Float[Array, "rows features"]) -> Float[Array, "rows features"]:
     norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
     return rows / jnp.where(norm == 0, 1, norm)
+
+
+def _run(bench: Bench, _: Settings) -> list[Finding]:
+    part, source = bench.test, bench.data.test
+    last = len(part.features) - 1
+    chosen = np.unique(np.linspace(0, last, GALLERY_QUERIES).round().astype(int))
+    found = nearest(
+        part.features[chosen], part.features, min(GALLERY_NEIGHBOURS, last), own_rows=chosen
+    )
+
+    def picture(row: int) -> Pixels:
+        return decode(source[int(part.places[row])].image, THUMBNAIL)
+
+    return found.findings(
+        bench.data.name,
+        lambda query: picture(int(chosen[query])),
+        picture,
+        names=[_name(source, int(part.labels[row])) for row in chosen],
+    )
+
+
+def _name(source: Source, label: int) -> str:
+    return source.class_names[label] if source.class_names and label >= 0 else "query"
+
+
+PROTOCOL = Protocol("neighbours", title="Nearest images", run=_run)

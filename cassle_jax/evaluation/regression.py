@@ -8,8 +8,14 @@ from jaxtyping import Bool, Float, Float32, Float64
 from sklearn.metrics import r2_score
 
 from cassle_jax.checks import check_one_of
+from cassle_jax.data.landmarks import TargetSource
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 from cassle_jax.evaluation.linear import PENALTIES
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Settings
+from cassle_jax.evaluation.store import Features
 from cassle_jax.solvers.absolute_error import check_rows, fit_absolute
 
 Split = tuple[Float[np.ndarray, "_ _"], Float[np.ndarray, "_ _"]]
@@ -49,11 +55,11 @@ class RegressionResult:
         exponents = np.log10(self.penalties).tolist()
         points = tuple(zip(exponents, self.val_score.tolist(), strict=True))
         return [
-            Score("regression", dataset, "R²", self.test_r2),
-            Score("regression", dataset, "R² pooled", self.test_r2_pooled),
-            *missed_optima("regression", dataset, self.converged),
+            Score(PROTOCOL.name, dataset, "R²", self.test_r2),
+            Score(PROTOCOL.name, dataset, "R² pooled", self.test_r2_pooled),
+            *missed_optima(PROTOCOL.name, dataset, self.converged),
             Chart(
-                "regression",
+                PROTOCOL.name,
                 dataset,
                 "R² of the validation rows",
                 "log10 of the penalty w",
@@ -140,3 +146,23 @@ def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
     targets, predicted = targets - targets.mean(), predicted - predicted.mean()
     scale = np.sum(targets**2) * np.sum(predicted**2)
     return float(np.sum(targets * predicted) ** 2 / scale) if scale > 0 else 0.0
+
+
+def _run(bench: Bench, _: Settings) -> list[Finding]:
+    def split(part: Features, source: TargetSource) -> Split:
+        return part.features, source.targets[part.places]
+
+    data = bench.data
+    result = regression(
+        split(bench.train, data.train), split(bench.val, data.val), split(bench.test, data.test)
+    )
+    return result.findings(data.name)
+
+
+PROTOCOL = Protocol(
+    "regression",
+    title="Regression",
+    takes=("regression",),
+    needs=Needs(train=2, val=2, test=2),
+    run=_run,
+)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, half_interval, missed_optima
-from cassle_jax.evaluation.linear import PENALTIES, Split, linear_evaluation
-
-TASK = "linear, random splits"
+from cassle_jax.evaluation.linear import NEEDS, PENALTIES, Split, linear_evaluation
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Seeded
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class ResampledResult:
     def findings(self, dataset: str, metric: str) -> list[Finding]:
         """The mean over the splits, and half its 95 % interval: over splits, not over seeds."""
         mean, half = float(np.mean(self.accuracies)), half_interval(self.accuracies)
-        score = Score(TASK, dataset, metric.replace("_", " "), mean, half)
-        return [score, *missed_optima(TASK, dataset, np.array(self.converged))]
+        score = Score(PROTOCOL.name, dataset, metric.replace("_", " "), mean, half)
+        return [score, *missed_optima(PROTOCOL.name, dataset, np.array(self.converged))]
 
 
 def resampled_linear_evaluation(
@@ -88,3 +89,23 @@ def split_by_class(
         for part, piece in zip(parts, pieces, strict=True):
             part.append(piece)
     return [np.concatenate(part) for part in parts]
+
+
+def _run(bench: Bench, settings: Seeded) -> list[Finding]:
+    parts = [(part.features, part.labels) for part in (bench.train, bench.val, bench.test)]
+    metric = bench.data.metric
+    result = resampled_linear_evaluation(
+        parts, classes=bench.data.classes, metric=metric, seed=settings.seed
+    )
+    return result.findings(bench.data.name, metric)
+
+
+PROTOCOL = Protocol(
+    "linear_resampled",
+    title="Linear evaluation on random splits",
+    takes=("classification",),
+    usual=(),
+    needs=NEEDS,
+    settings=Seeded,
+    run=_run,
+)

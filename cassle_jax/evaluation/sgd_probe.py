@@ -11,14 +11,18 @@ from jaxtyping import Array, Float, Float32
 from cassle_jax.checks import check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.classifier import (
     Training,
     check_classes,
     fitting_batch,
     measured_accuracies,
+    needs_of_training,
     train_classifier,
 )
 from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Seeded, setting
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods.base import Schedule
 
@@ -46,8 +50,8 @@ class ProbeResult:
     def findings(self, dataset: str) -> list[Finding]:
         """Both accuracies."""
         return [
-            Score("SGD probe", dataset, "accuracy", self.accuracy),
-            Score("SGD probe", dataset, "mean per class", self.class_average),
+            Score(PROTOCOL.name, dataset, "accuracy", self.accuracy),
+            Score(PROTOCOL.name, dataset, "mean per class", self.class_average),
         ]
 
 
@@ -116,3 +120,39 @@ def dropping(rate: float, steps: int) -> Schedule:
         return rate * 0.1**drops
 
     return schedule
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Seeded):
+    """Settings of the protocol."""
+
+    probe_epochs: int = setting(100, "Number of epochs.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("probe_epochs", self.probe_epochs, 1)
+
+
+def _run(bench: Bench, settings: ProbeSettings) -> list[Finding]:
+    found = sgd_probe(
+        bench.subject,
+        bench.learnt_from(),
+        bench.store.limited(bench.data.test),
+        classes=bench.data.classes,
+        mesh=bench.mesh,
+        epochs=settings.probe_epochs,
+        batch=bench.store.batch,
+        seed=settings.seed,
+    )
+    return found.findings(bench.data.name)
+
+
+PROTOCOL = Protocol(
+    "sgd_probe",
+    title="SGD probe",
+    takes=("classification",),
+    usual=(),
+    needs=lambda _, devices: needs_of_training(devices),
+    settings=ProbeSettings,
+    run=_run,
+)

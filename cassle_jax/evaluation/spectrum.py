@@ -9,7 +9,14 @@ from scipy.linalg import eigh
 from scipy.special import xlogy
 
 from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.evaluation.bench import Bench
+from cassle_jax.evaluation.features import view_extractor
 from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.settings import Seeded
+from cassle_jax.evaluation.views import protocol_key
+
+LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10  # the paper takes 50 views, which changes little and costs 5×
 
 _ROWS = 1024
 
@@ -47,7 +54,7 @@ class Spectrum:
                      if share > 0)  # fmt: skip
         return [
             Chart(
-                "spectrum",
+                PROTOCOL.name,
                 dataset,
                 "Explained variance",
                 "principal axis",
@@ -55,7 +62,7 @@ class Spectrum:
                 {"features": explained},
             ),
             Chart(
-                "spectrum",
+                PROTOCOL.name,
                 dataset,
                 "Spectrum",
                 "principal axis",
@@ -64,8 +71,8 @@ class Spectrum:
                 log_x=True,
                 log_y=True,
             ),
-            Score("spectrum", dataset, "α-ReQ", self.alpha, higher_is_better=None),
-            Score("spectrum", dataset, "RankMe", self.rank_me, higher_is_better=None),
+            Score(PROTOCOL.name, dataset, "α-ReQ", self.alpha, higher_is_better=None),
+            Score(PROTOCOL.name, dataset, "RankMe", self.rank_me, higher_is_better=None),
         ]
 
 
@@ -257,3 +264,32 @@ def _finite(features: Array | np.ndarray, name: str) -> np.ndarray:
 def _normalised(matrix: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / np.where(norm == 0, 1, norm)
+
+
+def _run(bench: Bench, settings: Seeded) -> list[Finding]:
+    subject, images = bench.subject, min(LIDAR_IMAGES, len(bench.data.test))
+    of_view = bench.once(
+        view_extractor, subject.networks, subject.spec, subject.conditioning.neutral
+    )
+    views = [
+        of_view(bench.store.variables, bench.store.batches(bench.data.test, images), key)
+        for key in jax.random.split(protocol_key("spectrum", settings.seed), LIDAR_VIEWS)
+    ]
+    alignment, uniformity = alignment_and_uniformity(*views[:2])
+    values = {
+        "LiDAR": (lidar(np.stack(views, axis=1)), None),
+        "alignment": (alignment, False),
+        "uniformity": (uniformity, False),
+    }
+    return spectrum(bench.test.features).findings(bench.data.name) + [
+        Score(PROTOCOL.name, bench.data.name, name, value, higher_is_better=better)
+        for name, (value, better) in values.items()
+    ]
+
+
+PROTOCOL = Protocol(
+    "spectrum",
+    title="Spread of the features",
+    settings=Seeded,
+    run=_run,
+)

@@ -102,8 +102,8 @@ class FeatureStore:
     ):
         self.batch = batch
         self.programs: dict[str, Any] = {}  # compiled for the subject, whatever the dataset
-        self._subject, self._mesh = subject, mesh
-        self._limit, self._threads = limit, threads
+        self._subject, self.mesh = subject, mesh
+        self.limit, self._threads = limit, threads
         self._fingerprint = subject.fingerprint()
         self._cache = FeatureCache(folder, cache_gib) if folder else None
         self._extract = feature_extractor(
@@ -113,7 +113,7 @@ class FeatureStore:
     @cached_property
     def variables(self) -> PyTree:
         """The subject's variables, copied to every device once."""
-        return replicate(self._subject.variables, self._mesh)
+        return replicate(self._subject.variables, self.mesh)
 
     def __call__(self, source: Source, short_side: int = 0) -> Features:
         """The features of a source, read from disk where they are kept.
@@ -149,9 +149,9 @@ class FeatureStore:
 
     def limited(self, source: Source) -> Source:
         """The images that features are taken from, for protocols that read images themselves."""
-        if not 0 < self._limit < len(source):
+        if not 0 < self.limit < len(source):
             return source
-        return Part(source, evenly_spaced(len(source), self._limit), f"{self._limit} images")
+        return Part(source, evenly_spaced(len(source), self.limit), f"{self.limit} images")
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The whole images of a source, at most `limit` of them, to draw views from."""
@@ -162,7 +162,7 @@ class FeatureStore:
         return self._batches(source, canvas=self._subject.spec.size, short_side=short_side)
 
     def _batches(self, source: Source, limit: int = 0, **prepared) -> Iterator:
-        limits = [each for each in (limit, self._limit) if each]
+        limits = [each for each in (limit, self.limit) if each]
         return evaluation_batches(
             source,
             batch=self.batch,
@@ -179,9 +179,9 @@ class FeatureStore:
         spec = self._subject.spec
         settings = (
             PREPARATION,
-            computed_on(self._mesh),
+            computed_on(self.mesh),
             described(source),
-            self._limit,
+            self.limit,
             spec.size,
             spec.mean,
             spec.std,

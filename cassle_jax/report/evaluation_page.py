@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from cassle_jax.evaluation.findings import Finding, Gallery, Score, from_json, to_json
+from cassle_jax.evaluation.protocols import title_of
 from cassle_jax.report.comparison import (
     Estimate,
     FindingsBySubject,
@@ -22,6 +23,7 @@ from cassle_jax.report.comparison import (
     tasks_of,
 )
 from cassle_jax.report.comparison_chart import chart_html, key_html
+from cassle_jax.report.former_names import renamed
 from cassle_jax.report.gallery import rows_html
 from cassle_jax.report.page import html_page, paragraphs_html
 from cassle_jax.report.table import cell_text
@@ -96,9 +98,15 @@ def write_report(
 
 
 def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
-    """Reads the findings and the provenance that `write_report` wrote to `report.json`."""
+    """Reads the findings and the provenance that `write_report` wrote to `report.json`.
+
+    Findings of earlier versions get today's names.
+    """
     entries = _held(path)["subjects"]
-    subjects = {name: [from_json(run) for run in entry["runs"]] for name, entry in entries.items()}
+    subjects = {
+        name: [[renamed(each) for each in from_json(run)] for run in entry["runs"]]
+        for name, entry in entries.items()
+    }
     facts = {name: entry["provenance"] for name, entry in entries.items() if entry["provenance"]}
     return subjects, facts
 
@@ -176,17 +184,23 @@ def _csv_cells(score: Score) -> list[str]:
 
 
 def _page(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -> str:
-    sections = [(task, _task_html(subjects, task)) for task in tasks_of(subjects)]
+    sections = [(*_heading(task), _task_html(subjects, task)) for task in tasks_of(subjects)]
     if facts:
-        sections.append(("provenance", _provenance_html(list(subjects), facts)))
+        sections.append(("Provenance", "", _provenance_html(list(subjects), facts)))
     header = f"<header><h1>{escape(title)}</h1>{paragraphs_html(summary)}</header>"
-    names = [name for name, _ in sections]
+    names = [name for name, _, _ in sections]
     parts = [header, _failures_html(subjects), _subjects_html(subjects), _contents_html(names)]
     parts += [
-        f'<section id="section-{index}"><h2>{escape(name)}</h2>{body}</section>'
-        for index, (name, body) in enumerate(sections)
+        f'<section id="section-{index}"><h2>{escape(name)}{note}</h2>{body}</section>'
+        for index, (name, note, body) in enumerate(sections)
     ]
     return html_page(title, parts, _STYLE)
+
+
+def _heading(task: str) -> tuple[str, str]:
+    """The title of a task, and its name as a note where that is another."""
+    title = title_of(task)
+    return title, "" if title == task else f' <span class="metric">{escape(task)}</span>'
 
 
 def _failures_html(subjects: FindingsBySubject) -> str:

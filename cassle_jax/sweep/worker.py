@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from cassle_jax import command
 from cassle_jax.evaluate import evaluate_command
-from cassle_jax.evaluation.tasks import Settings
 from cassle_jax.export import export_command
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
@@ -39,19 +40,13 @@ class Evaluation:
       datasets: as in the evaluation command; empty for no evaluation.
       tasks: as in the evaluation command; empty for the default tasks.
       data_dir: folder of tensorflow-datasets.
-      limit: largest number of images per split; 0 for all.
-      network: `online`, or `momentum`.
-      batch: batch size, summed over devices.
-      settings: settings of the protocols.
+      settings: settings that differ from their defaults, by name.
     """
 
     datasets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     data_dir: str = ""
-    limit: int = 0
-    network: str = "online"
-    batch: int = 256
-    settings: Settings = dataclasses.field(default_factory=Settings)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +145,8 @@ def _evaluate(job: Job, source: Path, report: Path) -> None:
         datasets=evaluation.datasets,
         to=str(report),
         tasks=evaluation.tasks,
-        network=evaluation.network,
         data_dir=evaluation.data_dir,
-        batch=evaluation.batch,
-        limit=evaluation.limit,
-        settings=evaluation.settings,
+        **evaluation.settings,
     )
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from cassle_jax.data import Record
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.store import FeatureStore, uncropped_side
-from cassle_jax.evaluation.tasks import Bench, Settings
 from cassle_jax.methods import Networks
 from tests.evaluation.analysed import SPEC, devices
 from tests.evaluation.taught import colour_subject
@@ -89,7 +89,7 @@ def benches():
     def bench(kind):
         parts = [Pictures(kind)] * 3
         data = EvaluationData("pictures", *parts, 2, "accuracy", "classification", ten_crops=True)
-        return Bench(subject, data, store, devices(1), Settings())
+        return Bench(subject, data, store)
 
     return {kind: bench(kind) for kind in ("PNG", "JPEG")}
 

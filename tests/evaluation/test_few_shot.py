@@ -81,7 +81,7 @@ def test_the_interval_and_the_finding():
     assert first.interval == pytest.approx(1.96 * np.std(first.accuracies) / np.sqrt(20))
     (score,) = first.findings("CUB-200")
     assert (score.task, score.dataset, score.metric) == (
-        "few-shot",
+        "few_shot",
         "CUB-200",
         "5-way 1-shot accuracy",
     )

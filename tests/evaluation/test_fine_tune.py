@@ -117,11 +117,11 @@ def test_small_subsets_get_steps_enough_and_a_batch_that_fits(caplog, monkeypatc
     findings = result.findings("colours")
     assert from_json(to_json(findings)) == findings
     assert {each.metric: each.value for each in findings} == {
-        "accuracy": result.accuracy,
-        "mean per class": result.class_average,
-        "top-5 accuracy": result.top_5,
+        "accuracy, 1 % of the labels": result.accuracy,
+        "mean per class, 1 % of the labels": result.class_average,
+        "top-5 accuracy, 1 % of the labels": result.top_5,
     }
-    assert {each.task for each in findings} == {"fine-tuning, 1 % of the labels"}
+    assert {each.task for each in findings} == {"fine_tune"}
     assert result.top_5 >= result.accuracy > 1 / 12
 
 

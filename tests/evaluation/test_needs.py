@@ -8,7 +8,7 @@ import pytest
 
 from cassle_jax.data import Record
 from cassle_jax.data.datasets import EvaluationData
-from cassle_jax.evaluation.tasks import TASKS, Settings
+from cassle_jax.evaluation.protocols import PROTOCOLS, checked_settings
 
 
 class Labelled:
@@ -32,12 +32,11 @@ def data(train=(0, 1, 2) * 10, val=(0, 1, 2), test=(0, 1, 2) * 6, task="classifi
 
 
 def unmet(task, data, *, limit=0, devices=1, **settings):
-    settings = Settings(**{"ways": 3, **settings})
-    needs = TASKS[task].needs(settings, devices)
-    return needs.unmet(data, limit=limit, analysed=settings.analysed)
+    _, of_protocols = checked_settings({"ways": 3, **settings})
+    return PROTOCOLS[task].unmet(data, of_protocols[task], limit=limit, devices=devices)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PROTOCOLS)
 def test_what_is_enough_is_not_refused(task):
     assert unmet(task, data(), shots=(1,), episodes=2) == ""
 

@@ -255,8 +255,8 @@ def test_findings_are_two_scores():
     findings = result.findings("colours")
     assert from_json(to_json(findings)) == findings
     assert [(each.task, each.metric) for each in findings] == [
-        ("SGD probe", "accuracy"),
-        ("SGD probe", "mean per class"),
+        ("sgd_probe", "accuracy"),
+        ("sgd_probe", "mean per class"),
     ]
     assert 0 <= findings[0].value <= 1
 

@@ -9,8 +9,10 @@ from PIL import Image
 
 from cassle_jax.data import Record
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation.bench import Bench
+from cassle_jax.evaluation.linear import PROTOCOL
+from cassle_jax.evaluation.settings import Settings
 from cassle_jax.evaluation.store import FeatureStore, uncropped_side
-from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from tests.evaluation.analysed import PIXELS, devices
 from tests.evaluation.taught import colour_subject
 
@@ -44,7 +46,7 @@ def bench(tmp_path):
     data = EvaluationData("noise", *parts, 2, "accuracy", "classification", ten_crops=True)
     subject, mesh = colour_subject(), devices(2)
     store = FeatureStore(subject, mesh, batch=8, folder=tmp_path)
-    return Bench(subject, data, store, mesh, Settings())
+    return Bench(subject, data, store)
 
 
 def resized(pixels):
@@ -81,7 +83,7 @@ def test_features_of_crops_and_of_whole_images_are_kept_apart(bench, tmp_path):
     whole = [bench.train, bench.val, bench.test]
     cropped = bench.cropped()
     assert len(list(tmp_path.rglob("*.npz"))) == 6
-    again = Bench(bench.subject, bench.data, bench.store, bench.mesh, bench.settings)
+    again = Bench(bench.subject, bench.data, bench.store)
     for kept, made in zip([again.train, again.val, again.test], whole, strict=True):
         np.testing.assert_array_equal(kept.features, made.features)
     for kept, made in zip(again.cropped(), cropped, strict=True):
@@ -89,7 +91,7 @@ def test_features_of_crops_and_of_whole_images_are_kept_apart(bench, tmp_path):
 
 
 def test_only_datasets_that_ask_for_them_are_cropped(bench):
-    findings = TASKS["linear"].run(bench)
+    findings = PROTOCOL.run(bench, Settings())
     assert findings[0].value == 1
     plain = dataclasses.replace(bench, data=dataclasses.replace(bench.data, ten_crops=False))
     assert [len(part.features) for part in plain.cropped()] == [12, 4, 7]

@@ -418,3 +418,39 @@ def test_what_cannot_be_compared_is_said_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "none", subjects, **options)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_section_has_the_title_of_its_protocol_and_the_name_that_the_csv_has(tmp_path):
+    found = [
+        Score("knn", "d", "accuracy", 0.5),
+        Score("knn: difference to the baseline", "d", "accuracy", 0.1),
+        Score("pretraining", "d", "loss", 2.0),
+    ]
+    page = write_report(tmp_path, {"a": [found]}).read_text()
+    assert '<h2>k-NN <span class="metric">knn</span></h2>' in page
+    assert "<h2>k-NN: difference to the baseline <" in page
+    assert "<h2>pretraining</h2>" in page
+    with (tmp_path / "report.csv").open() as file:
+        assert [row["task"] for row in csv.DictReader(file)] == [each.task for each in found]
+
+
+def test_findings_of_earlier_versions_are_read_under_todays_names(tmp_path):
+    former = {
+        ("k-NN (k = 1)", "accuracy"): ("knn", "accuracy"),
+        ("k-NN (k = 20)", "accuracy"): ("knn", "accuracy, k = 20"),
+        ("few-shot", "5-way 1-shot accuracy"): ("few_shot", "5-way 1-shot accuracy"),
+        ("fine-tuning, 10 % of the labels", "top-5 accuracy"): (
+            "fine_tune",
+            "top-5 accuracy, 10 % of the labels",
+        ),
+        ("SGD probe", "accuracy"): ("sgd_probe", "accuracy"),
+        ("linear, random splits", "accuracy"): ("linear_resampled", "accuracy"),
+        ("factor probes", "hue"): ("factors", "hue"),
+        ("augmentation probes", "R² of hue"): ("augmentation_probes", "R² of hue"),
+        ("linear", "accuracy"): ("linear", "accuracy"),
+        ("pretraining", "loss"): ("pretraining", "loss"),
+    }
+    scores = [Score(task, "d", metric, 0.5) for task, metric in former]
+    write_report(tmp_path, {"a": [scores]})
+    (read,) = read_report(tmp_path / "report.json")[0]["a"]
+    assert [(each.task, each.metric) for each in read] == list(former.values())

@@ -1,14 +1,21 @@
+import ast
 import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cassle_jax import evaluation
 from cassle_jax.data import Scenes
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.evaluation.protocols import PROTOCOLS, checked_settings
+from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
-from cassle_jax.evaluation.tasks import TASKS, Bench, Settings
 from cassle_jax.methods import Networks
 from cassle_jax.methods.build import Conditioning
 from tests.evaluation.analysed import (
@@ -22,6 +29,8 @@ from tests.evaluation.analysed import (
     devices,
 )
 
+SETTINGS = Analysis(analysed=12)
+
 
 @pytest.fixture
 def bench():
@@ -32,7 +41,7 @@ def bench():
     scenes = Scenes(16, size=PIXELS)
     data = EvaluationData("scenes", scenes, scenes, scenes, 2, "accuracy", "classification")
     store = FeatureStore(subject, devices(1), batch=8)
-    return Bench(subject, data, store, devices(1), Settings(analysed=12))
+    return Bench(subject, data, store)
 
 
 @pytest.mark.parametrize(
@@ -45,22 +54,22 @@ def bench():
     ],
 )  # fmt: skip
 def test_an_encoder_without_a_projector_is_analysed_and_told_so(bench, caplog, task, metrics):
-    assert TASKS[task].suits(bench.data, asked_for=False)
+    assert PROTOCOLS[task].suits(bench.data, asked_for=False)
     with caplog.at_level("INFO", logger="cassle_jax"):
-        findings = TASKS[task].run(bench)
+        findings = PROTOCOLS[task].run(bench, SETTINGS)
     assert f"{task} of bare: no projector" in caplog.text
     assert {each.metric for each in findings if isinstance(each, Score)} == metrics
 
 
 def test_a_leak_is_measured_of_what_is_told_and_of_nothing_else(bench, caplog):
     with caplog.at_level("INFO", logger="cassle_jax"):
-        assert TASKS["leak"].run(bench) == []
+        assert PROTOCOLS["leak"].run(bench, SETTINGS) == []
     assert "leak of bare: left out" in caplog.text
     told = dataclasses.replace(bench.subject, conditioning=Conditioning(descriptors=("color",)))
-    value, chance, _ = TASKS["leak"].run(dataclasses.replace(bench, subject=told))
+    value, chance, _ = PROTOCOLS["leak"].run(dataclasses.replace(bench, subject=told), SETTINGS)
     assert (value.metric, chance.metric) == ("NT-Xent, ω alone", "NT-Xent, chance")
     assert chance.value == pytest.approx(np.log(5))  # half of 12 images hold two batches of 3
-    assert not TASKS["leak"].suits(bench.data, asked_for=False)
+    assert not PROTOCOLS["leak"].suits(bench.data, asked_for=False)
 
 
 def test_matching_says_where_omega_enters_with_the_image(bench, caplog):
@@ -70,13 +79,13 @@ def test_matching_says_where_omega_enters_with_the_image(bench, caplog):
         bench.subject, networks=networks, variables=variables, conditioning=conditioning
     )
     with caplog.at_level("INFO", logger="cassle_jax"):
-        TASKS["matching"].run(dataclasses.replace(bench, subject=told))
+        PROTOCOLS["matching"].run(dataclasses.replace(bench, subject=told), SETTINGS)
     assert "matching of bare: ω enters with the image, so not by ω alone" in caplog.text
 
 
 def test_analysed_images_are_in_an_order_that_is_always_the_same(bench):
     def labels():
-        rows = [batch["label"][batch["mask"]] for batch in bench.analysed()]
+        rows = [batch["label"][batch["mask"]] for batch in bench.analysed(12)]
         return np.concatenate(rows)
 
     first = labels()
@@ -84,3 +93,41 @@ def test_analysed_images_are_in_an_order_that_is_always_the_same(bench):
     np.testing.assert_array_equal(first, labels())
     in_order = [bench.data.test[place].label for place in range(12)]
     assert first.tolist() != in_order
+
+
+def last_statement(module):
+    last = ast.parse(Path(module.__file__).read_text()).body[-1]
+    return ast.unparse(last).split("(")[0] if isinstance(last, ast.Assign) else ""
+
+
+def test_a_file_of_a_protocol_ends_in_it_and_the_table_has_every_one():
+    modules = [
+        importlib.import_module(f"cassle_jax.evaluation.{each.name}")
+        for each in pkgutil.iter_modules(evaluation.__path__)
+    ]
+    protocols = {id(m.PROTOCOL): m for m in modules if hasattr(m, "PROTOCOL")}
+    assert {id(each) for each in PROTOCOLS.values()} == protocols.keys()
+    assert all(name == each.name for name, each in PROTOCOLS.items())
+    for module in protocols.values():
+        assert last_statement(module) == "PROTOCOL = Protocol", module.__name__
+
+
+def test_what_a_protocol_finds_bears_its_name(bench):
+    _, of_protocols = checked_settings({})
+    for name in ("knn", "neighbours", "factors", "spectrum"):
+        findings = PROTOCOLS[name].run(bench, of_protocols[name])
+        assert findings and {each.task for each in findings} == {name}
+        assert {each.dataset for each in findings} == {"scenes"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "k-NN"}, r"name='k-NN' of a protocol is not one word"),
+        ({"takes": ("images",)}, r"knn takes 'images'; use classification, "),
+        ({"usual": ("often",)}, r"knn takes 'often'"),
+    ],
+)
+def test_a_protocol_that_no_command_could_run_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PROTOCOLS["knn"], **wrong)

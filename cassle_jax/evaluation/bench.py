@@ -1,0 +1,107 @@
+"""What a protocol is given: one subject on one dataset, with the features that protocols share."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cassle_jax.data import Source
+from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.data.splits import Crops, Joined, Part
+from cassle_jax.evaluation.store import (
+    Features,
+    FeatureStore,
+    computed_on,
+    described,
+    uncropped_side,
+)
+from cassle_jax.evaluation.subject import Subject
+from cassle_jax.versions import code_fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One subject on one dataset, with what the protocols share.
+
+    Attributes:
+      subject: the evaluated networks.
+      data: the dataset.
+      store: the subject's features.
+    """
+
+    subject: Subject
+    data: EvaluationData
+    store: FeatureStore
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.store.mesh
+
+    def identity(self) -> str:
+        """All that results depend on except the protocol: weights, images, devices, code."""
+        parts = (self.data.train, self.data.val, self.data.test)
+        images = [None if part is None else described(part) for part in parts]
+        data = self.data.name, self.data.task, self.data.metric, self.data.ten_crops
+        batches = self.store.batch, self.store.limit
+        devices = self.mesh.size, computed_on(self.mesh)
+        weights = self.subject.whole_fingerprint()
+        return repr((weights, data, images, batches, devices, code_fingerprint()))
+
+    @cached_property
+    def train(self) -> Features:
+        """Features of the training part."""
+        return self.store(self.data.train)
+
+    @cached_property
+    def val(self) -> Features:
+        """Features of the validation part."""
+        return self.store(self.data.val)
+
+    @cached_property
+    def test(self) -> Features:
+        """Features of the test part."""
+        return self.store(self.data.test)
+
+    def cropped(self) -> list[Features]:
+        """Features of the three parts, as linear evaluation takes them.
+
+        Where the dataset calls for ten crops, the crops of every image to fit are separate rows,
+        and a test image is the centre of an image resized alike.
+        """
+        data, size = self.data, self.subject.spec.size
+        if not data.ten_crops:
+            return [self.train, self.val, self.test]
+        side = uncropped_side(size)
+        ten = [Crops(part, size, side, ten=True) for part in (data.train, data.val)]
+        return [*map(self.store, ten), self.store(data.test, side)]
+
+    def once(self, make: Callable, *arguments):
+        """The result of `make` for the subject, made for one dataset and kept for the others."""
+        programs = self.store.programs
+        if make.__name__ not in programs:
+            programs[make.__name__] = make(*arguments, self.mesh)
+        return programs[make.__name__]
+
+    def learnt_from(self) -> Source:
+        """The images of `fitted`, for protocols that train on images and choose nothing."""
+        parts = (self.store.limited(part) for part in (self.data.train, self.data.val))
+        return Joined(*parts)
+
+    @property
+    def fitted(self) -> list[Features]:
+        """Features of the parts that a classifier may learn from."""
+        return [self.train, self.val]
+
+    def analysed(self, images: int):
+        """Batches of the test images that an analysis looks at, in one random order for all.
+
+        So a batch holds images of all classes even where the dataset is sorted by class.
+
+        Args:
+          images: their number; 0 for all.
+        """
+        order = np.random.default_rng(0).permutation(len(self.data.test))
+        return self.store.batches(Part(self.data.test, order, "shuffled"), images)

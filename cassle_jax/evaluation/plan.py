@@ -1,0 +1,74 @@
+"""Which protocols are run on which datasets: decided before an image is read."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation.protocol import Protocol
+from cassle_jax.evaluation.protocols import PROTOCOLS
+from cassle_jax.evaluation.settings import Settings
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A protocol to run on a dataset.
+
+    Attributes:
+      data: the dataset.
+      protocol: the protocol.
+      settings: its settings.
+      unmet: why the dataset rules it out, in one line; "" where it does not.
+    """
+
+    data: EvaluationData
+    protocol: Protocol
+    settings: Settings
+    unmet: str
+
+    def __str__(self) -> str:
+        return f"{self.protocol.name} on {self.data.name}"
+
+
+def plan(
+    opened: Sequence[EvaluationData],
+    tasks: Sequence[str],
+    settings: Mapping[str, Settings],
+    *,
+    limit: int = 0,
+    devices: int = 1,
+) -> list[Planned]:
+    """What to run, dataset by dataset, in the order of the table of protocols.
+
+    Logs the requested protocols that do not suit a dataset.
+
+    Args:
+      opened: the datasets.
+      tasks: names of the requested protocols; empty for the usual ones of each dataset.
+      settings: settings of every protocol, by its name.
+      limit: largest number of images per part; 0 for all.
+      devices: number of devices.
+    """
+    return [
+        Planned(
+            data,
+            each,
+            settings[each.name],
+            each.unmet(data, settings[each.name], limit=limit, devices=devices),
+        )
+        for data in opened
+        for each in _suiting(data, tasks)
+    ]
+
+
+def _suiting(data: EvaluationData, tasks: Sequence[str]) -> list[Protocol]:
+    suiting = [
+        each
+        for name, each in PROTOCOLS.items()
+        if (not tasks or name in tasks) and each.suits(data, asked_for=bool(tasks))
+    ]
+    for name in sorted(set(tasks) - {each.name for each in suiting}):
+        LOG.warning("%s is left out: not for %s", name, data.name)
+    return suiting

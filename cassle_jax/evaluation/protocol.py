@@ -1,0 +1,73 @@
+"""What a protocol is: its name, the datasets it takes, its settings, and how it is run."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from cassle_jax.data import Drawn
+from cassle_jax.data.datasets import EvaluationData, Task
+from cassle_jax.evaluation.bench import Bench
+from cassle_jax.evaluation.findings import Finding
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.settings import Analysis, Settings, settings_of
+
+DRAWN = "drawn"
+"""The kind of the embedded datasets, whose factors are known."""
+
+ANY: tuple[str, ...] = get_args(Task)
+
+TWO_IMAGES = Needs(test=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is measured of a subject on a dataset, and how.
+
+    Attributes:
+      name: its name in `--tasks`, in findings, and so in the report and its CSV.
+      title: heading of its section of the page.
+      run: measures a subject on a dataset, with the settings; its findings bear the name.
+      takes: the kinds of dataset it suits: their tasks, or `DRAWN`.
+      usual: those that it runs on where no tasks are requested; `None` for all it suits.
+      needs: the least of a dataset, or how it follows from the settings and the number of devices.
+      settings: the dataclass of its settings.
+    """
+
+    name: str
+    title: str
+    run: Callable[[Bench, Any], list[Finding]]
+    takes: Sequence[str] = ANY
+    usual: Sequence[str] | None = None
+    needs: Needs | Callable[[Any, int], Needs] = TWO_IMAGES
+    settings: type[Settings] = Settings
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise ValueError(
+                f"name={self.name!r} of a protocol is not one word, such as 'few_shot'"
+            )
+        for kind in (*self.takes, *(self.usual or ())):
+            if kind not in (*ANY, DRAWN):
+                raise ValueError(f"{self.name} takes {kind!r}; use {', '.join((*ANY, DRAWN))}")
+        settings_of([self.settings])
+
+    def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
+        """Whether the protocol runs on a dataset, where it is asked for or by default."""
+        kinds = {data.task} | ({DRAWN} if isinstance(data.test, Drawn) else set())
+        usual = self.takes if asked_for or self.usual is None else self.usual
+        return not kinds.isdisjoint(usual)
+
+    def unmet(
+        self, data: EvaluationData, settings: Settings, *, limit: int = 0, devices: int = 1
+    ) -> str:
+        """The first need that the dataset does not meet, in one line; "" where it meets all.
+
+        Args:
+          data: the dataset.
+          settings: the protocol's settings.
+          limit: largest number of images per part; 0 for all.
+          devices: number of devices.
+        """
+        needs = self.needs if isinstance(self.needs, Needs) else self.needs(settings, devices)
+        analysed = settings.analysed if isinstance(settings, Analysis) else 0
+        return needs.unmet(data, limit=limit, analysed=analysed)

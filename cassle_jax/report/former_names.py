@@ -1,0 +1,28 @@
+"""Renames the findings in reports of earlier versions, so that they stand beside today's."""
+
+import dataclasses
+import re
+
+from cassle_jax.evaluation.findings import Finding, Score
+
+_TASKS = {
+    "few-shot": "few_shot",
+    "factor probes": "factors",
+    "augmentation probes": "augmentation_probes",
+    "SGD probe": "sgd_probe",
+    "linear, random splits": "linear_resampled",
+    "k-NN (k = 1)": "knn",
+}
+# Their names had a setting, which the name of the metric has now.
+_WITH_SETTING = {r"k-NN \((k = \d+)\)": "knn", r"fine-tuning, (.*)": "fine_tune"}
+
+
+def renamed(finding: Finding) -> Finding:
+    """The finding under the name of its protocol; any other as it is."""
+    if finding.task in _TASKS:
+        return dataclasses.replace(finding, task=_TASKS[finding.task])
+    for pattern, name in _WITH_SETTING.items():
+        found = re.fullmatch(pattern, finding.task)
+        if found and isinstance(finding, Score):
+            return dataclasses.replace(finding, task=name, metric=f"{finding.metric}, {found[1]}")
+    return finding
