@@ -4,7 +4,7 @@
 # continues again. It must end with the same bits as an undisturbed run.
 # Usage: bash launch/test_slurm.sh [--keep] [--sweep]      installs SLURM with apt-get where it is missing and this user may;
 #   --keep   leaves the folder of logs and runs;
-#   --sweep  tests launch/sweep.py, too: of two runs one is preempted, one killed from outside; the same sweep then ends.
+#   --sweep  tests python -m cassle_jax.sweep, too: of two runs one is preempted, one killed from outside; the same sweep then ends.
 # Exit codes: 0 passed, 1 failed, 77 skipped, as SLURM cannot be installed here.
 
 # shellcheck source=launch/environment.sh
@@ -243,8 +243,8 @@ say "passed: stopped at the time limit, preempted, requeued twice, and the same 
 
 [ -n "$sweep" ] || exit 0
 # Long enough that a preempted run does not end in the time SLURM leaves it to save.
-command=("$python" "$repository/launch/sweep.py" "${config[@]}" --config.steps=1500 --where=slurm --grid='seed=0,1'
-  "--to=$folder/sweep" --slurm=time=30)
+command=(env "PYTHONPATH=$repository" "$python" -P -m cassle_jax.sweep "${config[@]}" --config.steps=1500 --where=slurm
+  --grid='seed=0,1' "--to=$folder/sweep" --slurm=time=30)
 say "a sweep of two runs: ${command[*]}"
 "${command[@]}" &>"$folder/sweep.out" &
 sweeping="$!"

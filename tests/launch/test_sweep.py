@@ -243,10 +243,10 @@ def wait_for(path, seconds=600):
         time.sleep(0.1)
 
 
-def sweep(folder, *arguments):
+def sweep(folder, *arguments, command=("-m", "cassle_jax.sweep"), cwd=ROOT):
     return subprocess.run(
-        [sys.executable, "launch/sweep.py", f"--config={TINY}", f"--to={folder}", *arguments],
-        cwd=ROOT,
+        [sys.executable, *command, f"--config={TINY}", f"--to={folder}", *arguments],
+        cwd=cwd,
         env=on_one_device(os.environ),
         capture_output=True,
         text=True,
@@ -315,6 +315,15 @@ def test_a_typo_fails_before_anything_is_submitted(tmp_path):
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1 and "did you mean conditioning?" in ended.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_the_former_spelling_says_where_the_command_is(tmp_path):
+    ended = sweep(
+        tmp_path / "none", "--grid=sed=0", command=[ROOT / "launch" / "sweep.py"], cwd=tmp_path
+    )
+    note, mistake = ended.stderr.splitlines()
+    assert ended.returncode == 2 and "did you mean seed?" in mistake
+    assert note.endswith("python launch/sweep.py is now python -m cassle_jax.sweep")
 
 
 def test_a_finished_run_with_other_settings_is_refused(swept):
