@@ -1,4 +1,4 @@
-"""Rendered motifs at 48 pixels, slim ResNet-18: about a minute on two CPU cores.
+"""Rendered motifs at 48 pixels, slim ResNet-18: some minutes on two CPU cores.
 
 python -m cassle_jax.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -18,6 +18,11 @@ def get_config(arguments=""):
     config.conditioning.depth = 2
     config.conditioning.width = 8  # an eighth of the features, like 64 for ResNet-18's 512
     config.augment.size = 48
+    # So strong that a method without ω cannot tell the motifs apart by colour; dark, not clipped.
+    config.augment.brightness = (0.2, 1.4)
+    config.augment.contrast = (0.2, 1.8)
+    config.augment.saturation = (0.0, 2.0)
+    config.augment.hue = (-0.5, 0.5)
     config.optimizer.name = "adamw"
     config.optimizer.base_learning_rate = 0.016
     config.optimizer.weight_decay = 1e-4
