@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS
-from cassle_jax.data import CHANGED, UNCHANGED, Motifs, open_source
+from cassle_jax.data import COLOUR, CONTENT, PLACE, Motifs, open_source
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.methods import METHODS
@@ -40,11 +40,13 @@ RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
 UNTRAINED = "untrained"
 EXPLANATION = (
     "A linear probe reads each factor of the images off the frozen features. 1 is perfect, 0 is "
-    "what a constant answer gets. Nothing but these factors tells two images apart."
+    "what a constant answer gets. Nothing but these factors tells two images apart. The jitter "
+    "changes the colour, crops and blur change place and sharpness, and nothing the content."
 )
 _PROBED = 4000  # images a probe is fitted to: with more it takes longer, and reads hardly better
 _FACTORS = Motifs.FACTORS
 _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
+_ORDER = (COLOUR, PLACE, CONTENT)
 
 Scores = Mapping[str, Mapping[str, float]]
 """For each run, or the untrained encoder, the score of each factor."""
@@ -116,7 +118,7 @@ def group_table(scores: Scores, group: str) -> Table:
 def whole_table(scores: Scores) -> Table:
     """The groups' tables one below the other, and what changes each factor."""
     rows = []
-    for group in (CHANGED, UNCHANGED):
+    for group in _ORDER:
         (_, *means), *factors = group_table(scores, group).rows
         rows.append((group, "", *means))
         rows.extend((f"  {name}", _FACTORS[name].changed_by, *row) for name, *row in factors)
@@ -131,10 +133,10 @@ def headline(scores: Scores) -> str:
     def share(run: str, group: str) -> str:
         mine, other = means[run][group], means[first][group]
         word = "more" if mine > other else "less"
-        return f"{word} of what is {group} ({mine:.2f}, not {other:.2f})"
+        return f"{word} of {group} ({mine:.2f}, not {other:.2f})"
 
     return " ".join(
-        f"Beside {first}, {run} keeps {share(run, CHANGED)} and {share(run, UNCHANGED)}."
+        f"Beside {first}, {run} keeps {', '.join(share(run, group) for group in _ORDER)}."
         for run in others
     )
 
@@ -178,7 +180,7 @@ def write_results(
         workdir / "quickstart.png",
         title=title,
         loss=curves["loss"],
-        tables={f"factors {group}": group_table(scores, group) for group in (CHANGED, UNCHANGED)},
+        tables={group: group_table(scores, group) for group in _ORDER},
         images=images,
         view_1=first,
         view_2=second,
@@ -191,7 +193,7 @@ def write_results(
         curves=curves,
         table=whole_table(scores),
         figures={
-            "Images, their two views, and what the projector is told": workdir / last / "views.png"
+            "Images, their two views, and what the projector is given": workdir / last / "views.png"
         },
         settings=flat_settings(config),
     )

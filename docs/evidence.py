@@ -1,6 +1,6 @@
 """Draws docs/evidence.png from docs/evidence.csv: how far each conditioning is ahead of plain.
 
-python docs/evidence.py
+python -m docs.evidence
 """
 
 import csv

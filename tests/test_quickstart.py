@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cassle_jax import quickstart
-from cassle_jax.data import CHANGED, UNCHANGED, Motifs
+from cassle_jax.data import COLOUR, CONTENT, PLACE, Motifs
 from cassle_jax.models import ENCODERS
 from tests.tiny import TinyEncoder, tiny_config
 
@@ -53,7 +53,7 @@ def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
     table = quickstart.whole_table(scores)
     assert table.columns == ("factor", "changed by", "plain", "CASSLE", "untrained")
     names = [row[0].strip() for row in table.rows]
-    places = [names.index(group) for group in (CHANGED, UNCHANGED)]
+    places = [names.index(group) for group in (COLOUR, PLACE, CONTENT)]
     for place, end in zip(places, [*places[1:], len(names)], strict=True):
         members = names[place + 1 : end]
         assert members == [n for n, factor in FACTORS.items() if factor.group == names[place]]
@@ -61,15 +61,15 @@ def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
             mean = np.mean([scores[run][name] for name in members])
             assert table.rows[place][column] == pytest.approx(mean)
         changes = [row[1] != "" for row in table.rows[place + 1 : end]]
-        assert changes == [names[place] == CHANGED] * len(members)
+        assert changes == [names[place] != CONTENT] * len(members)
 
 
 def test_the_headline_says_which_run_keeps_more():
     plain = dict.fromkeys(FACTORS, 0.25)
-    told = {name: 0.5 if factor.changed_by else 0.125 for name, factor in FACTORS.items()}
-    said = quickstart.headline({"plain": plain, "CASSLE": told, "untrained": plain})
-    assert "CASSLE keeps more of what is changed by augmentations (0.50, not 0.25)" in said
-    assert "less of what is unchanged (0.12, not 0.25)" in said
+    cassle = {name: 0.5 if factor.group == COLOUR else 0.125 for name, factor in FACTORS.items()}
+    said = quickstart.headline({"plain": plain, "CASSLE": cassle, "untrained": plain})
+    assert "Beside plain, CASSLE keeps more of colour (0.50, not 0.25), less of place" in said
+    assert "less of content (0.12, not 0.25)" in said
 
 
 def test_the_figure_and_the_page_are_there_and_need_no_other_file(result):
@@ -87,9 +87,9 @@ def test_a_program_reads_the_scores_the_seed_and_the_groups(result):
     report = json.loads((workdir / "quickstart.json").read_text())
     assert report["seed"] == SEED and report["method"] == "simclr"
     assert report["scores"] == scores
-    changed = [n for n, factor in report["factors"].items() if factor["group"] == CHANGED]
-    mean = np.mean([scores["CASSLE"][name] for name in changed])
-    assert report["means"]["CASSLE"][CHANGED] == pytest.approx(mean)
+    colours = [n for n, factor in report["factors"].items() if factor["group"] == COLOUR]
+    mean = np.mean([scores["CASSLE"][name] for name in colours])
+    assert report["means"]["CASSLE"][COLOUR] == pytest.approx(mean)
 
 
 def test_the_runs_are_kept_beside_them_and_have_the_seed(result):

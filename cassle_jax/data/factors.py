@@ -9,8 +9,8 @@ from jaxtyping import Float, Int, UInt8
 from cassle_jax.data.drawing import uniform_draws
 from cassle_jax.data.sources import Record
 
-CHANGED, UNCHANGED = "changed by augmentations", "unchanged"
-"""The groups of factors."""
+COLOUR, PLACE, CONTENT = "colour", "place and sharpness", "content"
+"""The groups of factors: what the jitter changes, what crops and blur change, and the rest."""
 
 
 class Factor(NamedTuple):
@@ -19,17 +19,14 @@ class Factor(NamedTuple):
     Attributes:
       kind: kind of the values: class numbers, real numbers, or angles in radians of period 2π.
       values: names of the classes, or ends of the range of the factor's uniform distribution.
-      changed_by: augmentations that give a view another value than its image; may be empty.
+      changed_by: augmentations that give a view another value than its image; empty for content.
+      group: `COLOUR`, `PLACE` or `CONTENT`.
     """
 
     kind: Literal["class", "value", "angle"]
     values: tuple[str, ...] | tuple[float, float]
     changed_by: str = ""
-
-    @property
-    def group(self) -> str:
-        """`CHANGED` or `UNCHANGED`."""
-        return CHANGED if self.changed_by else UNCHANGED
+    group: str = CONTENT
 
     def of(self, draws: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
         """The factor at draws in [0, 1): int64 for classes, float64 for the rest."""

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from cassle_jax.data.drawing import SHAPES, Plane, from_centre, pixel_centres, rgb_of, steepened
-from cassle_jax.data.factors import Drawn, Factor
+from cassle_jax.data.factors import COLOUR, PLACE, Drawn, Factor
 
 # Offsets of the copies' centres from the motif's centre, in radii, right and up.
 _PLACES = {
@@ -37,14 +37,14 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
 """Lightness in [0, 1] of each texture of the bodies, at phases from a body's centre."""
 
 FACTORS: dict[str, Factor] = {
-    "light": Factor("value", (0.5, 1.0), "brightness"),
-    "contrast": Factor("value", (0.4, 1.0), "contrast"),
-    "saturation": Factor("value", (0.2, 0.8), "saturation and grayscale"),
-    "hue": Factor("angle", (0.0, 2 * np.pi), "hue and grayscale"),
-    "x": Factor("value", (0.35, 0.65), "crop and flip"),
-    "y": Factor("value", (0.35, 0.65), "crop"),
-    "size": Factor("value", (0.09, 0.16), "crop"),
-    "blur": Factor("value", (0.0, 0.03), "blur"),
+    "light": Factor("value", (0.5, 1.0), "brightness", COLOUR),
+    "contrast": Factor("value", (0.4, 1.0), "contrast", COLOUR),
+    "saturation": Factor("value", (0.2, 0.8), "saturation and grayscale", COLOUR),
+    "hue": Factor("angle", (0.0, 2 * np.pi), "hue and grayscale", COLOUR),
+    "x": Factor("value", (0.35, 0.65), "crop and flip", PLACE),
+    "y": Factor("value", (0.35, 0.65), "crop", PLACE),
+    "size": Factor("value", (0.09, 0.16), "crop", PLACE),
+    "blur": Factor("value", (0.0, 0.03), "blur", PLACE),
     "shape": Factor("class", tuple(SHAPES)),
     "texture": Factor("class", tuple(TEXTURES)),
     "pattern": Factor("class", tuple(PATTERNS)),

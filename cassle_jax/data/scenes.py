@@ -17,7 +17,7 @@ from cassle_jax.data.drawing import (
     steepened,
     window_around,
 )
-from cassle_jax.data.factors import Drawn, Factor
+from cassle_jax.data.factors import COLOUR, PLACE, Drawn, Factor
 
 _BLOBS = 3
 _POSITION_RANGE = (0.28, 0.72)
@@ -34,12 +34,12 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
 """Share of shadow in [0, 1] of each texture, at phases in radians."""
 
 FACTORS: dict[str, Factor] = {
-    "hue": Factor("angle", (0.0, 2 * np.pi), "colour jitter and grayscale"),
+    "hue": Factor("angle", (0.0, 2 * np.pi), "colour jitter and grayscale", COLOUR),
     "shape": Factor("class", tuple(SHAPES)),
-    "x": Factor("value", _POSITION_RANGE, "crop and flip"),
-    "y": Factor("value", _POSITION_RANGE, "crop"),
-    "size": Factor("value", _SIZE_RANGE, "crop"),
-    "orientation": Factor("angle", (0.0, 2 * np.pi), "flip"),
+    "x": Factor("value", _POSITION_RANGE, "crop and flip", PLACE),
+    "y": Factor("value", _POSITION_RANGE, "crop", PLACE),
+    "size": Factor("value", _SIZE_RANGE, "crop", PLACE),
+    "orientation": Factor("angle", (0.0, 2 * np.pi), "flip", PLACE),
     "texture": Factor("class", tuple(TEXTURES)),
 }
 
