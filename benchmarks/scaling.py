@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
 from cassle_jax.checks import ConfigError
-from cassle_jax.config import base_config, imagenet
+from cassle_jax.config import FLAG_OPTIONS, base_config, imagenet
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
@@ -526,7 +526,7 @@ def forecast(
 
 if __name__ == "__main__":
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "The configuration.", lock_config=True
+        "config", None, "The configuration.", **FLAG_OPTIONS
     )
     devices_flag = flags.DEFINE_multi_integer(
         "devices", [1, 8, 64, 256], "Number of devices; repeatable."

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from benchmarks.workload import synthetic_batch
 from cassle_jax import command
+from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.methods.views import augmented_views, training_views
 from cassle_jax.parallel import (
     AXIS,
@@ -26,7 +27,7 @@ from cassle_jax.parallel import (
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", **FLAG_OPTIONS)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of timings; the median is reported.")
 STEPS = flags.DEFINE_integer("steps", 10, "Number of steps per timing.")
 flags.mark_flags_as_required(["config"])

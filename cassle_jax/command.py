@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.config import closest_setting, flat_settings
+from cassle_jax.config import check_setting, flat_settings
 from cassle_jax.config_files import find_config
 from cassle_jax.data import DataError
 from cassle_jax.faults import Outage, passing
@@ -113,10 +113,7 @@ def _check_overrides(arguments: Sequence[str]) -> None:
     path, chosen = files[-1]
     known = flat_settings(runpy.run_path(path)["get_config"](chosen))
     for name in overridden:
-        if name not in known:
-            close = closest_setting(name, known)
-            hint = f"; did you mean config.{close}?" if close else ""
-            raise ConfigError(f"config.{name} is not a setting of this configuration{hint}")
+        check_setting(name, known, "config.")
 
 
 def _last_line(error: Exception) -> str:

@@ -27,6 +27,13 @@ from cassle_jax.optimizer import OptimizerSpec
 
 ARGUMENTS = ("method", "conditioning", "augself", "follow")
 
+# The settings whose names the configuration leaves open.
+OPEN = "optimizer.settings."
+
+# Options of a flag `--config` with which the command line can give open settings; the
+# configuration is locked without them.
+FLAG_OPTIONS = {"lock_config": False, "accept_new_attributes": True}
+
 # Settings in which the published CASSLE code differs from the papers, for all methods.
 PUBLISHED = {"augment.jitter_order": "batch", "optimizer.schedule_by": "epoch"}
 
@@ -128,6 +135,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     if chosen["follow"] == "published":
         config.update_from_flattened_dict({**PUBLISHED, **method.published})
     config.lock()
+    config.optimizer.settings.unlock()  # its names are those of the optimiser's arguments
     return config
 
 
@@ -152,12 +160,21 @@ def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
     return config
 
 
-def closest_setting(name: str, settings: Iterable[str]) -> str:
-    """The setting closest to an unknown name, by its last part or its spelling; "" for none."""
+def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
+    """Raises ConfigError, with the closest setting, where `name` is neither known nor open.
+
+    Args:
+      name: such as `optimizer.weight_decay`.
+      settings: the settings that are known.
+      prefix: of the names in the message.
+    """
+    if name in settings or name.startswith(OPEN):
+        return
     settings = sorted(settings)
     close = [other for other in settings if other.rpartition(".")[2] == name.rpartition(".")[2]]
     close += difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
-    return close[0] if close else ""
+    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+    raise ConfigError(f"{prefix}{name} is not a setting of this configuration{hint}")
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:

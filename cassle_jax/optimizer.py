@@ -1,25 +1,33 @@
 """Learning-rate schedules and optimisers, with a learning rate of its own for each group."""
 
 import dataclasses
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Int
 
 from cassle_jax.checks import (
+    ConfigError,
     check_at_least,
     check_fraction,
     check_one_of,
     check_positive,
     check_share,
+    did_you_mean,
 )
 from cassle_jax.methods import Method, Moment
-from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule
+from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule, constant
 
 # LARS's η; all recipes use it (You et al., 2017).
 TRUST_COEFFICIENT = 0.001
+
+Chain = tuple[optax.GradientTransformation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +62,19 @@ class OptimizerSpec:
     """The optimiser of a recipe.
 
     Attributes:
-      name: `sgd` (with momentum; weight decay is added to every gradient), `adamw`, or `lars`
-        (which leaves biases and BatchNorm's parameters without decay and adaptation).
+      name: `sgd` (with momentum; weight decay is added to every gradient), `adamw`, `lars` (which
+        leaves biases and BatchNorm's parameters without decay and adaptation), or any other
+        optimiser of optax or optax.contrib by its name there, such as `lamb`, `adopt` or `muon`.
       base_learning_rate: for a global batch of 256; the run's is base · batch / 256.
-      momentum: of SGD and LARS.
-      weight_decay: on every parameter that is trained; under LARS on weights alone.
+      momentum: of the optimisers that take `momentum`, such as SGD and LARS.
+      weight_decay: on every parameter that is trained; under LARS, and under an optimiser of optax
+        that takes a mask, on weights alone.
       warmup_epochs: of linear growth from 0, step by step, before the half-cosine.
       final_fraction: what is left of the learning rate at the end of the run.
       schedule_by: `step` moves the learning rate every step, `epoch` once an epoch as the published
         CASSLE code does.
+      clip_norm: largest norm of the whole gradient; a longer one is scaled down. 0: no limit.
+      settings: further arguments of the optimiser, by name, such as `b2` and `nesterov`.
     """
 
     name: str = "sgd"
@@ -72,14 +84,17 @@ class OptimizerSpec:
     warmup_epochs: float = 0.0
     final_fraction: float = 0.0
     schedule_by: str = "step"
+    clip_norm: float = 0.0
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        check_one_of("optimizer.name", self.name, ("sgd", "adamw", "lars"))
+        check_one_of("optimizer.name", self.name, optimizers())
         check_one_of("optimizer.schedule_by", self.schedule_by, ("step", "epoch"))
         check_fraction("optimizer.final_fraction", self.final_fraction, 0.0)
         check_positive("optimizer.base_learning_rate", self.base_learning_rate)
         check_at_least("optimizer.weight_decay", self.weight_decay, 0)
         check_at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
+        check_at_least("optimizer.clip_norm", self.clip_norm, 0)
         check_share("optimizer.momentum", self.momentum, 0.9)
 
 
@@ -122,23 +137,122 @@ def make_optimizer(
       batch_size: of all devices together.
       frozen: names at the top of the encoder's parameters that stay as they are.
     """
-    schedules = method.group_schedules(schedule, peak_learning_rate(spec, batch_size))
-    rates = {group: optax.scale_by_learning_rate(rate) for group, rate in schedules.items()}
-    by_group = optax.partition(
-        {**rates, FROZEN: optax.set_to_zero()},
-        lambda params: parameter_groups(method, params, frozen),
-    )
-    decay = optax.add_decayed_weights(spec.weight_decay)
-    momentum = optax.trace(spec.momentum)
-    match spec.name:
-        case "sgd":
-            return optax.chain(decay, momentum, by_group)
-        case "adamw":
-            return optax.chain(optax.scale_by_adam(), decay, by_group)
-        case "lars":
-            adapt = optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT)
-            adapted = optax.masked(optax.chain(decay, adapt), _weights)
-            return optax.chain(adapted, momentum, by_group)
+    rates = method.group_schedules(schedule, peak_learning_rate(spec, batch_size))
+    shared, own = _rule(spec)
+    by_group = {group: own(learning_rate=rate) for group, rate in rates.items()}
+    stays = {FROZEN: optax.set_to_zero()}
+
+    def groups(params):
+        return parameter_groups(method, params, frozen)
+
+    clipping = ()
+    if spec.clip_norm:
+        trained = optax.partition(dict.fromkeys(rates, optax.identity()) | stays, groups)
+        clipping = trained, optax.clip_by_global_norm(spec.clip_norm)
+    return optax.chain(*clipping, *shared, optax.partition(by_group | stays, groups))
+
+
+def _sgd(momentum: float, weight_decay: float, nesterov: bool = False) -> Chain:
+    return optax.add_decayed_weights(weight_decay), optax.trace(momentum, nesterov)
+
+
+def _adamw(
+    weight_decay: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    nesterov: bool = False,
+) -> Chain:
+    adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
+    return adam, optax.add_decayed_weights(weight_decay)
+
+
+def _lars(
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float = TRUST_COEFFICIENT,
+    nesterov: bool = False,
+) -> Chain:
+    decay = optax.add_decayed_weights(weight_decay)
+    adapt = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+    return optax.masked(optax.chain(decay, adapt), _weights), optax.trace(momentum, nesterov)
+
+
+# The optimisers of the published recipes, up to the learning rate.
+PUBLISHED = {"sgd": _sgd, "adamw": _adamw, "lars": _lars}
+
+
+@cache
+def optimizers() -> dict[str, Callable]:
+    """The published recipes' optimisers, and optax's: its functions of a learning rate."""
+    named = {**vars(optax.contrib), **vars(optax)}
+    # A part of an optimiser is none; and schedule-free ones evaluate other weights than they train.
+    others = ("_", "scale_by_", "schedule_free")
+    functions = {
+        name: value
+        for name, value in named.items()
+        if inspect.isfunction(value) or isinstance(value, partial)
+        if not name.startswith(others) and "learning_rate" in inspect.signature(value).parameters
+    }
+    return functions | PUBLISHED
+
+
+def _rule(spec: OptimizerSpec) -> tuple[Chain, Callable[..., optax.GradientTransformation]]:
+    """The transformations of all parameters, and what follows as a function of a learning rate.
+
+    Raises:
+      ConfigError: the optimiser does not take the settings, or needs more than gradients.
+    """
+    rule = optimizers()[spec.name]
+    arguments = _arguments(spec, inspect.signature(rule).parameters)
+    try:
+        if spec.name in PUBLISHED:
+            shared, own = rule(**arguments), optax.scale_by_learning_rate
+        else:
+            shared, own = (), partial(rule, **arguments)
+        _try(optax.chain(*shared, own(learning_rate=constant(1.0))))
+    except Exception as error:  # optax checks little: a wrong setting can fail anywhere
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(
+            f"optimizer.name={spec.name!r} with optimizer.settings={dict(spec.settings)} cannot "
+            f"train: {reason}"
+        ) from error
+    return shared, own
+
+
+def _arguments(spec: OptimizerSpec, taken: Collection[str]) -> dict[str, Any]:
+    """The arguments of an optimiser, but for the learning rate, by the names that it takes.
+
+    Raises:
+      ConfigError: a setting is not among them.
+    """
+    if spec.weight_decay and "weight_decay" not in taken:
+        raise ConfigError(
+            f"optimizer.weight_decay={spec.weight_decay} has no effect on optimizer.name="
+            f"{spec.name!r}, which takes none; use optimizer.weight_decay=0"
+        )
+    given = {"momentum": spec.momentum, "weight_decay": spec.weight_decay}
+    given |= {"mask": _weights, "weight_decay_mask": _weights}
+    free = [name for name in taken if name not in ("learning_rate", *given)]
+    for name, value in spec.settings.items():
+        if name not in free:
+            raise ConfigError(
+                f"optimizer.settings.{name}={value} is no argument of {spec.name}; use "
+                f"{', '.join(free) or 'none'}{did_you_mean(name, free)}"
+            )
+    return {name: given[name] for name in given if name in taken} | dict(spec.settings)
+
+
+def _try(optimizer: optax.GradientTransformation) -> None:
+    """Traces an update from gradients alone, of parameters of two shapes."""
+    params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
+
+    def updated(params):
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    updates = jax.eval_shape(updated, params)
+    if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, params):
+        raise ValueError("its updates do not have the shapes of the parameters")
 
 
 def _weights(params: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax import command
 from cassle_jax.checks import ConfigError
+from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.distributed import all_processes
 from cassle_jax.faults import FULL, passing
 from cassle_jax.storage import is_utf8, path_of
@@ -61,7 +62,7 @@ def set_up_devices(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    config_flag = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
+    config_flag = config_flags.DEFINE_config_file("config", None, "What to run.", **FLAG_OPTIONS)
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "Folder of the run; the same one continues it."
     )

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from cassle_jax import command
 from cassle_jax.checks import ConfigError
+from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data import DataError
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.training.loop import Diverged, Preempted
@@ -34,7 +35,7 @@ def run(monkeypatch):
 
     def make(*arguments, main=lambda config: None):
         known = flags.FlagValues()
-        config = config_flags.DEFINE_config_file("config", None, "", known, lock_config=True)
+        config = config_flags.DEFINE_config_file("config", None, "", known, **FLAG_OPTIONS)
         monkeypatch.setattr(flags, "FLAGS", known)
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
         results = []
@@ -66,6 +67,16 @@ def test_settings_reach_the_configuration(run):
     config = run(SIMCLR, "--config.method.negatives=local", "--config.optimizer.momentum=0.5")
     assert (config.method.name, config.method.negatives) == ("simclr", "local")
     assert config.optimizer.momentum == 0.5
+
+
+def test_settings_of_an_optimiser_have_the_names_of_its_arguments(run):
+    settings = run(
+        SIMCLR,
+        "--config.optimizer.settings.b2=0.95",
+        "--config.optimizer.settings.nesterov=true",
+        "--config.optimizer.settings.preconditioning=schatten",
+    ).optimizer.settings
+    assert settings.to_dict() == {"b2": 0.95, "nesterov": True, "preconditioning": "schatten"}
 
 
 def test_flags_and_values_may_be_words_of_their_own(run):

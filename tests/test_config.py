@@ -8,6 +8,7 @@ from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import METHODS
 from cassle_jax.training.run import view_specs
+from cassle_jax.training.saved_config import changes
 
 AUGSELF_OFF = dict.fromkeys(("crop", "color", "blur", "solarize", "flip", "rotation"), 0.0)
 
@@ -161,6 +162,17 @@ def test_knows_lets_known_values_pass():
     check_one_of("method", "simclr", METHODS)
     with pytest.raises(ConfigError, match=r"^a\.b='z' is unknown; use one of x, y$"):
         check_one_of("a.b", "z", {"y", "x"})
+
+
+def test_a_run_of_a_version_without_these_settings_is_unchanged():
+    now = base_config("method=simclr")
+    earlier = now.copy_and_resolve_references().unlock()
+    del earlier.optimizer.clip_norm, earlier.optimizer.settings
+    assert changes(earlier, now) == {}
+    now.optimizer.settings.nesterov = True
+    assert changes(earlier, now) == {
+        "optimizer.settings.nesterov": "optimizer.settings.nesterov=True was None"
+    }
 
 
 def test_settings_have_full_names():

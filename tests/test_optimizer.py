@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.methods import BYOL, SimCLR
 from cassle_jax.methods.base import FROZEN, constant
 from cassle_jax.methods.build import Conditioning
@@ -153,6 +155,122 @@ def test_groups_have_rates_of_their_own():
     )
 
 
+def nesterov(params, gradients, rates, momentum, decay):
+    """`torch.optim.SGD` with `nesterov=True`, in the words of its documentation."""
+    params, buffer = params.copy(), 0.0
+    for gradient, rate in zip(gradients, rates, strict=True):
+        gradient = gradient + decay * params
+        buffer = momentum * buffer + gradient
+        params -= rate * (gradient + momentum * buffer)
+    return params
+
+
+def lamb(params, gradients, rates, decay, betas=(0.9, 0.999), epsilon=1e-6):
+    """You et al., 2020, algorithm 2, with biases and scales left out of weight decay."""
+    params, first, second = params.copy(), 0.0, 0.0
+    decay = decay if params.ndim > 1 else 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        ratio = first / (1 - betas[0] ** step)
+        ratio = ratio / (np.sqrt(second / (1 - betas[1] ** step)) + epsilon) + decay * params
+        params -= rate * np.linalg.norm(params) / np.linalg.norm(ratio) * ratio
+    return params
+
+
+RATES = [cosine(step) for step in range(STEPS)]
+
+
+def test_an_optimiser_takes_settings_of_its_own():
+    found = optimised(OptimizerSpec(name="adamw", weight_decay=0.1, settings={"b2": 0.9}))
+    assert_each(found, lambda _, *arrays: adamw(*arrays, RATES, 0.1, betas=(0.9, 0.9)))
+    found = optimised(OptimizerSpec(weight_decay=0.1, settings={"nesterov": True}))
+    assert_each(found, lambda _, *arrays: nesterov(*arrays, RATES, 0.9, 0.1))
+
+
+def test_any_optimiser_of_optax_goes_by_its_name_with_rates_and_decay_as_ours():
+    spec = OptimizerSpec(name="lamb", weight_decay=0.1, settings={"b1": 0.8})
+    found = optimised(spec, Grouped())
+    np.testing.assert_array_equal(
+        found["encoder"].pop("scale"), float32(PARAMS)["encoder"]["scale"]
+    )
+    rates = {"encoder": RATES, "predictor": [0.006] * STEPS}
+    assert_each(found, lambda net, *arrays: lamb(*arrays, rates[net], 0.1, betas=(0.8, 0.999)))
+
+
+@pytest.mark.parametrize("name", ["adopt", "lion", "muon", "nadamw"])
+def test_newer_optimisers_train(name):
+    found = optimised(OptimizerSpec(name=name, weight_decay=0.0), Grouped())
+    np.testing.assert_array_equal(found["encoder"]["scale"], float32(PARAMS)["encoder"]["scale"])
+    for network, leaf in [("encoder", "kernel"), ("predictor", "kernel"), ("predictor", "bias")]:
+        moved = np.abs(found[network][leaf] - PARAMS[network][leaf])
+        assert moved.min() > 1e-4 and moved.max() < 1
+
+
+def test_clipping_is_by_the_norm_of_all_that_is_trained():
+    found = optimised(OptimizerSpec(weight_decay=0.0, clip_norm=0.5), Grouped())
+    del found["encoder"]["scale"]  # frozen, and so without a part in the norm
+    trained = [("encoder", "kernel"), ("predictor", "kernel"), ("predictor", "bias")]
+    norms = [np.sqrt(sum(np.sum(each[a][b] ** 2) for a, b in trained)) for each in GRADIENTS]
+    assert min(norms) > 0.5
+    rates = {"encoder": RATES, "predictor": [0.006] * STEPS}
+
+    def expected(network, value, gradients):
+        clipped = [0.5 / norm * each for norm, each in zip(norms, gradients, strict=True)]
+        return sgd(value, clipped, rates[network], 0.9, 0.0)
+
+    assert_each(found, expected)
+    short = optimised(OptimizerSpec(clip_norm=1e3))
+    jax.tree.map(np.testing.assert_array_equal, short, optimised(OptimizerSpec()))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("sgd", (optax.add_decayed_weights(0.1), optax.trace(0.9))),
+        ("adamw", (optax.scale_by_adam(), optax.add_decayed_weights(0.1))),
+    ],
+)
+def test_checkpoints_of_earlier_versions_fit(name, parts):
+    """The state is the chain that the checkpoints of version 0.1.0 hold."""
+    optimizer = make_optimizer(OptimizerSpec(name=name), SimCLR(), constant(1.0), BATCH)
+    groups = {"default": optax.scale_by_learning_rate(constant(1.0)), FROZEN: optax.set_to_zero()}
+    labels = jax.tree.map(lambda _: "default", PARAMS)
+    earlier = optax.chain(*parts, optax.partition(groups, labels))
+    states = [each.init(float32(PARAMS)) for each in (optimizer, earlier)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "adam", "weight_decay": 1e-4},
+            r"^optimizer\.weight_decay=0\.0001 has no effect on .*; use optimizer\.weight_decay=0$",
+        ),
+        (
+            {"name": "lamb", "settings": {"b_2": 0.9}},
+            r"^optimizer\.settings\.b_2=0\.9 is no argument of lamb; use b1, b2, eps, eps_root; "
+            r"did you mean 'b2'\?$",
+        ),
+        ({"settings": {"b2": 0.9}}, r"^optimizer\.settings\.b2=0\.9 .* of sgd; use nesterov$"),
+        ({"settings": {"learning_rate": 1.0}}, r"^optimizer\.settings\.learning_rate=1\.0 is no"),
+        (
+            {"name": "lbfgs", "weight_decay": 0.0},
+            r"^optimizer\.name='lbfgs' .* cannot train: .*missing .*'value_fn'$",
+        ),
+        (
+            {"name": "adamw", "settings": {"b2": "high"}},
+            r"^optimizer\.name='adamw' with optimizer\.settings=\{'b2': 'high'\} cannot train: ",
+        ),
+    ],
+)
+def test_what_an_optimiser_cannot_take_is_named(settings, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        make_optimizer(OptimizerSpec(**settings), SimCLR(), constant(1.0), BATCH)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_method_sees_path_and_array_of_every_parameter():
     assert parameter_groups(Grouped(), float32(PARAMS)) == {
         "encoder": {"kernel": "encoder", "scale": FROZEN},
@@ -241,7 +359,9 @@ def test_whatever_changes_by_the_epoch_changes_at_its_first_step(steps_per_epoch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "lamp"}, r"optimizer\.name='lamp'.*use one of adamw, lars, sgd"),
+        ({"name": "lamp"}, r"optimizer\.name='lamp'.*use one of acprop, .*lamb, .*mean 'lamb'\?$"),
+        ({"name": "scale_by_adam"}, r"optimizer\.name='scale_by_adam' is unknown"),
+        ({"clip_norm": -1.0}, r"optimizer\.clip_norm=-1\.0 must be at least 0"),
         ({"schedule_by": "week"}, r"optimizer\.schedule_by='week'.*use one of epoch, step"),
         ({"base_learning_rate": 0.0}, r"optimizer\.base_learning_rate=0\.0 must be above 0"),
         ({"base_learning_rate": float("nan")}, r"optimizer\.base_learning_rate=nan"),

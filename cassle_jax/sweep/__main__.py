@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cassle_jax import command
+from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.evaluate import datasets_in
 from cassle_jax.sweep.jobs import import_in_processes
 from cassle_jax.sweep.space import SweepRequest
@@ -45,7 +46,7 @@ def config_arguments(arguments: list[str]) -> tuple[str, tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The configuration file.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "The configuration file.", **FLAG_OPTIONS)
     grid_flag = flags.DEFINE_string("grid", "", "name=value,value;name=…: all combinations.")
     zip_flag = flags.DEFINE_string(
         "zip", "", "name=value,value;name=…: the first values together, then the second, …."

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import ConfigError, check_seed
-from cassle_jax.config import ARGUMENTS, closest_setting, flat_settings
+from cassle_jax.config import ARGUMENTS, FLAG_OPTIONS, check_setting, flat_settings
 from cassle_jax.config_files import find_file
 
 Values = dict[str, str]
@@ -102,9 +102,9 @@ def run_of(
       ConfigError: an unknown setting, with the closest known one, or an invalid value.
     """
     arguments = _arguments(config, overrides, values)
-    known = parsed(arguments[:1])
+    known = [*ARGUMENTS, *flat_settings(parsed(arguments[:1]))]
     for setting in values:
-        _check_name(setting, known)
+        check_setting(setting, known)
     chosen = parsed(arguments)
     check_seed("seed", chosen.seed)
     return RunSpec(name, subject, values, arguments, chosen)
@@ -227,7 +227,9 @@ def parsed(arguments: Sequence[str]) -> ConfigDict:
       ConfigError: an argument is invalid.
     """
     known, words = flags.FlagValues(), ["sweep", *arguments]
-    flag = config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=words)
+    flag = config_flags.DEFINE_config_file(
+        "config", flag_values=known, sys_argv=words, **FLAG_OPTIONS
+    )
     try:
         known(words)
         _ = flag.value.seed  # a missing file fails at its first use only
@@ -235,15 +237,6 @@ def parsed(arguments: Sequence[str]) -> ConfigDict:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ConfigError(re.sub(r"^[\w.]+Error: ", "", lines[-1].strip())) from error
     return flag.value
-
-
-def _check_name(name: str, config: ConfigDict) -> None:
-    known = flat_settings(config)
-    if name in ARGUMENTS or name in known:
-        return
-    close = closest_setting(name, [*ARGUMENTS, *known])
-    hint = f"; did you mean {close}?" if close else ""
-    raise ConfigError(f"{name} is not a setting of this configuration{hint}")
 
 
 def _short_names(values: Values) -> dict[str, str]:

@@ -90,6 +90,20 @@ def test_sigterm_saves_and_the_same_call_continues(uninterrupted, tmp_path, monk
     assert dict(read_metrics(tmp_path)["loss"]) == losses
 
 
+def test_a_run_continues_with_an_optimiser_of_optax_and_its_settings(tmp_path):
+    config = tiny_config("method=simclr,conditioning=none")
+    config.optimizer.update({"name": "lamb", "clip_norm": 1.0})
+    config.optimizer.settings.b2 = 0.95
+    config.checkpoint.every_steps = 2
+    config.steps = 4
+    expected = values(pretrain(config, tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert_identical(values(pretrain(config, tmp_path)), expected)
+    config.optimizer.settings.b2 = 0.9
+    with pytest.raises(ConfigError, match=r"optimizer\.settings\.b2=0\.9 was 0\.95"):
+        pretrain(config, tmp_path)
+
+
 def test_a_finished_run_is_left_alone(uninterrupted):
     config, workdir, expected = uninterrupted
     assert_identical(values(pretrain(config, workdir)), expected)

@@ -83,7 +83,7 @@ REFUSED = [
     ),
     ({"augment.flip": 1.5}, r"^augment\.flip=1\.5 .* value in \[0, 1\]$"),
     ({"augment.color_strength": -1.0}, r"^augment\.color_strength=-1\.0 .* from 0 on"),
-    ({"optimizer.name": "lamp"}, r"^optimizer\.name='lamp' .*use one of adamw, lars, sgd$"),
+    ({"optimizer.name": "lamp"}, r"^optimizer\.name='lamp' .*lars, .*; did you mean 'lamb'\?$"),
     ({"optimizer.final_fraction": 2.0}, r"^optimizer\.final_fraction=2\.0 is not in \[0, 1\]"),
     (
         {"conditioning.into": "encoder"},
