@@ -63,8 +63,9 @@ def test_its_loss_is_the_papers_on_any_number_of_devices(method):
 
     def loss(first, second, axis_name):
         views = {0: Encoded(first, first), 1: Encoded(second, second)}
-        terms = method.loss(Step(views, {}, {}, Moment(0, 0.0, 1.0), axis_name), None)
-        return terms if axis_name is None else jax.lax.pmean(terms, axis_name)
+        terms, metrics = method.loss(Step(views, {}, {}, Moment(0, 0.0, 1.0), axis_name), None)
+        logged = {**terms, **metrics}
+        return logged if axis_name is None else jax.lax.pmean(logged, axis_name)
 
     one = loss(first, second, None)
     x, y = (
@@ -77,6 +78,7 @@ def test_its_loss_is_the_papers_on_any_number_of_devices(method):
         return np.log(np.mean(np.exp(-2 * squared[~np.eye(8, dtype=bool)])))
 
     np.testing.assert_allclose(one["uniformity"], spread(x) + spread(y), rtol=1e-5)
+    np.testing.assert_allclose(one["norm"], np.linalg.norm(first, axis=1).mean(), rtol=1e-5)
     four = parallel(
         lambda *rows: loss(*rows, AXIS),
         device_mesh(jax.devices()[:4]),
@@ -111,6 +113,7 @@ def test_the_command_trains_it_with_cassle(workdir):
     metrics = read_metrics(workdir)
     losses, terms = metrics["loss"], (metrics["loss_alignment"], metrics["loss_uniformity"])
     assert len(losses) == 2
+    assert [step for step, norm in metrics["method_norm"] if norm > 0] == [4, 8]
     for (step, loss), *parts in zip(losses, *terms, strict=True):
         assert step in (4, 8)
         np.testing.assert_allclose(loss, sum(value for _, value in parts), rtol=1e-5)

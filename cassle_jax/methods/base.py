@@ -18,6 +18,9 @@ PyTree = Any
 Schedule = Callable[[Array], Array]
 Passes = tuple[tuple[int, ...], ...]
 
+Scalars = Mapping[str, Float[Array, ""]]
+Loss = Float[Array, ""] | Scalars
+
 # The learning-rate group of parameters that do not change.
 FROZEN = "frozen"
 
@@ -303,9 +306,7 @@ class Method:
         del key
         return {}
 
-    def loss(
-        self, step: Step, networks: Networks
-    ) -> Float[Array, ""] | Mapping[str, Float[Array, ""]]:
+    def loss(self, step: Step, networks: Networks) -> Loss | tuple[Loss, Scalars]:
         """The objective on this device's samples.
 
         Args:
@@ -313,7 +314,9 @@ class Method:
           networks: the trained networks, bound, for objectives that apply a head once more.
 
         Returns:
-          The loss; or its terms by name, which are summed and logged one by one.
+          The loss; or its terms by name, which are summed and logged one by one as `loss_<name>`.
+          A method with metrics of its own returns a pair, of that and of the metrics by name: means
+          over this device's samples, which are logged as `method_<name>`.
         """
         raise NotImplementedError
 

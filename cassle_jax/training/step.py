@@ -96,7 +96,7 @@ class _Forward(NamedTuple):
       target: embeddings of the momentum networks.
       batch_stats: the trained networks' running statistics.
       target_batch_stats: the momentum networks' running statistics.
-      losses: the loss and its parts by their names in the log.
+      losses: the loss, its parts and the method's metrics, by their names in the log.
     """
 
     online: Embeddings
@@ -258,8 +258,14 @@ class Update:
         return self._apply(losses, params, batch_stats, branch)
 
     def _parts(self, branch, loss, predicted) -> tuple[Float[Array, ""], Metrics]:
-        """The method's loss as one number, and the logged parts of it and of AugSelf's losses."""
+        """The method's loss as one number; what is logged of it, of AugSelf, and by the method."""
         parts = {}
+        if isinstance(loss, tuple):
+            loss, metrics = loss
+            parts |= {f"method_{branch}{name}": value for name, value in metrics.items()}
+        for name, value in parts.items():
+            if jnp.shape(value):
+                raise ValueError(f"{name} has shape {jnp.shape(value)}; report a mean")
         if isinstance(loss, Mapping):
             parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
             loss = sum(loss.values())

@@ -316,3 +316,29 @@ def test_an_unknown_descriptor_is_named_with_those_there_are():
 
 def build(conditioning):
     return build_networks(SimCLR(), TinyEncoder, 24, conditioning, AugSelf({}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting(SimCLR):
+    """SimCLR that reports the projections' lengths: their mean, or one by one."""
+
+    each: bool = False
+
+    def loss(self, step, networks):
+        lengths = jnp.linalg.norm(step.pair[0].projection, axis=-1)
+        return super().loss(step, networks), {"length": lengths if self.each else lengths.mean()}
+
+
+def test_metrics_of_a_method_are_logged_under_names_of_their_own():
+    _, state, update, _ = training(Reporting())
+    _, metrics = jax.eval_shape(update, state, random_views(0))
+    _, _, plain, _ = training(SimCLR())
+    own = metrics.keys() - jax.eval_shape(plain, state, random_views(0))[1].keys()
+    assert own == {"method_length"}
+    assert metrics["method_length"].shape == ()
+
+
+def test_a_metric_that_is_no_mean_is_refused_by_name():
+    _, state, update, _ = training(Reporting(each=True))
+    with pytest.raises(ValueError, match=r"^method_length has shape \(4,\); report a mean"):
+        jax.eval_shape(update, state, random_views(0))
