@@ -130,7 +130,12 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "keep_every_steps": 0,  # also keep those at multiples of this step; 0: none
         }
     )
-    config.log = ConfigDict({"every_steps": 50})
+    config.log = ConfigDict(
+        {
+            "every_steps": 50,
+            "to": (),  # beside metrics.jsonl and TensorBoard: wandb, mlflow
+        }
+    )
     config.update_from_flattened_dict(method.recipe)
     if chosen["follow"] == "published":
         config.update_from_flattened_dict({**PUBLISHED, **method.published})

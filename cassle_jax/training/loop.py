@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import ConfigError
+from cassle_jax.config import flat_settings
 from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried
@@ -42,6 +43,7 @@ from cassle_jax.training.starts import note_start
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
+from cassle_jax.training.trackers import Tracking
 from cassle_jax.training.warm_start import warm_started
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
@@ -184,6 +186,8 @@ class _Loop:
                 LOG.info("what the network sees is in %s; compiling", views)
             self.writer = _written(workdir, lambda: MetricsWriter(workdir, self.step))
             opened.callback(self.writer.close)
+            for name in config.log.to:
+                self.writer.add(Tracking(name, workdir, flat_settings(config)))
             self.progress = ProgressReport(self.total, self.step)
             opened.callback(self.progress.close)
 

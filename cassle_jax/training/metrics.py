@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -14,8 +15,19 @@ from tensorboardX.record_writer import masked_crc32c
 from cassle_jax.storage import GrowingFile, write_whole
 
 
+@runtime_checkable
+class Sink(Protocol):
+    """Where the metrics of a run go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes metrics of a step."""
+
+    def close(self) -> None:
+        """Writes what is left, where that is possible now."""
+
+
 class MetricsWriter:
-    """Appends to `<workdir>/metrics.jsonl` and to a TensorBoard file beside it.
+    """Writes a run's metrics to `<workdir>/metrics.jsonl`, TensorBoard, and the sinks added.
 
     A continued run repeats the steps after its checkpoint, so their earlier lines are dropped. What
     cannot be written during the run, as on a full disk, is written once that is possible.
@@ -30,34 +42,45 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, step: int):
         workdir = epath.Path(workdir)
-        path = workdir / "metrics.jsonl"
-        kept = b"".join(_as_line(each) for each in read_lines(path) if each["step"] <= step)
-        if not path.exists() or path.read_bytes() != kept:
-            write_whole(path, kept)
-        self._lines = GrowingFile(path, kept)
-        self._events = _EventFile(workdir / "tensorboard")
-        if step:
-            start = SessionLog(status=SessionLog.START)
-            self._events.append(Event(step=step + 1, session_log=start))
+        self._sinks: list[Sink] = [
+            JsonLines(workdir / "metrics.jsonl", step),
+            TensorBoard(workdir / "tensorboard", step),
+        ]
+
+    def add(self, sink: Sink) -> None:
+        """Writes to one more sink from now on."""
+        self._sinks.append(sink)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
-        self._lines.append(_as_line({"step": step, **metrics}))
-        event = Event(step=step)
-        for name, value in metrics.items():
-            event.summary.value.add(tag=name, simple_value=value)
-        self._events.append(event)
+        for sink in self._sinks:
+            sink.write(step, metrics)
 
     def close(self) -> None:
-        """Writes the remaining lines, where that is possible now."""
-        self._lines.close()
-        self._events.close()
+        """Closes all sinks."""
+        for sink in self._sinks:
+            sink.close()
 
 
-class _EventFile:
+class JsonLines:
+    """One line for each report, with its step; earlier lines after `step` are dropped."""
+
+    def __init__(self, path: epath.Path, step: int):
+        kept = b"".join(_as_line(each) for each in read_lines(path) if each["step"] <= step)
+        if not path.exists() or path.read_bytes() != kept:
+            write_whole(path, kept)
+        self._file = GrowingFile(path, kept)
+        self.close = self._file.close
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a line."""
+        self._file.append(_as_line({"step": step, **metrics}))
+
+
+class TensorBoard:
     """TensorBoard's events: each with its length, and checksums of both."""
 
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads a folder's files in the order of these seconds, so those of a continued
         # run come after the earlier ones, even where the clock was set back.
@@ -65,17 +88,24 @@ class _EventFile:
         seconds = max([int(time.time()), *(int(each[1]) + 1 for each in before if each)])
         name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}"
         self._file = GrowingFile(folder / name)
-        self.append(Event(file_version="brain.Event:2"))
+        self.close = self._file.close
+        self._append(Event(file_version="brain.Event:2"))
+        if step:  # later events of earlier files are void
+            self._append(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def append(self, event: Event) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends an event."""
+        event = Event(step=step)
+        for name, value in metrics.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._append(event)
+
+    def _append(self, event: Event) -> None:
         event.wall_time = time.time()
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         checksums = [struct.pack("<I", masked_crc32c(each)) for each in (length, data)]
         self._file.append(length + checksums[0] + data + checksums[1])
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:

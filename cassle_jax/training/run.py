@@ -21,6 +21,7 @@ from cassle_jax.models.vit import check_image_size
 from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.parallel import AXIS
 from cassle_jax.training.state import TrainState, create_state
+from cassle_jax.training.trackers import check_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +180,7 @@ def networks_of(
 
 
 def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
+    check_trackers(config.log.to)
     _check_sizes(config, mesh.size, dataset_size)
     method = build_method(config)
     method.check(config.batch_size, config.batch_size // mesh.size)

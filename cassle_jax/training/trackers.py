@@ -1,0 +1,179 @@
+"""Sends a run's metrics to Weights & Biases and MLflow, where they are installed."""
+
+import importlib.util
+import json
+import logging
+import secrets
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from etils import epath
+
+from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.storage import kept_json, on_object_store, write_whole
+from cassle_jax.training.metrics import read_lines
+
+LOG = logging.getLogger(__name__)
+
+
+class Tracker(ABC):
+    """A run in a service that keeps metrics. A subclass in `TRACKERS` adds a service.
+
+    Args:
+      workdir: workdir of the run, whose name is shown.
+      settings: settings of the run, by full name.
+      run: the service's name of the run to continue; `None` begins a new one.
+
+    Attributes:
+      package: the package that has to be installed.
+      run: the service's name of the run.
+    """
+
+    package: ClassVar[str]
+    run: str
+
+    @abstractmethod
+    def __init__(self, workdir: epath.Path, settings: Mapping[str, Any], run: str | None):
+        raise NotImplementedError
+
+    @abstractmethod
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of a step; a step may come twice, with other metrics."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends this process's part of the run."""
+
+
+class WeightsAndBiases(Tracker):
+    """Weights & Biases; its environment variables choose the project and the mode."""
+
+    package = "wandb"
+
+    def __init__(self, workdir, settings, run):
+        import wandb
+
+        self.run = run or secrets.token_hex(8)
+        self._run = wandb.init(
+            id=self.run,
+            resume="allow",
+            name=workdir.name,
+            dir=None if on_object_store(workdir) else str(workdir),
+            config=dict(settings),
+            allow_val_change=True,
+            settings=wandb.Settings(console="off"),
+        )
+
+    def write(self, step, metrics):
+        """Adds to the history of the run."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self):
+        """Uploads what is left, and ends the run."""
+        self._run.finish()
+
+
+class MLflow(Tracker):
+    """MLflow; its environment variables choose the server and the experiment."""
+
+    package = "mlflow"
+
+    def __init__(self, workdir, settings, run):
+        import mlflow
+
+        self._mlflow = mlflow
+        name = None if run else workdir.name
+        self.run = mlflow.start_run(run_id=run, run_name=name).info.run_id
+        if not run:
+            mlflow.log_params(dict(settings))
+
+    def write(self, step, metrics):
+        """Adds to the metrics of the run."""
+        self._mlflow.log_metrics(dict(metrics), step=step, run_id=self.run)
+
+    def close(self):
+        """Ends the run."""
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed."""
+    for name in names:
+        check_one_of("log.to", name, TRACKERS)
+        package = TRACKERS[name].package
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"log.to={name} needs the package {package}, which is not installed; use "
+                f"pip install {package}"
+            )
+
+
+class Tracking:
+    """Sends every step to a tracker once, however often the run continues.
+
+    A tracker that joins late gets what `<workdir>/metrics.jsonl` has. `<workdir>/<name>.json` keeps
+    the tracker's run and its last step. What cannot be sent, as in an outage, is said once, kept,
+    and sent with what comes next.
+
+    Args:
+      name: a key of `TRACKERS`.
+      workdir: workdir of the run.
+      settings: settings of the run, by full name.
+
+    Raises:
+      ConfigError: the tracker cannot begin or continue its run.
+    """
+
+    def __init__(self, name: str, workdir: epath.Path, settings: Mapping[str, Any]):
+        self._name, self._file = name, workdir / f"{name}.json"
+        before = kept_json(self._file) or {"run": None, "step": 0}
+        try:
+            self._tracker = TRACKERS[name](workdir, settings, before["run"])
+            self._note(before["step"])
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            known = f"; {self._file} names the run to continue" if before["run"] else ""
+            raise ConfigError(f"log.to={name} cannot start: {reason}{known}") from error
+        self._before = before["step"]
+        self._waiting: deque[tuple[int, dict[str, float]]] = deque()
+        self._failing = False
+        for line in read_lines(workdir / "metrics.jsonl"):
+            self.write(line.pop("step"), line)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends the metrics of a step, unless an earlier part of the run has sent it."""
+        if step > self._before:
+            self._waiting.append((step, dict(metrics)))
+            self._send()
+
+    def close(self) -> None:
+        """Sends what is left, where that is possible now, and closes the tracker."""
+        self._send()
+        if self._waiting:
+            LOG.warning("%s lacks its last %d reports", self._name, len(self._waiting))
+        try:
+            self._tracker.close()
+        except Exception as error:
+            LOG.warning("%s cannot be closed: %s", self._name, error)
+
+    def _send(self) -> None:
+        try:
+            while self._waiting:
+                step, metrics = self._waiting[0]
+                self._note(step)  # first, as a kill may follow: a step is rather lost than twice
+                self._tracker.write(step, metrics)
+                self._waiting.popleft()
+        except Exception as error:  # whatever the service's library raises
+            if not self._failing:
+                LOG.warning("%s cannot be written for now: %s", self._name, error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _note(self, step: int) -> None:
+        write_whole(self._file, json.dumps({"run": self._tracker.run, "step": step}))

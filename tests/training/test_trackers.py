@@ -1,0 +1,184 @@
+"""Trackers get every step of a run once, wherever it continues; against the real packages, too."""
+
+import json
+import struct
+
+import pytest
+from etils import epath
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.training.loop import pretrain
+from cassle_jax.training.metrics import MetricsWriter, read_lines
+from cassle_jax.training.trackers import TRACKERS, Tracker, Tracking
+from tests.tiny import tiny_config
+
+SETTINGS = {"seed": 3, "optimizer.name": "lamb", "conditioning.descriptors": ["blur", "crop"]}
+
+
+class Service(Tracker):
+    """A tracker whose runs are lists; `down` is an outage."""
+
+    package = "json"
+    runs, settings, down = {}, {}, False
+
+    def __init__(self, workdir, settings, run):
+        self.run = run or f"run {len(self.runs)} of {workdir.name}"
+        self.runs.setdefault(self.run, [])
+        self.settings[self.run] = dict(settings)
+
+    def write(self, step, metrics):
+        if Service.down:
+            raise ConnectionError("the service does not answer")
+        self.runs[self.run].append((step, dict(metrics)))
+
+    def close(self):
+        self.runs[self.run].append("closed")
+
+
+@pytest.fixture
+def service(monkeypatch):
+    monkeypatch.setitem(TRACKERS, "service", Service)
+    monkeypatch.setattr(Service, "runs", {})
+    monkeypatch.setattr(Service, "down", False)
+    return Service
+
+
+def write(workdir, begin, end, *names):
+    """The steps after `begin` up to `end` of a run that continues at `begin`."""
+    workdir = epath.Path(workdir)
+    writer = MetricsWriter(workdir, begin)
+    for name in names:
+        writer.add(Tracking(name, workdir, SETTINGS))
+    for step in range(begin + 1, end + 1):
+        writer.write(step, {"loss": 10.0 * step})
+        if step % 2 == 0:
+            writer.write(step, {"knn_accuracy": 0.5})
+    writer.close()
+
+
+def steps_of(records):
+    return [each[0] for each in records if each != "closed"]
+
+
+def test_every_step_comes_once_however_often_the_run_continues(service, tmp_path):
+    for begin, end in ((0, 5), (2, 4), (1, 7)):
+        write(tmp_path, begin, end, "service")
+    ((records),) = service.runs.values()
+    assert steps_of(records) == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
+    assert records.count("closed") == 3
+    assert service.settings[f"run 0 of {tmp_path.name}"] == SETTINGS
+
+
+def test_a_tracker_that_joins_late_gets_what_was_before(service, tmp_path):
+    write(tmp_path, 0, 2, "service")
+    write(tmp_path, 2, 4)
+    write(tmp_path, 4, 5, "service")
+    ((records),) = service.runs.values()
+    assert steps_of(records) == [1, 2, 2, 3, 4, 4, 5]
+    assert (3, {"loss": 30.0}) in records and (4, {"knn_accuracy": 0.5}) in records
+
+
+def test_an_outage_of_a_tracker_is_one_line_and_loses_nothing(service, tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.add(Tracking("service", epath.Path(tmp_path), {}))
+    for step, down in ((1, False), (2, True), (3, True), (4, False)):
+        Service.down = down
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    assert [steps_of(records) for records in service.runs.values()] == [[1, 2, 3, 4]]
+    (line,) = caplog.messages
+    assert line == "service cannot be written for now: the service does not answer"
+
+
+def test_a_run_writes_to_the_trackers_of_its_configuration(service, tmp_path):
+    config = tiny_config("method=simclr,conditioning=none")
+    config.steps, config.log.every_steps, config.log.to = 2, 1, ("service",)
+    pretrain(config, tmp_path)
+    (records,) = service.runs.values()
+    written = read_lines(tmp_path / "metrics.jsonl")
+    assert records == [*((line.pop("step"), line) for line in written), "closed"]
+    assert service.settings.popitem()[1]["optimizer.name"] == "sgd"
+
+
+class Missing(Service):
+    package = "no_such_package"
+
+
+class Refusing(Service):
+    def __init__(self, workdir, settings, run):
+        raise RuntimeError("api_key not configured\nsecond line")
+
+
+def test_what_cannot_track_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(TRACKERS, "missing", Missing)
+    monkeypatch.setitem(TRACKERS, "refusing", Refusing)
+    config = tiny_config("method=simclr,conditioning=none")
+    for name, message in [
+        ("wanbd", r"^log\.to='wanbd' is unknown; use one of .*; did you mean 'wandb'\?$"),
+        ("missing", r"^log\.to=missing needs the package no_such_package, .*pip install no_such_"),
+    ]:
+        config.log.to = (name,)
+        with pytest.raises(ConfigError, match=message):
+            pretrain(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"^log\.to=refusing cannot start: api_key not config"):
+        Tracking("refusing", epath.Path(tmp_path), {})
+
+
+def records_of(path):
+    """The records of a .wandb file, which is a LevelDB log behind 7 bytes."""
+    data, record, at = path.read_bytes(), b"", 7
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+@pytest.mark.trackers
+def test_weights_and_biases_has_one_run_with_every_step_once(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for begin, end in ((0, 3), (2, 4)):
+        write(tmp_path, begin, end, "wandb")
+    loss, runs, settings = [], set(), {}
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        for each in map(Record.FromString, records_of(path)):
+            if each.WhichOneof("record_type") == "run":
+                runs.add((each.run.run_id, each.run.display_name))
+                settings |= {item.key: item.value_json for item in each.run.config.update}
+            items = {item.nested_key[0]: item.value_json for item in each.history.item}
+            if "loss" in items:
+                loss.append((each.history.step.num, float(items["loss"])))
+    assert loss == [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert runs == {(json.loads((tmp_path / "wandb.json").read_text())["run"], tmp_path.name)}
+    assert json.loads(settings["optimizer.name"]) == "lamb"
+
+
+@pytest.mark.trackers
+def test_mlflow_has_one_run_with_every_step_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = pytest.importorskip("mlflow")
+    workdir = tmp_path / "first"
+    workdir.mkdir()
+    for begin, end in ((0, 3), (2, 4)):
+        write(workdir, begin, end, "mlflow")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(each.step, each.value) for each in history] == [(1, 10), (2, 20), (3, 30), (4, 40)]
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "knn_accuracy")] == [
+        2,
+        4,
+    ]
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert run.data.params["optimizer.name"] == "lamb"
