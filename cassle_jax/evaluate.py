@@ -403,6 +403,30 @@ def define_flags(into: flags.FlagValues) -> None:
         flags.DEFINE_string(name, each.text, help, flag_values=into)
 
 
+def check_options(options: Sequence[str]) -> None:
+    """Refuses words that the command would refuse, without opening anything.
+
+    Args:
+      options: options of the command, such as `--limit=1000`.
+
+    Raises:
+      ConfigError: a word is no option, or its value cannot work.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        rest = values(["evaluate", *options])[1:]
+    except flags.Error as error:
+        raise ConfigError(f"evaluation: {error}") from error
+    if rest:
+        raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")
+    checked_settings(_settings_in(values))
+
+
+def _settings_in(values: flags.FlagValues) -> dict[str, Any]:
+    return parsed_settings({name: values[name].value for name in all_settings()})
+
+
 def _main() -> None:
     """Evaluates as the flags say, together with the other processes where there are any."""
     values = flags.FLAGS
@@ -416,7 +440,7 @@ def _main() -> None:
             data_dir=values.data_dir,
             cache=values.cache,
             cache_gib=values.cache_gib,
-            **{name: values[name].value for name in all_settings()},
+            **_settings_in(values),
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
-from cassle_jax.evaluate import check_names
+from cassle_jax.evaluate import check_names, check_options
 from cassle_jax.storage import kept_json, path_of, write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
@@ -71,6 +71,7 @@ def sweep(
     check_one_of("where", where, ("local", "slurm"))
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
+    check_options(evaluation.options)
     folder = Path(path_of(folder)).resolve()
     records = _RunRecords(folder, runs)
     jobs = folder / "jobs"

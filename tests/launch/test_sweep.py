@@ -15,8 +15,10 @@ import submitit
 from cassle_jax.checks import ConfigError
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
+from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.space import SweepRequest, runs_of
+from cassle_jax.sweep.sweep import EvaluationOptions
 from tests.tiny import on_one_device
 
 ROOT = Path(__file__).parents[2]
@@ -324,6 +326,28 @@ def test_the_former_spelling_says_where_the_command_is(tmp_path):
     note, mistake = ended.stderr.splitlines()
     assert ended.returncode == 2 and "did you mean seed?" in mistake
     assert note.endswith("python launch/sweep.py is now python -m cassle_jax.sweep")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--neighbors=3", r"^evaluation: Unknown .*neighbors.*neighbours"),
+        ("--neighbours=0", r"^neighbours=0 must be at least 1$"),
+        ("--limit=many", r"^limit='many' is invalid; use a whole number$"),
+        ("--cache_gib=much", r"^evaluation: .*cache_gib"),
+        ("limit=3", r"^evaluation: 'limit=3' is not an option; options begin with --$"),
+    ],
+)
+def test_options_of_the_evaluation_are_checked_before_anything_is_submitted(
+    tmp_path, option, message
+):
+    evaluation = EvaluationOptions(("scenes",), ("knn",), (option,))
+    with pytest.raises(ConfigError, match=message) as refused:
+        sweep_module.sweep(
+            SweepRequest(CONFIG, grid="seed=0"), tmp_path / "none", evaluation=evaluation
+        )
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_finished_run_with_other_settings_is_refused(swept):
