@@ -189,6 +189,28 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
     assert len(done) == 5 and "cannot be read and is made anew" in caplog.text
 
 
+def test_only_protocols_whose_own_settings_changed_run_again(run, tmp_path, monkeypatch):
+    done = []
+
+    def watched(name):
+        def runs(bench, settings):
+            done.append((name, vars(settings)))
+            return [Score(name, bench.data.name, "accuracy", 0.5)]
+
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], run=runs))
+
+    watched("knn")
+    watched("spectrum")
+    evaluate(run, tmp_path, "knn", "spectrum")
+    evaluate(run, tmp_path, "knn", "spectrum", neighbours="3")
+    evaluate(run, tmp_path, "knn", "spectrum", neighbours=3, ways=2)
+    assert done == [
+        ("knn", {"neighbours": 1}),
+        ("spectrum", {"seed": 0}),
+        ("knn", {"neighbours": 3}),
+    ]
+
+
 def write_images(root, counts, names=("a", "b", "c", "d")):
     for split, count in counts.items():
         for shade, name in enumerate(names):
