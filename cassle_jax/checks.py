@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from numbers import Real
 
 
-class ConfigError(ValueError):
-    """An invalid setting; the message is one line with its name, value and valid values."""
+class UserError(ValueError):
+    """A mistake of the user: its message is the one line that a command ends with."""
+
+
+class ConfigError(UserError):
+    """An invalid setting; the message has its name, its value and valid values."""
 
 
 def check_positive(name: str, value: Real) -> None:

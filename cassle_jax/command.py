@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.config import check_setting, flat_settings
 from cassle_jax.config_files import find_config
-from cassle_jax.data import DataError
 from cassle_jax.faults import Outage, passing
 
 EXIT_WRONG_SETTING = 2
@@ -69,7 +68,7 @@ def _guarded(main: Callable[[], None]) -> None:
 
 def code_of(error: BaseException) -> int | None:
     """The exit code of a user's mistake, or of storage out of reach; `None` for any other error."""
-    mistake = isinstance(error, ConfigError | DataError)
+    mistake = isinstance(error, UserError)
     if isinstance(error, Outage) or ((mistake or isinstance(error, OSError)) and passing(error)):
         return EXIT_OUTAGE
     return EXIT_WRONG_SETTING if mistake else None

@@ -9,6 +9,7 @@ from cassle_jax.augment.apply import View
 from cassle_jax.augment.descriptors import DESCRIPTORS
 from cassle_jax.augment.inputs import check_one, check_params
 from cassle_jax.augment.spec import AugmentSpec
+from cassle_jax.checks import ConfigError
 
 __all__ = [
     "CASSLE_DESCRIPTORS",
@@ -187,11 +188,11 @@ def check_descriptors(names: Iterable[str]) -> list[str]:
       names: descriptors, or components of them such as ``color.hue``.
 
     Raises:
-      ValueError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
+      ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
         example), or if ``names`` is a string.
     """
     if isinstance(names, str):
-        raise ValueError(f"descriptors={names!r} is one name; give a tuple of them, ({names!r},)")
+        raise ConfigError(f"descriptors={names!r} is one name; give a tuple of them, ({names!r},)")
     names = sorted(names)
     for name in names:
         descriptor, dot, _ = name.partition(".")
@@ -199,11 +200,11 @@ def check_descriptors(names: Iterable[str]) -> list[str]:
         if dot and descriptor in DESCRIPTORS:
             known = [f"{descriptor}.{each}" for each in DESCRIPTORS[descriptor].components]
         if name not in known:
-            raise ValueError(
+            raise ConfigError(
                 f"descriptors={names} has the unknown name {name!r}; use any of {', '.join(known)}"
             )
         if names.count(name) > 1 or (dot and descriptor in names):
-            raise ValueError(
+            raise ConfigError(
                 f"descriptors={names} names {name!r} twice; name each once, either a descriptor "
                 "or its components"
             )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-from cassle_jax.checks import check_one_of
+from cassle_jax.checks import ConfigError, check_one_of
 
 __all__ = [
     "CHANCES",
@@ -76,7 +76,7 @@ class AugmentSpec:
       std: standard deviation per channel, which divides the view.
 
     Raises:
-      ValueError: if a setting is out of its range; the message names the setting and what works.
+      ConfigError: if a setting is out of its range; the message names the setting and what works.
     """
 
     size: int
@@ -111,7 +111,7 @@ class AugmentSpec:
         for name in ("mean", "std"):
             self._set_floats(name, 3, "use three numbers, one a channel")
         if min(self.std) <= 0:
-            raise ValueError(f"augment.std={self.std} has a value that is not positive; use > 0")
+            raise ConfigError(f"augment.std={self.std} has a value that is not positive; use > 0")
         check_one_of("augment.jitter_order", self.jitter_order, ("image", "batch"))
         check_one_of("augment.solarize_after", self.solarize_after, ("jitter", "blur"))
         self._check_kernel()
@@ -148,12 +148,12 @@ class AugmentSpec:
           A new spec.
 
         Raises:
-          ValueError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
+          ConfigError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
         """
         hue = tuple(strength * end for end in self.hue)
         possible = strength >= 0 and max(map(abs, hue)) <= 0.5 and strength * self.grayscale <= 1
         if not (possible and math.isfinite(strength)):
-            raise ValueError(
+            raise ConfigError(
                 f"augment.color_strength={strength} takes hue to {hue} and grayscale to "
                 f"{strength * self.grayscale}; use a strength from 0 on that keeps hue within "
                 "(-0.5, 0.5) and grayscale within [0, 1]"
@@ -168,13 +168,13 @@ class AugmentSpec:
         value = getattr(self, name)
         number = isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool)
         if not number or int(value) != value or value < smallest:
-            raise ValueError(f"augment.{name}={value} is not valid; use an integer >= {smallest}")
+            raise ConfigError(f"augment.{name}={value} is not valid; use an integer >= {smallest}")
         object.__setattr__(self, name, int(value))
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
         if not (isinstance(value, Real) and 0 <= value <= 1):
-            raise ValueError(f"augment.{name}={value} is not a probability; use a value in [0, 1]")
+            raise ConfigError(f"augment.{name}={value} is not a probability; use a value in [0, 1]")
         object.__setattr__(self, name, float(value))
 
     def _check_range(self, name: str) -> None:
@@ -183,14 +183,14 @@ class AugmentSpec:
         advice = f"use (low, high) with low <= high, both in {bracket}{smallest:g}, {largest:g}]"
         low, high = self._set_floats(name, 2, advice)
         if not smallest <= low <= high <= largest or (name in _POSITIVE_RANGES and low <= 0):
-            raise ValueError(f"augment.{name}={(low, high)} is not a valid range; {advice}")
+            raise ConfigError(f"augment.{name}={(low, high)} is not a valid range; {advice}")
 
     def _set_floats(self, name: str, length: int, advice: str) -> tuple[float, ...]:
         value = getattr(self, name)
         if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
-            raise ValueError(f"augment.{name}={value} does not have {length} values; {advice}")
+            raise ConfigError(f"augment.{name}={value} does not have {length} values; {advice}")
         if not all(isinstance(entry, Real) and math.isfinite(entry) for entry in value):
-            raise ValueError(f"augment.{name}={value} has a value that is no number; {advice}")
+            raise ConfigError(f"augment.{name}={value} has a value that is no number; {advice}")
         floats = tuple(float(entry) for entry in value)
         object.__setattr__(self, name, floats)
         return floats
@@ -198,12 +198,12 @@ class AugmentSpec:
     def _check_kernel(self) -> None:
         taps = self.blur_kernel_size
         if taps % 2 == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"augment.kernel_size={taps} is even; use an odd number such as {taps + 1}, "
                 "or 0 for the one near size / 10"
             )
         if self.blur > 0 and taps // 2 >= self.size:
-            raise ValueError(
+            raise ConfigError(
                 f"augment.kernel_size={taps} needs {taps // 2} pixels of reflect padding, more "
                 f"than a view of augment.size={self.size} has; use a kernel of at most "
                 f"{2 * self.size - 1}, or augment.blur=0"

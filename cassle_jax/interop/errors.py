@@ -1,5 +1,7 @@
 """The one error of everything about weights."""
 
+from cassle_jax.checks import UserError
 
-class WeightsError(ValueError):
-    """A file of weights cannot be read or does not fit; the message is one line, the reason."""
+
+class WeightsError(UserError):
+    """A file of weights cannot be read or does not fit; the message is the reason."""

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from cassle_jax.augment import DESCRIPTORS
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import ConfigError, check_at_least, check_positive
 from cassle_jax.methods.base import HeadShape, Networks
 
 
@@ -48,7 +48,7 @@ class AugSelf:
         check_at_least("augself.hidden", self.hidden, 1)
         for name, weight in self.weights.items():
             if name not in PREDICTED:
-                raise ValueError(
+                raise ConfigError(
                     f"augself.{name} cannot be predicted; use any of {', '.join(PREDICTED)}"
                 )
             check_positive(f"augself.{name}", weight)

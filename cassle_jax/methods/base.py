@@ -353,13 +353,13 @@ class Method:
         return self
 
     def check_projector(self, hidden: int, out: int, depth: int) -> None:
-        """Raises ValueError for sizes no projector can have; hidden 0 is the features' width."""
+        """Raises ConfigError for sizes no projector can have; hidden 0 is the features' width."""
         check_at_least("method.projector_hidden", hidden, 0)
         check_at_least("method.projector_out", out, 1)
         check_at_least("method.projector_depth", depth, 1)
 
     def check(self, global_batch: int, local_batch: int) -> None:
-        """Raises ValueError, naming the setting, where the method cannot work with these sizes."""
+        """Raises ConfigError, naming the setting, where the method cannot work with these sizes."""
         del global_batch, local_batch
 
 

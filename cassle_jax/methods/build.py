@@ -22,7 +22,7 @@ from cassle_jax.augment import (
     identity_descriptor,
     identity_difference,
 )
-from cassle_jax.checks import check_at_least, check_one_of, check_share
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_share
 from cassle_jax.methods.augself import AugSelf
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
@@ -80,7 +80,7 @@ class Conditioning:
         try:
             check_descriptors(self.descriptors)
         except ValueError as error:
-            raise ValueError(f"conditioning.{error}") from None
+            raise ConfigError(f"conditioning.{error}") from None
         self._check_options()
 
     def _check_options(self) -> None:
@@ -89,17 +89,17 @@ class Conditioning:
         for name in (each for each in options if getattr(self, each) > 0):
             setting = f"conditioning.{name}={getattr(self, name):g}"
             if not self.descriptors:
-                raise ValueError(
+                raise ConfigError(
                     f"{setting} does nothing without descriptors; name some in "
                     "conditioning.descriptors, or use 0"
                 )
             if name != "plain_branch" and self.treatment == "hypernetwork":
-                raise ValueError(
+                raise ConfigError(
                     f"{setting} needs a projector that works without ω, which a hypernetwork "
                     "does not make; use conditioning.treatment='mlp'"
                 )
             if name == "plain_branch" and self.injection == "image":
-                raise ValueError(
+                raise ConfigError(
                     f"{setting} needs an encoder without ω; use conditioning.injection='concat'"
                 )
 
@@ -196,7 +196,7 @@ def build_networks(
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
     Raises:
-      ValueError: a conditioning cannot work; the message names the setting.
+      ConfigError: a conditioning cannot work; the message names the setting.
     """
     projector, predictor = method.projector(feature_width), method.predictor(feature_width)
     conditioned_heads = _conditioned_heads(method, conditioning, predictor)
@@ -205,7 +205,7 @@ def build_networks(
     if "predictor" in conditioned_heads:
         _check_fits(conditioning, projector.out)
         if conditioning.injection == "image":
-            raise ValueError(
+            raise ConfigError(
                 f"conditioning.injection='image' reaches every head and cannot go with "
                 f"conditioning.into={conditioning.into!r}; use conditioning.into='projector'"
             )
@@ -257,7 +257,7 @@ def _conditioned_heads(
     if not conditioning.descriptors:
         return ()
     if conditioning.into != "projector" and not isinstance(predictor, HeadShape):
-        raise ValueError(
+        raise ConfigError(
             f"conditioning.into={conditioning.into!r} needs a method with a predictor, which "
             f"{type(method).__name__} has not; use conditioning.into='projector'"
         )

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
-from cassle_jax.checks import check_at_least, check_fraction, check_one_of, check_positive
+from cassle_jax.checks import (
+    ConfigError,
+    check_at_least,
+    check_fraction,
+    check_one_of,
+    check_positive,
+)
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, Passes
 
@@ -81,7 +87,7 @@ class MoCoV2(Method):
     def check(self, global_batch, local_batch):
         if self.queue_size % global_batch:
             whole = max(self.queue_size // global_batch, 1)
-            raise ValueError(
+            raise ConfigError(
                 f"method.queue_size={self.queue_size} is not a multiple of batch_size="
                 f"{global_batch}; {whole * global_batch} would work"
             )

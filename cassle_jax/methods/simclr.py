@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from cassle_jax.checks import check_one_of, check_positive
+from cassle_jax.checks import ConfigError, check_one_of, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method
 
@@ -54,7 +54,7 @@ class SimCLR(Method):
     def check(self, global_batch, local_batch):
         contrasted = global_batch if self.negatives == "global" else local_batch
         if contrasted < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"batch_size={global_batch} leaves SimCLR with method.negatives={self.negatives!r}"
                 " no negative to contrast against; use at least 2 images"
                 + ("" if self.negatives == "global" else " a device")

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 from typing_extensions import override
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import ConfigError, check_at_least, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, Networks, Step
 
@@ -110,7 +110,7 @@ class SwAV(Method):
         check_at_least("method.freeze_prototypes_steps", self.freeze_prototypes_steps, 0)
         area = tuple(self.small_crop_area)
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"method.small_crop_area={area} is not a range of areas; use (low, high) with "
                 "0 < low <= high <= 1"
             )
@@ -135,7 +135,7 @@ class SwAV(Method):
     def views(self, first, second):
         size = self.small_crop_size or max(8, round(first.size * 3 / 7 / 8) * 8)
         if self.small_crops and size > first.size:
-            raise ValueError(
+            raise ConfigError(
                 f"method.small_crop_size={self.small_crop_size} makes small views of {size} "
                 f"pixels, larger than augment.size={first.size}; use at most {first.size}"
             )
@@ -232,7 +232,7 @@ class SwAV(Method):
     def check(self, global_batch, local_batch):
         if self.queue_size % global_batch:
             whole = max(self.queue_size // global_batch, 1)
-            raise ValueError(
+            raise ConfigError(
                 f"method.queue_size={self.queue_size} is not a multiple of batch_size="
                 f"{global_batch}; {whole * global_batch} would work, or 0 for no queue"
             )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from cassle_jax.checks import check_one_of
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.conditioning import (
     INJECTIONS,
@@ -51,7 +51,7 @@ def make_encoder(
         remat: recompute activations in the backward pass instead of storing them.
 
     Raises:
-        ValueError: for an unknown name, or a setting that the architecture lacks.
+        ConfigError: for an unknown name, or a setting that the architecture lacks.
     """
     check_one_of("encoder.name", name, ENCODERS)
     settings = {"dtype": dtype, "remat": remat}
@@ -60,7 +60,7 @@ def make_encoder(
     if not name.startswith("vit"):
         return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
     if small_images:
-        raise ValueError(
+        raise ConfigError(
             f"encoder.small_images=True does not go with encoder.name={name!r}; "
             "use encoder.patch_size=4 for small images"
         )

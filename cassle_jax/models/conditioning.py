@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cassle_jax.checks import check_one_of
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.mlp import MLP
 
@@ -30,27 +30,27 @@ def check_conditioning(
         descriptor_width: width of ω, where it is known.
 
     Raises:
-        ValueError: for an unknown name, an injection that a hypernetwork cannot have, a descriptor
+        ConfigError: for an unknown name, an injection that a hypernetwork cannot have, a descriptor
             without entries, or raw ω added to or multiplied with features of another width.
     """
     check_one_of("conditioning.treatment", treatment, TREATMENTS)
     check_one_of("conditioning.injection", injection, INJECTIONS)
     if treatment == "hypernetwork" and injection not in ("none", "concat"):
-        raise ValueError(
+        raise ConfigError(
             f"injection={injection!r} does nothing with treatment='hypernetwork', whose descriptor "
             f"becomes the projector's weights; use injection='none'"
         )
     if not is_conditioned(treatment, injection):
         return
     if descriptor_width == 0:
-        raise ValueError(
+        raise ConfigError(
             f"treatment={treatment!r} needs a descriptor, and this one has no entries; "
             f"condition on at least one augmentation or use treatment='none'"
         )
     elementwise = treatment == "raw" and injection in ("add", "multiply")
     known = feature_width is not None and descriptor_width is not None
     if elementwise and known and feature_width != descriptor_width:
-        raise ValueError(
+        raise ConfigError(
             f"treatment='raw' with injection={injection!r} needs a descriptor as wide as the "
             f"features ({feature_width}), not {descriptor_width}; use treatment='mlp'"
         )
@@ -119,7 +119,7 @@ class ConditionedProjector(nn.Module):
             train: normalise by the batch's statistics, and record them.
 
         Raises:
-            ValueError: the errors of `check_conditioning`.
+            ConfigError: the errors of `check_conditioning`.
         """
         check_conditioning(
             self.treatment,

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import ConfigError, check_at_least
 
 MLP_RATIO = 4
 TEMPERATURE = 10_000.0
@@ -34,7 +34,7 @@ def check_image_size(size: int, patch_size: int) -> None:
     if below == size > 0:
         return
     use = f"{below} or {below + patch_size}" if below else f"{patch_size}"
-    raise ValueError(
+    raise ConfigError(
         f"augment.size={size} is not a multiple of encoder.patch_size={patch_size}; use {use}"
     )
 
@@ -192,13 +192,13 @@ class VisionTransformer(nn.Module):
         check_at_least("encoder.heads", self.heads, 1)
         check_at_least("encoder.patch_size", self.patch_size, 1)
         if self.width % 4:
-            raise ValueError(
+            raise ConfigError(
                 f"encoder.width={self.width} is not a multiple of 4, as sin-cos positions need; "
                 f"use {self.width + -self.width % 4}"
             )
         if self.width % self.heads:
             divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
-            raise ValueError(
+            raise ConfigError(
                 f"encoder.heads={self.heads} does not divide encoder.width={self.width}; "
                 f"use one of {divisors}"
             )

@@ -86,19 +86,67 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     Raises:
       ConfigError: a setting cannot work; the message names it.
     """
-    try:
-        return _build(config, mesh, dataset_size)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_trackers(config.log.to)
+    _check_sizes(config, mesh.size, dataset_size)
+    method = build_method(config)
+    method.check(config.batch_size, config.batch_size // mesh.size)
+    views = view_specs(config, method)
+    conditioning = Conditioning(**config.conditioning.to_dict())
+    augself = build_augself(config)
+    dtype = compute_dtype(config, mesh.devices.flat[0].platform)
+    networks = networks_of(config, dtype=dtype, axis_name=AXIS)
+    encoder = networks.factories["encoder"]()
+    if isinstance(encoder, VisionTransformer):
+        for view in views:
+            check_image_size(view.size, encoder.patch_size)
+
+    steps_per_epoch = dataset_size // config.batch_size
+    clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    method = method.in_steps(steps_per_epoch)
+    recipe = OptimizerSpec(**config.optimizer.to_dict())
+    if recipe.warmup_epochs >= clock.epochs:
+        raise ConfigError(
+            f"optimizer.warmup_epochs={recipe.warmup_epochs} does not end within the run's "
+            f"{clock.epochs:.3g} epochs; use a smaller value"
+        )
+    schedule = learning_rate(recipe, clock, config.batch_size)
+    optimizer = make_optimizer(
+        recipe, method, schedule, config.batch_size, getattr(encoder, "frozen_parameters", ())
+    )
+    run = Run(
+        batch_size=config.batch_size,
+        chunks=config.batch_size // (config.chunk_size or config.batch_size),
+        seed=config.seed,
+        augment=augment_spec(config),
+        views=views,
+        method=method,
+        conditioning=conditioning,
+        augself=augself,
+        networks=networks,
+        optimizer=optimizer,
+        schedule=schedule,
+        clock=clock,
+    )
+    _check_drawn(run)
+    return run
+
+
+def _check_drawn(run: Run) -> None:
+    """Refuses what conditioning or AugSelf name and the augmentation never draws."""
+    for name in (*run.conditioning.descriptors, *run.augself.names):
+        setting = DESCRIPTORS[name.partition(".")[0]].setting
+        if setting in RARE and not run.draws(setting):
+            raise ConfigError(
+                f"augment.{setting}=0 never draws what conditioning.descriptors or augself name; "
+                f"use augment.{setting}=0.5, or leave {name} out"
+            )
 
 
 def augment_spec(config: ConfigDict) -> AugmentSpec:
     """The augmentations of a configuration.
 
     Raises:
-      ValueError: a setting is out of its range; the message names it.
+      ConfigError: a setting is out of its range; the message names it.
     """
     settings = config.augment.to_dict()
     settings.pop("asymmetric")
@@ -111,7 +159,7 @@ def view_specs(config: ConfigDict, method: Method) -> tuple[AugmentSpec, ...]:
     """The augmentation of each view of a step.
 
     Raises:
-      ValueError: a setting is out of its range; the message names it.
+      ConfigError: a setting is out of its range; the message names it.
     """
     spec = augment_spec(config)
     return method.views(*(spec.asymmetric_pair() if config.augment.asymmetric else (spec, spec)))
@@ -162,7 +210,7 @@ def networks_of(
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
     Raises:
-      ValueError: a setting cannot work; the message names it.
+      ConfigError: a setting cannot work; the message names it.
     """
 
     def encoder():
@@ -177,58 +225,6 @@ def networks_of(
         dtype=dtype,
         axis_name=axis_name,
     )
-
-
-def _build(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
-    check_trackers(config.log.to)
-    _check_sizes(config, mesh.size, dataset_size)
-    method = build_method(config)
-    method.check(config.batch_size, config.batch_size // mesh.size)
-    views = view_specs(config, method)
-    conditioning = Conditioning(**config.conditioning.to_dict())
-    augself = build_augself(config)
-    dtype = compute_dtype(config, mesh.devices.flat[0].platform)
-    networks = networks_of(config, dtype=dtype, axis_name=AXIS)
-    encoder = networks.factories["encoder"]()
-    if isinstance(encoder, VisionTransformer):
-        for view in views:
-            check_image_size(view.size, encoder.patch_size)
-
-    steps_per_epoch = dataset_size // config.batch_size
-    clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
-    method = method.in_steps(steps_per_epoch)
-    recipe = OptimizerSpec(**config.optimizer.to_dict())
-    if recipe.warmup_epochs >= clock.epochs:
-        raise ConfigError(
-            f"optimizer.warmup_epochs={recipe.warmup_epochs} does not end within the run's "
-            f"{clock.epochs:.3g} epochs; use a smaller value"
-        )
-    schedule = learning_rate(recipe, clock, config.batch_size)
-    optimizer = make_optimizer(
-        recipe, method, schedule, config.batch_size, getattr(encoder, "frozen_parameters", ())
-    )
-    run = Run(
-        batch_size=config.batch_size,
-        chunks=config.batch_size // (config.chunk_size or config.batch_size),
-        seed=config.seed,
-        augment=augment_spec(config),
-        views=views,
-        method=method,
-        conditioning=conditioning,
-        augself=augself,
-        networks=networks,
-        optimizer=optimizer,
-        schedule=schedule,
-        clock=clock,
-    )
-    for name in (*conditioning.descriptors, *augself.names):
-        setting = DESCRIPTORS[name.partition(".")[0]].setting
-        if setting in RARE and not run.draws(setting):
-            raise ConfigError(
-                f"augment.{setting}=0 never draws what conditioning.descriptors or augself name; "
-                f"use augment.{setting}=0.5, or leave {name} out"
-            )
-    return run
 
 
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
