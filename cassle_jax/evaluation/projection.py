@@ -11,13 +11,11 @@ from cassle_jax.evaluation.views import Batch, of_all_images
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.models.conditioning import is_conditioned
 
 
 def projector_takes_omega(conditioning: Conditioning) -> bool:
     """Whether the projection depends on ω."""
-    used = is_conditioned(conditioning.treatment, conditioning.injection)
-    return used and bool(conditioning.descriptors) and conditioning.into != "predictor"
+    return bool(conditioning.descriptors) and conditioning.into != "predictor"
 
 
 def encoder_takes_omega(networks: Networks) -> bool:

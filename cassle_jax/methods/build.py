@@ -26,6 +26,7 @@ from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_s
 from cassle_jax.methods.augself import AugSelf
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
+from cassle_jax.models.conditioning import is_conditioned
 
 # Folded into a step's key for the draws of `Conditioning.given`; views use small numbers.
 _GIVEN = 0x67697665
@@ -37,12 +38,12 @@ class Conditioning:
 
     Attributes:
       descriptors: names of the descriptors that make up ω, or of components such as `color.hue`;
-        empty for the plain method.
+        empty for the plain method, as it is made where treatment or injection is `none`.
       relative: whether ω is the view's difference from the other one (from the first, for a third
         view and further) instead of its own augmentation.
       into: the conditioned heads: `projector` (CASSLE), `predictor` or `both`.
-      treatment: `mlp` (the paper's choice), `raw` or `hypernetwork`.
-      injection: `concat` (the paper's choice), `add`, `multiply` or `image`.
+      treatment: `mlp` (the paper's choice), `raw`, `hypernetwork` or `none`.
+      injection: `concat` (the paper's choice), `add`, `multiply`, `image` or `none`.
       depth: number of layers of the MLP on ω.
       width: width of the MLP's hidden layers.
       hypernetwork_bn: whether the generated projector has BatchNorm between its layers.
@@ -76,7 +77,9 @@ class Conditioning:
         check_share("conditioning.dropout", self.dropout, 0.0)
         check_share("conditioning.plain_branch", self.plain_branch, 0.5)
         check_one_of("conditioning.into", self.into, ("projector", "predictor", "both"))
-        object.__setattr__(self, "descriptors", tuple(self.descriptors))  # JSON has lists
+        used = is_conditioned(self.treatment, self.injection)
+        # JSON has lists.
+        object.__setattr__(self, "descriptors", tuple(self.descriptors) if used else ())
         try:
             check_descriptors(self.descriptors)
         except ValueError as error:
@@ -232,8 +235,7 @@ def build_networks(
                 factories[branch + name] = head(shape, conditioned=conditioned)
             elif shape is not None:
                 factories[branch + name] = shape
-    conditions_images = conditioning.injection == "image" and conditioning.treatment != "none"
-    if conditioned_heads and conditions_images:
+    if conditioned_heads and conditioning.injection == "image":
         factories["image_conditioner"] = partial(
             ImageConditioner,
             treatment=conditioning.treatment,

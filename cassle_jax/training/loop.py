@@ -22,7 +22,6 @@ from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.storage import is_utf8, on_object_store, path_of
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
@@ -326,8 +325,6 @@ def _known_path(workdir: epath.PathLike) -> epath.Path:
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
     """Logs what ω gives away: of the image, or which two views are a pair."""
-    if not is_conditioned(conditioning.treatment, conditioning.injection):
-        return
     leaking = [
         name for name in conditioning.descriptors if DESCRIPTORS[name.partition(".")[0]].from_image
     ]

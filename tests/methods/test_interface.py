@@ -283,7 +283,9 @@ def test_a_conditioned_projector_trains_and_depends_on_the_descriptor(treatment,
 
 @pytest.mark.parametrize(("treatment", "injection"), UNCONDITIONED)
 def test_a_plain_projector_trains_and_ignores_the_descriptor(treatment, injection):
-    loss, otherwise = losses_of_two_steps(Conditioning(treatment=treatment, injection=injection))
+    conditioning = Conditioning(treatment=treatment, injection=injection)
+    assert conditioning == dataclasses.replace(conditioning, descriptors=())
+    loss, otherwise = losses_of_two_steps(conditioning)
     assert np.isfinite(loss) and loss == otherwise
 
 
