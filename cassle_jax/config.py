@@ -62,6 +62,20 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     """
     chosen = _parse(arguments, recipe_of)
     method = METHODS[chosen["method"]]
+    config = _defaults()
+    config.method = ConfigDict({"name": chosen["method"], **dataclasses.asdict(method())})
+    config.conditioning = _from_dataclass(_conditioning(chosen["conditioning"]))
+    config.augself.update(_augself_weights(chosen["augself"]))
+    config.update_from_flattened_dict(method.recipe)
+    if chosen["follow"] == "published":
+        config.update_from_flattened_dict({**PUBLISHED, **method.published})
+    config.lock()
+    config.optimizer.settings.unlock()  # its names are those of the optimiser's arguments
+    return config
+
+
+def _defaults() -> ConfigDict:
+    """The settings that are the same for every method, until its recipe changes them."""
     config = ConfigDict()
     config.seed = 0
     config.epochs = 200
@@ -83,22 +97,37 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "remat": False,  # recompute activations in the backward pass, to save memory
         }
     )
-    config.method = ConfigDict({"name": chosen["method"], **dataclasses.asdict(method())})
     config.weights = ConfigDict(
         {
             "path": "",  # a file with the initial weights; "": random weights
             "networks": "all",  # all networks of the file, or its encoder
         }
     )
-    config.conditioning = _from_dataclass(_conditioning(chosen["conditioning"]))
     config.augself = ConfigDict({"hidden": 512, **dict.fromkeys(PREDICTED, 0.0)})
-    config.augself.update(_augself_weights(chosen["augself"]))
     config.augment = _from_dataclass(AugmentSpec(size=32))
     config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
     config.augment.asymmetric = False  # BYOL's: solarize second views only, and rarely blur them
     config.optimizer = _from_dataclass(OptimizerSpec())
+    config.data, config.probe = _data_defaults()
+    config.checkpoint = ConfigDict(
+        {
+            "every_steps": 1000,
+            "keep": 3,  # number of newest checkpoints to keep
+            "keep_every_steps": 0,  # also keep those at multiples of this step; 0: none
+        }
+    )
+    config.log = ConfigDict(
+        {
+            "every_steps": 50,
+            "to": (),  # beside metrics.jsonl and TensorBoard: wandb, mlflow
+        }
+    )
+    return config
 
-    config.data = ConfigDict(
+
+def _data_defaults() -> tuple[ConfigDict, ConfigDict]:
+    """The settings of the training images, and of the online probe."""
+    data = ConfigDict(
         {
             "source": "scenes",  # scenes or motifs (rendered, need no files), folder or tfds
             "name": "",  # tfds: the builder, such as cifar10
@@ -114,7 +143,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "max_bad_fraction": 0.01,  # stop the run above this fraction of undecodable images
         }
     )
-    config.probe = ConfigDict(
+    probe = ConfigDict(
         {
             "every_epochs": 10,  # interval of k-NN accuracy and RankMe; 0: never
             "train_split": "",  # "": data.train_split
@@ -123,25 +152,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
             "test_images": 2_000,  # largest number; 0: all
         }
     )
-    config.checkpoint = ConfigDict(
-        {
-            "every_steps": 1000,
-            "keep": 3,  # number of newest checkpoints to keep
-            "keep_every_steps": 0,  # also keep those at multiples of this step; 0: none
-        }
-    )
-    config.log = ConfigDict(
-        {
-            "every_steps": 50,
-            "to": (),  # beside metrics.jsonl and TensorBoard: wandb, mlflow
-        }
-    )
-    config.update_from_flattened_dict(method.recipe)
-    if chosen["follow"] == "published":
-        config.update_from_flattened_dict({**PUBLISHED, **method.published})
-    config.lock()
-    config.optimizer.settings.unlock()  # its names are those of the optimiser's arguments
-    return config
+    return data, probe
 
 
 def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
