@@ -7,6 +7,7 @@ import pytest
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import METHODS
+from cassle_jax.training.recorded import todays_settings
 from cassle_jax.training.run import view_specs
 from cassle_jax.training.saved_config import changes
 
@@ -173,6 +174,13 @@ def test_a_run_of_a_version_without_these_settings_is_unchanged():
     assert changes(earlier, now) == {
         "optimizer.settings.nesterov": "optimizer.settings.nesterov=True was None"
     }
+
+
+def test_arguments_of_an_optimiser_are_among_todays_settings():
+    config = base_config("method=simclr")
+    config.optimizer.settings.b2 = 0.95
+    settings, gone = todays_settings(config)
+    assert not gone and settings.optimizer.settings.to_dict() == {"b2": 0.95}
 
 
 def test_settings_have_full_names():

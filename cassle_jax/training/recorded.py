@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.config import base_config
+from cassle_jax.config import OPEN, base_config
 from cassle_jax.methods import METHODS, HeadShape, Method
 from cassle_jax.training.run import Run, build_method
 
@@ -118,6 +118,8 @@ def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 def _known(
     values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str, gone: list[str]
 ) -> dict[str, Any]:
+    if prefix == OPEN:
+        return dict(values)
     gone += [f"{prefix}{name}" for name in values if name not in defaults]
     return {
         name: _known(values[name], default, f"{prefix}{name}.", gone)
