@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cassle_jax.methods import AugSelf, Method, Networks, Step, TrainingViews
 from cassle_jax.methods.base import (
@@ -171,8 +171,7 @@ class Update:
             "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": self.schedule(state.step),
         }
-        norms = jnp.stack([losses["loss"], metrics["gradient_norm"], optax.tree.norm(updates)])
-        diverged = jnp.where(jnp.isfinite(norms).all(), -1, state.step)
+        norms = losses["loss"], metrics["gradient_norm"], optax.tree.norm(updates)
         memory = {branch: self.method.update_memory(step) for branch, step in steps.items()}
         return state.replace(
             step=state.step + 1,
@@ -182,7 +181,7 @@ class Update:
             target_batch_stats=forward.target_batch_stats,
             memory=joined(memory),
             opt_state=opt_state,
-            diverged_at=jnp.where(state.diverged_at < 0, diverged, state.diverged_at),
+            diverged_at=_diverged_at(state, norms),
         ), metrics
 
     def _forward(self, params, target_params, state, inputs, make_views):
@@ -310,6 +309,12 @@ class Update:
     def _similarities(self, step: Step) -> Metrics:
         first, second = step.pair
         return pair_similarities(first.projection, second.projection, self.axis_name)
+
+
+def _diverged_at(state: TrainState, norms: tuple[Float[Array, ""], ...]) -> Int[Array, ""]:
+    """The first step with a norm that is not finite, which may be this one; -1 for none."""
+    diverged = jnp.where(jnp.isfinite(jnp.stack(norms)).all(), -1, state.step)
+    return jnp.where(state.diverged_at < 0, diverged, state.diverged_at)
 
 
 def averaged_gradient(tree: PyTree, axis_name: str | None) -> PyTree:
