@@ -59,7 +59,7 @@ def test_impossible_color_strength(strength):
         ({"kernel_size": 8}, r"augment\.kernel_size=8 is even; use an odd number such as 9"),
         ({"kernel_size": 65}, r"augment\.kernel_size=65 needs 32 pixels.*size=32.*at most 63"),
         ({"size": 1}, r"augment\.kernel_size=3 needs 1 pixels.*augment\.blur=0"),
-        ({"jitter_order": "shuffled"}, r"jitter_order='shuffled' is unknown; use 'image' or"),
+        ({"jitter_order": "shuffled"}, r"jitter_order='shuffled' is unknown; use one of batch,"),
         ({"flip": 1.2}, r"augment\.flip=1\.2 is not a probability; use a value in \[0, 1\]"),
         ({"jitter": -0.1}, r"augment\.jitter=-0\.1 is not a probability"),
         ({"grayscale": 2}, r"augment\.grayscale=2 is not a probability"),
