@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS
-from cassle_jax.data import COLOUR, CONTENT, PLACE, Motifs, open_source
+from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs, open_source
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.methods import METHODS
@@ -40,13 +40,13 @@ RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
 UNTRAINED = "untrained"
 EXPLANATION = (
     "A linear probe reads each factor of the images off the frozen features. 1 is perfect, 0 is "
-    "what a constant answer gets. Nothing but these factors tells two images apart. The jitter "
-    "changes the colour, crops and blur change place and sharpness, and nothing the content."
+    "what a constant answer gets. Nothing but these factors tells two images apart. Augmentations "
+    "change the colour, and the contrast, place and sharpness; they leave the content."
 )
 _PROBED = 4000  # images a probe is fitted to: with more it takes longer, and reads hardly better
 _FACTORS = Motifs.FACTORS
 _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
-_ORDER = (COLOUR, PLACE, CONTENT)
+_ORDER = (COLOUR, FORM, CONTENT)
 
 Scores = Mapping[str, Mapping[str, float]]
 """For each run, or the untrained encoder, the score of each factor."""
@@ -205,7 +205,7 @@ def main(method: str, workdir: epath.Path, seed: int) -> None:
     scores = quickstart(method, workdir, seed)
     table = whole_table(scores)
     for name, changed_by, *cells in [table.columns, *table.rows]:
-        print(f"{name:26}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
+        print(f"{name:31}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
     print(f"\n{headline(scores)}\n{EXPLANATION}\n")
     for written in ("html", "png", "json"):
         print(workdir / f"quickstart.{written}")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cassle_jax.data import COLOUR, CONTENT, PLACE, Motifs
+from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
 from cassle_jax.evaluation.factor_probes import group_means
 from cassle_jax.evaluation.findings import half_interval
 
 GROUPS = {name: factor.group for name, factor in Motifs.FACTORS.items()}
-SHOWN = (COLOUR, PLACE, CONTENT)
+SHOWN = (COLOUR, FORM, CONTENT)
 RUNS = ("plain", "CASSLE")
 
 
@@ -28,7 +28,7 @@ def main(paths: Sequence[str]) -> None:
     }
     print(
         "| seed |",
-        " | ".join(f"{group}: plain | CASSLE" for group in (COLOUR, PLACE, CONTENT)),
+        " | ".join(f"{group}: plain | CASSLE" for group in (COLOUR, FORM, CONTENT)),
         "|",
     )
     print("|--:|" + "--:|" * 6)

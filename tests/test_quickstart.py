@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cassle_jax import quickstart
-from cassle_jax.data import COLOUR, CONTENT, PLACE, Motifs
+from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
 from cassle_jax.models import ENCODERS
 from tests.tiny import TinyEncoder, tiny_config
 
@@ -53,7 +53,7 @@ def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
     table = quickstart.whole_table(scores)
     assert table.columns == ("factor", "changed by", "plain", "CASSLE", "untrained")
     names = [row[0].strip() for row in table.rows]
-    places = [names.index(group) for group in (COLOUR, PLACE, CONTENT)]
+    places = [names.index(group) for group in (COLOUR, FORM, CONTENT)]
     for place, end in zip(places, [*places[1:], len(names)], strict=True):
         members = names[place + 1 : end]
         assert members == [n for n, factor in FACTORS.items() if factor.group == names[place]]
@@ -68,7 +68,7 @@ def test_the_headline_says_which_run_keeps_more():
     plain = dict.fromkeys(FACTORS, 0.25)
     cassle = {name: 0.5 if factor.group == COLOUR else 0.125 for name, factor in FACTORS.items()}
     said = quickstart.headline({"plain": plain, "CASSLE": cassle, "untrained": plain})
-    assert "Beside plain, CASSLE keeps more of colour (0.50, not 0.25), less of place" in said
+    assert "Beside plain, CASSLE keeps more of colour (0.50, not 0.25), less of contrast" in said
     assert "less of content (0.12, not 0.25)" in said
 
 

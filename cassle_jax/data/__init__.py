@@ -3,7 +3,7 @@
 from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.factors import COLOUR, CONTENT, PLACE, Drawn, Factor
+from cassle_jax.data.factors import COLOUR, CONTENT, FORM, Drawn, Factor
 from cassle_jax.data.motifs import Motifs
 from cassle_jax.data.opening import Feed, open_feed, open_source
 from cassle_jax.data.pipeline import (
@@ -18,7 +18,7 @@ from cassle_jax.data.sources import Record, Source
 __all__ = [
     "COLOUR",
     "CONTENT",
-    "PLACE",
+    "FORM",
     "BatchIterator",
     "DamagedImage",
     "DamagedLog",

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int, UInt8
 from cassle_jax.data.drawing import uniform_draws
 from cassle_jax.data.sources import Record
 
-COLOUR, PLACE, CONTENT = "colour", "place and sharpness", "content"
-"""The groups of factors: what the jitter changes, what crops and blur change, and the rest."""
+COLOUR, FORM, CONTENT = "colour", "contrast, place and sharpness", "content"
+"""The groups of factors; augmentations change all but the content."""
 
 
 class Factor(NamedTuple):
@@ -20,7 +20,7 @@ class Factor(NamedTuple):
       kind: kind of the values: class numbers, real numbers, or angles in radians of period 2π.
       values: names of the classes, or ends of the range of the factor's uniform distribution.
       changed_by: augmentations that give a view another value than its image; empty for content.
-      group: `COLOUR`, `PLACE` or `CONTENT`.
+      group: `COLOUR`, `FORM` or `CONTENT`.
     """
 
     kind: Literal["class", "value", "angle"]

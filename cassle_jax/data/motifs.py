@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from cassle_jax.data.drawing import SHAPES, Plane, from_centre, pixel_centres, rgb_of, steepened
-from cassle_jax.data.factors import COLOUR, PLACE, Drawn, Factor
+from cassle_jax.data.factors import COLOUR, FORM, Drawn, Factor
 
 # Offsets of the copies' centres from the motif's centre, in radii, right and up.
 _PLACES = {
@@ -38,13 +38,13 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
 
 FACTORS: dict[str, Factor] = {
     "light": Factor("value", (0.5, 1.0), "brightness", COLOUR),
-    "contrast": Factor("value", (0.4, 1.0), "contrast", COLOUR),
+    "contrast": Factor("value", (0.4, 1.0), "contrast", FORM),
     "saturation": Factor("value", (0.2, 0.8), "saturation and grayscale", COLOUR),
     "hue": Factor("angle", (0.0, 2 * np.pi), "hue and grayscale", COLOUR),
-    "x": Factor("value", (0.35, 0.65), "crop and flip", PLACE),
-    "y": Factor("value", (0.35, 0.65), "crop", PLACE),
-    "size": Factor("value", (0.09, 0.16), "crop", PLACE),
-    "blur": Factor("value", (0.0, 0.03), "blur", PLACE),
+    "x": Factor("value", (0.35, 0.65), "crop and flip", FORM),
+    "y": Factor("value", (0.35, 0.65), "crop", FORM),
+    "size": Factor("value", (0.09, 0.16), "crop", FORM),
+    "blur": Factor("value", (0.0, 0.03), "blur", FORM),
     "shape": Factor("class", tuple(SHAPES)),
     "texture": Factor("class", tuple(TEXTURES)),
     "pattern": Factor("class", tuple(PATTERNS)),

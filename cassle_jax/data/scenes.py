@@ -17,7 +17,7 @@ from cassle_jax.data.drawing import (
     steepened,
     window_around,
 )
-from cassle_jax.data.factors import COLOUR, PLACE, Drawn, Factor
+from cassle_jax.data.factors import COLOUR, FORM, Drawn, Factor
 
 _BLOBS = 3
 _POSITION_RANGE = (0.28, 0.72)
@@ -36,10 +36,10 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
 FACTORS: dict[str, Factor] = {
     "hue": Factor("angle", (0.0, 2 * np.pi), "colour jitter and grayscale", COLOUR),
     "shape": Factor("class", tuple(SHAPES)),
-    "x": Factor("value", _POSITION_RANGE, "crop and flip", PLACE),
-    "y": Factor("value", _POSITION_RANGE, "crop", PLACE),
-    "size": Factor("value", _SIZE_RANGE, "crop", PLACE),
-    "orientation": Factor("angle", (0.0, 2 * np.pi), "flip", PLACE),
+    "x": Factor("value", _POSITION_RANGE, "crop and flip", FORM),
+    "y": Factor("value", _POSITION_RANGE, "crop", FORM),
+    "size": Factor("value", _SIZE_RANGE, "crop", FORM),
+    "orientation": Factor("angle", (0.0, 2 * np.pi), "flip", FORM),
     "texture": Factor("class", tuple(TEXTURES)),
 }
 
