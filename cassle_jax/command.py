@@ -13,13 +13,14 @@ from absl import logging as absl_logging
 from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.config import check_setting, flat_settings
 from cassle_jax.config_files import find_config
-from cassle_jax.faults import Outage, passing
+from cassle_jax.faults import Outage, hurry, passing
 
 EXIT_WRONG_SETTING = 2
 EXIT_DIVERGED = 3
 EXIT_OUTAGE = 69  # EX_UNAVAILABLE: storage or a process is out of reach; it may be started again
 EXIT_NOT_SAVED = 74  # EX_IOERR: fix the disk; the same command continues from the last checkpoint
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
+RESTARTABLE = (EXIT_OUTAGE, EXIT_PREEMPTED)
 
 
 class Stop(BaseException):
@@ -41,6 +42,8 @@ def run(main: Callable[[], None]) -> None:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
     except Stop as stop:
         _leave(stop)
+    finally:
+        hurry.set()  # Python waits for reading threads before it ends
 
 
 def set_up_logging() -> None:
@@ -85,7 +88,8 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         if rest[1:]:
             raise ConfigError(f"{rest[1]!r} is not an option; options begin with --")
     except OSError as error:
-        raise Stop(f"config cannot be read: {_last_line(error)}", EXIT_WRONG_SETTING) from error
+        code = EXIT_OUTAGE if passing(error) else EXIT_WRONG_SETTING
+        raise Stop(f"config cannot be read: {_last_line(error)}", code) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Stop(_last_line(error), EXIT_WRONG_SETTING) from error
     return rest

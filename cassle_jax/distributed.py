@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from jax._src import distributed as runtime
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, Stop, code_of
+from cassle_jax.faults import hurry
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
@@ -35,6 +36,7 @@ JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
 # JAX declares a process dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 30
 _FAILURE_KEY = "cassle_jax/failure"
+_STOP_KEY = "RECEIVED_PREEMPTION_NOTICE"  # JAX sets it when one of the processes gets SIGTERM
 _FAILURE_SECONDS = 5  # time for a failure message to reach the other processes
 # Reading a dataset's labels may take an hour; the heartbeat detects a dead process earlier.
 _AGREE_MILLISECONDS = 2 * 3600 * 1000
@@ -236,6 +238,15 @@ def all_arrive(where: str) -> None:
         _group.all_arrive(where)
 
 
+def when_stopped(act: Callable[[], object]) -> None:
+    """Calls `act`, in a thread, once SIGTERM has come to any of several processes.
+
+    JAX takes that signal natively, and says so between steps only: a wait inside one would last.
+    """
+    if _group:
+        _group.when_stopped(act)
+
+
 _group: "_ProcessGroup | None" = None
 
 
@@ -262,6 +273,7 @@ class _ProcessGroup:
         )
         atexit.register(self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
+        self.when_stopped(hurry.set)
         if self._index:
             logging.getLogger("cassle_jax").setLevel(logging.WARNING)
 
@@ -287,6 +299,16 @@ class _ProcessGroup:
     def all_arrive(self, where: str) -> None:
         """See `all_arrive`."""
         self._client.wait_at_barrier(f"cassle_jax/{where}", 1000 * _ARRIVE_SECONDS)
+
+    def when_stopped(self, act: Callable[[], object]) -> None:
+        """See `when_stopped`."""
+
+        def listen() -> None:
+            with contextlib.suppress(Exception):  # the runtime was shut down
+                self._client.blocking_key_value_get(_STOP_KEY, _FOREVER_MILLISECONDS)
+                act()
+
+        threading.Thread(target=listen, daemon=True).start()
 
     def fail(self, message: str, code: int) -> NoReturn:
         """Ends this process with a failure, and the others with the same one."""

@@ -20,6 +20,7 @@ import jax
 from cassle_jax import command
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.export import export_command
+from cassle_jax.faults import hurry
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.storage import write_whole
@@ -104,6 +105,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if code != command.EXIT_PREEMPTED:
         write_outcome(job.workdir, code, line, time.monotonic() - start)
+    hurry.set()  # Python waits for reading threads before it ends
     sys.exit(code)
 
 

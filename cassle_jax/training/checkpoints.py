@@ -95,34 +95,54 @@ class Checkpoints:
         self._warn_once()
 
     def save_surely(
-        self, step: int, state: TrainState, data_state: dict[str, Any], *, seconds: float
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict[str, Any],
+        *,
+        seconds: float,
+        after_stop: float,
     ) -> None:
         """Saves and waits until it is complete; retries for up to `seconds` where that fails.
+
+        After a request to stop, `after_stop` seconds are left at most.
 
         Raises:
           NotSaved: the checkpoint could not be written.
         """
-        for attempt in range(1 + round(seconds / RETRY_SECONDS)):
-            if attempt == 1:
+        left, warned = seconds, False
+        while not self._is_saved(step, state, data_state):
+            left = min(left, after_stop) if hurry.is_set() else left
+            if left <= 0:
+                raise NotSaved(
+                    f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, "
+                    "where the same command continues"
+                ) from self._cause
+            if not warned:
                 LOG.warning(
                     "step %d would be lost: %s; saving it is tried for %.0f s more",
                     step,
                     self._trouble,
-                    seconds,
+                    left,
                 )
-            if attempt:
-                time.sleep(RETRY_SECONDS)
-            self._try(step, state, data_state)
-            self._settle()
-            if step in self._manager.all_steps():
-                self._check_read_back(wait=not hurry.is_set())
-                if self._readable or self._read_back is not None:
-                    return  # read, or still being read when the process must end
-                raise NotSaved(f"{self._unreadable}, nor could any before it")
-        raise NotSaved(
-            f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, where the "
-            "same command continues"
-        ) from self._cause
+            warned = True
+            time.sleep(RETRY_SECONDS)
+            left -= RETRY_SECONDS
+
+    def _is_saved(self, step: int, state: TrainState, data_state: dict[str, Any]) -> bool:
+        """Saves, and returns whether the checkpoint is complete.
+
+        Raises:
+          NotSaved: it is, and it cannot be read back, like all before it.
+        """
+        self._try(step, state, data_state)
+        self._settle()
+        if step not in self._manager.all_steps():
+            return False
+        self._check_read_back(wait=not hurry.is_set())
+        if self._readable or self._read_back is not None:
+            return True  # read, or still being read when the process must end
+        raise NotSaved(f"{self._unreadable}, nor could any before it")
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data state of the newest readable checkpoint; `None` without checkpoints.

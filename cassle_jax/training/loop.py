@@ -292,7 +292,13 @@ class _Loop:
 
     def _save_surely(self, seconds: float) -> None:
         self._check_finite()
-        self.checkpoints.save_surely(self.step, self.state, self.data_state, seconds=seconds)
+        self.checkpoints.save_surely(
+            self.step,
+            self.state,
+            self.data_state,
+            seconds=seconds,
+            after_stop=STOPPING_SAVE_SECONDS,
+        )
 
 
 def _check_devices(mesh: Mesh) -> None:

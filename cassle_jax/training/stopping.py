@@ -7,6 +7,7 @@ import threading
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from cassle_jax.distributed import when_stopped
 from cassle_jax.faults import hurry
 
 
@@ -23,6 +24,7 @@ class StopRequest:
         self._asked, self._previous = threading.Event(), {}
         self._alone = jax.process_count() == 1
         self._first: int | None = None
+        when_stopped(hurry.set)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
                 self._previous[number] = signal.signal(number, self._on_signal)

@@ -216,24 +216,30 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", ["", "before", "meanwhile"])
 def test_a_last_step_that_cannot_be_saved_is_an_error(
     config, whole, disk, at_step, monkeypatch, stopped
 ):
-    for module, name in (
-        (loop_module, "LAST_SAVE_SECONDS"),
-        (loop_module, "STOPPING_SAVE_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.4)
+    seconds = 600.0 if stopped == "meanwhile" else 0.4
+    monkeypatch.setattr(loop_module, "LAST_SAVE_SECONDS", seconds)
+    monkeypatch.setattr(loop_module, "STOPPING_SAVE_SECONDS", 0.4)
     monkeypatch.setattr(checkpoints_module, "RETRY_SECONDS", 0.2)
     workdir = disk.folder / "run"
 
     def fill():
         disk.fill()
-        if stopped:
+        if stopped == "before":
             signal.raise_signal(signal.SIGTERM)
 
+    class Stopping(logging.Handler):
+        """Stops a run that says it tries again."""
+
+        def emit(self, record):
+            if stopped == "meanwhile" and "would be lost" in record.getMessage():
+                signal.raise_signal(signal.SIGTERM)
+
     at_step[20] = once_saved(workdir, 15, fill)
+    monkeypatch.setattr(checkpoints_module.LOG, "handlers", [Stopping()])
     with pytest.raises(
         Stop, match=r"step (20|24) could not be saved: .*newest saved is \d+"
     ) as end:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from etils import epath
+from PIL import Image
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import runtime_arguments
@@ -121,6 +122,28 @@ def test_a_disk_that_fails_under_one_ends_all_with_a_code_that_starts_them_again
     for error in errors:
         assert "checkpoint 10 is not saved" in error and "Input/output error" in error
         assert "training goes on" not in error and "Traceback" not in error
+
+
+def test_a_stop_while_the_images_are_gone_is_heard_at_once(tmp_path):
+    root = tmp_path / "images"
+    for index in range(64):
+        file = root / "train" / "ab"[index % 2] / f"{index:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(file)
+    settings = ("data.source='folder'", f"data.path='{root}'", "data.cache_gib=0.0")
+    steps = ("steps=100000", "checkpoint.every_steps=5")
+    run = tmp_path / "run"
+    processes = start(run, 2, *steps, *settings, CASSLE_STORAGE_SECONDS="120")
+    wait_for(run, 5, processes)
+    root.rename(tmp_path / "away")
+    before = None
+    while before != (before := steps_saved(run)):  # what was read before is used up
+        time.sleep(3)
+    processes[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    codes, errors = ends(processes)
+    assert codes == [69, 69] and time.monotonic() - began < 60, errors
+    assert all("the same command continues" in each for each in errors)
 
 
 @pytest.mark.parametrize(
