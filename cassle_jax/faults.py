@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -13,22 +14,25 @@ LOG = logging.getLogger(__name__)
 SECONDS = "CASSLE_STORAGE_SECONDS"  # how long to wait for a fault to pass
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_PASSING = FULL | {
-    getattr(errno, name)
-    for name in (
-        *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "ENOLINK", "ENOLCK", "EAGAIN", "EBUSY"),
-        *("ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EPIPE", "EHOSTDOWN", "EHOSTUNREACH"),
-        *("ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED"),
-    )
-    if hasattr(errno, name)  # not every system has them all
-}
+# Faults of a device or network, then of this machine's resources: none of them is a wrong setting.
+# A file system that says EBADMSG or EUCLEAN has lost a file, or itself: which, other files tell.
+TEMPORARY = (
+    *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "ENOMEDIUM", "ENOLINK", "ENOLCK", "EBUSY"),
+    *("ETIMEDOUT", "ETIME", "ENOTCONN", "ESHUTDOWN", "EPIPE", "EHOSTDOWN", "EHOSTUNREACH"),
+    *("ENETDOWN", "ENETUNREACH", "ENETRESET", "ENONET", "ECOMM", "EPROTO", "EKEYEXPIRED"),
+    *("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EBADMSG", "EUCLEAN", "ENOSPC", "EDQUOT"),
+    *("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN", "EINTR"),
+)
+_PASSING = {getattr(errno, name) for name in TEMPORARY if hasattr(errno, name)}
+# Answers of a server that is overloaded or down.
+_HTTP = frozenset({408, 425, 429, *range(500, 600)})
 _OURS = __name__.split(".")[0]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0
 
 T = TypeVar("T")
 
 hurry = threading.Event()
-"""Set when the process is about to end: retries then stop waiting."""
+"""Set when the process is about to end: a retry that waits tries once more, and gives up."""
 
 
 class Outage(RuntimeError):
@@ -38,17 +42,35 @@ class Outage(RuntimeError):
 def passing(error: BaseException | None) -> OSError | None:
     """The temporary fault of storage that caused `error`; `None` for any other cause.
 
-    Libraries in other languages report a fault in words alone. This project's own errors have it as
-    their cause; their words may quote a fault that is past, or a path.
+    Libraries in other languages report a fault in words alone, those of object stores by types of
+    their own. This project's own errors have it as their cause; their words may quote a fault that
+    is past, or a path.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            return error
-        other = not isinstance(error, OSError) and type(error).__module__.split(".")[0] != _OURS
-        if other and (code := _named_in(str(error))):
-            return OSError(code, os.strerror(code))
+        code = _code_of(error)
+        if code is not None:
+            given = isinstance(error, OSError) and error.errno == code
+            return error if given else OSError(code, os.strerror(code))
         error = error.__cause__
     return None
+
+
+def _code_of(error: BaseException) -> int | None:
+    """The number of the temporary fault that an error is, without its causes."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _PASSING else None
+    library = type(error).__module__.split(".")[0]
+    if library == _OURS:
+        return None
+    if not isinstance(error, OSError) and (code := _named_in(str(error))):
+        return code
+    status = getattr(error, "status", getattr(error, "code", None))
+    kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
+    if re.search("Timeout", kinds):
+        return errno.ETIMEDOUT
+    unreachable = re.search("Connection|Disconnected|Transport", kinds)
+    overloaded = isinstance(status, int) and status in _HTTP
+    return errno.ECONNRESET if unreachable or overloaded else None
 
 
 def _named_in(text: str) -> int | None:
@@ -91,7 +113,8 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
             reason = f"{what}: {fault.strerror or fault}"
             left = until - time.monotonic()
             if left <= 0 or hurry.is_set():
-                raise Outage(f"{reason}, for {seconds:g} s; the same command continues") from error
+                why = f"for {seconds:g} s" if left <= 0 else "and the process is to end"
+                raise Outage(f"{reason}, {why}; the same command continues") from error
             if not logged:
                 LOG.warning("%s; it is tried again for %.3g s", reason, seconds)
             logged = True

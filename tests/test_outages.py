@@ -5,7 +5,13 @@ import errno
 import fcntl
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,8 +21,8 @@ from PIL import Image
 
 from cassle_jax import faults
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
-from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
+from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, RESTARTABLE, code_of
+from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, listing, open_source
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.shards import Shards
 from cassle_jax.faults import Outage, passing, retried
@@ -47,6 +53,8 @@ def short(monkeypatch):
 class Failing:
     """A source of `IMAGES` images; `fails` says of an index whether reading it fails now."""
 
+    code = 0
+
     def __init__(self, source, fails):
         self._source, self._fails = source, fails
         self.name, self.class_names = source.name, source.class_names
@@ -58,7 +66,7 @@ class Failing:
     def __getitem__(self, index):
         self.reads.append(index)
         if self._fails(index):
-            raise fault(errno.ESTALE if index % 2 else errno.EIO)
+            raise fault(self.code or (errno.ESTALE if index % 2 else errno.EIO))
         return self._source[index]
 
 
@@ -105,6 +113,22 @@ def test_what_passes_is_tried_again_and_what_stays_is_an_outage(caplog):
 
     with pytest.raises(Outage, match=r"^it: Stale file handle, for 0\.5 s; the same command"):
         retried("it", never)
+
+
+def test_a_request_to_stop_ends_a_wait_after_one_more_try():
+    tries = []
+
+    def action():
+        tries.append(time.monotonic())
+        raise fault()
+
+    threading.Timer(0.2, faults.hurry.set).start()
+    try:
+        with pytest.raises(Outage, match=r"^it: Input/output error, and the process is to end"):
+            retried("it", action, seconds=60.0)
+    finally:
+        faults.hurry.clear()
+    assert len(tries) > 1 and time.monotonic() - tries[0] < 10
 
 
 def test_an_own_error_that_quotes_a_fault_is_none():
@@ -278,6 +302,47 @@ def test_a_run_whose_images_vanish_saves_and_the_same_command_continues(
     jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
 
 
+def test_a_stop_while_the_images_are_gone_is_heard_at_once(config, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(faults.SECONDS, "60")
+    config.steps = 10**6
+    write = MetricsWriter.write
+
+    def vanish(writer, step, metrics):
+        write(writer, step, metrics)
+        if step == 4:
+            folder.rename(tmp_path / "away")
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(MetricsWriter, "write", vanish)
+    start = time.monotonic()
+    with pytest.raises(Outage) as outage:
+        pretrain(config, tmp_path / "run")
+    assert time.monotonic() - start < 40
+    assert code_of(outage.value) == EXIT_OUTAGE and steps_saved(tmp_path / "run")
+
+
+def test_a_command_that_ends_waits_for_no_reading_thread(tmp_path):
+    """Python joins the threads of its pools before it ends."""
+    program = """
+import errno, time
+from concurrent.futures import ThreadPoolExecutor
+from cassle_jax import command
+from cassle_jax.faults import retried
+
+def gone():
+    raise OSError(errno.EIO, "gone")
+
+def main():
+    ThreadPoolExecutor().submit(retried, "it", gone, seconds=600.0)
+    time.sleep(0.5)
+    raise command.Stop("stopped", 3)
+
+command.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)
+    assert ended.returncode == 3
+
+
 @pytest.mark.parametrize("passes", [True, False])
 def test_no_space_at_the_start_is_waited_for(config, tmp_path, monkeypatch, passes):
     write, fails = loop_module.write_config, iter([True] * (2 if passes else 1000))
@@ -338,6 +403,84 @@ def test_a_checkpoint_that_fails_to_be_read_once_is_not_given_up(tmp_path, monke
         checkpoints.restore(small_state(0))
     checkpoints.close()
     assert steps_saved(tmp_path) == [1, 2] and not (tmp_path / "unreadable").exists()
+
+
+def of_a_library(name, *bases, **attributes):
+    """An error of an object store's library, which sets no errno."""
+    kind = type(name, bases or (Exception,), {"__module__": "botocore.exceptions", **attributes})
+    return kind("it failed")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *map(fault, (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EHOSTDOWN)),
+        *map(fault, (errno.ENOTCONN, errno.EREMOTEIO, errno.EDQUOT, errno.ENOSPC)),
+        TimeoutError("no answer"),
+        ConnectionResetError("by peer"),
+        of_a_library("ReadTimeoutError"),
+        of_a_library("EndpointConnectionError"),
+        of_a_library("ServerDisconnectedError", OSError),
+        of_a_library("HttpError", code=503),
+        of_a_library("ClientResponseError", status=429),
+        RuntimeError("open() failed: Too many open files; opening x"),
+    ],
+)
+def test_faults_of_a_machine_or_a_store_pass(error):
+    assert passing(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *map(fault, (errno.EACCES, errno.EROFS, errno.ENOENT, errno.EFBIG, errno.EINVAL)),
+        of_a_library("HttpError", code=404),
+        of_a_library("HttpError", code=lambda: 503),
+        of_a_library("NoCredentialsError"),
+    ],
+)
+def test_what_somebody_must_mend_does_not_pass(error):
+    assert passing(error) is None
+
+
+def test_too_many_open_files_are_no_wrong_setting(images, monkeypatch):
+    failing = Failing(images, lambda index: True)
+    monkeypatch.setattr(Failing, "code", errno.EMFILE)
+    with pytest.raises(Outage, match=r"Too many open files.*; the same command continues") as ended:
+        batches(failing, DamagedLog(IMAGES, 0.0))
+    assert code_of(ended.value) == EXIT_OUTAGE
+
+
+def test_a_folder_out_of_reach_is_neither_missing_nor_skipped(folder, monkeypatch):
+    fails, look = iter([True, True]), Path.is_dir
+
+    def is_dir(path):
+        if path == folder and next(fails, False):
+            raise fault(errno.ESTALE)
+        return look(path)
+
+    def stale():
+        raise fault(errno.ESTALE)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    settings = SimpleNamespace(source="folder", path=str(folder), classes="", max_pixels=10**8)
+    assert len(open_source(settings, "train")) == IMAGES
+    assert not next(fails, False)
+    with pytest.raises(OSError, match="Stale"):  # where a link leads
+        listing._kind(SimpleNamespace(name=b"link.png", is_dir=stale))
+
+
+def test_the_page_has_the_codes_and_faults_of_the_program():
+    page = (Path(__file__).parents[1] / "docs" / "storage.md").read_text()
+    listed = page.split("Temporary are")[1].split("Everything else")[0]
+    assert re.findall(r"\bE[A-Z]{2,}\b", listed) == list(faults.TEMPORARY)
+    table = page.split("| exit code | started again |")[1].split("\n\n")[0]
+    for row in table.splitlines()[2:]:
+        _, _, codes, again = (cell.strip() for cell in row.strip("|").split("|"))
+        known = {int(code) for code in re.findall(r"\d+", codes)}
+        assert known <= {1, 2, 3, 69, 74, 75, 134}, row
+        if again in ("yes", "no"):
+            assert known and (known <= {*RESTARTABLE, 134}) == (again == "yes"), row
 
 
 def test_passing_looks_at_causes_and_at_what_libraries_say():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
+from cassle_jax.faults import passing
 
 LOG = logging.getLogger(__name__)
 
@@ -100,10 +101,16 @@ def _images(
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether the path is a folder; False where that cannot be read."""
+    """Whether the path is a folder; False where that must not be read.
+
+    Raises:
+      OSError: storage is out of reach, for now.
+    """
     try:
         return path.is_dir()
-    except OSError:
+    except OSError as error:
+        if passing(error):
+            raise
         return False
 
 
@@ -125,5 +132,7 @@ def _kind(entry: os.DirEntry) -> str:
         if entry.is_file():
             return _IMAGE if entry.name.lower().endswith(_ENDINGS) else NOT_AN_IMAGE
     except OSError as error:
+        if passing(error):
+            raise
         return CIRCLE if error.errno == errno.ELOOP else UNREADABLE
     return DANGLING if entry.is_symlink() else SPECIAL

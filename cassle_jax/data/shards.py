@@ -31,6 +31,7 @@ class Shards:
 
     Raises:
       DataError: a local file is missing or must not be read.
+      OSError: storage is out of reach, for now.
     """
 
     def __init__(self, name: str, instructions: Sequence[Any]):
@@ -39,9 +40,18 @@ class Shards:
         self._records = [each.examples_in_shard for each in instructions]
         self._ends = np.cumsum([each.take for each in instructions])
         for path in self.paths:
-            if "://" not in path and not os.access(path, os.R_OK):
-                there = os.path.exists(path)  # noqa: PTH110 - a shard's path stays a string
-                raise self._unreadable(path, "Permission denied" if there else "it is not there")
+            if "://" not in path:
+                self._check_opens(path)
+
+    def _check_opens(self, path: str) -> None:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError as error:
+            raise self._unreadable(path, "it is not there") from error
+        except OSError as error:
+            if passing(error):
+                raise
+            raise self._unreadable(path, error.strerror) from error
 
     def check(self, position: int, error: Exception) -> None:
         """Raises DataError where `error` is the fault of a record's file, not of the record.
