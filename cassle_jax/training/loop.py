@@ -22,12 +22,12 @@ from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
 from cassle_jax.storage import is_utf8, on_object_store, path_of
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
-from cassle_jax.training.probe import OnlineProbe
+from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.recorded import record_of
 from cassle_jax.training.run import Run, build_run
@@ -213,6 +213,7 @@ class _Loop:
     def _steps(self, stop: StopRequest) -> TrainState:
         in_flight: deque = deque()
         self.window.start()
+        self._catch_up()
         while self.step < self.total:
             if stop.agreed(self.step):
                 raise Preempted(f"stopped before step {self.step + 1}; nothing new to save")
@@ -228,6 +229,15 @@ class _Loop:
                 self._save_surely(STOPPING_SAVE_SECONDS)
                 raise Preempted(f"stopped after step {self.step}, which is saved")
         return self.state
+
+    def _catch_up(self) -> None:
+        """Runs the probe of the step it continues from, where the run was killed in the middle."""
+        if not self.probe or not self.step or not self._is_probed:
+            return
+        lacking = self.writer is None or MEASURED not in self.writer.measured
+        if in_all_processes(lacking):  # the first process decides
+            with self.window.paused():
+                self._report(self._probed())
 
     def _after_step(self, stop: StopRequest) -> None:
         config, last = self.config, self.step == self.total
@@ -245,8 +255,7 @@ class _Loop:
         elif self._is_due(config.log.every_steps):
             self.checkpoints.look()
         # A request to stop leaves only seconds: then there is no probe.
-        probing = last or (self._is_due(self._probe_every) and not stop.agreed(self.step))
-        if self.probe and probing:
+        if self.probe and self._is_probed and (last or not stop.agreed(self.step)):
             self._check_finite()
             with self.window.paused():
                 self._report(self._probed())
@@ -277,8 +286,9 @@ class _Loop:
         return every > 0 and self.step % every == 0
 
     @property
-    def _probe_every(self) -> int:
-        return self.config.probe.every_epochs * self.run.clock.steps_per_epoch
+    def _is_probed(self) -> bool:
+        every = self.config.probe.every_epochs * self.run.clock.steps_per_epoch
+        return self.step == self.total or self._is_due(every)
 
     def _check_finite(self) -> None:
         diverged_at = int(self.state.diverged_at)

@@ -36,16 +36,18 @@ class MetricsWriter:
       workdir: workdir of the run.
       step: the step that the run continues from; 0 for a new one.
 
+    Attributes:
+      measured: the names of what is written of that step already.
+
     Raises:
       OSError: the files cannot be written.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
         workdir = epath.Path(workdir)
-        self._sinks: list[Sink] = [
-            JsonLines(workdir / "metrics.jsonl", step),
-            TensorBoard(workdir / "tensorboard", step),
-        ]
+        lines = JsonLines(workdir / "metrics.jsonl", step)
+        self.measured = lines.measured
+        self._sinks: list[Sink] = [lines, TensorBoard(workdir / "tensorboard", step)]
 
     def add(self, sink: Sink) -> None:
         """Writes to one more sink from now on."""
@@ -63,10 +65,16 @@ class MetricsWriter:
 
 
 class JsonLines:
-    """One line for each report, with its step; earlier lines after `step` are dropped."""
+    """One line for each report, with its step; earlier lines after `step` are dropped.
+
+    Attributes:
+      measured: the names of what is written of that step already.
+    """
 
     def __init__(self, path: epath.Path, step: int):
-        kept = b"".join(_as_line(each) for each in read_lines(path) if each["step"] <= step)
+        lines = [each for each in read_lines(path) if each["step"] <= step]
+        self.measured = {name for each in lines if each["step"] == step for name in each}
+        kept = b"".join(map(_as_line, lines))
         if not path.exists() or path.read_bytes() != kept:
             write_whole(path, kept)
         self._file = GrowingFile(path, kept)

@@ -17,6 +17,9 @@ from cassle_jax.training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 
+MEASURED = "rank_me"
+"""The measurement that every probe makes."""
+
 
 class FeatureReader:
     """Reads a dataset's features from a run's encoder.
@@ -101,7 +104,7 @@ class OnlineProbe:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """k-NN accuracy in [0, 1] where there are labels, and RankMe, from 1 to the width."""
         test, test_labels = self._read(state, *self._test)
-        measured = {"rank_me": rank_me(test)}
+        measured = {MEASURED: rank_me(test)}
         train, train_labels = self._read(state, *self._train)
         both = (self._train[0], self._test[0])
         if all(map(_has_classes, both)) and min(train_labels.min(), test_labels.min()) >= 0:

@@ -416,6 +416,33 @@ def test_a_probe_that_fails_is_a_line_and_loses_no_step(
     assert all(type(error).__name__ in each and "\n" not in each for each in lines)
 
 
+@pytest.mark.parametrize("killed_at", [16, 24])
+def test_the_probe_of_a_run_that_was_killed_in_it_is_run_when_it_continues(
+    config, whole, tmp_path, monkeypatch, killed_at
+):
+    config = config.copy_and_resolve_references()
+    config.probe.update({"every_epochs": 2, "train_images": 32, "test_images": 32})
+    config.checkpoint.every_steps = 8
+    probed, killed = [], [killed_at]
+
+    def probe(self, state):
+        step = int(state.step)
+        if step in killed:
+            killed.clear()
+            raise KeyboardInterrupt
+        probed.append(step)
+        return {"rank_me": float(step)}
+
+    monkeypatch.setattr(loop_module.OnlineProbe, "__call__", probe)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, tmp_path / "run")
+    assert_identical(pretrain(config, tmp_path / "run"), whole[1])
+    assert probed == [8, 16, 24]
+    assert read_metrics(tmp_path / "run")["rank_me"] == [(step, float(step)) for step in probed]
+    pretrain(config, tmp_path / "run")
+    assert probed == [8, 16, 24]
+
+
 # --- changed settings
 
 

@@ -115,13 +115,17 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
     assert_same(tmp_path, alone)
 
 
-def test_a_disk_that_fails_under_one_ends_all_with_a_code_that_starts_them_again(tmp_path):
+def test_a_disk_that_fails_under_one_ends_all_and_the_same_command_continues(alone, tmp_path):
     codes, errors = ends(start(tmp_path, 2, STEPS, module="tests.training.run_unsaved"))
     assert codes == [69, 69], errors
     assert steps_saved(tmp_path) == [5]
     for error in errors:
         assert "checkpoint 10 is not saved" in error and "Input/output error" in error
         assert "training goes on" not in error and "Traceback" not in error
+    codes, errors = ends(start(tmp_path, 1, *PROBED))
+    assert codes == [0], errors
+    assert_losses_equal(tmp_path, alone)
+    assert_same(tmp_path, alone)
 
 
 def test_a_stop_while_the_images_are_gone_is_heard_at_once(tmp_path):
