@@ -113,9 +113,10 @@ version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m
 
 # Calls start_processes, which sets the array processes, until the run is finished or cannot be.
 # Restarts a run that saved and ended, lost storage or another process, or crashed, up to the given number of times, but
-# not one that SIGTERM or Ctrl-C ended through this script.
+# not one that SIGTERM or Ctrl-C ended through this script. Waits before all restarts but those of a run that saved, ten
+# seconds at first (CASSLE_RESTART_SECONDS), then twice as long each time, up to five minutes.
 supervise() {
-  local left="$1" code
+  local left="$1" code pause="${CASSLE_RESTART_SECONDS:-10}"
   processes=() stopping=''
   trap 'stopping=yes interrupted=yes; kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
   while true; do
@@ -130,7 +131,16 @@ supervise() {
       return "$code"
     fi
     left=$((left - 1))
-    say "ended with $code; starting again (then $left more times at most)"
+    if [ "$code" -eq "$saved" ]; then
+      say "ended with $code; starting again (then $left more times at most)"
+      continue
+    fi
+    say "ended with $code; starting again in $pause s (then $left more times at most)"
+    sleep "$pause" &
+    processes=("$!")
+    wait "${processes[0]}" || true
+    [ -z "$stopping" ] || return "$code"
+    pause=$((2 * pause < 300 ? 2 * pause : 300))
   done
 }
 

@@ -18,18 +18,15 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
+from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.storage import kept_json, write_whole
+from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"
 
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
 _WEEK_MINUTES = 7 * 24 * 60
-# Exit codes of a command that was preempted or lost its storage. It resumes in the requeued SLURM
-# job, or here in the same job.
-_STOPPED = (EXIT_PREEMPTED, EXIT_OUTAGE, -signal.SIGTERM)
-_MOST_STARTS = 100  # more preemptions than that have another cause
 _PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 # Requeues by submitit at a job's time limit; practically unlimited.
 _MOST_REQUEUES = 10_000
@@ -71,11 +68,13 @@ class Command:
             if is_first:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            while code in _STOPPED and starts < _MOST_STARTS:
-                if job.cluster == "slurm":
+            # It resumes in the requeued SLURM job, or here in the same job.
+            while (pause := pause_before_restart(code, starts)) is not None:
+                if job.cluster == "slurm":  # which itself waits before it starts a job anew
                     if is_first:
                         _requeue(os.environ["SLURM_JOB_ID"])
                     sys.exit(EXIT_PREEMPTED)  # submitit gets no result
+                time.sleep(pause)
                 code, starts = self._run(lock, log), starts + 1
             if is_first:
                 self._write_outcome(code)

@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
-from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
-from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus
+from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.sweep.jobs import OUTCOME, visible_gpus
+from cassle_jax.sweep.restarts import pause_before_restart
+from cassle_jax.sweep.table import ROOT
 from cassle_jax.sweep.worker import Job, work, write_outcome
 
 LOG = logging.getLogger(__name__)
@@ -17,7 +19,6 @@ LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 # Time between SIGTERM and SIGKILL; a killed worker loses the steps since its last checkpoint.
 GRACE_SECONDS = 40.0
-_MOST_STARTS = 3  # starts of a run per call where something else stops it
 # Share of a GPU's memory for all workers on it; every worker allocates its part at its start.
 _MEMORY_SHARE = 0.9
 
@@ -47,18 +48,23 @@ class WorkerPool:
         Returns:
           Whether all jobs ended; `False` after the time limit or a signal.
         """
-        waiting, running, starts = deque(jobs), {}, dict.fromkeys(jobs, 0)
+        waiting, running = deque(jobs), {}
+        starts, due = dict.fromkeys(jobs, 0), dict.fromkeys(jobs, 0.0)
         handlers = {number: signal.signal(number, self._request_stop) for number in _SIGNALS}
         try:
             while (waiting or running) and not self._is_over:
-                while waiting and self._free:
-                    job, share = waiting.popleft(), self._free.popleft()
+                for job in [job for job in waiting if due[job] <= time.monotonic()]:
+                    if not self._free:
+                        break
+                    waiting.remove(job)
+                    share = self._free.popleft()
                     starts[job] += 1
                     running[self._start(job, share)] = job, share, time.monotonic()
                 for process, (job, share, start) in self._ended(running):
                     self._free.append(share)
-                    again = process.exitcode in (EXIT_PREEMPTED, EXIT_OUTAGE)
-                    if again and starts[job] < _MOST_STARTS:
+                    pause = pause_before_restart(process.exitcode, starts[job])
+                    if pause is not None:
+                        due[job] = time.monotonic() + pause
                         waiting.appendleft(job)
                         continue
                     _record_silent_end(job, process.exitcode, time.monotonic() - start)

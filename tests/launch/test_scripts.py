@@ -182,6 +182,7 @@ def stub(tmp_path):
             "VIRTUAL_ENV": str(folder),
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "JAX_PLATFORMS": "cpu",
+            "CASSLE_RESTART_SECONDS": "0",
         }
 
     make.starts = lambda: (tmp_path / "starts").read_text().count("start")
@@ -206,6 +207,21 @@ def test_a_gpu_host_starts_again_what_saved_or_crashed(stub, tmp_path, codes, st
     body = f"code=$(head -n 1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes; exit $code"
     ended = run("gpu_host.sh", *RUN, "--restarts=2", **stub(body))
     assert (ended.returncode, stub.starts()) == (ends_with, starts), ended.stderr
+
+
+def test_a_restart_after_an_outage_waits_and_a_signal_ends_the_wait(stub, tmp_path):
+    environment = os.environ | stub("exit 69") | {"CASSLE_RESTART_SECONDS": "900"}
+    process = subprocess.Popen(
+        ["bash", "launch/gpu_host.sh", *RUN],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "starting again in 900 s" in line:
+            process.send_signal(signal.SIGTERM)
+    assert (process.wait(600), stub.starts()) == (69, 1)
 
 
 def test_of_several_processes_the_worst_end_counts(stub):

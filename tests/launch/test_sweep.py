@@ -13,10 +13,12 @@ import pytest
 import submitit
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
+from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import EvaluationOptions
 from tests.tiny import on_one_device
@@ -186,6 +188,29 @@ def test_a_run_without_progress_is_not_restarted_forever(on_slurm, tmp_path, mon
     monkeypatch.setenv("SLURM_RESTART_COUNT", "99")
     assert on_slurm[1]() == 75
     assert outcome_of(tmp_path)["exit_code"] == 75 and not (tmp_path / "calls").exists()
+
+
+def test_an_outage_is_followed_by_longer_and_longer_pauses_and_then_by_an_end(monkeypatch):
+    monkeypatch.setenv("CASSLE_RESTART_SECONDS", "10")
+    pauses = [pause_before_restart(EXIT_OUTAGE, starts) for starts in range(1, 21)]
+    assert pauses[:6] == [10, 20, 40, 80, 160, 300] and pauses[18:] == [300, None]
+    assert pause_before_restart(EXIT_PREEMPTED, 99) == 0
+    for code in (0, 1, 2, 3, EXIT_NOT_SAVED):
+        assert pause_before_restart(code, 1) is None
+
+
+@pytest.mark.parametrize("code", [EXIT_OUTAGE, EXIT_PREEMPTED])
+def test_a_local_job_restarts_a_bounded_number_of_times(tmp_path, monkeypatch, code):
+    pauses = []
+    monkeypatch.setattr(
+        submitit, "JobEnvironment", lambda: SimpleNamespace(cluster="local", global_rank=0)
+    )
+    monkeypatch.setattr(jobs.time, "sleep", pauses.append)
+    command = Command("nothing", [], tmp_path)
+    monkeypatch.setattr(command, "_run", lambda lock, log: code)
+    assert command() == code and outcome_of(tmp_path)["exit_code"] == code
+    assert len(pauses) == (19 if code == EXIT_OUTAGE else 99)
+    assert sum(pauses) == (4510 if code == EXIT_OUTAGE else 0)
 
 
 class Waiting(submitit.Job):

@@ -1,0 +1,41 @@
+"""Decides whether a command of a sweep or table that ended is started again, and when."""
+
+import os
+import signal
+
+from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
+from cassle_jax.config import ConfigError
+
+FIRST_PAUSE = "CASSLE_RESTART_SECONDS"  # the pause after the first outage; launch/run.sh reads it
+_LONGEST_PAUSE = 300.0
+_MOST_STARTS = {
+    EXIT_PREEMPTED: 100,  # more preemptions than that have another cause
+    -signal.SIGTERM: 100,
+    EXIT_OUTAGE: 20,
+}
+
+
+def pause_before_restart(code: int, starts: int) -> float | None:
+    """Seconds until a command that ended is started again; `None` where it is not.
+
+    A command that was stopped, and saved, goes on at once. After an outage, which it has waited for
+    itself, the pauses double.
+
+    Args:
+      code: exit code of the command; -15 where SIGTERM ended it.
+      starts: number of its starts so far.
+
+    Raises:
+      ConfigError: `CASSLE_RESTART_SECONDS` is no number.
+    """
+    if starts >= _MOST_STARTS.get(code, 0):
+        return None
+    return 0.0 if code != EXIT_OUTAGE else min(_first_pause() * 2 ** (starts - 1), _LONGEST_PAUSE)
+
+
+def _first_pause() -> float:
+    text = os.environ.get(FIRST_PAUSE, "10")
+    try:
+        return max(0.0, float(text))
+    except ValueError as error:
+        raise ConfigError(f"{FIRST_PAUSE}={text!r} is no number of seconds; use 10") from error
