@@ -3,8 +3,8 @@
 import os
 import signal
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
-from cassle_jax.config import ConfigError
 
 FIRST_PAUSE = "CASSLE_RESTART_SECONDS"  # the pause after the first outage; launch/run.sh reads it
 _LONGEST_PAUSE = 300.0
