@@ -191,6 +191,11 @@ def _no_metrics(case: Case) -> None:
     case.at_step(lambda: case.failing(GrowingFile, "_write", errno.ENOSPC, times=4))
 
 
+def _no_probe(case: Case) -> None:
+    case.config.probe.update({"every_epochs": 2, "test_split": "train"})
+    case.failing(loop.OnlineProbe, "__call__", errno.EINVAL)
+
+
 FAULTS = (
     Fault("one read fails (EIO, ESTALE)", _one_read),
     Fault("one file stays unreadable", _one_file, damages=True),
@@ -238,10 +243,7 @@ FAULTS = (
         lambda case: case.failing(ReadBack, "_load", errno.EINVAL),
         [74],
     ),
-    Fault(
-        "the probe fails, or the run is killed in it",
-        lambda case: case.failing(loop.OnlineProbe, "__call__", errno.EINVAL, times=1),
-    ),
+    Fault("the probe fails, or the run is killed in it", _no_probe),
     Fault("metrics cannot be written", _no_metrics),
     Fault(
         "SIGTERM, Ctrl-C",

@@ -135,10 +135,10 @@ supervise() {
       say "ended with $code; starting again (then $left more times at most)"
       continue
     fi
-    say "ended with $code; starting again in $pause s (then $left more times at most)"
     sleep "$pause" &
-    processes=("$!")
-    wait "${processes[0]}" || true
+    processes=("$!") # which a signal ends
+    say "ended with $code; starting again in $pause s (then $left more times at most)"
+    [ -n "$stopping" ] || wait "${processes[0]}" || true
     [ -z "$stopping" ] || return "$code"
     pause=$((2 * pause < 300 ? 2 * pause : 300))
   done
