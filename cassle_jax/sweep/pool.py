@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from cassle_jax.command import EXIT_PREEMPTED
-from cassle_jax.sweep.jobs import OUTCOME, visible_gpus
+from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus
 from cassle_jax.sweep.restarts import pause_before_restart
-from cassle_jax.sweep.table import ROOT
 from cassle_jax.sweep.worker import Job, work, write_outcome
 
 LOG = logging.getLogger(__name__)
