@@ -1,6 +1,7 @@
 """Files of a run on local disks and object stores: written whole, or growing at their end."""
 
 import contextlib
+import fnmatch
 import glob
 import json
 import logging
@@ -37,11 +38,18 @@ def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
     """What matches inside a folder whose own name is no pattern."""
     # epath's own takes `runs/a[1]` for a pattern: Orbax then finds nothing to put into a checkpoint
     # and leaves, without a word, one that cannot be read.
-    matching = folder._PATH.join(glob.escape(folder._path_str), pattern)
-    return map(folder._new, folder._backend.glob(matching))
+    first, _, rest = pattern.partition("/")
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path in paths:
+        hidden = path.name.startswith(".") and not first.startswith(".")
+        if fnmatch.fnmatchcase(path.name, first) and not hidden:
+            yield from _glob(path, rest) if rest else (path,)
 
 
-epath.gpath._GPath.glob = _glob
+type(epath.Path(".")).glob = _glob
 
 
 def on_object_store(path: epath.PathLike) -> bool:

@@ -131,6 +131,18 @@ def test_two_writers_and_a_stopped_one_leave_whole_files(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("pattern", ["*", "a*", "[ab]?.txt", "*/c.txt", ".*", "none*", "a.txt/*"])
+def test_only_a_pattern_is_one(tmp_path, pattern):
+    folder = tmp_path / "run[1]*"
+    (folder / "a.d").mkdir(parents=True)
+    for name in ("a.txt", "b1.txt", ".hidden", "a.d/c.txt"):
+        (folder / name).touch()
+    found = folder.glob(pattern)
+    expected = {str(path) for path in found if pattern[0] == "." or path.name[0] != "."}
+    assert {str(path) for path in epath.Path(folder).glob(pattern)} == expected
+    assert not list((epath.Path(folder) / "missing").glob(pattern))
+
+
 def refuse(path, content):
     with path.open("wb") as file:
         file.write(content[:1])
