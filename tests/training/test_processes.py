@@ -116,7 +116,7 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
 
 
 def test_a_disk_that_fails_under_one_ends_all_and_the_same_command_continues(alone, tmp_path):
-    codes, errors = ends(start(tmp_path, 2, STEPS, module="tests.training.run_unsaved"))
+    codes, errors = ends(start(tmp_path, 2, *PROBED, module="tests.training.run_unsaved"))
     assert codes == [69, 69], errors
     assert steps_saved(tmp_path) == [5]
     for error in errors:
