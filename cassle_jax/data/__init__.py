@@ -13,7 +13,7 @@ from cassle_jax.data.pipeline import (
     training_batches,
 )
 from cassle_jax.data.scenes import Scenes
-from cassle_jax.data.sources import Record, Source
+from cassle_jax.data.sources import Record, Source, names_of
 
 __all__ = [
     "COLOUR",
@@ -33,6 +33,7 @@ __all__ = [
     "TooManyDamaged",
     "decode",
     "evaluation_batches",
+    "names_of",
     "open_feed",
     "open_source",
     "steps_per_epoch",

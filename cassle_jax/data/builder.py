@@ -104,6 +104,11 @@ class TfdsSource:
         return Record(image, self._label(example), f"{self.name} #{position}")
 
     @property
+    def names(self) -> str:
+        """See `names_of`."""
+        return self._shards.names
+
+    @property
     def content(self) -> str:
         """See `content_of`."""
         return content_of_files(self._shards.paths)

@@ -1,7 +1,6 @@
 """An image folder in any of the usual layouts, as a source that holds millions of files."""
 
 import functools
-import hashlib
 import logging
 import os
 import pathlib
@@ -18,6 +17,7 @@ from cassle_jax.data.sources import (
     check_classes,
     closest,
     content_of_files,
+    digest_of,
     read_class_list,
 )
 from cassle_jax.storage import path_of
@@ -73,11 +73,16 @@ class FolderSource:
         start = int(self._ends[index - 1]) if index else 0
         return f"{self.name}/{os.fsdecode(self._paths[start : int(self._ends[index])])}"
 
+    @property
+    def names(self) -> str:
+        """See `names_of`."""
+        return digest_of(self._paths, self._ends.tobytes())
+
     @functools.cached_property
     def content(self) -> tuple[str, str]:
         """See `content_of`; labels may come from a file beside the images."""
         files = content_of_files(self._path(index) for index in range(len(self)))
-        return files, hashlib.blake2b(self.labels.tobytes(), digest_size=8).hexdigest()
+        return files, digest_of(self.labels.tobytes())
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:

@@ -10,6 +10,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.sources import digest_of
 from cassle_jax.faults import passing
 
 # A missing file or a failing disk, as array_record reports them.
@@ -42,6 +43,12 @@ class Shards:
         for path in self.paths:
             if "://" not in path:
                 self._check_opens(path)
+
+    @property
+    def names(self) -> str:
+        """See `names_of`: the files' names, and the end of each one's records in the split."""
+        files = "\0".join(path.rpartition("/")[2] for path in self.paths)
+        return digest_of(files.encode(errors="surrogateescape"), self._ends.tobytes())
 
     def _check_opens(self, path: str) -> None:
         try:

@@ -87,6 +87,22 @@ def content_of(source: Source) -> object:
     return getattr(source, "content", None)
 
 
+def names_of(source: Source) -> str | None:
+    """A digest of the images' names in their order, from a listing alone; `None` where drawn.
+
+    It is the same wherever the images lie.
+    """
+    return getattr(source, "names", None)
+
+
+def digest_of(*parts: bytes) -> str:
+    """A digest of 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def content_of_files(paths: Iterable[str | os.PathLike[str]]) -> str:
     """A digest of files' names, sizes and times of change."""
     digest = hashlib.blake2b(digest_size=8)

@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import flat_settings
-from cassle_jax.data import DamagedLog, DataError, Feed, Source, open_feed, open_source
+from cassle_jax.data import (
+    DamagedLog,
+    DataError,
+    Feed,
+    Source,
+    names_of,
+    open_feed,
+    open_source,
+)
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.methods.build import Conditioning
@@ -38,7 +46,7 @@ from cassle_jax.training.saved_config import (
     write_config,
 )
 from cassle_jax.training.sheet import write_contact_sheet
-from cassle_jax.training.starts import note_start
+from cassle_jax.training.starts import note_start, start_before
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
@@ -134,8 +142,7 @@ class _Loop:
         else:
             self.state, self.data_state = restored
             self.step = int(self.state.step)
-            if accept_changes:
-                changes += self._take_dataset(len(source))
+            changes += self._changed_images(source, workdir, accept_changes)
             done = self.step >= self.total
             LOG.info(
                 "%s at step %d of %d", "finished" if done else "continuing", self.step, self.total
@@ -176,6 +183,7 @@ class _Loop:
             if changes:
                 LOG.warning("continuing with changed settings: %s", "; ".join(changes))
             start = {"step": self.step, "images": len(source), "mesh": mesh, "changes": changes}
+            start["names"] = names_of(source)
             _written(workdir, lambda: write_config(config, workdir))
             _written(workdir, lambda: note_start(workdir, **start, record=record_of(run)))
             if self.step == 0:
@@ -190,11 +198,29 @@ class _Loop:
             self.progress = ProgressReport(self.total, self.step)
             opened.callback(self.progress.close)
 
-    def _take_dataset(self, images: int) -> list[str]:
-        """Continues in the order of a dataset that lost or gained images; returns the change."""
-        before = self.data_state["length"]
-        self.data_state = {**self.data_state, "length": images}
-        return [f"{images} training images were {before}"] if images != before else []
+    def _changed_images(
+        self, source: Source, workdir: epath.Path, accept_changes: bool
+    ) -> list[str]:
+        """Continues in the order of a dataset that lost or gained images; returns the change.
+
+        Raises:
+          DataError: as many files were lost as gained, and that is not accepted; the feed refuses
+            another number.
+        """
+        images, before = len(source), self.data_state["length"]
+        if accept_changes:
+            self.data_state = {**self.data_state, "length": images}
+        if images != before:
+            return [f"{images} training images were {before}"]
+        known = start_before(workdir, self.step).get("names") if self.leads else None
+        if known in (None, names_of(source)):  # older versions did not record it
+            return []
+        if not accept_changes:
+            raise DataError(
+                f"{source.name}: its {images} images have other names than those that the run was "
+                "begun with; restore them, or use --accept_changes to continue with these"
+            )
+        return [f"{images} training images have other names"]
 
     def train(self, stop: StopRequest) -> TrainState:
         """Runs to the last step, or saves and raises `Preempted` after a request to stop."""

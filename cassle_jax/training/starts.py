@@ -19,6 +19,7 @@ def note_start(
     step: int,
     images: int,
     mesh: Mesh,
+    names: str | None = None,
     changes: Sequence[str] = (),
     record: Mapping[str, Any] | None = None,
 ) -> None:
@@ -29,6 +30,7 @@ def note_start(
       step: the step that the run starts from; 0 for a new one.
       images: number of training images.
       mesh: the devices.
+      names: digest of the images' names, from `data.names_of`.
       changes: settings changed since the previous start, from `saved_config.check_unchanged`.
       record: facts of the method for evaluation, from `recorded.record_of`.
 
@@ -38,6 +40,7 @@ def note_start(
     start = {
         "step": step,
         "images": images,
+        "names": names,
         "processes": jax.process_count(),
         "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
         "versions": versions(),

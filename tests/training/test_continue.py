@@ -1,5 +1,6 @@
 """A run that was interrupted, in any way, ends as if it had not been."""
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
-from cassle_jax.training.metrics import MetricsWriter, read_metrics
+from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -334,3 +335,23 @@ def test_images_of_more_pixels_than_allowed_are_damaged(of_images, tmp_path, mon
     of_images.data.max_pixels = 63
     with pytest.raises(DataError, match=r"8x8 pixels are more than data\.max_pixels=63"):
         pretrain(of_images, tmp_path / ".run")
+
+
+def test_a_dataset_with_other_files_of_the_same_number_continues_where_that_is_wanted(
+    of_images, tmp_path
+):
+    config, run = of_images, tmp_path / ".run"
+    pretrain(config, run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    starts = run / "starts.jsonl"
+    (tmp_path / "00.png").rename(tmp_path / "99.png")
+    with pytest.raises(DataError, match=r"33 images have other names.*--accept_changes"):
+        pretrain(config, run)
+    older = [{**line, "names": None} for line in read_lines(starts)]
+    kept = starts.read_text()
+    starts.write_text("".join(json.dumps(line) + "\n" for line in older))
+    assert int(pretrain(config, run).step) == 4  # begun by an older version
+    starts.write_text(kept)
+    assert int(pretrain(config, run, accept_changes=True).step) == 4
+    assert "33 training images have other names" in starts.read_text()
+    pretrain(config, run)  # they are the run's images now
