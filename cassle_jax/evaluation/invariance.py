@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from cassle_jax.augment import CHANCES, AugmentSpec
+from cassle_jax.augment import CHANCES, AugmentSpec, View
 from cassle_jax.checks import check_positive
 from cassle_jax.evaluation.agreement import (
     TEMPERATURE,
@@ -194,7 +194,7 @@ def invariance_meter(
         check_positive("strength", strength)
     spec = every_augmentation(spec)
     compared = _compared(spec, strengths)
-    measure = _measurement(networks, conditioning, spec, compared, temperature, mesh)
+    measure = _Measurement(networks, conditioning, spec, compared, temperature, mesh)
     describe = _description(conditioning, spec, compared, mesh)
     # The sums stay on the devices from batch to batch.
     add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
@@ -259,40 +259,71 @@ def _description(
     return describe
 
 
-def _measurement(
-    networks: Networks,
-    conditioning: Conditioning,
-    spec: AugmentSpec,
-    compared: Sequence[tuple[str, float]],
-    temperature: float,
-    mesh: Mesh,
-) -> Callable[..., PyTree]:
-    """Returns a function of variables, key and batch that compares under every augmentation.
+class _Measurement:
+    """Compares the images of a batch with themselves under each of the augmentations `compared`."""
 
-    It returns, by stage, the `AgreementSums` over the batch's images for each of `compared`; the
-    number of images whose `wrong` ω differs from their own for each; and the `Counts`.
-    """
+    def __init__(
+        self,
+        networks: Networks,
+        conditioning: Conditioning,
+        spec: AugmentSpec,
+        compared: Sequence[tuple[str, float]],
+        temperature: float,
+        mesh: Mesh,
+    ):
+        self._networks, self._conditioning, self._spec = networks, conditioning, spec
+        self._compared, self._temperature = compared, temperature
+        self._plain = parallel(
+            self._encode_plain,
+            mesh,
+            inputs=(REPLICATED, REPLICATED, SHARDED),
+            outputs=(SHARDED, REPLICATED, REPLICATED),
+        )
+        self._under = parallel(
+            self._compare,
+            mesh,
+            inputs=(REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED),
+            outputs=REPLICATED,
+        )
 
-    def plain(variables, key, batch):
+    def __call__(self, variables: PyTree, key: PRNGKeyArray, batch: Batch) -> PyTree:
+        """The sums over a batch.
+
+        Returns:
+          By stage, the `AgreementSums` for each of `compared`; the number of images whose `wrong` ω
+          differs from their own for each; and the `Counts`.
+        """
+        local, keys, count = self._plain(variables, key, batch)
+        # The choice is an argument, so that one compiled program serves all.
+        every = [
+            self._under(variables, batch, local, keys, np.int32(number), alone(*each))
+            for number, each in enumerate(self._compared)
+        ]
+        sums, omega_differs = zip(*every, strict=True)
+        return sums, omega_differs, count
+
+    def _encode_plain(self, variables, key, batch):
+        """This device's draws, views and features; all devices' plain embeddings; the `Counts`."""
         rows = batch_rows(batch["mask"], AXIS)
-        drawn = draw_for_each(key, batch, spec)
-        view = view_under(nothing(), drawn, batch, spec)
-        omega, _ = conditioning.describe((view, view), (spec, spec))
-        stages = _stages(networks, variables, ViewBatch(view.image, omega))
+        drawn = draw_for_each(key, batch, self._spec)
+        view = view_under(nothing(), drawn, batch, self._spec)
+        omega, _ = self._omegas(view, view)
+        stages = _stages(self._networks, variables, ViewBatch(view.image, omega))
         keys = {name: gather(normalize(stage), AXIS) for name, stage in stages.items()}
         return (drawn, view, stages["features"]), keys, jax.lax.psum(counts(rows), AXIS)
 
-    def under(variables, batch, local, keys, number, chosen):
+    def _compare(self, variables, batch, local, keys, number, chosen):
+        """The sums under one choice of augmentations."""
         rows = batch_rows(batch["mask"], AXIS)
         drawn, plain_view, plain_features = local
-        view = view_under(chosen, drawn, batch, spec)
-        plain_omega, omega = conditioning.describe((plain_view, view), (spec, spec))
-        queries = _stages(networks, variables, ViewBatch(view.image, omega))
+        view = view_under(chosen, drawn, batch, self._spec)
+        plain_omega, omega = self._omegas(plain_view, view)
+        queries = _stages(self._networks, variables, ViewBatch(view.image, omega))
         features, keys = queries["features"], dict(keys)
         omega_differs = jnp.float32(0)
 
         def projected(view, omega, features):
-            return project(networks, variables, ViewBatch(view.image, omega), features)
+            return project(self._networks, variables, ViewBatch(view.image, omega), features)
 
         if has_projector(variables):
             plain_projected = projected(plain_view, plain_omega, plain_features)
@@ -306,34 +337,13 @@ def _measurement(
             differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
             omega_differs = differs.sum(dtype=jnp.float32)
         sums = {
-            name: agreement_sums(rows, queries[name], keys[name], temperature) for name in queries
+            name: agreement_sums(rows, queries[name], keys[name], self._temperature)
+            for name in queries
         }
         return jax.lax.psum((sums, omega_differs), AXIS)
 
-    plain = parallel(
-        plain,
-        mesh,
-        inputs=(REPLICATED, REPLICATED, SHARDED),
-        outputs=(SHARDED, REPLICATED, REPLICATED),
-    )
-    under = parallel(
-        under,
-        mesh,
-        inputs=(REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED),
-        outputs=REPLICATED,
-    )
-
-    def measure(variables, key, batch):
-        local, keys, count = plain(variables, key, batch)
-        # The choice is an argument, so that one compiled program serves all.
-        every = [
-            under(variables, batch, local, keys, np.int32(number), alone(*each))
-            for number, each in enumerate(compared)
-        ]
-        sums, omega_differs = zip(*every, strict=True)
-        return sums, omega_differs, count
-
-    return measure
+    def _omegas(self, first: View, second: View) -> tuple[Array, Array]:
+        return self._conditioning.describe((first, second), (self._spec, self._spec))
 
 
 def _stages(networks: Networks, variables: PyTree, view: ViewBatch) -> dict[str, Array]:
