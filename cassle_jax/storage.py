@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 OBJECT_STORES = ("gs", "s3")
 
-_PARTIAL = "partial"
+PARTIAL = ".partial"  # how the names of files end that are being written
 _DEAD_AFTER = 3600.0  # seconds without a byte, after which a file's writer is taken for killed
 
 
@@ -88,7 +88,7 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     if on_object_store(path):
         path.write_bytes(content)  # an object appears when it is complete
         return
-    with _becoming(path) as partial:
+    with becoming(path) as partial:
         partial.write_bytes(content)
 
 
@@ -102,14 +102,15 @@ def written_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
     Raises:
       OSError: it cannot be written.
     """
-    with _becoming(epath.Path(path)) as partial, partial.open("wb") as file:
+    with becoming(path) as partial, partial.open("wb") as file:
         yield file
 
 
 @contextlib.contextmanager
-def _becoming(path: epath.Path) -> Iterator[epath.Path]:
+def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
     """A path beside this one, whose file takes its place when the block ends."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{_PARTIAL}")
+    path = epath.Path(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield partial
         partial.replace(path)
@@ -121,7 +122,7 @@ def _becoming(path: epath.Path) -> Iterator[epath.Path]:
 
 def remove_dead_partials(folder: Path, name: str = "*") -> None:
     """Removes what killed processes left half written in a folder of the files called `name`."""
-    for partial in folder.glob(f"{name}.*.{_PARTIAL}"):
+    for partial in folder.glob(f"{name}.*{PARTIAL}"):
         with contextlib.suppress(OSError):  # its writer finished, or removed it
             if time.time() - partial.stat().st_mtime > _DEAD_AFTER:
                 partial.unlink()

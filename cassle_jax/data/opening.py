@@ -14,6 +14,7 @@ from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.resident import ResidentFeed, resident_bytes
 from cassle_jax.data.sources import Source, closest
+from cassle_jax.data.tar import open_tars
 from cassle_jax.faults import retried
 
 Feed = DeviceFeed | ResidentFeed
@@ -27,9 +28,10 @@ def open_source(data_config: Any, split: str) -> Source:
 
     Args:
       data_config: the `data` settings of a configuration, of which these are read:
-        source: 'motifs' or 'scenes' (drawn, embedded), 'folder' or 'tfds'.
+        source: 'motifs' or 'scenes' (drawn, embedded), 'folder', 'tfds' or 'webdataset'.
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
-        path: root of the image folder, or tfds' data_dir ('' for tfds' default).
+        path: root of the image folder, folder of the tar files, or tfds' data_dir ('' for tfds'
+        default).
         classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100; anything else is
         the path of a text file with one class name per line. Labels follow the list's order.
         scenes: number of drawn images in the split 'train'.
@@ -45,7 +47,12 @@ def open_source(data_config: Any, split: str) -> Source:
       DataError: a setting cannot work; the message names it and what would.
       Outage: storage was out of reach and did not come back in time.
     """
-    openers = {**dict.fromkeys(FAMILIES, _open_drawn), "folder": _open_folder, "tfds": _open_tfds}
+    openers = {
+        **dict.fromkeys(FAMILIES, _open_drawn),
+        "folder": _open_folder,
+        "tfds": _open_tfds,
+        "webdataset": _open_tars,
+    }
     opener = openers.get(data_config.source)
     allow_pixels(data_config.max_pixels)
     if opener is None:
@@ -127,6 +134,15 @@ def _open_drawn(data_config: Any, split: str) -> Source:
 def _open_folder(data_config: Any, split: str) -> Source:
     there = folder.split_there(data_config.path, split)
     return folder.open_folder(data_config.path, there, data_config.classes)
+
+
+def _open_tars(data_config: Any, split: str) -> Source:
+    if data_config.classes:
+        raise DataError(
+            f"data.classes={data_config.classes!r} chooses classes by name, and "
+            "data.source='webdataset' has numbers alone; use ''"
+        )
+    return open_tars(data_config.path, split)
 
 
 def _open_tfds(data_config: Any, split: str) -> Source:

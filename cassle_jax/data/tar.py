@@ -1,0 +1,141 @@
+"""Reads images from the tar files of WebDataset, as a source with random access."""
+
+import json
+import logging
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cassle_jax.data.decode import EXTENSIONS
+from cassle_jax.data.errors import DataError
+from cassle_jax.data.sources import Record, content_of_files
+from cassle_jax.storage import path_of
+
+LOG = logging.getLogger(__name__)
+
+_CLASS, _JSON = ".cls", ".json"
+_LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
+
+
+class TarSource:
+    """The images of uncompressed tar files, in the files' and their members' order.
+
+    Members whose names differ in their extension alone belong together: one is the image, and
+    `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on.
+    """
+
+    def __init__(self, name: str, paths: Sequence[str]):
+        """Reads the index of every file, not the images.
+
+        Args:
+          name: name of the source.
+          paths: the tar files.
+
+        Raises:
+          DataError: a file is compressed or damaged, there are no images, or only some have labels.
+        """
+        self.name = name
+        self._tars = [os.fspath(path) for path in paths]
+        found = [(number, *each) for number, tar in enumerate(self._tars) for each in _images(tar)]
+        if not found:
+            raise DataError(f"data.path: the tar files of {name} hold no images")
+        tars, self._members, offsets, sizes, labels = zip(*found, strict=True)
+        self._places = np.array([tars, offsets, sizes], np.int64).T
+        self.labels = np.array(labels, np.int32)
+        without = int((self.labels < 0).sum())
+        if 0 < without < len(found):
+            first = self._members[int(np.argmin(self.labels))]
+            raise DataError(
+                f"data.path: {without} of the {len(found)} images of {name} have no class number, "
+                f"such as {first!r}; give each a {_CLASS} or none"
+            )
+        self.class_names = () if without else tuple(map(str, range(1 + int(self.labels.max()))))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        tar, offset, size = self._places[index].tolist()
+        with pathlib.Path(self._tars[tar]).open("rb") as file:
+            file.seek(offset)
+            image = file.read(size)
+        return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
+
+    @property
+    def content(self) -> str:
+        """See `content_of`."""
+        return content_of_files(self._tars)
+
+
+def open_tars(path: str, split: str) -> TarSource:
+    """Opens a split: `<path>/<split>/*.tar`, else `<path>/*<split>*.tar`; '' is all of `path`.
+
+    Raises:
+      DataError: there are no such files, or an error of `TarSource`.
+    """
+    folder = pathlib.Path(path_of(path))
+    if not path or not folder.is_dir():
+        raise DataError(f"data.path={path!r} is not a folder; give the folder of the tar files")
+    inside = folder / split
+    tars = _tars_in(inside) if inside.is_dir() else []
+    tars = tars or [tar for tar in _tars_in(folder) if split in tar.name]
+    if not tars:
+        raise DataError(
+            f"data.path={path!r} has no tar files of split {split!r}; they lie in "
+            "<path>/<split>/*.tar or <path>/*<split>*.tar, uncompressed"
+        )
+    return TarSource(f"{folder} {split}".rstrip(), [str(tar) for tar in tars])
+
+
+def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(each for each in folder.iterdir() if each.suffix.lower() == ".tar")
+
+
+def _images(tar: str) -> Iterator[tuple[str, int, int, int]]:
+    """Name, offset, bytes and label of each image; -1 for none."""
+    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                stem, extension = _split_name(member.name)
+                if member.isfile():
+                    members.setdefault(stem, {})[extension] = member
+            for stem, parts in members.items():
+                label = _label(tar, file, stem, parts)
+                for extension in sorted(EXTENSIONS & parts.keys())[:1]:
+                    image = parts[extension]
+                    yield image.name, image.offset_data, image.size, label
+    except tarfile.TarError as error:
+        raise DataError(
+            f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
+        ) from error
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """WebDataset's key and extension: the name is cut at the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, extension = last.partition(".")
+    return folder + slash + stem, (dot + extension).lower()
+
+
+def _label(tar: str, file: tarfile.TarFile, stem: str, parts: dict[str, tarfile.TarInfo]) -> int:
+    """The class number of an image; -1 for none."""
+    note = parts.get(_CLASS) or parts.get(_JSON)
+    if note is None or note.size > _LARGEST_NOTE:
+        return -1
+    text = file.extractfile(note).read()
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = content.get("label", content.get("cls", -1))
+        label = int(content)
+    except (ValueError, TypeError, RecursionError):
+        label = None
+    if label is None or not -1 <= label < 1 << 31:
+        raise DataError(f"data.path: {tar}/{stem} has the class {text[:40]!r}; use 0, 1, 2, …")
+    return label

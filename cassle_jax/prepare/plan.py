@@ -1,0 +1,115 @@
+"""Decides which images go into which shard, and whether they fit on the disk."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.data import Source
+from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.sources import content_of
+from cassle_jax.prepare.reencode import reencoded
+from cassle_jax.storage import free_bytes, kept_json
+
+PLAN = "prepared.json"
+_SAMPLE = 64  # images that are re-encoded to estimate the size
+_MARGIN = 1.05  # of the estimate, for records' names and the files' indices
+
+
+class Preparation(NamedTuple):
+    """What determines the prepared files, beside the images.
+
+    Attributes:
+      name: name of the dataset that is written.
+      short_side: largest short side of an image, pixels.
+      quality: JPEG quality of images that are larger, 1 to 100.
+      shard_mib: size of a shard to aim at, MiB.
+    """
+
+    name: str
+    short_side: int = 256
+    quality: int = 90
+    shard_mib: int = 128
+
+
+class Shard(NamedTuple):
+    """One file of a split.
+
+    Attributes:
+      split: name of the split.
+      path: path of the file.
+      indices: places in the source of the images it holds.
+    """
+
+    split: str
+    path: Path
+    indices: range
+
+
+def plan_of(
+    sources: Mapping[str, Source], folder: Path, preparation: Preparation
+) -> dict[str, Any]:
+    """What is written, as JSON; an earlier call's plan where the folder has one.
+
+    Raises:
+      ConfigError: the folder holds another preparation, or another state of the images.
+    """
+    about = {
+        **preparation._asdict(),
+        "splits": {
+            split: {"images": len(source), "content": repr(content_of(source))}
+            for split, source in sources.items()
+        },
+    }
+    earlier = kept_json(folder / PLAN)
+    if earlier is None:
+        sizes = {split: _mean_size(source, preparation) for split, source in sources.items()}
+        return {**about, "mean_bytes": sizes}
+    differs = [name for name in about if earlier.get(name) != about[name]]
+    if differs:
+        was, now = earlier.get(differs[0]), about[differs[0]]
+        raise ConfigError(
+            f"--to: {folder} was begun with {differs[0]}={was}, and this is {now}; choose another "
+            "--to or --as, or remove the folder"
+        )
+    return earlier
+
+
+def shards_of(plan: Mapping[str, Any], folder: Path) -> list[Shard]:
+    """The shards of a plan: equally many images each, in the order of their source."""
+    shards = []
+    for split, about in plan["splits"].items():
+        images = about["images"]
+        wanted = math.ceil(images * plan["mean_bytes"][split] / (plan["shard_mib"] << 20))
+        count = min(max(wanted, 1), images)
+        ends = [images * place // count for place in range(count + 1)]
+        for place in range(count):
+            name = f"{plan['name']}-{split}.array_record-{place:05d}-of-{count:05d}"
+            shards.append(Shard(split, folder / name, range(ends[place], ends[place + 1])))
+    return shards
+
+
+def lacking_bytes(plan: Mapping[str, Any], folder: Path) -> tuple[float, float] | None:
+    """Bytes that are still needed and bytes that are free; `None` where they suffice."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = free_bytes(there)
+    needed = _MARGIN * sum(
+        plan["mean_bytes"][split] * about["images"] for split, about in plan["splits"].items()
+    )
+    needed -= sum(file.stat().st_size for file in folder.glob("*.array_record*"))
+    return None if free is None or needed <= free else (needed, float(free))
+
+
+def _mean_size(source: Source, preparation: Preparation) -> float:
+    """Mean bytes of a re-encoded image, of images spread over the source."""
+    sizes = []
+    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
+        try:
+            image = source[index].image
+            sizes.append(len(reencoded(image, preparation.short_side, preparation.quality)))
+        except (DamagedImage, OSError):
+            continue
+    return float(np.mean(sizes)) if sizes else 0.0

@@ -1,0 +1,87 @@
+"""Images in WebDataset's tar files."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from cassle_jax.data import DataError, open_source
+
+
+def write_tar(path, members, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(tmp_path, image_bytes):
+    for shard in range(2):
+        members = {}
+        for number in range(3):
+            key = f"s{shard}/{number}.v1"  # the first dot of the last part ends the key
+            members[f"s{shard}/{number}.jpg"] = image_bytes(10 * shard + number, form="JPEG")
+            members[f"s{shard}/{number}.cls"] = str(number).encode()
+            members[f"s{shard}/{number}.txt"] = key.encode()
+        write_tar(tmp_path / "train" / f"{shard}.tar", members)
+    return tmp_path
+
+
+def test_images_are_read_in_the_order_of_the_files(tars, settings, image_bytes):
+    source = open_source(settings(source="webdataset", path=str(tars)), "train")
+    assert len(source) == 6 and source.class_names == ("0", "1", "2")
+    np.testing.assert_array_equal(source.labels, [0, 1, 2, 0, 1, 2])
+    for index in (0, 4):
+        record = source[index]
+        assert record.image == image_bytes(10 * (index // 3) + index % 3, form="JPEG")
+        assert record.label == index % 3
+        assert record.name.endswith(f"train/{index // 3}.tar/s{index // 3}/{index % 3}.jpg")
+
+
+def test_files_of_a_split_may_lie_side_by_side(tmp_path, settings, image_bytes):
+    for split in ("train", "val"):
+        note = json.dumps({"label": 7, "caption": "x"}).encode()
+        members = {"a.png": image_bytes(1), "a.json": note}
+        write_tar(tmp_path / f"imagenet1k-{split}-0000.tar", members)
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "val")
+    assert len(source) == 1 and source[0].label == 7 and len(source.class_names) == 8
+
+
+def test_images_without_classes_are_unlabelled(tmp_path, settings, image_bytes):
+    write_tar(tmp_path / "train.tar", {"a.png": image_bytes(1), "b.webp": image_bytes(2)})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert source.class_names == () and source.labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("members", "mode", "message"),
+    [
+        ({"a.png": b"x"}, "w:gz", "has no tar files of split|uncompressed"),
+        ({"a.txt": b"x"}, "w", "hold no images"),
+        ({"a.png": b"x", "a.cls": b"cat"}, "w", "has the class b'cat'; use 0, 1, 2"),
+        ({"a.png": b"x", "a.cls": b"1", "b.png": b"x"}, "w", "1 of the 2 images .* no class"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, settings, members, mode, message):
+    write_tar(tmp_path / "train.tar", members, mode)
+    with pytest.raises(DataError, match=message):
+        open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+
+
+def test_a_tar_that_was_cut_short_is_refused(tars, settings):
+    path = tars / "train" / "1.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"1\.tar cannot be read .*whole, uncompressed"):
+        open_source(settings(source="webdataset", path=str(tars)), "train")
+
+
+def test_classes_and_a_missing_split_are_refused(tars, settings):
+    with pytest.raises(DataError, match="has no tar files of split 'val'"):
+        open_source(settings(source="webdataset", path=str(tars)), "val")
+    with pytest.raises(DataError, match=r"data\.classes='0' chooses classes by name"):
+        open_source(settings(source="webdataset", path=str(tars), classes="0"), "train")

@@ -1,0 +1,217 @@
+"""Preparing datasets: what is written, read back by tensorflow-datasets as a user would."""
+
+import errno
+import io
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.command import EXIT_NOT_SAVED, Stop
+from cassle_jax.data import DataError, open_source
+from cassle_jax.data.decode import MAX_PIXELS
+from cassle_jax.prepare import Preparation, prepare
+from cassle_jax.prepare import plan as plan_module
+from cassle_jax.prepare import shards as shards_module
+
+SHORT = 24
+HOW = Preparation("animals", short_side=SHORT, quality=95, shard_mib=1)
+
+
+def encoded(seed, height, width, form="JPEG"):
+    """A smooth image, which survives JPEG."""
+    y, x = np.mgrid[:height, :width]
+    phase = np.random.default_rng(seed).uniform(0, 6, 3)
+    waves = np.sin(x[..., None] / width * 5 + y[..., None] / height * 3 + phase)
+    buffer = io.BytesIO()
+    Image.fromarray((127 + 100 * waves).astype(np.uint8)).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of large and small images in two formats, one file damaged."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(24):
+        folder = root / "train" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = (60, 90) if number % 3 else (20, 33)
+        form, ending = (("JPEG", "jpg"), ("PNG", "png"))[number % 4 == 0]
+        (folder / f"{number:02}.{ending}").write_bytes(encoded(number, height, width, form))
+    (root / "train" / "dog" / "zz.jpg").write_bytes(encoded(99, 60, 90)[:200])
+    return root
+
+
+def settings(path, source="folder", name=""):
+    return ConfigDict(
+        {
+            "source": source,
+            "path": str(path),
+            "name": name,
+            "classes": "",
+            "scenes": 0,
+            "canvas": 1,
+            "max_pixels": MAX_PIXELS,
+        }
+    )
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of a few images, though a MiB is the least that a user may choose."""
+    real = plan_module.plan_of
+
+    def plan_of(*args):
+        plan = real(*args)
+        return {**plan, "mean_bytes": dict.fromkeys(plan["mean_bytes"], 5 * 2**20 / 25)}
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.plan_of", plan_of)
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_tensorflow_datasets_reads_what_was_written(images, tmp_path, small_shards):
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.features["label"].names == ["cat", "dog"]
+    assert builder.info.splits["train"].num_examples == 24
+    assert builder.info.splits["train"].num_shards == 5
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples = builder.as_data_source("train", decoders=decoders)
+    names = [example["name"].decode() for example in examples]
+    assert names == sorted(names)
+    for example, name in zip(examples, names, strict=True):
+        assert ("cat", "dog")[example["label"]] in name
+        with open(name, "rb") as file:  # noqa: PTH123
+            original = file.read()
+        before, after = (Image.open(io.BytesIO(data)) for data in (original, example["image"]))
+        if min(before.size) <= SHORT:
+            assert example["image"] == original
+        else:
+            assert after.size == (36, 24) and after.format == "JPEG"
+            reduced = before.convert("RGB").resize((36, 24), Image.Resampling.BICUBIC)
+            difference = np.asarray(reduced, float) - np.asarray(after, float)
+            assert np.abs(difference).mean() < 3
+
+
+def test_a_run_reads_it_as_it_reads_any_builder(images, tmp_path, small_shards):
+    prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    before = open_source(settings(images), "train")
+    after = open_source(settings(tmp_path, "tfds", "animals"), "train")
+    assert after.class_names == before.class_names
+    np.testing.assert_array_equal(after.labels, before.labels[:-1])  # the damaged one comes last
+
+
+def test_what_cannot_be_read_is_listed(images, tmp_path, small_shards, caplog):
+    with caplog.at_level(logging.WARNING):
+        folder = prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    split, name, reason = (folder / "unreadable.txt").read_text().rstrip("\n").split("\t")
+    assert split == "train" and name.endswith("dog/zz.jpg") and reason
+    assert "left out 1 images" in caplog.text
+
+
+def test_processes_write_the_same_bytes(images, tmp_path, small_shards):
+    one = prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, workers=1)
+    two = prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=2)
+    assert files_in(one) == files_in(two)
+
+
+def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monkeypatch):
+    whole = files_in(prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, workers=1))
+    written = []
+
+    def fails_at_third(*args):
+        written.append(1)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return shards_module.write_shard(*args)
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", fails_at_third)
+    with pytest.raises(Stop, match=r"No space left .* the same command continues") as stop:
+        prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=1)
+    assert stop.value.code == EXIT_NOT_SAVED
+    assert not (tmp_path / "2" / "animals" / "1.0.0" / "dataset_info.json").exists()
+    folder = prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=1)
+    assert files_in(folder) == whole
+    assert len(written) == 3 + 5 - len([1, 1])  # the first two shards are not written again
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
+    root = tmp_path / "images"
+    (root / "train" / "a").mkdir(parents=True)
+    for number in range(60):
+        noise = np.random.default_rng(number).integers(0, 256, (300, 300, 3), np.uint8)
+        Image.fromarray(noise).save(root / "train" / "a" / f"{number}.png")
+    command = [sys.executable, "-m", "cassle_jax.prepare", f"--path={root}", "--shard_mib=1"]
+    command += ["--short_side=256", "--quality=100", "--as=noise"]
+    subprocess.run([*command, "--workers=1", f"--to={tmp_path / 'whole'}"], check=True)
+    shards = tmp_path / "killed" / "noise" / "1.0.0"
+    for wanted in (1, 3):
+        process = subprocess.Popen([*command, "--workers=2", f"--to={tmp_path / 'killed'}"])
+        while len(list(shards.glob("*.array_record-*-of-*[0-9]"))) < wanted:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (shards / "dataset_info.json").exists()
+    subprocess.run([*command, "--workers=2", f"--to={tmp_path / 'killed'}"], check=True)
+    assert files_in(shards) == files_in(tmp_path / "whole" / "noise" / "1.0.0")
+
+
+def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_path):
+    data = settings(images)
+    folder = prepare(data, ["train"], str(tmp_path), HOW, workers=1)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert prepare(data, ["train"], str(tmp_path), HOW, workers=1) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"begun with short_side=24, and this is 32; choose ano"):
+        prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), workers=1)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "free_bytes", lambda _: 100)
+    with pytest.raises(Stop, match=r"needs about 0\.00 GiB and has 0\.00 GiB free"):
+        prepare(settings(images), ["train"], str(tmp_path / "to"), HOW, workers=1)
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_shard_that_reads_back_differently_is_no_shard(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_sums_in", lambda _: [])
+    with pytest.raises(OSError, match="cannot be read back"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    assert not list((tmp_path / "animals" / "1.0.0").glob("*.array_record*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "My data"}, "--as='My data' is no name"),
+        ({"short_side": 0}, "--short_side=0 is out of range; use 1 to"),
+        ({"quality": 101}, "--quality=101 is out of range; use 1 to 100"),
+        ({"shard_mib": 0}, "--shard_mib=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(images, tmp_path, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(settings(images), ["train"], str(tmp_path), HOW._replace(**changed))
+
+
+def test_a_split_without_a_readable_image_is_refused(images, tmp_path):
+    root = tmp_path / "bad"
+    shutil.copytree(images / "train" / "cat", root / "train" / "cat")
+    for path in (root / "train" / "cat").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="no image of split 'train' can be read, such as"):
+        prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, workers=1)
