@@ -129,9 +129,9 @@ def _data_defaults() -> tuple[ConfigDict, ConfigDict]:
     """The settings of the training images, and of the online probe."""
     data = ConfigDict(
         {
-            "source": "scenes",  # scenes or motifs (rendered, need no files), folder or tfds
+            "source": "scenes",  # scenes or motifs (drawn), folder, tfds, webdataset
             "name": "",  # tfds: the builder, such as cifar10
-            "path": "",  # folder: see docs/datasets.md; tfds: its data_dir, "": the default
+            "path": "",  # see docs/datasets.md; tfds: its data_dir, "": the default
             "train_split": "train",
             "classes": "",  # "": all; imagenet100; or a text file with one class name per line
             "canvas": 32,  # pixels; larger images are shrunk to fit

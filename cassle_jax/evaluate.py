@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -173,7 +172,7 @@ def _begun_report(
     if not os.fspath(to):
         raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
     folder = Path(path_of(to))
-    _check_writable(folder)
+    check_writable("to", folder)
     chosen = {}
     for each in (*(each.settings for each in planned), extraction):
         chosen |= vars(each)
@@ -244,7 +243,7 @@ def _open_datasets(datasets: Sequence[str], data_dir: str) -> list[EvaluationDat
     names = [data.name for data in opened]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"dataset {name!r} is asked for twice; the report tells by name")
+            raise ConfigError(f"dataset {name!r} is named twice; give each dataset once")
     return opened
 
 
@@ -332,15 +331,6 @@ def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
     facts = {"fingerprint": ", ".join(seed.fingerprint() for seed in seeds)}
     known = ("encoder", "method", "network", "step", "dataset", "devices", "versions", "config")
     return facts | {name: seeds[0].facts[name] for name in known if name in seeds[0].facts}
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"to={folder} cannot be written: {error.strerror}") from error
 
 
 def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:

@@ -9,19 +9,24 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from cassle_jax.checks import ConfigError
+
 LOG = logging.getLogger(__name__)
 
 SECONDS = "CASSLE_STORAGE_SECONDS"  # how long to wait for a fault to pass
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# Faults of a device or network, then of this machine's resources: none of them is a wrong setting.
+RESOURCES = ("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN", "EINTR")
+"""Names of the errors with which this machine reports that it ran out of something."""
+
+# Faults of a device or network, or of this machine's resources: none of them is a wrong setting.
 # A file system that says EBADMSG or EUCLEAN has lost a file, or itself: which, other files tell.
 TEMPORARY = (
     *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "ENOMEDIUM", "ENOLINK", "ENOLCK", "EBUSY"),
     *("ETIMEDOUT", "ETIME", "ENOTCONN", "ESHUTDOWN", "EPIPE", "EHOSTDOWN", "EHOSTUNREACH"),
     *("ENETDOWN", "ENETUNREACH", "ENETRESET", "ENONET", "ECOMM", "EPROTO", "EKEYEXPIRED"),
     *("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EBADMSG", "EUCLEAN", "ENOSPC", "EDQUOT"),
-    *("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN", "EINTR"),
+    *RESOURCES,
 )
 _PASSING = {getattr(errno, name) for name in TEMPORARY if hasattr(errno, name)}
 # Answers of a server that is overloaded or down.
@@ -46,11 +51,13 @@ def passing(error: BaseException | None) -> OSError | None:
     their own. This project's own errors have it as their cause; their words may quote a fault that
     is past, or a path.
     """
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:
         code = _code_of(error)
         if code is not None:
             given = isinstance(error, OSError) and error.errno == code
             return error if given else OSError(code, os.strerror(code))
+        seen.add(id(error))  # an error may be its own cause
         error = error.__cause__
     return None
 
@@ -78,13 +85,30 @@ def _named_in(text: str) -> int | None:
     return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
 
 
+def is_of_machine(fault: OSError) -> bool:
+    """Whether this machine ran out of something: no file or device is at fault."""
+    return errno.errorcode.get(fault.errno) in RESOURCES
+
+
 def storage_seconds() -> float:
     """Seconds to wait for a fault to pass: `CASSLE_STORAGE_SECONDS`, or five minutes."""
-    text = os.environ.get(SECONDS, "300")
+    return seconds_in(SECONDS, 300.0)
+
+
+def seconds_in(variable: str, default: float) -> float:
+    """The seconds in an environment variable, 0 or more; a default where it is not set.
+
+    Raises:
+      ConfigError: it is no number.
+    """
+    text = os.environ.get(variable, str(default))
     try:
-        return max(0.0, float(text))
-    except ValueError as error:
-        raise ValueError(f"{SECONDS}={text!r} is no number of seconds; use 300") from error
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:  # nor a NaN
+        raise ConfigError(f"{variable}={text!r} is no number of seconds; use {default:g}")
+    return seconds
 
 
 def retried(what: str, action: Callable[[], T], *, seconds: float | None = None) -> T:

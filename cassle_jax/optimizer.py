@@ -187,7 +187,8 @@ def optimizers() -> dict[str, Callable]:
     """The published recipes' optimisers, and optax's: its functions of a learning rate."""
     named = {**vars(optax.contrib), **vars(optax)}
     # A part of an optimiser is none; and schedule-free ones evaluate other weights than they train.
-    others = ("_", "scale_by_", "schedule_free")
+    # Noise would be the same with every seed.
+    others = ("_", "scale_by_", "schedule_free", "noisy_sgd")
     functions = {
         name: value
         for name, value in named.items()

@@ -8,12 +8,15 @@ import logging
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
+
+from cassle_jax.checks import ConfigError
 
 LOG = logging.getLogger(__name__)
 
@@ -55,6 +58,16 @@ type(epath.Path(".")).glob = _glob
 def on_object_store(path: epath.PathLike) -> bool:
     """Whether the path is of an object store: without locks, appending and a size."""
     return str(path).startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES))
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag}={folder} cannot be written: {error.strerror}") from error
 
 
 def free_bytes(folder: epath.PathLike) -> int | None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs CASSLE's requirements and runs the table `transfer`: plain, CASSLE, leak-free and AugSelf of three methods, with seeds, in a time budget.
+# Installs CASSLE's requirements and runs the table `transfer`: plain, AugSelf, CASSLE, leak-free and leak-free + plain branch of three methods, with seeds, in a time budget.
 # Usage: bash launch/transfer.sh [options of python -m cassle_jax.transfer]
 
 # shellcheck source=launch/environment.sh

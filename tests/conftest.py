@@ -88,6 +88,15 @@ def _shared_programs():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_hurry():
+    """A command that ends has the rest of its process no longer wait for storage."""
+    yield
+    from cassle_jax.faults import hurry
+
+    hurry.clear()
+
+
 @pytest.fixture
 def contact_sheets(monkeypatch):
     """The picture as users have it."""

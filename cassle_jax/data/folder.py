@@ -53,7 +53,7 @@ class FolderSource:
           labels: labels of the files; -1 for none.
           class_names: names by label; empty where images have no labels.
         """
-        self.name = str(root)
+        self.name = self.root = str(root)
         self.class_names = class_names
         self.labels = labels
         # One buffer instead of one Python string per file: a third of the memory; quick to pickle.

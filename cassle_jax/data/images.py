@@ -1,9 +1,5 @@
 """Puts decoded images onto the canvases of a batch, and handles damaged ones."""
 
-import contextlib
-import errno
-import os
-import pathlib
 import threading
 from typing import NamedTuple
 
@@ -14,28 +10,11 @@ from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.decode import ANY_SIDE, DamagedImage, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.pool import BufferPool
-from cassle_jax.data.sources import Record, Source
+from cassle_jax.data.reading import RecordReader, is_of_one_file
+from cassle_jax.data.sources import Source
 from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
-from cassle_jax.faults import Outage, passing, retried, storage_seconds
 
 Batch = dict[str, np.ndarray]
-
-# Distances to other images, whose reading distinguishes a bad file from a storage outage.
-_OTHERS = (1, 17, 1009)
-# The wait for one file before the others are tried.
-_ONE_FILE_SECONDS = 15.0
-
-# Errors of the file itself. Substitutes for images lost to machine or network errors would hide
-# these errors, and change the order of the images.
-_FILE_ERRORS = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 
 
 class Images:
@@ -71,6 +50,7 @@ class Images:
             check_short_side(short_side, canvas)
         self.canvas_bytes = canvas * canvas * 3
         self._source = source
+        self._read = RecordReader(source, damaged.knows)
         self._canvas = canvas
         self._damaged = damaged
         self._substitute = substitute
@@ -150,13 +130,13 @@ class Images:
         """The record at `index`; None, after adding it to the account, where it is damaged."""
         name = f"{self._source.name} #{index}"
         try:
-            record = self._read(index, name)
+            record = self._read(index)
             name = record.name
             return _Decoded(self._pixels(record.image), record.label, index)
         except DamagedImage as error:
             self._damaged.add(name, str(error))
         except OSError as error:
-            if error.errno not in _FILE_ERRORS and not passing(error):
+            if not is_of_one_file(error):
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
             self._damaged.add(error.filename or name, error.strerror or str(error))
         return None
@@ -169,66 +149,11 @@ class Images:
         pixels = decode(image, ANY_SIDE, scratch)
         return squares_of(pixels, self._canvas, self._short_side)(CENTRE)
 
-    def _read(self, index: int, name: str) -> Record:
-        """The record; waits for storage that may come back.
-
-        Raises:
-          OSError: this file alone cannot be read.
-          Outage: no file can be read.
-        """
-
-        def read(place: int = index) -> Record:
-            try:
-                return self._source[place]
-            except OSError as error:
-                if error.errno in _FILE_ERRORS:
-                    _check_folder_there(error.filename, self._source.name)
-                elif passing(error) and self._damaged.knows(error.filename or name):
-                    raise _Known(error) from None
-                raise
-
-        def can_be_read(place: int) -> bool:
-            try:
-                read(place)
-            except (OSError, _Known):
-                return False
-            except DamagedImage:
-                return True  # a damaged image has been read
-            return True
-
-        try:
-            return retried(name, read, seconds=min(_ONE_FILE_SECONDS, storage_seconds()))
-        except _Known as known:
-            raise known.fault from None
-        except Outage as outage:
-            others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
-            if any(map(can_be_read, others)):
-                raise passing(outage) from None
-        return retried(name, read)
-
     def _thread_scratch(self) -> UInt8[np.ndarray, " bytes"]:
         """This thread's memory for a decoded image until it is on its canvas."""
         if not hasattr(self._scratch, "memory"):
             self._scratch.memory = np.empty(4 * self.canvas_bytes, np.uint8)
         return self._scratch.memory
-
-
-class _Known(Exception):
-    """An earlier read has already waited in vain for the record's file."""
-
-    def __init__(self, fault: OSError):
-        super().__init__()
-        self.fault = fault
-
-
-def _check_folder_there(file: str | None, root: str) -> None:
-    """Raises OSError where the whole folder is missing, as when unmounted, not one file."""
-    if file is None or not pathlib.Path(file).is_relative_to(root):
-        return
-    with contextlib.suppress(OSError), os.scandir(root) as entries:
-        if any(entries):
-            return
-    raise OSError(errno.ENODEV, "the folder is gone, or empty", root)
 
 
 class _Decoded(NamedTuple):

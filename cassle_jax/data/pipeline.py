@@ -333,8 +333,10 @@ def thread_count(threads: int) -> int:
     """The requested number, or half the CPUs: a core gains little from a second thread."""
     if threads < 0:
         raise DataError(f"data.threads={threads} is negative; 0 chooses by the CPUs")
-    if threads:
-        return threads
+    return threads or min(max(2, usable_cpus() // 2), _MAX_AUTOMATIC_THREADS)
+
+
+def usable_cpus() -> int:
+    """The number of CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(max(2, cpus // 2), _MAX_AUTOMATIC_THREADS)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

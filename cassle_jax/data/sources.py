@@ -87,6 +87,11 @@ def content_of(source: Source) -> object:
     return getattr(source, "content", None)
 
 
+def root_of(source: Source) -> str:
+    """The folder in which a source's files lie; "" where there is none, or more than one."""
+    return getattr(source, "root", "")
+
+
 def names_of(source: Source) -> str | None:
     """A digest of the images' names in their order, from a listing alone; `None` where drawn.
 

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int
 
 from cassle_jax.data.decode import ANY_SIDE, decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source, content_of, labels_of
+from cassle_jax.data.sources import Record, Source, content_of, labels_of, root_of
 from cassle_jax.data.squares import CENTRE, PLACES, Square, check_short_side, squares_of
 
 
@@ -40,6 +40,11 @@ class Part:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         return self._source[int(self._indices[index])]
+
+    @property
+    def root(self) -> str:
+        """See `root_of`."""
+        return root_of(self._source)
 
     @property
     def labels(self) -> Int[np.ndarray, " images"]:

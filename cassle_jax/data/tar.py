@@ -11,12 +11,13 @@ import numpy as np
 
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, content_of_files
+from cassle_jax.data.sources import Record, content_of_files, digest_of
 from cassle_jax.storage import path_of
 
 LOG = logging.getLogger(__name__)
 
 _CLASS, _JSON = ".cls", ".json"
+_MOST_CLASSES = 1 << 20
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
 
 
@@ -27,17 +28,18 @@ class TarSource:
     `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on.
     """
 
-    def __init__(self, name: str, paths: Sequence[str]):
+    def __init__(self, name: str, paths: Sequence[str], root: str = ""):
         """Reads the index of every file, not the images.
 
         Args:
           name: name of the source.
           paths: the tar files.
+          root: folder in which they lie, see `root_of`.
 
         Raises:
           DataError: a file is compressed or damaged, there are no images, or only some have labels.
         """
-        self.name = name
+        self.name, self.root = name, root
         self._tars = [os.fspath(path) for path in paths]
         found = [(number, *each) for number, tar in enumerate(self._tars) for each in _images(tar)]
         if not found:
@@ -67,6 +69,13 @@ class TarSource:
         return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
 
     @property
+    def names(self) -> str:
+        """See `names_of`."""
+        files = (os.path.basename(tar) for tar in self._tars)  # noqa: PTH119 - stays a string
+        listed = "\0".join((*files, *self._members)).encode(errors="surrogateescape")
+        return digest_of(listed, self._places[:, 0].tobytes())
+
+    @property
     def content(self) -> str:
         """See `content_of`."""
         return content_of_files(self._tars)
@@ -89,7 +98,8 @@ def open_tars(path: str, split: str) -> TarSource:
             f"data.path={path!r} has no tar files of split {split!r}; they lie in "
             "<path>/<split>/*.tar or <path>/*<split>*.tar, uncompressed"
         )
-    return TarSource(f"{folder} {split}".rstrip(), [str(tar) for tar in tars])
+    paths = [str(tar) for tar in tars]
+    return TarSource(f"{folder} {split}".rstrip(), paths, root=str(tars[0].parent))
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -133,9 +143,8 @@ def _label(tar: str, file: tarfile.TarFile, stem: str, parts: dict[str, tarfile.
         content = json.loads(text)
         if isinstance(content, dict):
             content = content.get("label", content.get("cls", -1))
-        label = int(content)
-    except (ValueError, TypeError, RecursionError):
-        label = None
-    if label is None or not -1 <= label < 1 << 31:
+    except (ValueError, RecursionError):
+        content = None
+    if type(content) is not int or not -1 <= content < _MOST_CLASSES:
         raise DataError(f"data.path: {tar}/{stem} has the class {text[:40]!r}; use 0, 1, 2, …")
-    return label
+    return content

@@ -223,7 +223,7 @@ def _vit(state: State, heads: int | None) -> ViTArchitecture:
         heads = VIT_HEADS
     if heads is None:
         raise WeightsError(
-            f"6 or 12 heads cannot be told from the arrays of a ViT of width {width}; convert the "
+            f"the arrays of a ViT of width {width} do not show whether it has 6 or 12 heads; convert the "
             "file with python -m cassle_jax.export --weights=FILE --heads=N, which records them"
         )
     if heads < 1 or width % heads:

@@ -168,7 +168,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         weights = _weights(content)
         recorded = weights.heads or _recorded_heads(card)
         if None not in (heads, recorded) and heads != recorded:
-            raise WeightsError(f"heads={heads} was asked for, and it was made with {recorded}")
+            raise WeightsError(f"heads={heads} differs from the {recorded} that it was made with")
         if heads is not None and not is_vit(weights.encoder):
             raise WeightsError(f"heads={heads} is for ViTs, and its encoder is none")
         return dataclasses.replace(weights, card=card, heads=recorded or heads)

@@ -1,6 +1,7 @@
 """Prepares a dataset: python -m cassle_jax.prepare --path=/data/imagenet --to=/data/prepared."""
 
 import logging
+import shlex
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     _quality = flags.DEFINE_integer("quality", 90, "JPEG quality of larger images, 1 to 100.")
     _shard_mib = flags.DEFINE_integer("shard_mib", 128, "Size of a shard, MiB.")
     _max_pixels = flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Largest image, pixels.")
+    _bad = flags.DEFINE_float("max_bad_fraction", 0.01, "Largest unreadable part of a split.")
     _workers = flags.DEFINE_integer("workers", 0, "Number of processes; 0: one per CPU.")
 
     def main() -> None:
@@ -42,11 +44,16 @@ if __name__ == "__main__":
             "max_pixels": _max_pixels.value,
         }
         how = Preparation(_as.value, _short_side.value, _quality.value, _shard_mib.value)
-        folder = prepare(ConfigDict(data), _splits.value, _to.value, how, workers=_workers.value)
-        LOG.info("%s is complete; a run reads it with", folder)
-        print(
-            f"--config.data.source=tfds --config.data.name={how.name} "
-            f"--config.data.path={_to.value}"
+        folder = prepare(
+            ConfigDict(data),
+            _splits.value,
+            _to.value,
+            how,
+            workers=_workers.value,
+            max_bad_fraction=_bad.value,
         )
+        LOG.info("%s is complete; a run reads it with", folder)
+        options = {"source": "tfds", "name": how.name, "path": _to.value}
+        print(shlex.join(f"--config.data.{name}={value}" for name, value in options.items()))
 
     command.run(main)

@@ -5,6 +5,8 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -15,21 +17,24 @@ from typing import Any
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_NOT_SAVED, EXIT_PREEMPTED, Stop
+from cassle_jax.checks import ConfigError, check_fraction
+from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
+from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.faults import FULL, passing
 from cassle_jax.prepare.plan import PLAN, Preparation, Shard, lacking_bytes, plan_of, shards_of
 from cassle_jax.prepare.progress import PreparationProgress
 from cassle_jax.prepare.shards import (
+    Encoding,
     Written,
     features_of,
+    forget_unreadable,
     remove_leftovers,
     write_shard,
     written_shard,
 )
-from cassle_jax.storage import path_of, write_whole
+from cassle_jax.storage import check_writable, on_object_store, path_of, write_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -44,45 +49,58 @@ def prepare(
     preparation: Preparation,
     *,
     workers: int = 0,
+    max_bad_fraction: float = 0.01,
 ) -> Path:
     """Prepares splits of a dataset, or continues where an earlier call was stopped.
+
+    One call at a time may write to a folder.
 
     Args:
       data: `data` settings as `open_source` takes them.
       splits: names of the splits.
-      to: folder of prepared datasets: `data.path` of the runs that read it.
+      to: local folder of prepared datasets: `data.path` of the runs that read it.
       preparation: how to prepare.
       workers: number of processes; 0 for one per CPU.
+      max_bad_fraction: largest fraction of a split's images that may be unreadable.
 
     Returns:
       The folder of the dataset, which `tfds.builder_from_directory` opens.
 
     Raises:
       ConfigError: a setting cannot work, or the folder holds another preparation.
-      DataError: the dataset cannot be opened, or no image of a split can be read.
+      DataError: the dataset cannot be opened, or too many images of a split cannot be read.
       Outage: the images, or the folder, are out of reach.
-      Stop: the disk is or would become full, or a worker was killed.
+      Stop: the disk is or would become full, a worker was killed, or the user stopped the call.
     """
-    _check(splits, to, preparation, workers)
-    sources = {split: open_source(data, split) for split in splits}
+    _check(splits, to, preparation, workers, max_bad_fraction)
+    sources = {split: _opened(data, split) for split in splits}
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
-    plan = plan_of(sources, folder, preparation)
-    if (folder / _INFO).exists():
-        return folder
-    _check_space(plan, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-    written = _write_shards(sources, plan, folder, workers, data.max_pixels)
-    _check_any(written)
-    _write_unreadable(written, folder)
-    _write_info(sources, written, folder, preparation.name)
+    check_writable("--to", folder)
+    plan = plan_of(sources, folder, preparation, data.max_pixels)
+    if not (folder / _INFO).exists():
+        _check_space(plan, folder)
+        write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+        written = _write_shards(sources, plan, folder, workers)
+        _check_unreadable(written, folder, max_bad_fraction)
+        _write_info(plan, {split: [*found.values()] for split, found in written.items()}, folder)
     remove_leftovers(folder)
     return folder
 
 
-def _check(splits: Sequence[str], to: str, preparation: Preparation, workers: int) -> None:
-    if not to:
-        raise ConfigError("--to is empty; give the folder to write to")
+def _opened(data: ConfigDict, split: str) -> Source:
+    try:
+        return open_source(data, split)
+    except DataError as error:  # the flags are called as the settings are
+        flags = re.sub(r"\bdata\.(source|path|name|classes|max_pixels)\b", r"--\1", str(error))
+        raise DataError(flags) from error
+
+
+def _check(
+    splits: Sequence[str], to: str, preparation: Preparation, workers: int, bad: float
+) -> None:
+    if not to or on_object_store(to):
+        raise ConfigError(f"--to={to} is no local folder; give the one to write to")
+    check_fraction("--max_bad_fraction", bad, usual=0.01)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", preparation.name):
         raise ConfigError(
             f"--as={preparation.name!r} is no name of a dataset; use a-z, 0-9 and _, such as mine"
@@ -114,21 +132,18 @@ def _check_space(plan: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_shards(
-    sources: Mapping[str, Source],
-    plan: Mapping[str, Any],
-    folder: Path,
-    workers: int,
-    max_pixels: int,
-) -> dict[str, list[Written]]:
+    sources: Mapping[str, Source], plan: Mapping[str, Any], folder: Path, workers: int
+) -> dict[str, dict[Path, Written]]:
     """Writes the shards that are missing; returns what each shard of a split holds, in order."""
     shards = shards_of(plan, folder)
     written = {shard.path: written_shard(shard.path) for shard in shards}
     missing = [shard for shard in shards if written[shard.path] is None]
     images = sum(len(shard.indices) for shard in shards)
-    settings = sources, plan["short_side"], plan["quality"], max_pixels
+    encoding = Encoding(plan["short_side"], plan["quality"], tuple(plan["classes"]))
+    settings = sources, encoding, plan["max_pixels"]
     with (
         PreparationProgress(images, images - sum(len(s.indices) for s in missing)) as progress,
-        _pool(min(workers or os.cpu_count() or 1, len(missing)), settings) as pool,
+        _pool(min(workers or usable_cpus(), len(missing)), settings) as pool,
     ):
         futures = {pool.submit(_write, shard): shard for shard in missing}
         try:
@@ -138,28 +153,28 @@ def _write_shards(
                 progress.add(len(shard.indices))
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise _plain(error, folder) from error
+            plain = _plain(error, folder)
+            if plain is None:
+                raise
+            raise plain from error
     return {
-        split: [written[shard.path] for shard in shards if shard.split == split]
+        split: {shard.path: written[shard.path] for shard in shards if shard.split == split}
         for split in sources
     }
 
 
-def _plain(error: BaseException, folder: Path) -> BaseException:
-    """The error as a user reads it; itself where it says what to do."""
+def _plain(error: BaseException, folder: Path) -> Stop | None:
+    """An error as a user reads it; `None` where it says itself what to do."""
     fault = passing(error)
     if fault is not None and fault.errno in FULL:
-        return Stop(
-            f"{folder}: {fault.strerror}; free some space, and the same command continues",
-            EXIT_NOT_SAVED,
-        )
-    if isinstance(error, BrokenProcessPool):
-        return Stop(
-            "a worker was killed, perhaps for lack of memory; the same command continues, and "
-            "needs less with a smaller --workers",
-            EXIT_PREEMPTED,
-        )
-    return error
+        reason, code = f"{fault.strerror}; free some space", EXIT_NOT_SAVED
+    elif isinstance(error, BrokenProcessPool):
+        reason, code = "a worker was killed, for memory perhaps (--workers)", EXIT_OUTAGE
+    elif isinstance(error, KeyboardInterrupt):
+        reason, code = "stopped", EXIT_PREEMPTED
+    else:
+        return None
+    return Stop(f"{folder}: {reason}; the same command continues", code)
 
 
 def _pool(workers: int, settings: tuple) -> Executor:
@@ -173,45 +188,51 @@ def _pool(workers: int, settings: tuple) -> Executor:
 _of_worker: dict[str, Any] = {}
 
 
-def _begin_worker(
-    sources: Mapping[str, Source], short_side: int, quality: int, max_pixels: int
-) -> None:
-    _of_worker.update(sources=sources, settings=(short_side, quality))
+def _begin_worker(sources: Mapping[str, Source], encoding: Encoding, max_pixels: int) -> None:
+    _of_worker.update(sources=sources, encoding=encoding)
     allow_pixels(max_pixels)
     parent = multiprocessing.parent_process()
-    if parent is not None:  # a worker whose parent was killed would wait for work for ever
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers
+        # A worker whose parent was killed would wait for work for ever.
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write(shard: Shard) -> Written:
     source = _of_worker["sources"][shard.split]
-    return write_shard(shard.path, source, shard.indices, *_of_worker["settings"])
+    return write_shard(shard.path, source, shard.indices, _of_worker["encoding"])
 
 
-def _check_any(written: Mapping[str, Sequence[Written]]) -> None:
-    for split, shards in written.items():
-        if not any(shard.records for shard in shards):
-            name, reason = shards[0].unreadable[0]
-            raise DataError(f"no image of split {split!r} can be read, such as {name}: {reason}")
-
-
-def _write_unreadable(written: Mapping[str, Sequence[Written]], folder: Path) -> None:
-    """Lists the images that were left out: split, name and reason, between tabs."""
+def _check_unreadable(
+    written: Mapping[str, Mapping[Path, Written]], folder: Path, allowed: float
+) -> None:
+    """Lists the images that were left out, between tabs; refuses more than the allowed fraction."""
     lines = [
         f"{split}\t{name}\t{reason}\n"
         for split, shards in written.items()
-        for shard in shards
+        for shard in shards.values()
         for name, reason in shard.unreadable
     ]
     write_whole(folder / _UNREADABLE, "".join(lines))
+    for split, shards in written.items():
+        bad = sum(len(shard.unreadable) for shard in shards.values())
+        images = bad + sum(shard.records for shard in shards.values())
+        if bad == images or bad > allowed * images:
+            for path, shard in shards.items():
+                forget_unreadable(path, shard)
+            raise DataError(
+                f"{bad} of the {images} images of split {split!r} cannot be read, more than "
+                f"--max_bad_fraction={allowed:g}; mend what {folder / _UNREADABLE} lists, or raise "
+                "it, and the same command continues"
+            )
     if lines:
         LOG.warning("left out %d images that cannot be read: %s", len(lines), folder / _UNREADABLE)
 
 
 def _write_info(
-    sources: Mapping[str, Source], written: Mapping[str, Sequence[Written]], folder: Path, name: str
+    plan: Mapping[str, Any], written: Mapping[str, Sequence[Written]], folder: Path
 ) -> None:
-    """Writes what tfds reads first, and so last of all."""
+    """Writes what tfds reads; what it reads first appears last, and whole."""
     splits = [
         tfds.core.SplitInfo(
             name=split,
@@ -222,14 +243,17 @@ def _write_info(
     ]
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(
-            name=name,
+            name=plan["name"],
             version=tfds.core.Version(VERSION),
             data_dir=str(folder),
             module_name="cassle_jax.prepare",
         ),
-        features=features_of(next(iter(sources.values()))),
+        features=features_of(plan["classes"]),
         description="Prepared by cassle_jax.prepare.",
         split_dict=tfds.core.splits.SplitDict(splits),
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
-    info.write_to_directory(folder)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        info.write_to_directory(elsewhere)
+        for file in sorted(Path(elsewhere).iterdir(), key=lambda file: file.name == _INFO):
+            write_whole(folder / file.name, file.read_bytes())

@@ -10,6 +10,7 @@ import numpy as np
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import Source
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.reading import RecordReader, is_of_one_file
 from cassle_jax.data.sources import content_of
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import free_bytes, kept_json
@@ -49,8 +50,26 @@ class Shard(NamedTuple):
     indices: range
 
 
+def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """The classes of all splits: those of one of them, with which the others begin.
+
+    Raises:
+      ConfigError: two splits give one label to different classes, or only some have labels.
+    """
+    most = max((source.class_names for source in sources.values()), key=len)
+    for split, source in sources.items():
+        names = source.class_names
+        if names != most[: len(names)] or (most and not names):
+            differs = next((a for a, b in zip(names, most, strict=False) if a != b), "no labels")
+            raise ConfigError(
+                f"--splits: {split!r} has other classes than the rest, such as {differs!r}; a "
+                "class needs a folder in every split; prepare others apart, with another --as"
+            )
+    return most
+
+
 def plan_of(
-    sources: Mapping[str, Source], folder: Path, preparation: Preparation
+    sources: Mapping[str, Source], folder: Path, preparation: Preparation, max_pixels: int
 ) -> dict[str, Any]:
     """What is written, as JSON; an earlier call's plan where the folder has one.
 
@@ -59,8 +78,14 @@ def plan_of(
     """
     about = {
         **preparation._asdict(),
+        "max_pixels": max_pixels,
+        "classes": list(classes_of(sources)),
         "splits": {
-            split: {"images": len(source), "content": repr(content_of(source))}
+            split: {
+                "source": source.name,
+                "images": len(source),
+                "content": repr(content_of(source)),
+            }
             for split, source in sources.items()
         },
     }
@@ -105,11 +130,14 @@ def lacking_bytes(plan: Mapping[str, Any], folder: Path) -> tuple[float, float] 
 
 def _mean_size(source: Source, preparation: Preparation) -> float:
     """Mean bytes of a re-encoded image, of images spread over the source."""
-    sizes = []
+    read, sizes = RecordReader(source, lambda _: False), []
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
         try:
-            image = source[index].image
+            image = read(index).image
             sizes.append(len(reencoded(image, preparation.short_side, preparation.quality)))
-        except (DamagedImage, OSError):
+        except DamagedImage:
             continue
+        except OSError as error:
+            if not is_of_one_file(error):
+                raise
     return float(np.mean(sizes)) if sizes else 0.0

@@ -4,7 +4,7 @@ import errno
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
@@ -13,13 +13,12 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.reading import RecordReader, is_of_one_file
 from cassle_jax.data.sources import Source
-from cassle_jax.faults import retried
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import PARTIAL, becoming, kept_json, write_whole
 
 _NOTE = ".written.json"
-_ONE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _GROUP = "group_size:1,uncompressed"  # images are compressed; random access reads one record
 
 
@@ -37,25 +36,37 @@ class Written(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-def features_of(source: Source) -> tfds.features.FeaturesDict:
-    """The features of a prepared source's records: image, name, and the label where it has one."""
+class Encoding(NamedTuple):
+    """How a shard's records are made.
+
+    Attributes:
+      short_side: see `reencoded`.
+      quality: see `reencoded`.
+      class_names: names by label; empty where images have none.
+    """
+
+    short_side: int
+    quality: int
+    class_names: tuple[str, ...]
+
+
+def features_of(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
+    """The features of the records: image, name, and the label where there are classes."""
     features = {"image": tfds.features.Image(), "name": tfds.features.Text()}
-    if source.class_names:
-        features["label"] = tfds.features.ClassLabel(names=source.class_names)
+    if class_names:
+        features["label"] = tfds.features.ClassLabel(names=class_names)
     return tfds.features.FeaturesDict(features)
 
 
 def written_shard(path: pathlib.Path) -> Written | None:
-    """What a shard that is there in whole holds; `None` where it is still to write."""
+    """What a complete shard holds; `None` for a missing one."""
     noted = kept_json(_note(path))
     if noted is None or not path.exists():
         return None
     return Written(noted["records"], noted["size"], [tuple(each) for each in noted["unreadable"]])
 
 
-def write_shard(
-    path: pathlib.Path, source: Source, indices: range, short_side: int, quality: int
-) -> Written:
+def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: Encoding) -> Written:
     """Writes the images `indices` of a source, and reads the shard back.
 
     The shard gets its name when it is whole; a note beside it then says what it holds.
@@ -64,8 +75,7 @@ def write_shard(
       path: of the shard.
       source: the images.
       indices: their places in the source, in the shard's order.
-      short_side: see `reencoded`.
-      quality: see `reencoded`.
+      encoding: how its records are made.
 
     Raises:
       OSError: the shard cannot be written, or what was read back is not what was written.
@@ -76,7 +86,7 @@ def write_shard(
     size = 0
     with becoming(path) as partial:
         writer = ArrayRecordWriter(str(partial), _GROUP)
-        for record in _records(source, indices, short_side, quality, unreadable):
+        for record in _records(source, indices, encoding, unreadable):
             writer.write(record)
             sums.append(zlib.crc32(record))
             size += len(record)
@@ -85,6 +95,12 @@ def write_shard(
             raise OSError(errno.EIO, "what was written cannot be read back", str(path))
     write_whole(_note(path), json.dumps(Written(len(sums), size, unreadable)._asdict()))
     return Written(len(sums), size, unreadable)
+
+
+def forget_unreadable(path: pathlib.Path, written: Written) -> None:
+    """Has a shard that lacks images written again by the next call."""
+    if written.unreadable:
+        _note(path).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
@@ -98,23 +114,25 @@ def _note(path: pathlib.Path) -> pathlib.Path:
 
 
 def _records(
-    source: Source,
-    indices: range,
-    short_side: int,
-    quality: int,
-    unreadable: list[tuple[str, str]],
+    source: Source, indices: range, encoding: Encoding, unreadable: list[tuple[str, str]]
 ) -> Iterator[bytes]:
     """The serialized records; notes those that cannot be read."""
-    features = features_of(source)
+    features = features_of(encoding.class_names)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    read = RecordReader(source, lambda name: any(name == known for known, _ in unreadable))
     for index in indices:
         name = f"{source.name} #{index}"
         try:
-            record = retried(name, lambda index=index: source[index])
+            record = read(index)
             name = record.name
-            image = reencoded(record.image, short_side, quality)
-        except (DamagedImage, *_ONE_FILE) as error:
-            unreadable.append((getattr(error, "filename", None) or name, str(error)))
+            image = reencoded(record.image, encoding.short_side, encoding.quality)
+        except DamagedImage as error:
+            unreadable.append((name, str(error)))
+            continue
+        except OSError as error:
+            if not is_of_one_file(error):
+                raise
+            unreadable.append((error.filename or name, error.strerror or str(error)))
             continue
         example = {"image": image, "name": record.name.encode(errors="surrogateescape")}
         if "label" in features:

@@ -1,10 +1,9 @@
 """Decides whether a command of a sweep or table that ended is started again, and when."""
 
-import os
 import signal
 
-from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED
+from cassle_jax.faults import seconds_in
 
 FIRST_PAUSE = "CASSLE_RESTART_SECONDS"  # the pause after the first outage; launch/run.sh reads it
 _LONGEST_PAUSE = 300.0
@@ -30,12 +29,13 @@ def pause_before_restart(code: int, starts: int) -> float | None:
     """
     if starts >= _MOST_STARTS.get(code, 0):
         return None
-    return 0.0 if code != EXIT_OUTAGE else min(_first_pause() * 2 ** (starts - 1), _LONGEST_PAUSE)
+    return 0.0 if code != EXIT_OUTAGE else min(first_pause() * 2 ** (starts - 1), _LONGEST_PAUSE)
 
 
-def _first_pause() -> float:
-    text = os.environ.get(FIRST_PAUSE, "10")
-    try:
-        return max(0.0, float(text))
-    except ValueError as error:
-        raise ConfigError(f"{FIRST_PAUSE}={text!r} is no number of seconds; use 10") from error
+def first_pause() -> float:
+    """Seconds of the pause after the first outage: `CASSLE_RESTART_SECONDS`, or ten.
+
+    Raises:
+      ConfigError: it is no number.
+    """
+    return seconds_in(FIRST_PAUSE, 10.0)

@@ -47,7 +47,7 @@ class Evaluation:
     datasets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     data_dir: str = ""
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)

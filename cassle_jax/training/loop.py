@@ -174,8 +174,9 @@ class _Loop:
             ),
             state=self.data_state,
         )
+        opened.callback(hurry.clear)
         opened.callback(self.feed.close)
-        opened.callback(hurry.set)  # not to wait for images without use
+        opened.callback(hurry.set)  # closing does not wait for images without use
         self.train_step = make_train_step(run, mesh)
         self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
         self.writer = self.progress = None

@@ -117,8 +117,8 @@ class Tracking:
     """Sends every step to a tracker once, however often the run continues.
 
     A tracker that joins late gets what `<workdir>/metrics.jsonl` has. `<workdir>/<name>.json` keeps
-    the tracker's run and its last step. What cannot be sent, as in an outage, is said once, kept,
-    and sent with what comes next.
+    the tracker's run, its last step and what was sent of it. What cannot be sent, as in an outage,
+    is said once, kept, and sent with what comes next.
 
     Args:
       name: a key of `TRACKERS`.
@@ -131,15 +131,15 @@ class Tracking:
 
     def __init__(self, name: str, workdir: epath.Path, settings: Mapping[str, Any]):
         self._name, self._file = name, workdir / f"{name}.json"
-        before = kept_json(self._file) or {"run": None, "step": 0}
+        before = {"run": None, "step": 0, "names": [], **(kept_json(self._file) or {})}
         try:
             self._tracker = TRACKERS[name](workdir, settings, before["run"])
-            self._note(before["step"])
+            self._note(before["step"], before["names"])
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             known = f"; {self._file} names the run to continue" if before["run"] else ""
             raise ConfigError(f"log.to={name} cannot start: {reason}{known}") from error
-        self._before = before["step"]
+        self._before, self._names = before["step"], frozenset(before["names"])
         self._waiting: deque[tuple[int, dict[str, float]]] = deque()
         self._failing = False
         for line in read_lines(workdir / "metrics.jsonl"):
@@ -147,8 +147,10 @@ class Tracking:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step, unless an earlier part of the run has sent it."""
-        if step > self._before:
-            self._waiting.append((step, dict(metrics)))
+        sent = self._names if step == self._before else frozenset()
+        unsent = {name: value for name, value in metrics.items() if name not in sent}
+        if step >= self._before and unsent:
+            self._waiting.append((step, unsent))
             self._send()
 
     def close(self) -> None:
@@ -165,8 +167,14 @@ class Tracking:
         try:
             while self._waiting:
                 step, metrics = self._waiting[0]
-                self._note(step)  # first, as a kill may follow: a step is rather lost than twice
-                self._tracker.write(step, metrics)
+                names = {*metrics, *(self._names if step == self._before else ())}
+                self._note(step, names)  # first, as a kill may follow: rather lost than twice
+                try:
+                    self._tracker.write(step, metrics)
+                except Exception:
+                    self._note(self._before, self._names)
+                    raise
+                self._before, self._names = step, frozenset(names)
                 self._waiting.popleft()
         except Exception as error:  # whatever the service's library raises
             if not self._failing:
@@ -175,5 +183,6 @@ class Tracking:
         else:
             self._failing = False
 
-    def _note(self, step: int) -> None:
-        write_whole(self._file, json.dumps({"run": self._tracker.run, "step": step}))
+    def _note(self, step: int, names: Iterable[str]) -> None:
+        noted = {"run": self._tracker.run, "step": step, "names": sorted(names)}
+        write_whole(self._file, json.dumps(noted))

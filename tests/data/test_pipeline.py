@@ -19,6 +19,7 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import pipeline as pipeline_module
+from cassle_jax.faults import Outage
 
 PINNED = [31, 21, 40, 12, 49, 47, 9, 27, 10, 41, 46, 20]
 
@@ -245,7 +246,11 @@ def test_an_unreadable_file_counts_as_damaged(image_folder, settings):
     ]
 
 
-def test_trouble_of_the_machine_is_no_damaged_image_and_reaches_the_consumer_from_its_thread():
+def test_trouble_of_the_machine_is_no_damaged_image_and_reaches_the_consumer_from_its_thread(
+    monkeypatch,
+):
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+
     class Failing(Numbered):
         broken = True
 
@@ -257,7 +262,7 @@ def test_trouble_of_the_machine_is_no_damaged_image_and_reaches_the_consumer_fro
     source = Failing(50)
     iterator = training(source)
     seen = []
-    with pytest.raises(DataError, match="numbered #13 cannot be read: Too many open files"):
+    with pytest.raises(Outage, match=r"numbered #13: Too many open files, for 0\.1 s; the same c"):
         for _ in range(8):
             seen.append(next(iterator))
     assert iterator.get_state()["step"] == len(seen)

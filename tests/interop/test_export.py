@@ -251,7 +251,10 @@ def test_a_vit_computes_the_same_with_the_heads_that_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [(None, r"6 or 12 heads cannot be told .* --heads=N"), (5, "heads=5 does not divide")],
+    [
+        (None, r"do not show whether it has 6 or 12 heads.* --heads=N"),
+        (5, "heads=5 does not divide"),
+    ],
 )
 def test_a_vit_of_unknown_heads_is_refused(tmp_path, heads, message):
     save_file(encoder_state("vit"), tmp_path / "file.safetensors")

@@ -20,11 +20,13 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.data import DataError, open_source
 from cassle_jax.data.decode import MAX_PIXELS
+from cassle_jax.faults import Outage
 from cassle_jax.prepare import Preparation, prepare
 from cassle_jax.prepare import plan as plan_module
 from cassle_jax.prepare import shards as shards_module
 
 SHORT = 24
+BAD = {"workers": 1, "max_bad_fraction": 0.1}
 HOW = Preparation("animals", short_side=SHORT, quality=95, shard_mib=1)
 
 
@@ -83,7 +85,7 @@ def files_in(folder):
 
 
 def test_tensorflow_datasets_reads_what_was_written(images, tmp_path, small_shards):
-    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     builder = tfds.builder_from_directory(folder)
     assert builder.info.features["label"].names == ["cat", "dog"]
     assert builder.info.splits["train"].num_examples == 24
@@ -107,7 +109,7 @@ def test_tensorflow_datasets_reads_what_was_written(images, tmp_path, small_shar
 
 
 def test_a_run_reads_it_as_it_reads_any_builder(images, tmp_path, small_shards):
-    prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+    prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     before = open_source(settings(images), "train")
     after = open_source(settings(tmp_path, "tfds", "animals"), "train")
     assert after.class_names == before.class_names
@@ -116,20 +118,22 @@ def test_a_run_reads_it_as_it_reads_any_builder(images, tmp_path, small_shards):
 
 def test_what_cannot_be_read_is_listed(images, tmp_path, small_shards, caplog):
     with caplog.at_level(logging.WARNING):
-        folder = prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+        folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     split, name, reason = (folder / "unreadable.txt").read_text().rstrip("\n").split("\t")
     assert split == "train" and name.endswith("dog/zz.jpg") and reason
     assert "left out 1 images" in caplog.text
 
 
 def test_processes_write_the_same_bytes(images, tmp_path, small_shards):
-    one = prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, workers=1)
-    two = prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=2)
+    one = prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, **BAD)
+    two = prepare(
+        settings(images), ["train"], str(tmp_path / "2"), HOW, workers=2, max_bad_fraction=0.1
+    )
     assert files_in(one) == files_in(two)
 
 
 def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monkeypatch):
-    whole = files_in(prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, workers=1))
+    whole = files_in(prepare(settings(images), ["train"], str(tmp_path / "1"), HOW, **BAD))
     written = []
 
     def fails_at_third(*args):
@@ -140,10 +144,10 @@ def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monke
 
     monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", fails_at_third)
     with pytest.raises(Stop, match=r"No space left .* the same command continues") as stop:
-        prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=1)
+        prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, **BAD)
     assert stop.value.code == EXIT_NOT_SAVED
     assert not (tmp_path / "2" / "animals" / "1.0.0" / "dataset_info.json").exists()
-    folder = prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, workers=1)
+    folder = prepare(settings(images), ["train"], str(tmp_path / "2"), HOW, **BAD)
     assert files_in(folder) == whole
     assert len(written) == 3 + 5 - len([1, 1])  # the first two shards are not written again
 
@@ -172,25 +176,25 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
 
 def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_path):
     data = settings(images)
-    folder = prepare(data, ["train"], str(tmp_path), HOW, workers=1)
+    folder = prepare(data, ["train"], str(tmp_path), HOW, **BAD)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(data, ["train"], str(tmp_path), HOW, workers=1) == folder
+    assert prepare(data, ["train"], str(tmp_path), HOW, **BAD) == folder
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(ConfigError, match=r"begun with short_side=24, and this is 32; choose ano"):
-        prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), workers=1)
+        prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), **BAD)
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(images, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module, "free_bytes", lambda _: 100)
     with pytest.raises(Stop, match=r"needs about 0\.00 GiB and has 0\.00 GiB free"):
-        prepare(settings(images), ["train"], str(tmp_path / "to"), HOW, workers=1)
-    assert not (tmp_path / "to").exists()
+        prepare(settings(images), ["train"], str(tmp_path / "to"), HOW, **BAD)
+    assert not [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
 
 
 def test_a_shard_that_reads_back_differently_is_no_shard(images, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "_sums_in", lambda _: [])
     with pytest.raises(OSError, match="cannot be read back"):
-        prepare(settings(images), ["train"], str(tmp_path), HOW, workers=1)
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     assert not list((tmp_path / "animals" / "1.0.0").glob("*.array_record*"))
 
 
@@ -213,5 +217,56 @@ def test_a_split_without_a_readable_image_is_refused(images, tmp_path):
     shutil.copytree(images / "train" / "cat", root / "train" / "cat")
     for path in (root / "train" / "cat").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="no image of split 'train' can be read, such as"):
-        prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, workers=1)
+    with pytest.raises(DataError, match=r"12 of the 12 images of split 'train' cannot be read"):
+        prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, **BAD)
+
+
+def test_more_unreadable_images_than_allowed_are_refused_unless_that_is_raised(images, tmp_path):
+    to = str(tmp_path)
+    with pytest.raises(DataError, match=r"1 of the 25 .* more than --max_bad_fraction=0\.01; mend"):
+        prepare(settings(images), ["train"], to, HOW, workers=1)
+    folder = prepare(settings(images), ["train"], to, HOW, **BAD)
+    assert len((folder / "unreadable.txt").read_text().splitlines()) == 1
+
+
+def test_a_folder_that_vanishes_is_an_outage_and_not_damage(images, tmp_path, monkeypatch):
+    root = tmp_path / "gone"
+    shutil.copytree(images, root)
+    real = shards_module.reencoded
+
+    def unmounts(*args):
+        shutil.rmtree(root, ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(shards_module, "reencoded", unmounts)
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+    with pytest.raises(Outage, match="the folder is gone"):
+        prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, **BAD)
+    assert not list((tmp_path / "to").rglob("*.array_record*"))
+
+
+def test_splits_of_other_classes_are_refused(images, tmp_path):
+    root = tmp_path / "two"
+    shutil.copytree(images / "train", root / "train")
+    shutil.copytree(images / "train" / "dog", root / "val" / "dog")
+    with pytest.raises(ConfigError, match=r"--splits: 'val' has other classes .* such as 'dog'"):
+        prepare(settings(root), ["train", "val"], str(tmp_path / "to"), HOW, **BAD)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--to=.*file.* cannot be written"):
+        prepare(settings(images), ["train"], str(tmp_path / "file"), HOW, **BAD)
+    with pytest.raises(ConfigError, match="--to=gs://b is no local folder"):
+        prepare(settings(images), ["train"], "gs://b", HOW, **BAD)
+    with pytest.raises(DataError, match="--path='' names no folder"):
+        prepare(settings(""), ["train"], str(tmp_path / "to"), HOW, **BAD)
+
+
+def test_ctrl_c_is_one_line(images, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.as_completed", interrupted)
+    with pytest.raises(Stop, match="stopped; the same command continues"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)

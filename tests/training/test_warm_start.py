@@ -112,7 +112,7 @@ def test_advice_is_a_setting_not_a_call(first_states, file):
     ("card", "message"),
     [
         ({"architecture": {"heads": 6}}, "its ViT has 6 heads, and those of a run have 12"),
-        ({}, "6 or 12 heads cannot be told"),
+        ({}, "do not show whether it has 6 or 12 heads"),
     ],
 )
 def test_a_vit_of_other_heads_is_refused_though_its_arrays_fit(tmp_path, card, message):

@@ -1,0 +1,104 @@
+"""Reads one record, and distinguishes a bad file from storage that is out of reach."""
+
+import contextlib
+import errno
+import os
+import pathlib
+from collections.abc import Callable
+
+from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.sources import Record, Source, root_of
+from cassle_jax.faults import Outage, is_of_machine, passing, retried, storage_seconds
+
+# Distances to other images, whose reading distinguishes a bad file from a storage outage.
+_OTHERS = (1, 17, 1009)
+# The wait for one file before the others are tried.
+_ONE_FILE_SECONDS = 15.0
+
+# Errors of the file itself. Substitutes for images lost to machine or network errors would hide
+# these errors, and change the order of the images.
+_FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+
+
+def is_of_one_file(error: OSError) -> bool:
+    """Whether an error of `RecordReader` is the fault of one file, which counts as damaged."""
+    fault = passing(error)
+    return error.errno in _FILE_ERRORS or (fault is not None and not is_of_machine(fault))
+
+
+class RecordReader:
+    """Reads a source's records, and waits for storage that may come back. Thread-safe.
+
+    Args:
+      source: the dataset.
+      is_known: whether a file, by its name, is known as unreadable: it is not waited for again.
+    """
+
+    def __init__(self, source: Source, is_known: Callable[[str], bool]):
+        self._source, self._is_known = source, is_known
+
+    def __call__(self, index: int) -> Record:
+        """The record at `index`.
+
+        Raises:
+          DamagedImage: the record is corrupt.
+          OSError: this file alone cannot be read, see `is_of_one_file`, or another fault.
+          Outage: no file can be read.
+        """
+        name = f"{self._source.name} #{index}"
+
+        def read(place: int = index) -> Record:
+            try:
+                return self._source[place]
+            except OSError as error:
+                if error.errno in _FILE_ERRORS:
+                    _check_folder_there(error.filename, root_of(self._source))
+                elif passing(error) and self._is_known(error.filename or name):
+                    raise _Known(error) from None
+                raise
+
+        def can_be_read(place: int) -> bool:
+            try:
+                read(place)
+            except (OSError, _Known):
+                return False
+            except DamagedImage:
+                return True  # a damaged image has been read
+            return True
+
+        try:
+            return retried(name, read, seconds=min(_ONE_FILE_SECONDS, storage_seconds()))
+        except _Known as known:
+            raise known.fault from None
+        except Outage as outage:
+            fault = passing(outage)
+            others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
+            if not is_of_machine(fault) and any(map(can_be_read, others)):
+                raise fault from None
+        return retried(name, read)
+
+
+class _Known(Exception):
+    """An earlier read has already waited in vain for the record's file."""
+
+    def __init__(self, fault: OSError):
+        super().__init__()
+        self.fault = fault
+
+
+def _check_folder_there(file: str | None, root: str) -> None:
+    """Raises OSError where the whole folder is missing, as when unmounted, not one file."""
+    if file is None or not root or not pathlib.Path(file).is_relative_to(root):
+        return
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        if any(entries):
+            return
+    raise OSError(errno.ENODEV, "the folder is gone, or empty", root)
