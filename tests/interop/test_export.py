@@ -252,7 +252,7 @@ def test_a_vit_computes_the_same_with_the_heads_that_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        (None, r"do not show whether it has 6 or 12 heads.* --heads=N"),
+        (None, r"whether it has 6 or 12 heads.* --heads=N"),
         (5, "heads=5 does not divide"),
     ],
 )
