@@ -223,8 +223,8 @@ def _vit(state: State, heads: int | None) -> ViTArchitecture:
         heads = VIT_HEADS
     if heads is None:
         raise WeightsError(
-            f"the arrays of a ViT of width {width} do not show whether it has 6 or 12 heads; convert "
-            "the file with python -m cassle_jax.export --weights=FILE --heads=N, which records them"
+            f"the arrays of a ViT of width {width} do not show whether it has 6 or 12 heads; "
+            "convert the file with python -m cassle_jax.export --weights=FILE --heads=N"
         )
     if heads < 1 or width % heads:
         raise WeightsError(f"heads={heads} does not divide the ViT's width of {width}")
