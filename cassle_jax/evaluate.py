@@ -38,7 +38,7 @@ from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import Outage, retried
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import path_of
+from cassle_jax.storage import check_writable, path_of
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
