@@ -119,7 +119,7 @@ def test_a_checkpoint_that_lacks_its_arrays_ends_no_run_with_success(
 def test_reading_back_notices_another_number(tmp_path, monkeypatch):
     saved = {"step": 1, "checksums": checkpoints_module.checksums(small_state(1), {"step": 1})}
     checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=2)
-    checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0)
+    checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0, after_stop=0.0)
     checkpoints.close()
     for state, problem in ((small_state(1), None), (small_state(2), "step, params, memory of it")):
         sums = checkpoints_module.checksums(state, {"step": 1})
