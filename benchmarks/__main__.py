@@ -32,9 +32,10 @@ from benchmarks import (
 )
 from benchmarks.contest import Row
 from benchmarks.isolated import run_isolated
-from benchmarks.workload import Workload, cpus, devices, draw_jpegs, jpegs_in, workload_for
+from benchmarks.workload import Workload, devices, draw_jpegs, jpegs_in, workload_for
 from cassle_jax import command
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of
+from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.storage import write_whole
 
 LOG = logging.getLogger("cassle_jax.benchmarks")
@@ -126,7 +127,7 @@ def about() -> dict[str, object]:
             continue
     return {
         **found,
-        "cpus": cpus(),
+        "cpus": usable_cpus(),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import published
-from benchmarks.workload import Workload, cpus, folder_of
+from benchmarks.workload import Workload, folder_of
 from cassle_jax.data import open_source
 from cassle_jax.data.damaged import DamagedLog
-from cassle_jax.data.pipeline import training_batches
+from cassle_jax.data.pipeline import training_batches, usable_cpus
 
 BATCH = 32
 BATCHES = 4  # per CPU, as a PyTorch worker builds whole batches
@@ -20,7 +20,7 @@ BATCHES = 4  # per CPU, as a PyTorch worker builds whole batches
 
 def measure(work: Workload) -> list[Row]:
     """Measures images/s per CPU, with all data that two views of an image need."""
-    count = BATCHES * cpus() * BATCH
+    count = BATCHES * usable_cpus() * BATCH
     files = tuple(itertools.islice(itertools.cycle(work.jpegs), count))
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -29,7 +29,7 @@ def measure(work: Workload) -> list[Row]:
         return contest(
             "input pipeline",
             "images/s and CPU",
-            count / cpus(),
+            count / usable_cpus(),
             [
                 Contender("cassle_jax: canvases", partial(ours, batches, count)),
                 Contender(
@@ -49,7 +49,7 @@ def canvases(work: Workload, root: Path) -> Generator[dict]:
     source = open_source(config, "train")
     damaged = DamagedLog(len(source), 1.0)
     return training_batches(
-        source, batch=BATCH, canvas=work.canvas, seed=0, damaged=damaged, threads=cpus()
+        source, batch=BATCH, canvas=work.canvas, seed=0, damaged=damaged, threads=usable_cpus()
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 from pathlib import Path
 
 import jax
@@ -114,12 +113,6 @@ def folder_of(files: tuple[Path, ...], where: Path) -> Path:
     for number, path in enumerate(files):
         (classes / f"{number:06}{path.suffix}").symlink_to(path.resolve())
     return where
-
-
-def cpus() -> int:
-    """The number of CPUs that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def devices() -> dict[str, object]:

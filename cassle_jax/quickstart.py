@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from cassle_jax import command
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS
-from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs, open_source
+from cassle_jax.data import Motifs, open_source
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.factor_probes import group_means, probe_factors
 from cassle_jax.methods import METHODS
@@ -41,12 +41,12 @@ UNTRAINED = "untrained"
 EXPLANATION = (
     "A linear probe reads each factor of the images off the frozen features. 1 is perfect, 0 is "
     "what a constant answer gets. Nothing but these factors tells two images apart. Augmentations "
-    "change the colour, and the contrast, place and sharpness; they leave the content."
+    "change all but the content."
 )
 _PROBED = 4000  # images a probe is fitted to: with more it takes longer, and reads hardly better
 _FACTORS = Motifs.FACTORS
 _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
-_ORDER = (COLOUR, FORM, CONTENT)
+_ORDER = tuple(dict.fromkeys(_GROUPS.values()))
 
 Scores = Mapping[str, Mapping[str, float]]
 """For each run, or the untrained encoder, the score of each factor."""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
+from cassle_jax.data import Motifs
 from cassle_jax.evaluation.factor_probes import group_means
 from cassle_jax.evaluation.findings import half_interval
 
 GROUPS = {name: factor.group for name, factor in Motifs.FACTORS.items()}
-SHOWN = (COLOUR, FORM, CONTENT)
+SHOWN = tuple(dict.fromkeys(GROUPS.values()))
 RUNS = ("plain", "CASSLE")
 
 
@@ -28,7 +28,7 @@ def main(paths: Sequence[str]) -> None:
     }
     print(
         "| seed |",
-        " | ".join(f"{group}: plain | CASSLE" for group in (COLOUR, FORM, CONTENT)),
+        " | ".join(f"{group}: plain | CASSLE" for group in SHOWN),
         "|",
     )
     print("|--:|" + "--:|" * 6)

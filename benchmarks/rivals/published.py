@@ -15,7 +15,8 @@ import jax
 from PIL import Image
 
 from benchmarks.contest import NotComparableError, TimedCall
-from benchmarks.workload import Workload, cpus
+from benchmarks.workload import Workload
+from cassle_jax.data.pipeline import usable_cpus
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 QUEUE, WIDTH, TEMPERATURE, MOMENTUM = 65_536, 128, 0.2, 0.999
@@ -113,7 +114,7 @@ def loader(files: Sequence[Path], batch: int, size: int) -> TimedCall:
         Pairs(files, crop),
         batch,
         shuffle=True,
-        num_workers=cpus(),
+        num_workers=usable_cpus(),
         drop_last=True,
         persistent_workers=True,
         # A forked worker may inherit a lock of one of JAX's threads, and wait forever.

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from cassle_jax.data.damaged import DamagedLog
-from cassle_jax.data.decode import ANY_SIDE, DamagedImage, decode
+from cassle_jax.data.decode import ANY_SIDE, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.pool import BufferPool
-from cassle_jax.data.reading import RecordReader, is_of_one_file
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import Source
 from cassle_jax.data.squares import CENTRE, check_short_side, squares_of
 
@@ -128,18 +128,12 @@ class Images:
 
     def _try_record(self, index: int) -> "_Decoded | None":
         """The record at `index`; None, after adding it to the account, where it is damaged."""
-        name = f"{self._source.name} #{index}"
         try:
-            record = self._read(index)
-            name = record.name
-            return _Decoded(self._pixels(record.image), record.label, index)
-        except DamagedImage as error:
-            self._damaged.add(name, str(error))
-        except OSError as error:
-            if not is_of_one_file(error):
-                raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
-            self._damaged.add(error.filename or name, error.strerror or str(error))
-        return None
+            record, pixels = self._read(index, self._pixels)
+        except UnreadableRecord as error:
+            self._damaged.add(error.name, error.reason)
+            return None
+        return _Decoded(pixels, record.label, index)
 
     def _pixels(self, image: bytes | np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
         """An image in the size and form of the canvas."""

@@ -1,12 +1,16 @@
-"""Reads one record, and distinguishes a bad file from storage that is out of reach."""
+"""Reads and decodes one record, and distinguishes a bad one from storage that is out of reach."""
 
 import contextlib
 import errno
 import os
 import pathlib
 from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
 
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, Source, root_of
 from cassle_jax.faults import Outage, is_of_machine, passing, retried, storage_seconds
 
@@ -28,10 +32,20 @@ _FILE_ERRORS = (
 )
 
 
-def is_of_one_file(error: OSError) -> bool:
-    """Whether an error of `RecordReader` is the fault of one file, which counts as damaged."""
-    fault = passing(error)
-    return error.errno in _FILE_ERRORS or (fault is not None and not is_of_machine(fault))
+T = TypeVar("T")
+
+
+class UnreadableRecord(Exception):
+    """One record that cannot be read or decoded, and counts as damaged.
+
+    Args:
+      name: what a user would look for to find it.
+      reason: why, in words.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 class RecordReader:
@@ -45,16 +59,28 @@ class RecordReader:
     def __init__(self, source: Source, is_known: Callable[[str], bool]):
         self._source, self._is_known = source, is_known
 
-    def __call__(self, index: int) -> Record:
-        """The record at `index`.
+    def __call__(self, index: int, decode: Callable[[bytes | np.ndarray], T]) -> tuple[Record, T]:
+        """The record at `index`, and what `decode` makes of its image.
 
         Raises:
-          DamagedImage: the record is corrupt.
-          OSError: this file alone cannot be read, see `is_of_one_file`, or another fault.
+          UnreadableRecord: this record alone cannot be read or decoded.
+          DataError: it cannot be read for another reason, which is not temporary.
           Outage: no file can be read.
         """
         name = f"{self._source.name} #{index}"
+        try:
+            record = self._read(index, name)
+            name = record.name
+            return record, decode(record.image)
+        except DamagedImage as error:
+            raise UnreadableRecord(name, str(error)) from error
+        except OSError as error:
+            reason, fault = error.strerror or str(error), passing(error)
+            if error.errno in _FILE_ERRORS or (fault is not None and not is_of_machine(fault)):
+                raise UnreadableRecord(error.filename or name, reason) from error
+            raise DataError(f"{name} cannot be read: {reason}") from error
 
+    def _read(self, index: int, name: str) -> Record:
         def read(place: int = index) -> Record:
             try:
                 return self._source[place]

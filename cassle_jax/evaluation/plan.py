@@ -67,7 +67,7 @@ def _suiting(data: EvaluationData, tasks: Sequence[str]) -> list[Protocol]:
     suiting = [
         each
         for name, each in PROTOCOLS.items()
-        if (not tasks or name in tasks) and each.suits(data, asked_for=bool(tasks))
+        if (not tasks or name in tasks) and each.suits(data, requested=bool(tasks))
     ]
     for name in sorted(set(tasks) - {each.name for each in suiting}):
         LOG.warning("%s is left out: not for %s", name, data.name)

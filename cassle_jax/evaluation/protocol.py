@@ -51,10 +51,10 @@ class Protocol:
                 raise ValueError(f"{self.name} takes {kind!r}; use {', '.join((*ANY, DRAWN))}")
         settings_of([self.settings])
 
-    def suits(self, data: EvaluationData, *, asked_for: bool) -> bool:
-        """Whether the protocol runs on a dataset, where it is asked for or by default."""
+    def suits(self, data: EvaluationData, *, requested: bool) -> bool:
+        """Whether the protocol runs on a dataset, by request or by default."""
         kinds = {data.task} | ({DRAWN} if isinstance(data.test, Drawn) else set())
-        usual = self.takes if asked_for or self.usual is None else self.usual
+        usual = self.takes if requested or self.usual is None else self.usual
         return not kinds.isdisjoint(usual)
 
     def unmet(

@@ -82,7 +82,7 @@ def prepare(
         write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
         written = _write_shards(sources, plan, folder, workers)
         _check_unreadable(written, folder, max_bad_fraction)
-        _write_info(plan, {split: [*found.values()] for split, found in written.items()}, folder)
+        _write_info(plan, written, folder)
     remove_leftovers(folder)
     return folder
 
@@ -230,14 +230,14 @@ def _check_unreadable(
 
 
 def _write_info(
-    plan: Mapping[str, Any], written: Mapping[str, Sequence[Written]], folder: Path
+    plan: Mapping[str, Any], written: Mapping[str, Mapping[Path, Written]], folder: Path
 ) -> None:
     """Writes what tfds reads; what it reads first appears last, and whole."""
     splits = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[shard.records for shard in shards],
-            num_bytes=sum(shard.size for shard in shards),
+            shard_lengths=[shard.records for shard in shards.values()],
+            num_bytes=sum(shard.size for shard in shards.values()),
         )
         for split, shards in written.items()
     ]

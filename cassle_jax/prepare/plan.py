@@ -1,7 +1,9 @@
 """Decides which images go into which shard, and whether they fit on the disk."""
 
+import contextlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +11,7 @@ import numpy as np
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import Source
-from cassle_jax.data.decode import DamagedImage
-from cassle_jax.data.reading import RecordReader, is_of_one_file
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import content_of
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import free_bytes, kept_json
@@ -118,9 +119,8 @@ def shards_of(plan: Mapping[str, Any], folder: Path) -> list[Shard]:
 
 
 def lacking_bytes(plan: Mapping[str, Any], folder: Path) -> tuple[float, float] | None:
-    """Bytes that are still needed and bytes that are free; `None` where they suffice."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    free = free_bytes(there)
+    """Bytes that the folder still needs and has free; `None` where they suffice."""
+    free = free_bytes(folder)
     needed = _MARGIN * sum(
         plan["mean_bytes"][split] * about["images"] for split, about in plan["splits"].items()
     )
@@ -130,14 +130,9 @@ def lacking_bytes(plan: Mapping[str, Any], folder: Path) -> tuple[float, float] 
 
 def _mean_size(source: Source, preparation: Preparation) -> float:
     """Mean bytes of a re-encoded image, of images spread over the source."""
+    decode = partial(reencoded, short_side=preparation.short_side, quality=preparation.quality)
     read, sizes = RecordReader(source, lambda _: False), []
     for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
-        try:
-            image = read(index).image
-            sizes.append(len(reencoded(image, preparation.short_side, preparation.quality)))
-        except DamagedImage:
-            continue
-        except OSError as error:
-            if not is_of_one_file(error):
-                raise
+        with contextlib.suppress(UnreadableRecord):
+            sizes.append(len(read(index, decode)[1]))
     return float(np.mean(sizes)) if sizes else 0.0

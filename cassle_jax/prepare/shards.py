@@ -5,6 +5,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
@@ -12,8 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from cassle_jax.data.decode import DamagedImage
-from cassle_jax.data.reading import RecordReader, is_of_one_file
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import Source
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import PARTIAL, becoming, kept_json, write_whole
@@ -79,6 +79,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
 
     Raises:
       OSError: the shard cannot be written, or what was read back is not what was written.
+      DataError: an image cannot be read, and is not damaged.
       Outage: the images are out of reach.
     """
     unreadable: list[tuple[str, str]] = []
@@ -93,8 +94,9 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
         writer.close()
         if _sums_in(partial) != sums:
             raise OSError(errno.EIO, "what was written cannot be read back", str(path))
-    write_whole(_note(path), json.dumps(Written(len(sums), size, unreadable)._asdict()))
-    return Written(len(sums), size, unreadable)
+    written = Written(len(sums), size, unreadable)
+    write_whole(_note(path), json.dumps(written._asdict()))
+    return written
 
 
 def forget_unreadable(path: pathlib.Path, written: Written) -> None:
@@ -120,19 +122,12 @@ def _records(
     features = features_of(encoding.class_names)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     read = RecordReader(source, lambda name: any(name == known for known, _ in unreadable))
+    decode = partial(reencoded, short_side=encoding.short_side, quality=encoding.quality)
     for index in indices:
-        name = f"{source.name} #{index}"
         try:
-            record = read(index)
-            name = record.name
-            image = reencoded(record.image, encoding.short_side, encoding.quality)
-        except DamagedImage as error:
-            unreadable.append((name, str(error)))
-            continue
-        except OSError as error:
-            if not is_of_one_file(error):
-                raise
-            unreadable.append((error.filename or name, error.strerror or str(error)))
+            record, image = read(index, decode)
+        except UnreadableRecord as error:
+            unreadable.append((error.name, error.reason))
             continue
         example = {"image": image, "name": record.name.encode(errors="surrogateescape")}
         if "label" in features:

@@ -54,7 +54,7 @@ def bench():
     ],
 )  # fmt: skip
 def test_an_encoder_without_a_projector_is_analysed_and_told_so(bench, caplog, task, metrics):
-    assert PROTOCOLS[task].suits(bench.data, asked_for=False)
+    assert PROTOCOLS[task].suits(bench.data, requested=False)
     with caplog.at_level("INFO", logger="cassle_jax"):
         findings = PROTOCOLS[task].run(bench, SETTINGS)
     assert f"{task} of bare: no projector" in caplog.text
@@ -65,21 +65,21 @@ def test_a_leak_is_measured_of_what_is_told_and_of_nothing_else(bench, caplog):
     with caplog.at_level("INFO", logger="cassle_jax"):
         assert PROTOCOLS["leak"].run(bench, SETTINGS) == []
     assert "leak of bare: left out" in caplog.text
-    told = dataclasses.replace(bench.subject, conditioning=Conditioning(descriptors=("color",)))
-    value, chance, _ = PROTOCOLS["leak"].run(dataclasses.replace(bench, subject=told), SETTINGS)
+    given = dataclasses.replace(bench.subject, conditioning=Conditioning(descriptors=("color",)))
+    value, chance, _ = PROTOCOLS["leak"].run(dataclasses.replace(bench, subject=given), SETTINGS)
     assert (value.metric, chance.metric) == ("NT-Xent, ω alone", "NT-Xent, chance")
     assert chance.value == pytest.approx(np.log(5))  # half of 12 images hold two batches of 3
-    assert not PROTOCOLS["leak"].suits(bench.data, asked_for=False)
+    assert not PROTOCOLS["leak"].suits(bench.data, requested=False)
 
 
 def test_matching_says_where_omega_enters_with_the_image(bench, caplog):
     conditioning = dataclasses.replace(COLOR_DIFF, injection="image")
     networks, variables = colour_networks(conditioning)
-    told = dataclasses.replace(
+    given = dataclasses.replace(
         bench.subject, networks=networks, variables=variables, conditioning=conditioning
     )
     with caplog.at_level("INFO", logger="cassle_jax"):
-        PROTOCOLS["matching"].run(dataclasses.replace(bench, subject=told), SETTINGS)
+        PROTOCOLS["matching"].run(dataclasses.replace(bench, subject=given), SETTINGS)
     assert "matching of bare: ω enters with the image, so not by ω alone" in caplog.text
 
 

@@ -234,9 +234,9 @@ def test_a_folder_that_vanishes_is_an_outage_and_not_damage(images, tmp_path, mo
     shutil.copytree(images, root)
     real = shards_module.reencoded
 
-    def unmounts(*args):
+    def unmounts(*args, **settings):
         shutil.rmtree(root, ignore_errors=True)
-        return real(*args)
+        return real(*args, **settings)
 
     monkeypatch.setattr(shards_module, "reencoded", unmounts)
     monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")

@@ -1,0 +1,55 @@
+"""Shows how far something long is: a bar where standard error is a terminal, nothing elsewhere."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class ProgressBar:
+    """A bar with what is done, the time left and figures.
+
+    Args:
+      what: what is done, in a word.
+      total: how much there is to do.
+      done: how much of it is done at the start.
+
+    Attributes:
+      shown: whether there is a bar; `update` does nothing where there is none.
+    """
+
+    def __init__(self, what: str, total: int, done: int):
+        self.shown = sys.stderr.isatty()
+        if self.shown:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(what, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def update(self, done: int, **fields: str) -> None:
+        """Moves the bar; `figures`, where given, replaces the text behind it."""
+        if self.shown:
+            self._bar.update(self._task, completed=done, **fields)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self.shown:
+            self._bar.stop()
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
