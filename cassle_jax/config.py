@@ -95,6 +95,8 @@ def _defaults() -> ConfigDict:
             "small_images": False,  # ResNets: a stem for images of about 32 pixels
             "patch_size": 16,  # Vision Transformers: in pixels
             "remat": False,  # recompute activations in the backward pass, to save memory
+            # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's
+            "flash_attention": True,
         }
     )
     config.weights = ConfigDict(

@@ -38,6 +38,7 @@ def make_encoder(
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
     remat: bool = False,
+    flash_attention: bool = True,
 ) -> nn.Module:
     """Makes the encoder called `name`, a key of `ENCODERS`.
 
@@ -49,6 +50,7 @@ def make_encoder(
         dtype: dtype the layers compute in.
         axis_name: mapped axis over which a ResNet's BatchNorm is synchronised.
         remat: recompute activations in the backward pass instead of storing them.
+        flash_attention: let a Vision Transformer use cuDNN's where the devices have it.
 
     Raises:
         ConfigError: for an unknown name, or a setting that the architecture lacks.
@@ -64,7 +66,7 @@ def make_encoder(
             f"encoder.small_images=True does not go with encoder.name={name!r}; "
             "use encoder.patch_size=4 for small images"
         )
-    return ENCODERS[name](patch_size=patch_size, **settings)
+    return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from cassle_jax.checks import ConfigError, check_at_least
+from cassle_jax.models.attention import attend
 
 MLP_RATIO = 4
 TEMPERATURE = 10_000.0
@@ -110,6 +111,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    flash: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         linear = partial(nn.Dense, dtype=self.dtype)
         qkv = linear(3 * width, kernel_init=qkv_uniform, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-        attended = jax.nn.dot_product_attention(*jnp.unstack(qkv, axis=2))
+        attended = attend(*jnp.unstack(qkv, axis=2), flash=self.flash)
         return linear(width, kernel_init=xavier_uniform, name="proj")(attended.reshape(x.shape))
 
 
@@ -141,6 +143,7 @@ class Block(nn.Module):
 
     heads: int
     dtype: DTypeLike
+    flash: bool = True
 
     @nn.compact
     def __call__(
@@ -148,7 +151,8 @@ class Block(nn.Module):
     ) -> Float32[Array, "batch tokens width"]:
         """Maps `x`; the sums stay in float32, as under PyTorch's mixed precision."""
         norm = partial(layer_norm, dtype=self.dtype)
-        x = x + Attention(self.heads, self.dtype, name="attn")(norm(name="norm1")(x))
+        attention = Attention(self.heads, self.dtype, self.flash, name="attn")
+        x = x + attention(norm(name="norm1")(x))
         return x + FeedForward(self.dtype, name="mlp")(norm(name="norm2")(x))
 
 
@@ -170,6 +174,7 @@ class VisionTransformer(nn.Module):
         dtype: dtype the matrix products compute in; parameters, LayerNorm's statistics, softmax
             and the sums along the blocks are float32.
         remat: recompute each block's activations in the backward pass instead of storing them.
+        flash_attention: use cuDNN's flash attention where the devices have it, see `attend`.
         frozen_parameters: names, at the top level of the parameters, that are never trained.
 
     References:
@@ -183,6 +188,7 @@ class VisionTransformer(nn.Module):
     patch_size: int = 16
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    flash_attention: bool = True
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed")
 
@@ -233,7 +239,7 @@ class VisionTransformer(nn.Module):
         ends = [math.ceil(stage * self.depth / STAGES) for stage in range(STAGES + 1)]
         for stage in range(STAGES):
             for index in range(ends[stage], ends[stage + 1]):
-                x = block(self.heads, self.dtype, name=f"blocks_{index}")(x)
+                x = block(self.heads, self.dtype, self.flash_attention, name=f"blocks_{index}")(x)
             self.sow("intermediates", f"layer{stage + 1}", _feature_map(x, grid))
 
         features = layer_norm(name="norm")(x[:, 0])
