@@ -87,7 +87,7 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
             _ = flags.FLAGS.config.seed  # a missing file fails at its first use only
         if rest[1:]:
             raise ConfigError(f"{rest[1]!r} is not an option; options begin with --")
-    except OSError as error:
+    except (OSError, ImportError) as error:
         code = EXIT_OUTAGE if passing(error) else EXIT_WRONG_SETTING
         raise Stop(f"config cannot be read: {_last_line(error)}", code) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:

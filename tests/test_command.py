@@ -140,6 +140,7 @@ def test_a_setting_without_its_dashes_is_not_silently_left_out(refusal):
         ("config.batch_sise = 8", "batch_sise"),
         ("config.optimiser.momentum = 0", "optimiser"),
         ("config.batch_size = 'many'", "batch_size"),
+        ("import none_such", "config cannot be read: No module named 'none_such'"),
     ],
 )
 def test_a_mistake_in_a_configuration_file_is_found(refusal, tmp_path, body, message):

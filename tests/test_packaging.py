@@ -1,6 +1,7 @@
 """What is installed: the requirements of every command, and the files of configs/."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -15,17 +16,23 @@ import cassle_jax
 from cassle_jax import config_files
 from cassle_jax.config import ConfigError
 from cassle_jax.config_files import find_config, find_file
+from cassle_jax.extras import EXTRA_OF
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+COMMANDS = sorted(
+    path.parent.name if path.stem == "__main__" else path.stem
+    for path in (ROOT / "cassle_jax").rglob("*.py")
+    if '\nif __name__ == "__main__":' in path.read_text()
+)
 # What every extra is for, and the core.
 MODULES = {
     "": ["augment", "models", "methods", "methods.losses", "methods.augself", "methods.build"],
-    "train": ["pretrain", "export"],
-    "evaluate": ["evaluate", "quickstart"],
-    "sweep": ["sweep.sweep", "tables", "transfer"],
+    "sweep": ["sweep.sweep"],
 }
+for each in COMMANDS:
+    MODULES.setdefault(EXTRA_OF[each], []).append(each)
 OF_MODULE = packages_distributions()
 # Imported only where torch's own files are written, and where metrics go to these services.
 ON_DEMAND = {"torch", "wandb", "mlflow"}
@@ -126,15 +133,20 @@ print(omega.shape, value.shape, *METHODS)
 """
 
 
-def test_the_core_works_without_what_the_extras_bring():
-    brought = {distribution(each) for each in requirements("test") - requirements("")}
+def brought_by(extra):
+    """The modules of the packages that an extra adds to the core's."""
+    brought = {distribution(each) for each in requirements(extra) - requirements("")}
     # Flax and Optax bring these.
     brought -= {"absl_py", "rich", "scipy"}
-    absent = {
+    return {
         module
         for module, owners in OF_MODULE.items()
         if any(distribution(owner) in brought for owner in owners)
     }
+
+
+def test_the_core_works_without_what_the_extras_bring():
+    absent = brought_by("test")
     assert {"orbax", "grain", "tensorflow_datasets", "matplotlib", "sklearn"} <= absent
     ended = subprocess.run(
         [sys.executable, "-c", CORE.replace("ABSENT", repr(absent))],
@@ -145,6 +157,42 @@ def test_the_core_works_without_what_the_extras_bring():
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("(1, 13) () barlow_twins byol moco_v2")
+
+
+def started_without(absent, folder, *arguments):
+    """The end of `python arguments…` where the modules in `absent` cannot be imported."""
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules |= dict.fromkeys({sorted(absent)})\n"
+    )
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_without_its_extra_names_it(command, tmp_path):
+    # absl comes with the core, but is what most commands import first, which makes this quick.
+    absent = brought_by("test") | {"absl"}
+    ended = started_without(absent, tmp_path, "-m", f"cassle_jax.{command}")
+    extra = next(extra for extra, modules in MODULES.items() if command in modules)
+    (package,) = re.findall(
+        rf"^error: cassle_jax\.{command} needs the package (\w+); "
+        rf"pip install 'cassle_jax\[{extra}\]'\n$",
+        ended.stderr,
+    )
+    assert package in absent
+    assert ended.returncode == 2 and not ended.stdout
+
+
+def test_another_programs_missing_package_keeps_its_traceback(tmp_path):
+    program = "import runpy, cassle_jax; import none_such"
+    ended = started_without((), tmp_path, "-c", program)
+    assert ended.stderr.startswith("Traceback") and ended.returncode == 1
 
 
 @pytest.fixture

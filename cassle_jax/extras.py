@@ -1,0 +1,51 @@
+"""Ends a command that lacks a package with one line, which names the extra that brings it."""
+
+import sys
+import traceback
+from types import TracebackType
+
+EXTRA_OF = {
+    "pretrain": "train",
+    "export": "train",
+    "prepare": "train",
+    "evaluate": "evaluate",
+    "quickstart": "evaluate",
+    "sweep": "sweep",
+    "tables": "sweep",
+    "transfer": "sweep",
+}
+"""For each command the extra of pyproject.toml that it needs."""
+
+_REQUIREMENT_OF = {f"cassle_jax.{name}": f"cassle_jax[{extra}]" for name, extra in EXTRA_OF.items()}
+_REQUIREMENT_OF["cassle_jax"] = "cassle_jax"
+
+
+def explain_missing_packages() -> None:
+    """Has commands end with 2 and one line where a package is missing.
+
+    A command imports its packages before its first line runs; only the hook for uncaught errors
+    sees all of them fail. Other errors keep their traceback.
+    """
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        needing = _outermost_module(trace)
+        missing = isinstance(error, ModuleNotFoundError) and package not in ("", "cassle_jax")
+        if not missing or needing not in _REQUIREMENT_OF:
+            return previous(kind, error, trace)
+        mend = f"pip install '{_REQUIREMENT_OF[needing]}'"
+        print(f"error: {needing} needs the package {package}; {mend}", file=sys.stderr)
+        sys.exit(2)
+
+    sys.excepthook = report
+
+
+def _outermost_module(trace: TracebackType | None) -> str:
+    """The command, or the first module of the project, that the error went through; "" for none."""
+    for frame, _ in traceback.walk_tb(trace):
+        spec = frame.f_globals.get("__spec__")
+        parts = getattr(spec, "name", "").split(".")
+        if parts[0] == "cassle_jax":
+            return ".".join(parts[:2])
+    return ""
