@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
-from scipy.special import stdtrit
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 
@@ -39,6 +38,8 @@ class Score:
 
 def half_interval(values: Sequence[float] | np.ndarray) -> float:
     """Half the width of the 95 % interval of the mean of two or more values (Student's t)."""
+    from scipy.special import stdtrit  # pretraining starts faster without SciPy
+
     count = len(values)
     return float(stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count))
 

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from cassle_jax.augment import DESCRIPTORS, RARE, denormalize, describe
 from cassle_jax.data import DamagedLog, Source, training_batches
 from cassle_jax.methods.views import augmented_views
-from cassle_jax.report.contact_sheet import contact_sheet
 from cassle_jax.training.run import Run
 from cassle_jax.training.state import seed_keys
 
@@ -76,6 +75,8 @@ def _shown(described: dict[str, np.ndarray], run: Run) -> dict[str, np.ndarray]:
 
 def write_contact_sheet(run: Run, source: Source, data: ConfigDict, path: epath.PathLike) -> None:
     """Writes `first_views` as a PNG at `path`."""
+    from cassle_jax.report.contact_sheet import contact_sheet  # Matplotlib delays every command
+
     images, (first, first_descriptors), (second, second_descriptors) = first_views(
         run, source, data
     )
