@@ -139,7 +139,7 @@ def _data_defaults() -> tuple[ConfigDict, ConfigDict]:
             "canvas": 32,  # pixels; larger images are shrunk to fit
             "scenes": 50_000,  # number of rendered images, for scenes and motifs
             "threads": 0,  # reading and decoding threads; 0: half the CPUs, at least 2
-            "cache_gib": 4.0,  # keep decoded images in memory if all of them fit in this size
+            "cache_gib": 4.0,  # memory of a process for images that stay: what fits
             "on_device": "auto",  # all images on every device: auto (if they fit), always or never
             "max_pixels": 89_478_485,  # images with more pixels, Pillow's limit, count as damaged
             "max_bad_fraction": 0.01,  # stop the run above this fraction of undecodable images

@@ -56,8 +56,8 @@ def training_batches(
       process_count: number of processes.
       threads: number that read and decode; 0 for half this process's CPUs, from 2 to 32.
       start_step: the step of the first batch.
-      cache_bytes: if the dataset's canvases fit into this number of bytes, every image is decoded
-        once and kept; 0 never keeps any.
+      cache_bytes: memory for images that stay once they are read: all of them where their canvases
+        fit, else the first ones, see `what_to_keep`. 0 keeps none.
 
     Returns:
       An iterator of `{'image': uint8[b, canvas, canvas, 3], 'size': int32[b, 2], 'label': int32[b],

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -281,10 +282,32 @@ def test_kept_images_are_read_once_and_the_same(chunk, processes):
         assert len(source.reads) < 48 * 2
 
 
-def test_images_are_kept_only_where_all_fit():
-    source = Numbered(48)
-    take(training(source, cache_bytes=48 * 8 * 8 * 3 - 1), 12)
-    assert len(source.reads) >= 48 * 3
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_memory_for_a_part_of_the_images_keeps_that_part(share):
+    source, canvas_bytes = Numbered(48, damaged=(3, 40)), 8 * 8 * 3
+    kept = training(source, cache_bytes=int(48 * share) * canvas_bytes, threads=1)
+    assert_same(take(kept, 60), take(training(Numbered(48, damaged=(3, 40))), 60))
+    kept.close()
+    reads = Counter(source.reads)
+    kept_reads = [reads[index] for index in range(int(48 * share))]
+    assert max(kept_reads, default=0) <= 3  # once, in the sample, and for a damaged one before it
+    assert all(reads[index] >= 4 for index in range(int(48 * share), 48))
+
+
+def test_slow_storage_has_images_kept_as_they_are_stored():
+    class Slow(Numbered):
+        """Images of a tenth of the canvas, on storage slower than decoding."""
+
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    source = Slow(48)
+    settings = {"canvas": 64, "threads": 1}
+    kept = training(source, cache_bytes=24 * 64 * 64 * 3, **settings)
+    assert_same(take(kept, 60), take(training(Numbered(48), **settings), 60))
+    kept.close()
+    assert max(Counter(source.reads).values()) <= 2  # once, and in the sample
 
 
 def test_batches_are_not_shared():
