@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from pytest import MonkeyPatch
 
 from cassle_jax.data.folder import FolderSource
+from cassle_jax.lock import folder_held
 from cassle_jax.storage import GrowingFile
 from cassle_jax.training import loop
 from cassle_jax.training.checkpoints import Checkpoints
-from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.read_back import ReadBack
 
@@ -172,7 +172,7 @@ def _locked_elsewhere(case: Case) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked_here(case: Case) -> Iterator[None]:
     case.workdir.mkdir()
-    with workdir_held(case.workdir):
+    with folder_held(case.workdir):
         yield
 
 

@@ -26,10 +26,10 @@ from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.shards import Shards
 from cassle_jax.faults import Outage, passing, retried
+from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.training import loop as loop_module
 from cassle_jax.training.checkpoints import Checkpoints
-from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter
 from tests.tiny import TinyEncoder, tiny_config
@@ -369,7 +369,7 @@ def test_a_lock_of_another_host_is_waited_for(tmp_path):
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
     def take():
-        return retried("workdir", lambda: workdir_held(tmp_path).__enter__())
+        return retried("workdir", lambda: folder_held(tmp_path).__enter__())
 
     with pytest.raises(
         Outage, match=r"in use by another run .process 7 on a-host-that-died"

@@ -1,5 +1,6 @@
 """The story of a preparation: plan, write the shards on all CPUs, describe them for tfds."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -22,7 +23,8 @@ from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
 from cassle_jax.data.pipeline import usable_cpus
-from cassle_jax.faults import FULL, passing
+from cassle_jax.faults import FULL, passing, retried
+from cassle_jax.lock import folder_held
 from cassle_jax.prepare.plan import PLAN, Preparation, Shard, lacking_bytes, plan_of, shards_of
 from cassle_jax.prepare.progress import PreparationProgress
 from cassle_jax.prepare.shards import (
@@ -53,8 +55,6 @@ def prepare(
 ) -> Path:
     """Prepares splits of a dataset, or continues where an earlier call was stopped.
 
-    One call at a time may write to a folder.
-
     Args:
       data: `data` settings as `open_source` takes them.
       splits: names of the splits.
@@ -67,7 +67,8 @@ def prepare(
       The folder of the dataset, which `tfds.builder_from_directory` opens.
 
     Raises:
-      ConfigError: a setting cannot work, or the folder holds another preparation.
+      ConfigError: a setting cannot work, the folder holds another preparation, or another call
+        writes to it.
       DataError: the dataset cannot be opened, or too many images of a split cannot be read.
       Outage: the images, or the folder, are out of reach.
       Stop: the disk is or would become full, a worker was killed, or the user stopped the call.
@@ -76,15 +77,26 @@ def prepare(
     sources = {split: _opened(data, split) for split in splits}
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     check_writable("--to", folder)
-    plan = plan_of(sources, folder, preparation, data.max_pixels)
-    if not (folder / _INFO).exists():
-        _check_space(plan, folder)
-        write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-        written = _write_shards(sources, plan, folder, workers)
-        _check_unreadable(written, folder, max_bad_fraction)
-        _write_info(plan, written, folder)
-    remove_leftovers(folder)
+    with contextlib.ExitStack() as stack:
+        _hold(folder.parent, stack)
+        plan = plan_of(sources, folder, preparation, data.max_pixels)
+        if not (folder / _INFO).exists():
+            _check_space(plan, folder)
+            write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+            written = _write_shards(sources, plan, folder, workers)
+            _check_unreadable(written, folder, max_bad_fraction)
+            _write_info(plan, written, folder)
+        remove_leftovers(folder)
     return folder
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Holds the folder for this call until the stack is left; another call is refused."""
+
+    def take() -> None:
+        stack.enter_context(folder_held(folder, setting="--to", holder="call"))
+
+    retried(f"--to={folder}", take)
 
 
 def _opened(data: ConfigDict, split: str) -> Source:

@@ -29,11 +29,11 @@ from cassle_jax.data import (
 )
 from cassle_jax.distributed import agree, all_arrive
 from cassle_jax.faults import Outage, hurry, retried
+from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
 from cassle_jax.storage import is_utf8, on_object_store, path_of
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
-from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
@@ -392,7 +392,7 @@ def _take_workdir(
 ) -> list[str]:
     """Makes the workdir, holds it for this run, and returns the changed settings."""
     _written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
-    _written(workdir, lambda: opened.enter_context(workdir_held(workdir)))
+    _written(workdir, lambda: opened.enter_context(folder_held(workdir)))
     changes = _written(
         workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
     )

@@ -184,11 +184,26 @@ def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_
         prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), **BAD)
 
 
+def test_a_second_call_on_the_folder_is_refused_while_the_first_works(
+    images, tmp_path, monkeypatch
+):
+    second = f"--to={tmp_path}/animals is in use by another call .process {os.getpid()} on .*; wait"
+
+    def meanwhile(*args):
+        with pytest.raises(ConfigError, match=second):
+            prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+        return shards_module.write_shard(*args)
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", meanwhile)
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD) == folder
+
+
 def test_a_full_disk_is_refused_before_anything_is_written(images, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module, "free_bytes", lambda _: 100)
     with pytest.raises(Stop, match=r"needs about 0\.00 GiB and has 0\.00 GiB free"):
         prepare(settings(images), ["train"], str(tmp_path / "to"), HOW, **BAD)
-    assert not [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    assert [path.name for path in (tmp_path / "to").rglob("*") if path.is_file()] == ["lock"]
 
 
 def test_a_shard_that_reads_back_differently_is_no_shard(images, tmp_path, monkeypatch):

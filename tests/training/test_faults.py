@@ -21,12 +21,12 @@ import pytest
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.data import DataError
+from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.training import checkpoints as checkpoints_module
 from cassle_jax.training import loop as loop_module
 from cassle_jax.training.checkpoints import Checkpoints
-from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.loop import Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
@@ -282,8 +282,8 @@ def test_the_last_step_is_saved_when_room_is_made_meanwhile(
 HOLD = """
 import sys, time
 from etils import epath
-from cassle_jax.training.lock import workdir_held
-with workdir_held(epath.Path(sys.argv[1])):
+from cassle_jax.lock import folder_held
+with folder_held(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -313,20 +313,20 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however_it_went(config,
 def test_killed_at_any_moment_it_holds_nothing(tmp_path):
     for _ in range(REPEATS):
         process = holding(tmp_path)
-        with pytest.raises(ConfigError, match="in use"), workdir_held(tmp_path):
+        with pytest.raises(ConfigError, match="in use"), folder_held(tmp_path):
             pass
         time.sleep(random.uniform(0, 0.05))
         process.kill()
         process.wait()
-        with workdir_held(tmp_path):
+        with folder_held(tmp_path):
             pass
 
 
 def test_a_holder_that_could_not_write_its_name_still_holds(tmp_path):
-    with workdir_held(tmp_path):
+    with folder_held(tmp_path):
         (tmp_path / "lock").write_text("")
         refused = pytest.raises(ConfigError, match=r"another run \(which did not say")
-        with refused, workdir_held(tmp_path):
+        with refused, folder_held(tmp_path):
             pass
 
 

@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog
+from cassle_jax.lock import folder_held
 from cassle_jax.storage import (
     GrowingFile,
     free_bytes,
@@ -23,7 +24,6 @@ from cassle_jax.storage import (
     write_whole,
     written_whole,
 )
-from cassle_jax.training.lock import workdir_held
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter, append_line, read_lines, read_metrics
 from cassle_jax.training.saved_config import read_config, write_config
@@ -85,7 +85,7 @@ def test_the_other_files_of_a_run_are_kept(bucket):
     assert [line["step"] for line in read_lines(bucket / "starts.jsonl")] == [0, 7]
     DamagedLog(10, 0.5, bucket / "damaged").add("a.png", "torn")
     assert DamagedLog(10, 0.5, bucket / "damaged").remembered == ("a.png",)
-    with workdir_held(bucket), workdir_held(bucket):
+    with folder_held(bucket), folder_held(bucket):
         pass  # no locks there, and nobody is refused
 
 

@@ -1,4 +1,4 @@
-"""Holds a workdir for one run: a second run is refused, and a killed one leaves no lock behind."""
+"""Holds a folder for one command: a second one is refused, and a killed one leaves no lock."""
 
 import contextlib
 import datetime
@@ -23,47 +23,53 @@ LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def workdir_held(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds `<workdir>/lock` while entered.
+def folder_held(
+    folder: epath.PathLike, *, setting: str = "workdir", holder: str = "run"
+) -> Iterator[None]:
+    """Holds `<folder>/lock` while entered.
 
     The kernel locks the open file: the lock ends with the process in every case, never expires, and
-    also holds between the hosts of a shared file system. Reading a run needs no lock. On object
-    stores and file systems without locks, nothing is held.
+    also holds between the hosts of a shared file system. Reading needs no lock. On object stores
+    and file systems without locks, nothing is held.
 
     Args:
-      workdir: workdir of the run; must exist.
+      folder: what is held, such as the workdir of a run; must exist.
+      setting: setting or flag that names the folder, for the message.
+      holder: what holds it, for the message.
 
     Raises:
-      ConfigError: another run of this host holds it; the message names its process and start.
-      OSError: the file cannot be written; EAGAIN where a run of another host holds it.
+      ConfigError: another process of this host holds it; the message names it and its start.
+      OSError: the file cannot be written; EAGAIN where a process of another host holds it.
     """
-    if fcntl is None or on_object_store(workdir):
+    if fcntl is None or on_object_store(folder):
         yield
         return
-    descriptor = os.open(epath.Path(workdir) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(epath.Path(folder) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _take(descriptor, workdir)
+        _take(descriptor, folder, setting, holder)
         yield
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int, workdir: epath.PathLike) -> None:
+def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder, host = _holder(descriptor)
-        said = f"in use by another run ({holder})"
+        other, host = _holder(descriptor)
+        said = f"in use by another {holder} ({other})"
         if host not in (None, socket.gethostname()):
             # A host that died leaves its lock until the server's lease ends.
             raise OSError(errno.EAGAIN, said) from error
         raise ConfigError(
-            f"workdir={workdir} is {said}; wait for its end, or use another workdir"
+            f"{setting}={folder} is {said}; wait for its end, or use another {setting}"
         ) from None
     except OSError as error:
-        LOG.info("%s has no locks (%s): see that only one run uses it", workdir, error.strerror)
+        LOG.info(
+            "%s has no locks (%s): see that only one %s uses it", folder, error.strerror, holder
+        )
         return
-    holder = {
+    this = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -71,7 +77,7 @@ def _take(descriptor: int, workdir: epath.PathLike) -> None:
     # For people only: on a full disk the lock still holds.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(this).encode(), 0)
 
 
 def _holder(descriptor: int) -> tuple[str, str | None]:
