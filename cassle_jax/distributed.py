@@ -225,6 +225,11 @@ def agree(facts: Mapping[str, Any]) -> None:
         _group.agree(dict(facts))
 
 
+def first_says(value: Any) -> Any:
+    """The JSON-serialisable value of process 0, in all processes; all must call this."""
+    return _group.first_says(value) if _group else value
+
+
 def all_arrive(where: str) -> None:
     """Waits until all processes reach this call.
 
@@ -265,7 +270,7 @@ class _ProcessGroup:
         _initialize(arguments)
         state = runtime.global_state
         self._client, self._index, self._count = state.client, state.process_id, state.num_processes
-        self._agreed = 0
+        self._said = 0
         self._ending = threading.Lock()
         self._death_message = _DeathMessage(
             f"{self} ended abruptly: it was killed, or JAX ended it because another process was; "
@@ -280,15 +285,19 @@ class _ProcessGroup:
     def __str__(self) -> str:
         return f"process {self._index} of {self._count}"
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """See `agree`; process 0 does not wait for the others."""
-        self._agreed += 1
-        key = f"cassle_jax/facts/{self._agreed}"
+    def first_says(self, value: Any) -> Any:
+        """See `first_says`; process 0 does not wait for the others."""
+        self._said += 1
+        key = f"cassle_jax/said/{self._said}"
         if self._index == 0:
-            self._client.key_value_set(key, json.dumps(facts))
-            return
-        first = json.loads(self._client.blocking_key_value_get(key, _AGREE_MILLISECONDS))
-        facts = json.loads(json.dumps(facts))
+            self._client.key_value_set(key, json.dumps(value))
+            return value
+        return json.loads(self._client.blocking_key_value_get(key, _AGREE_MILLISECONDS))
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """See `agree`."""
+        first = self.first_says(facts)
+        facts, first = json.loads(json.dumps(facts)), json.loads(json.dumps(first))
         for name in sorted(first.keys() | facts.keys()):
             if first.get(name) != facts.get(name):
                 raise ConfigError(

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import UInt32
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, type_handlers
+
+# What keeps arrays' metadata, such as a key's kind, has no public name.
+from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.storage import free_bytes
@@ -28,6 +30,8 @@ from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
+
+_ALONE = ocp.options.MultiprocessingOptions(active_processes={0})
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +47,9 @@ class Checkpoints:
     gets its final name only when it is complete, and older ones are deleted only after that. So the
     last complete one survives a kill at any moment, or a full disk. The first one is read back in
     the background, so that a run that cannot be continued reports it early.
+
+    Of several processes, the first one saves: the whole state is on every device, and one that
+    writes alone never waits for another whose disk fails. All of them restore.
 
     Args:
       workdir: workdir of the run.
@@ -61,38 +68,46 @@ class Checkpoints:
         self._cause: Exception | None = None  # of the newest save's trouble
         self._read_back: ReadBack | None = None
         self._unreadable = ""  # why no run can continue from the newest one read back
-        self._readable = jax.process_index() > 0  # the first process reads for all of them
+        self._readable = False
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(late_reads_ignored())
         self._quiet.enter_context(_orbax_tells_errors_once())
-        self._open()
+        self._leads = jax.process_index() == 0
+        if self._leads:
+            self._open()
 
     def _open(self) -> None:
         """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._preserve, cleanup_tmp_directories=True
+                preservation_policy=self._preserve,
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=_ALONE,
             ),
+            item_handlers={
+                "state": _whole_arrays(),
+                "data": ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE),
+            },
         )
         # Orbax would query a checkpoint's step from its own thread, which JAX takes for the step of
         # this process; see `StopRequest.agreed`.
         self._manager.reached_preemption = lambda _: False
-        self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Saves in the background; the state may be donated as soon as this returns.
 
         A failed write, as on a full disk, does not end the run: it logs one line, and the next
         checkpoint is tried.
-
-        Raises:
-          NotSaved: the write failed, and the run has several processes.
         """
-        self._settle()
-        self._warn_once()
-        self._try(step, state, data_state)
-        self._warn_once()
+        if self._leads:
+            self._settle()
+            self._warn_once()
+            self._try(step, state, data_state)
+            self._warn_once()
 
     def save_surely(
         self,
@@ -105,11 +120,24 @@ class Checkpoints:
     ) -> None:
         """Saves and waits until it is complete; retries for up to `seconds` where that fails.
 
-        After a request to stop, `after_stop` seconds are left at most.
+        After a request to stop, `after_stop` seconds are left at most. All processes must call
+        this, and wait for the first one.
 
         Raises:
           NotSaved: the checkpoint could not be written.
         """
+        if self._leads:
+            self._insist(step, state, data_state, seconds, after_stop)
+        first_says(step)  # the others wait until it is saved
+
+    def _insist(
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict[str, Any],
+        seconds: float,
+        after_stop: float,
+    ) -> None:
         left, warned = seconds, False
         while not self._is_saved(step, state, data_state):
             left = min(left, after_stop) if hurry.is_set() else left
@@ -153,7 +181,8 @@ class Checkpoints:
         Args:
           like: a state of the same run, for shapes and placement.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        # Another host may not see the newest one yet; all must try the same ones in turn.
+        steps = first_says(sorted(self._manager.all_steps(), reverse=True) if self._leads else [])
         outage: Outage | None = None
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -178,7 +207,8 @@ class Checkpoints:
                     outage = outage or error
             if in_all_processes(restored is not None):
                 self._readable = True
-                self._set_aside_after(step)
+                if self._leads:
+                    self._set_aside_after(step)
                 return restored
         if outage:
             raise outage
@@ -191,6 +221,8 @@ class Checkpoints:
 
     def look(self) -> None:
         """Logs the failure of a background save that has ended by now; does not wait."""
+        if not self._leads:
+            return
         if not self._manager.is_saving_in_progress():
             self._settle()
             self._warn_once()
@@ -198,18 +230,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the current save."""
-        self._settle()
-        self._warn_once()
-        self._check_read_back(wait=True)
-        self._manager.close()
+        if self._leads:
+            self._settle()
+            self._warn_once()
+            self._check_read_back(wait=True)
+            self._manager.close()
         if not self._failures:
             self._quiet.close()  # writes of a failed save may end later
 
     def newest(self) -> int | None:
-        """The step of the newest complete checkpoint; `None` if there is none."""
-        return max(
-            (each for each in self._manager.all_steps() if each != self._saving), default=None
-        )
+        """The newest complete checkpoint's step, or `None`; all processes must call this."""
+        return first_says(self._newest() if self._leads else None)
+
+    def _newest(self) -> int | None:
+        complete = (each for each in self._manager.all_steps() if each != self._saving)
+        return max(complete, default=None)
 
     def _try(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         self._settle()
@@ -218,7 +253,7 @@ class Checkpoints:
         unread = not self._readable and self._read_back is None
         if saved and not unread:
             return
-        data = {**data_state, "checksums": checksums(state, data_state)}
+        data = {**data_state, "checksums": checksums(_on_one_device(state), data_state)}
         if unread:
             self._read_back = ReadBack(self._folder / str(step), state, data)
         if saved:
@@ -230,7 +265,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+                    state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
                 ),
                 force=True,
             )
@@ -268,15 +303,10 @@ class Checkpoints:
             LOG.warning("%s; from it the run could not be continued", self._unreadable)
 
     def _check_room(self, state: TrainState) -> None:
-        """Raises _NoRoom where a checkpoint of `state` cannot fit; the first process checks."""
+        """Raises _NoRoom where a checkpoint of `state` cannot fit."""
         free, needed = free_bytes(self._folder), _bytes(state)
-        short = free is not None and free < needed
-        if jax.process_count() > 1:
-            short = bool(multihost_utils.broadcast_one_to_all(np.array(short)))
-        if short:
-            raise _NoRoom(
-                f"{self._folder} has {_mb(free or 0)} free, and it takes up to {_mb(needed)}"
-            )
+        if free is not None and free < needed:
+            raise _NoRoom(f"{self._folder} has {_mb(free)} free, and it takes up to {_mb(needed)}")
 
     def _failed(self, error: Exception) -> None:
         step, self._saving, self._read_back = self._saving, None, None
@@ -289,10 +319,6 @@ class Checkpoints:
         room = "" if free is None else f" ({_mb(free)} free)"
         self._trouble = f"checkpoint {step} is not saved: {self._folder}{room}: {_reason(error)}"
         self._cause = error
-        if jax.process_count() > 1:
-            self._warned = True  # training does not go on
-            # The others may wait for this process in the middle of the same save.
-            raise NotSaved(self._trouble) from error
         # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.
         for mend in (self._manager.close, self._drop_incomplete, self._open):
             with contextlib.suppress(Exception):  # the next save reports what is still wrong
@@ -321,7 +347,7 @@ class Checkpoints:
             self._warned = True
 
     def _newest_named(self) -> str:
-        newest = self.newest()
+        newest = self._newest()
         return "none is saved yet" if newest is None else f"the newest saved is {newest}"
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -360,13 +386,11 @@ class Checkpoints:
         unread = [each for each in self._manager.all_steps() if each > step]
         if not unread:
             return
-        if jax.process_index() == 0:
-            aside = self._folder.parent / "unreadable"
-            aside.mkdir(exist_ok=True)
-            for each in unread:
-                (self._folder / str(each)).rename(aside / f"{each}-{time.time_ns()}")
-            LOG.warning("what could not be read is kept in %s", aside)
-        in_all_processes(True)
+        aside = self._folder.parent / "unreadable"
+        aside.mkdir(exist_ok=True)
+        for each in unread:
+            (self._folder / str(each)).rename(aside / f"{each}-{time.time_ns()}")
+        LOG.warning("what could not be read is kept in %s", aside)
         self._manager.reload()
 
 
@@ -429,6 +453,29 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else "×".join(str(each) for each in shape) or "a number"
+
+
+def _whole_arrays() -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays whole from the first process: the default writes a part from each of them."""
+    handler = type_handlers.ArrayHandler(use_replica_parallel=False, array_metadata_store=Store())
+    registry = type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry,
+        array_metadata_validator=_OfOneProcess(),
+        multiprocessing_options=_ALONE,
+    )
+
+
+class _OfOneProcess(Validator):
+    """Accepts arrays that one of several processes wrote; Orbax expects a part from each."""
+
+    def validate_all_array_metadatas(self, array_metadatas: Mapping[int, Any]) -> None:
+        """Compares nothing, as there is nothing to compare with."""
+
+
+def _on_one_device(state: TrainState) -> TrainState:
+    """The state on a device of this process, which needs no other process to read it."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
 
 
 def _bytes(state: TrainState) -> int:

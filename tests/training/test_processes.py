@@ -115,13 +115,17 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
     assert_same(tmp_path, alone)
 
 
-def test_a_disk_that_fails_under_one_ends_all_and_the_same_command_continues(alone, tmp_path):
+def test_a_disk_that_fails_costs_one_checkpoint_and_at_the_end_ends_all(alone, tmp_path):
     codes, errors = ends(start(tmp_path, 2, *PROBED, module="tests.training.run_unsaved"))
     assert codes == [69, 69], errors
-    assert steps_saved(tmp_path) == [5]
+    assert steps_saved(tmp_path)[-1] == 50
+    for step in (10, 25, 55):
+        assert f"checkpoint {step} is not saved" in errors[0], errors
+        assert f"checkpoint {step} is not saved" not in errors[1]
+    assert all(f"checkpoint {step} is saved" in errors[0] for step in (15, 30))
     for error in errors:
-        assert "checkpoint 10 is not saved" in error and "Input/output error" in error
-        assert "training goes on" not in error and "Traceback" not in error
+        assert "step 60 could not be saved" in error and "Input/output error" in error
+        assert "Traceback" not in error
     codes, errors = ends(start(tmp_path, 1, *PROBED))
     assert codes == [0], errors
     assert_losses_equal(tmp_path, alone)
