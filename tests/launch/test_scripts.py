@@ -254,19 +254,27 @@ def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("code", "requeued"),
-    [*((each, True) for each in (75, 69, 137)), *((each, False) for each in (0, 2, 3, 74))],
+    ("code", "restarts", "requeued"),
+    [
+        *((each, "", True) for each in (75, 69, 137)),
+        *((each, "", False) for each in (0, 2, 3, 74)),
+        *((each, "19", True) for each in (69, 137)),
+        *((each, "20", False) for each in (69, 137)),
+        *((75, "98", True), (75, "99", False)),
+    ],
 )
 def test_a_slurm_job_requeues_itself_where_the_same_command_continues(
-    stub, tmp_path, code, requeued
+    stub, tmp_path, code, restarts, requeued
 ):
     environment = stub(
         f"exit {code}",
         srun='shift; exec "$@"',
         scontrol=f'echo "$@" >{tmp_path}/asked',
     )
-    ended = run("slurm.sbatch", *RUN, SLURM_JOB_ID="7", **environment)
+    ended = run("slurm.sbatch", *RUN, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, **environment)
     assert (ended.returncode, stub.starts()) == (code, 1), ended.stderr
+    given_up = f"restarted {restarts} times" in ended.stdout + ended.stderr
+    assert given_up == bool(restarts and not requeued)
     assert (tmp_path / "asked").exists() == requeued
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 7\n"
 
