@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,11 @@ from typing import Any, ClassVar
 from etils import epath
 
 from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.faults import hurry
 from cassle_jax.storage import kept_json, on_object_store, write_whole
 from cassle_jax.training.metrics import read_lines
+
+_PORTION_SECONDS = 1.0
 
 LOG = logging.getLogger(__name__)
 
@@ -118,7 +122,8 @@ class Tracking:
 
     A tracker that joins late gets what `<workdir>/metrics.jsonl` has. `<workdir>/<name>.json` keeps
     the tracker's run, its last step and what was sent of it. What cannot be sent, as in an outage,
-    is said once, kept, and sent with what comes next.
+    is said once, kept, and sent with what comes next. Sending takes a second per report at most,
+    however much there is to catch up with; at the end all is sent, unless the run is to stop.
 
     Args:
       name: a key of `TRACKERS`.
@@ -143,19 +148,24 @@ class Tracking:
         self._waiting: deque[tuple[int, dict[str, float]]] = deque()
         self._failing = False
         for line in read_lines(workdir / "metrics.jsonl"):
-            self.write(line.pop("step"), line)
+            self._keep(line.pop("step"), line)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step, unless an earlier part of the run has sent it."""
+        self._keep(step, metrics)
+        self._send()
+
+    def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
         sent = self._names if step == self._before else frozenset()
         unsent = {name: value for name, value in metrics.items() if name not in sent}
         if step >= self._before and unsent:
             self._waiting.append((step, unsent))
-            self._send()
 
     def close(self) -> None:
         """Sends what is left, where that is possible now, and closes the tracker."""
         self._send()
+        while self._waiting and not self._failing and not hurry.is_set():
+            self._send()
         if self._waiting:
             LOG.warning("%s lacks its last %d reports", self._name, len(self._waiting))
         try:
@@ -164,8 +174,10 @@ class Tracking:
             LOG.warning("%s cannot be closed: %s", self._name, error)
 
     def _send(self) -> None:
+        """Sends the oldest of what waits, for a second at most."""
+        until = time.monotonic() + _PORTION_SECONDS
         try:
-            while self._waiting:
+            while self._waiting and time.monotonic() < until:
                 step, metrics = self._waiting[0]
                 names = {*metrics, *(self._names if step == self._before else ())}
                 self._note(step, names)  # first, as a kill may follow: rather lost than twice

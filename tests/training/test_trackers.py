@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 from etils import epath
@@ -67,6 +68,26 @@ def test_every_step_comes_once_however_often_the_run_continues(service, tmp_path
     assert steps_of(records) == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
     assert records.count("closed") == 3
     assert service.settings[f"run 0 of {tmp_path.name}"] == SETTINGS
+
+
+def test_catching_up_takes_a_bounded_time_of_each_report(service, tmp_path, monkeypatch):
+    write(tmp_path, 0, 50)
+    monkeypatch.setattr("cassle_jax.training.trackers._PORTION_SECONDS", 0.1)
+    send = Service.write
+
+    def slowly(self, step, metrics):
+        time.sleep(0.02)
+        send(self, step, metrics)
+
+    monkeypatch.setattr(Service, "write", slowly)
+    begun = time.monotonic()
+    tracking = Tracking("service", epath.Path(tmp_path), SETTINGS)
+    assert time.monotonic() - begun < 0.1  # nothing is sent before the first step
+    tracking.write(51, {"loss": 510.0})
+    ((records),) = service.runs.values()
+    assert 1 <= len(records) <= 6
+    tracking.close()
+    assert steps_of(records) == sorted([*range(1, 52), *range(2, 51, 2)])
 
 
 def test_a_tracker_that_joins_late_gets_what_was_before(service, tmp_path):
