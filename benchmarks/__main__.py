@@ -28,6 +28,7 @@ from benchmarks import (
     limits,
     linear_evaluation,
     memory,
+    prepared,
     training,
 )
 from benchmarks.contest import Row
@@ -43,6 +44,7 @@ LOG = logging.getLogger("cassle_jax.benchmarks")
 MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
     "augmentation": augmentation.measure,
     "input": input_pipeline.measure,
+    "prepared": prepared.measure,
     "step": training.moco_v2,
     "simclr": training.simclr,
     "conditioning": training.conditioning,

@@ -4,8 +4,11 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import simplejpeg
 
 from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import published
@@ -32,6 +35,7 @@ def measure(work: Workload) -> list[Row]:
             count / usable_cpus(),
             [
                 Contender("cassle_jax: canvases", partial(ours, batches, count)),
+                Contender("simplejpeg alone, whole images", partial(decoder, files)),
                 Contender(
                     "PyTorch, published: Pillow, two crops",
                     partial(published.loader, files, BATCH, work.views_size),
@@ -51,6 +55,18 @@ def canvases(work: Workload, root: Path) -> Generator[dict]:
     return training_batches(
         source, batch=BATCH, canvas=work.canvas, seed=0, damaged=damaged, threads=usable_cpus()
     )
+
+
+def decoder(files: tuple[Path, ...]) -> TimedCall:
+    """Decodes the files with one thread per CPU, and does nothing with the pixels."""
+    threads = ThreadPoolExecutor(usable_cpus())
+
+    def once() -> None:
+        for _ in threads.map(lambda file: simplejpeg.decode_jpeg(file.read_bytes()).shape, files):
+            pass
+
+    once()
+    return once
 
 
 def ours(batches: Iterator[dict], count: int) -> TimedCall:

@@ -12,7 +12,15 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import augmentation, first_step, input_pipeline, limits, memory, training
+from benchmarks import (
+    augmentation,
+    first_step,
+    input_pipeline,
+    limits,
+    memory,
+    prepared,
+    training,
+)
 from benchmarks.isolated import run_isolated
 from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import draw_jpegs, workload_for
@@ -58,6 +66,16 @@ def test_augmentation_and_input(work):
     assert row.unit == "views/s" and row.values[0] > 0
     (row, *_) = ours(input_pipeline.measure(work))
     assert row.unit == "images/s and CPU" and row.values[0] > 0
+
+
+def test_prepared_images_decode_faster_and_show_almost_the_same(work):
+    rows = ours(prepared.measure(dataclasses.replace(work, views_size=28)))
+    small, _, _, originals = (row for row in rows if row.measurement == "decoding")
+    assert small.values[0] > originals.values[0] and originals.ratio > 1
+    differences = [row.values for row in rows if row.name == "mean difference"]
+    assert [len(values) for values in differences] == [16, 16, 16]
+    assert 0 < max(map(max, differences)) < 20
+    assert [row.name for row in rows if "kept" in row.name][::3] == ["100% kept", "0% kept"]
 
 
 @pytest.mark.parametrize("measure", [training.whole_run, training.resident])
