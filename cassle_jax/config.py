@@ -135,7 +135,7 @@ def _data_defaults() -> tuple[ConfigDict, ConfigDict]:
             "name": "",  # tfds: the builder, such as cifar10
             "path": "",  # see docs/datasets.md; tfds: its data_dir, "": the default
             "train_split": "train",
-            "classes": "",  # "": all; imagenet100; or a text file with one class name per line
+            "classes": "",  # "": all; a name in CLASS_LISTS; or a text file, one class name a line
             "canvas": 32,  # pixels; larger images are shrunk to fit
             "scenes": 50_000,  # number of rendered images, for scenes and motifs
             "threads": 0,  # reading and decoding threads; 0: half the CPUs, at least 2

@@ -1,7 +1,7 @@
 r"""Compares how the variants of the methods transfer, within a time budget: the paper's claim.
 
 python -m cassle_jax.transfer --to=FOLDER --minutes=600 --data=/data/tiny_imagenet \
-    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/tiny_imagenet
+    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet20=/data/tiny_imagenet
 
 Runs the table `transfer` with a time budget; `cassle_jax.tables` describes the folder's files.
 """

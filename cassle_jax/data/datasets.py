@@ -137,6 +137,10 @@ DATASETS: dict[str, Entry] = {
     "sun397": Entry("sun397/standard-part1-120k", 397, (15_880, 3_970, 19_850)),
     # Often only some of its 200 classes are used.
     "tiny_imagenet": Entry(_FOLDER, 0, (90_000, 10_000, 10_000), folder_test="val"),
+    # The classes that a run with data.classes=tiny_imagenet80 has not seen.
+    "tiny_imagenet20": Entry(
+        _FOLDER, 20, (9_000, 1_000, 1_000), folder_classes="tiny_imagenet20", folder_test="val"
+    ),
 }
 
 _OWN = Entry(_FOLDER, 0, (9, 1, 0))

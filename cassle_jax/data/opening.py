@@ -32,7 +32,7 @@ def open_source(data_config: Any, split: str) -> Source:
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
         path: root of the image folder, folder of the tar files, or tfds' data_dir ('' for tfds'
         default).
-        classes: '' keeps all classes, 'imagenet100' the hundred of ImageNet-100; anything else is
+        classes: '' keeps all classes, a name in `CLASS_LISTS` those of that list; anything else is
         the path of a text file with one class name per line. Labels follow the list's order.
         scenes: number of drawn images in the split 'train'.
         canvas: side of a drawn image, and the largest side of a decoded image, in pixels.

@@ -20,6 +20,9 @@ from cassle_jax.storage import path_of
 DAMAGED = -2
 """The label of an image that cannot be read."""
 
+CLASS_LISTS = ("imagenet100", "tiny_imagenet80", "tiny_imagenet20")
+"""Named subsets of classes: ImageNet-100's, and Tiny-ImageNet's to pretrain on and to hold out."""
+
 _LABEL_THREADS = 8
 _STRETCH = 256
 
@@ -129,15 +132,15 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
     """
     if not classes:
         return None
-    if classes == "imagenet100":
-        text = importlib.resources.files(__package__).joinpath("imagenet100_wnids.txt").read_text()
+    if classes in CLASS_LISTS:
+        text = importlib.resources.files(__package__).joinpath(f"{classes}_wnids.txt").read_text()
     else:
         try:
             text = path_of(classes).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "
-                "'imagenet100', or a text file with one class name a line"
+                f"{', '.join(map(repr, CLASS_LISTS))}, or a text file with one class name a line"
             ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:

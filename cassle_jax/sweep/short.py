@@ -3,6 +3,7 @@
 from cassle_jax.sweep.table import Row
 
 BASE = (
+    "data.classes=tiny_imagenet80",
     "epochs=12",
     "batch_size=256",
     "encoder.small_images=False",

@@ -1,8 +1,8 @@
 """Selects a kind of conditioning, in the set-up of `short_transfer`.
 
 python -m cassle_jax.tables --table=choice --to=runs/choice --parallel=8 \\
-    --set=data.path=/data/tiny_imagenet --set=data.classes=/data/tiny_imagenet/pretrain.txt \\
-    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/held_out
+    --set=data.path=/data/tiny_imagenet \\
+    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet20=/data/tiny_imagenet
 """
 
 from cassle_jax.sweep.short import BASE, COMPARED, VARIANTS, row
@@ -26,7 +26,7 @@ def get_table():
             ),
         ),
         seeds=(100,),
-        datasets=("flowers17", "cifar10", "tiny_imagenet"),
+        datasets=("flowers17", "cifar10", "tiny_imagenet20"),
         tasks=("linear", "knn"),
         overrides=BASE,
     )

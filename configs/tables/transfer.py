@@ -1,7 +1,9 @@
 """Transfer after pretraining on Tiny-ImageNet, within a time budget: the paper's claim.
 
 bash launch/transfer.sh --to=runs/transfer --minutes=1200 --data=/data/tiny_imagenet \\
-    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet=/data/tiny_imagenet
+    --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet20=/data/tiny_imagenet
+
+Pretraining sees 80 classes, and `tiny_imagenet20` has 20 others; `--set=data.classes=` takes all.
 """
 
 from cassle_jax.sweep.table import Row, Table
@@ -28,6 +30,7 @@ def get_table(methods=METHODS):
             for method in methods
             for variant, arguments in VARIANTS.items()
         ),
-        datasets=("flowers17", "cifar10", "tiny_imagenet"),
+        datasets=("flowers17", "cifar10", "tiny_imagenet20"),
         tasks=("linear", "knn", "few_shot", "spectrum", "invariance", "matching"),
+        overrides=("data.classes=tiny_imagenet80",),
     )

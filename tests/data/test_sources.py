@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,12 @@ def test_index_outside_the_source(image_folder, settings):
         for index in (-1, 2):
             with pytest.raises(IndexError):
                 source[index]
+
+
+def test_the_classes_that_are_held_out_are_not_pretrained_on():
+    seen, held_out = read_class_list("tiny_imagenet80"), read_class_list("tiny_imagenet20")
+    assert (len(set(seen)), len(set(held_out)), len({*seen, *held_out})) == (80, 20, 100)
+    assert all(re.fullmatch(r"n\d{8}", name) for name in (*seen, *held_out))
 
 
 def test_imagenet100_is_a_subset_in_label_order(tmp_path, settings):
