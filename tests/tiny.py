@@ -50,6 +50,11 @@ def blank_sheet(run, source, data, path):
     path.write_bytes(pixel.getvalue())
 
 
+def cropped_only(config):
+    """Views that are but cropped and flipped compile in half the time."""
+    config.augment.update({"jitter": 0.0, "grayscale": 0.0, "blur": 0.0})
+
+
 def tiny_config(arguments="method=simclr"):
     """Scenes at 16 pixels, a batch of 16, 24 steps of 4 to an epoch; `encoder.name` is tiny."""
     config = base_config(arguments)
