@@ -1,6 +1,5 @@
 """A run begun on N devices continues on M: the same images, the same numbers but for rounding."""
 
-import itertools
 import shutil
 import signal
 
@@ -17,8 +16,8 @@ from cassle_jax.training.metrics import MetricsWriter, read_metrics
 from tests.everyday import everyday
 from tests.tiny import TinyEncoder, tiny_config
 
-COUNTS = (1, 2, 4, 8)
-PAIRS = list(itertools.permutations(COUNTS, 2))
+# Each number is begun on once and continued on once, by more devices and by fewer.
+PAIRS = [(1, 8), (8, 2), (2, 4), (4, 1)]
 STEPS, STOPPED = 8, 4  # the next step begins a new epoch
 
 
@@ -74,7 +73,7 @@ def stopped(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("pair", everyday(PAIRS, (1, 8), (8, 2), (2, 4), (4, 1)), ids=str)
+@pytest.mark.parametrize("pair", everyday(PAIRS, (1, 8), (8, 2)), ids=str)
 def test_a_run_begun_on_n_devices_continues_on_m(whole, stopped, tmp_path, pair):
     losses, expected, order = whole
     begun, continued = pair

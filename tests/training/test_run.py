@@ -146,10 +146,25 @@ def shipped(path, arguments):
     return config, build_run(config, device_mesh(), 100_000)
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
-def test_every_dataset_goes_with_every_method(path, method, conditioning):
+def test_every_dataset_goes_with_every_method(path, method):
+    assert_goes(path, method, "cassle")
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
+def test_every_dataset_goes_with_every_conditioning(path, conditioning):
+    assert_goes(path, "byol", conditioning)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_with_every_conditioning(method, conditioning):
+    assert_goes(DATASETS[0], method, conditioning)
+
+
+def assert_goes(path, method, conditioning):
     config, run = shipped(path, f"method={method},conditioning={conditioning}")
     assert isinstance(run.method, METHODS[method])
     assert run.conditioning.descriptors == CONDITIONINGS[conditioning]
