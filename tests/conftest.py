@@ -3,6 +3,7 @@
 Adds the options of the parity tests, which pytest must know before it looks into their folder.
 """
 
+import gc
 import os
 import tempfile
 from importlib import metadata
@@ -67,6 +68,12 @@ def pytest_configure(config):
     if not folder.is_dir():
         raise pytest.UsageError(f"--golden={config.getoption('golden')} is not a folder")
     config.option.golden = str(folder.resolve())
+
+
+def pytest_collection_finish():
+    # What is imported stays: looking through it again and again is a twentieth of the time.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
