@@ -47,8 +47,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         `conditioning`: `cassle` (default: blur, color, color_diff, crop, grayscale), `leak_free`
         (palette replaces color_diff, which reveals the image's mean colour), `branched`
         (leak_free, with half of the loss through a plain projector beside the conditioned one; see
-        docs/evidence.md), `none` for the plain method, or names of descriptors and components, such
-        as color.hue, joined by `+`.
+        docs/evidence.md), `byol_conditional` (the predictor sees the relative ω, without what
+        depends on pixels; Ghaemi et al. 2025), `none` for the plain method, or names of descriptors
+        and components, such as color.hue, joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
         `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
@@ -233,6 +234,9 @@ def _conditioning(value: str) -> Conditioning:
         "cassle": Conditioning(CASSLE_DESCRIPTORS),
         "leak_free": Conditioning(LEAK_FREE_DESCRIPTORS),
         "branched": Conditioning(LEAK_FREE_DESCRIPTORS, plain_branch=0.5),
+        "byol_conditional": Conditioning(
+            ("blur", "color", "crop", "grayscale"), relative=True, into="predictor"
+        ),
         "none": Conditioning(()),
     }
     if value in named:

@@ -69,6 +69,12 @@ def test_conditioning_names_descriptors(value, descriptors):
     assert changed(f"conditioning={value}") == {"conditioning.descriptors": list(descriptors)}
 
 
+def test_byol_conditional_shows_the_predictor_how_the_views_differ():
+    conditioning = base_config("method=byol,conditioning=byol_conditional").conditioning
+    assert conditioning.descriptors == ("blur", "color", "crop", "grayscale")
+    assert (conditioning.relative, conditioning.into) == (True, "predictor")
+
+
 def test_branched_is_leak_free_with_a_plain_branch():
     leak_free = changed("conditioning=leak_free")
     assert changed("conditioning=branched") == {**leak_free, "conditioning.plain_branch": 0.5}
