@@ -10,14 +10,15 @@ from cassle_jax.methods import METHODS
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import REPLICATED
 from cassle_jax.training import loop, run
+from cassle_jax.training.step import make_train_step
 
 # Settings that no program depends on, but for the shape of a batch: by that, JAX traces anew.
 OUTSIDE = ("checkpoint", "compilation_cache", "data", "log", "probe", "weights")
 
 
-def share_programs(patch: pytest.MonkeyPatch):
-    """Lets the loop begin and train equal runs with the programs of the first of them."""
-    build, make_step = run.build_run, loop.make_train_step
+def share_programs(patch: pytest.MonkeyPatch, module=loop):
+    """Lets a module begin and train equal runs with the programs of the first of them."""
+    build, make_step = run.build_run, make_train_step
     runs, states, steps = {}, {}, {}
 
     def shared_run(config, mesh, dataset_size):
@@ -29,14 +30,14 @@ def share_programs(patch: pytest.MonkeyPatch):
         return runs.setdefault(key, built)
 
     # The runs are kept, so that no other has the same id.
-    def shared_state(make, mesh, seed_words):
+    def shared_state(make, mesh, *inputs):
         replicated = NamedSharding(mesh, REPLICATED)
         program = jax.jit(make, out_shardings=replicated)
-        return states.setdefault((id(make.__self__), mesh), program)(seed_words)
+        return states.setdefault((id(make.__self__), mesh), program)(*inputs)
 
     def shared_step(run, mesh):
         return steps.setdefault((id(run), mesh), make_step(run, mesh))
 
-    patch.setattr(loop, "build_run", shared_run)
-    patch.setattr(loop, "on_every_device", shared_state)
-    patch.setattr(loop, "make_train_step", shared_step)
+    patch.setattr(module, "build_run", shared_run)
+    patch.setattr(module, "on_every_device", shared_state)
+    patch.setattr(module, "make_train_step", shared_step)

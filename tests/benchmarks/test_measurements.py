@@ -23,16 +23,37 @@ from benchmarks import (
 )
 from benchmarks.isolated import run_isolated
 from benchmarks.rivals import published, stable_pretraining
-from benchmarks.workload import draw_jpegs, workload_for
+from benchmarks.workload import Workload, draw_jpegs
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
-from tests.tiny import TinyEncoder
+from tests.everyday import everyday
+from tests.shared_programs import share_programs
+from tests.tiny import TinyEncoder, cropped_only
 
 ROOT = Path(__file__).parents[2]
-TINY = dataclasses.replace(
-    workload_for("cpu"),
-    encoder="tiny", size=16, batch=8, views_size=16, views_batch=8, canvas=24, steps=1, rounds=1,
+
+
+class TinyWorkload(Workload):
+    """A workload of views that compile in seconds."""
+
+    def config(self, arguments, **overrides):
+        config = super().config(arguments, **overrides)
+        cropped_only(config)
+        config.conditioning.depth = 2
+        return config
+
+
+TINY = TinyWorkload(
+    encoder="tiny", size=16, batch=8, dtype="float32", views_size=16, views_batch=8, canvas=24,
+    steps=1, rounds=1,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch, training)
+        yield
 
 
 @pytest.fixture
@@ -40,6 +61,7 @@ def work(tmp_path, monkeypatch):
     """A tiny workload on one device of this process, with a few small files."""
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
     monkeypatch.setattr(training, "SMALL_IMAGES", 64)
+    monkeypatch.setattr(limits, "_CALLS", 1)
     for module in (augmentation, training, memory, limits):
         monkeypatch.setattr(module, "device_mesh", lambda *_: device_mesh(jax.devices()[:1]))
     for module in (command_line, limits, memory):
@@ -78,17 +100,21 @@ def test_prepared_images_decode_faster_and_show_almost_the_same(work):
     assert [row.name for row in rows if "kept" in row.name][::3] == ["100% kept", "0% kept"]
 
 
-@pytest.mark.parametrize("measure", [training.whole_run, training.resident])
+@pytest.mark.parametrize(
+    "measure", everyday([training.whole_run, training.resident], training.resident)
+)
 def test_a_run_beside_synthetic_data(work, measure):
     fed, synthetic = ours(measure(work))
     assert fed.values[0] > 0 and synthetic.ratio == fed.values[0] / synthetic.values[0]
 
 
+@pytest.mark.exhaustive
 def test_conditioning_is_measured_against_the_plain_method(work):
     plain, cassle, again = ours(training.conditioning(work))
     assert len(plain.values) == 3 and cassle.ratio and again.ratio
 
 
+@pytest.mark.exhaustive
 def test_memory_and_limits(work):
     batch, large, recomputed, chunked = ours(memory.measure(work))
     assert batch.values < large.values
@@ -193,9 +219,10 @@ def test_what_cannot_be_measured_is_one_line(arguments, message):
 
 def test_all_that_was_measured_is_written(tmp_path):
     to = tmp_path / "all.json"
+    draw_jpegs(tmp_path, 4)
     sizes = [f"--{name}={getattr(TINY, name)}" for name in ("views_size", "views_batch", "canvas")]
     command = [sys.executable, "-m", "benchmarks", "--only=input", *sizes, "--rounds=1"]
-    subprocess.run([*command, f"--to={to}"], cwd=ROOT, check=True)
+    subprocess.run([*command, f"--data={tmp_path}", f"--to={to}"], cwd=ROOT, check=True)
     written = json.loads(to.read_text())
     assert written["about"]["versions"]["jax"] == jax.__version__
     assert written["workload"]["views_size"] == 16
