@@ -10,13 +10,14 @@ from cassle_jax import command
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.training import loop
-from tests.tiny import TinyEncoder, blank_sheet, tiny_config
+from tests.tiny import TinyEncoder, blank_sheet, cropped_only, tiny_config
 
 
 def main(workdir, *settings):
     ENCODERS["tiny"] = TinyEncoder
     loop.write_contact_sheet = blank_sheet
     config = tiny_config("method=moco_v2")
+    cropped_only(config)
     for setting in settings:
         name, value = setting.split("=")
         config.update_from_flattened_dict({name: ast.literal_eval(value)})

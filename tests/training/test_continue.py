@@ -21,7 +21,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
-from tests.tiny import tiny_config
+from tests.tiny import cropped_only, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("CASSLE_KILLS", "2"))
@@ -93,6 +93,7 @@ def test_sigterm_saves_and_the_same_call_continues(uninterrupted, tmp_path, monk
 
 def test_a_run_continues_with_an_optimiser_of_optax_and_its_settings(tmp_path):
     config = tiny_config("method=simclr,conditioning=none")
+    cropped_only(config)
     config.optimizer.update({"name": "lamb", "clip_norm": 1.0})
     config.optimizer.settings.b2 = 0.95
     config.checkpoint.every_steps = 2
@@ -110,9 +111,9 @@ def test_a_finished_run_is_left_alone(uninterrupted):
     assert_identical(values(pretrain(config, workdir)), expected)
 
 
-def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets):
+def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets, monkeypatch):
+    monkeypatch.setattr("cassle_jax.training.loop._Loop.train", lambda loop, stop: loop.state)
     config = tiny_config()
-    config.steps = 1
     pretrain(config, tmp_path)
     with Image.open(tmp_path / "views.png") as picture:
         assert picture.width > 8 * config.augment.size
@@ -120,6 +121,7 @@ def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets):
 
 def test_a_learning_rate_that_explodes_stops_the_run_and_saves_nothing(tmp_path):
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.optimizer.base_learning_rate = 1e30
     config.checkpoint.every_steps = 1
     config.log.every_steps = 0
@@ -212,6 +214,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_pat
 def test_an_update_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     """A finite loss with an infinite gradient would leave a checkpoint nobody can continue."""
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.checkpoint.every_steps = 1
     from cassle_jax.training import run as run_module
 
@@ -280,6 +283,7 @@ def test_a_damaged_image_is_named_once_however_often_the_features_are_probed(tmp
             Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / split / "a" / f"{index}.png")
     (tmp_path / "test" / "a" / "torn.png").write_bytes(b"not an image")
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.steps = 6
     config.data.source, config.data.path = "folder", str(tmp_path)
     config.data.max_bad_fraction = 0.1
@@ -295,6 +299,7 @@ def of_images(tmp_path):
     for index in range(33):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index:02d}.png")
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.steps, config.checkpoint.every_steps = 4, 2
     config.data.update({"source": "folder", "path": str(tmp_path), "cache_gib": 0.0})
     return config
