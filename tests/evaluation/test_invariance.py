@@ -42,6 +42,7 @@ from tests.evaluation.analysed import (
     pictures,
     similarity_of_different,
 )
+from tests.everyday import everyday
 
 ALONE = ["crop", "flip", "jitter", "grayscale", "blur"]
 
@@ -173,14 +174,18 @@ def test_all_augmentations_and_strengths_are_one_compiled_program():
     assert len(Colour.traced) == 2
 
 
-@pytest.mark.parametrize(("count", "size", "holes"), [(2, 8, 0), (1, 16, 0), (4, 12, 3)])
-def test_devices_padding_and_damage_change_nothing(told, count, size, holes):
+DEVICES_SIZES_HOLES = [(2, 8, 0), (1, 16, 0), (4, 12, 3)]
+
+
+@pytest.mark.parametrize("how", everyday(DEVICES_SIZES_HOLES, (4, 12, 3)), ids=str)
+def test_devices_padding_and_damage_change_nothing(told, how):
+    count, size, holes = how
     found = measured(count=count, size=size, holes=holes)
     assert (found.images, found.candidates) == (told.images, told.candidates) == (6, 6)
     assert_agree(found.alone(), told.alone())
 
 
-@pytest.mark.parametrize("size", [3, 4, 5])
+@pytest.mark.parametrize("size", everyday([3, 4, 5], 4))
 def test_the_batch_changes_only_whom_an_image_is_told_apart_from(told, size):
     # Of five and one, the lone image is not told apart from any.
     candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
@@ -206,7 +211,7 @@ def test_an_encoder_without_a_projector_is_compared_at_its_stages(told):
     assert "projector" in variables["params"]
 
 
-@pytest.mark.parametrize("strength", [0.5, 2.0])
+@pytest.mark.parametrize("strength", everyday([0.5, 2.0], 2.0))
 def test_a_strength_scales_the_draws_as_it_scales_the_ranges(strength):
     spec = every_augmentation(AugmentSpec(PIXELS, grayscale=0, jitter_order="batch"))
     batch = jax.tree.map(jnp.asarray, next(batches_of(IMAGES, 6)))

@@ -46,7 +46,7 @@ def train(arguments, devices):
     return losses, jax.device_get((networks, state.memory))
 
 
-@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, "method=moco_v2", WITH_AUGSELF))
+@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, WITH_AUGSELF))
 def test_eight_devices_are_one(arguments):
     losses, state = train(arguments, 1)
     losses_of_eight, state_of_eight = train(arguments, 8)
