@@ -36,7 +36,7 @@ from cassle_jax.prepare.shards import (
     write_shard,
     written_shard,
 )
-from cassle_jax.storage import check_writable, on_object_store, path_of, write_whole
+from cassle_jax.storage import check_writable, is_utf8, on_object_store, path_of, write_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def prepare(
       Stop: the disk is or would become full, a worker was killed, or the user stopped the call.
     """
     _check(splits, to, preparation, workers, max_bad_fraction)
+    _check_outside(data, splits, to)
     sources = {split: _opened(data, split) for split in splits}
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     check_writable("--to", folder)
@@ -113,6 +114,8 @@ def _check(
     if not to or on_object_store(to):
         raise ConfigError(f"--to={to} is no local folder; give the one to write to")
     check_fraction("--max_bad_fraction", bad, usual=0.01)
+    if not is_utf8(path_of(to)):
+        raise ConfigError(f"--to={str(to)!r} has bytes that are not UTF-8; use another")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", preparation.name):
         raise ConfigError(
             f"--as={preparation.name!r} is no name of a dataset; use a-z, 0-9 and _, such as mine"
@@ -130,6 +133,15 @@ def _check(
     ):
         if not least <= value <= most:
             raise ConfigError(f"--{flag}={value} is out of range; use {least} to {most}")
+
+
+def _check_outside(data: ConfigDict, splits: Sequence[str], to: str) -> None:
+    """Raises ConfigError for a folder inside a split, which would become a class of it."""
+    target = Path(path_of(to)).resolve()
+    for split in splits:
+        folder = Path(path_of(data.path)).resolve() / split
+        if data.source == "folder" and data.path and target.is_relative_to(folder):
+            raise ConfigError(f"--to={to} lies among the images of {folder}; use another folder")
 
 
 def _check_space(plan: Mapping[str, Any], folder: Path) -> None:

@@ -14,7 +14,7 @@ from cassle_jax.data import Source
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import content_of
 from cassle_jax.prepare.reencode import reencoded
-from cassle_jax.storage import free_bytes, kept_json
+from cassle_jax.storage import free_bytes, is_utf8, kept_json
 
 PLAN = "prepared.json"
 _SAMPLE = 64  # images that are re-encoded to estimate the size
@@ -55,9 +55,16 @@ def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """The classes of all splits: those of one of them, with which the others begin.
 
     Raises:
-      ConfigError: two splits give one label to different classes, or only some have labels.
+      ConfigError: two splits give one label to different classes, only some have labels, or a name
+        is one that tensorflow-datasets cannot write.
     """
     most = max((source.class_names for source in sources.values()), key=len)
+    for name in most:
+        if not is_utf8(name) or "\n" in name:  # a file holds one name a line
+            raise ConfigError(
+                f"--splits: class {name!r} has a line break, or bytes that are not UTF-8, which "
+                "tensorflow-datasets cannot keep; rename its folder"
+            )
     for split, source in sources.items():
         names = source.class_names
         if names != most[: len(names)] or (most and not names):

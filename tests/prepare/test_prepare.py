@@ -268,6 +268,24 @@ def test_splits_of_other_classes_are_refused(images, tmp_path):
         prepare(settings(root), ["train", "val"], str(tmp_path / "to"), HOW, **BAD)
 
 
+@pytest.mark.parametrize("name", [b"\xff", b"new\nline"])
+def test_classes_that_cannot_be_kept_are_refused_before_anything_is_written(tmp_path, name):
+    folder = os.fsencode(tmp_path / "train") + b"/" + name
+    os.makedirs(folder)  # noqa: PTH103
+    with open(folder + b"/1.png", "wb") as file:  # noqa: PTH123
+        file.write(encoded(1, 20, 20, "PNG"))
+    with pytest.raises(ConfigError, match=r"class '.*' has a line break, or bytes that are not"):
+        prepare(settings(tmp_path), ["train"], str(tmp_path / "to"), HOW, **BAD)
+    assert not list((tmp_path / "to").rglob("*.json"))
+
+
+def test_a_place_that_would_confuse_is_refused(images):
+    with pytest.raises(ConfigError, match=r"--to=.*cat lies among the images of .*train; use"):
+        prepare(settings(images), ["train"], str(images / "train" / "cat"), HOW, **BAD)
+    with pytest.raises(ConfigError, match=r"--to=.* has bytes that are not UTF-8"):
+        prepare(settings(images), ["train"], str(images / os.fsdecode(b"\xff")), HOW, **BAD)
+
+
 def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--to=.*file.* cannot be written"):
