@@ -1,16 +1,13 @@
 """The pretraining loop: feeds the step, and handles checkpoints, metrics, probes and signals."""
 
 import contextlib
+import dataclasses
 import logging
-import os
-import re
-import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,11 +25,10 @@ from cassle_jax.data import (
     open_source,
 )
 from cassle_jax.distributed import agree, all_arrive
-from cassle_jax.faults import Outage, hurry, retried
+from cassle_jax.faults import Outage, hurry
 from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
-from cassle_jax.storage import is_utf8, on_object_store, path_of
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import MEASURED, OnlineProbe
@@ -52,11 +48,11 @@ from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
 from cassle_jax.training.trackers import Tracking
 from cassle_jax.training.warm_start import warm_started
+from cassle_jax.training.window import Window
+from cassle_jax.training.workdir import check_seen, known_path, written
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
 STEPS_AHEAD = 2
-# The longest time until one host sees what another has written to a shared folder.
-SHARED_FOLDER_SECONDS = 60
 # How long a full disk is waited for where giving up loses steps: at the end of a run, and after a
 # request to stop, which a kill soon follows.
 LAST_SAVE_SECONDS = 600.0
@@ -94,7 +90,7 @@ def pretrain(
       NotSaved: the final checkpoint could not be written.
       Outage: storage did not come back in time; a single process saved what it could.
     """
-    workdir = _known_path(workdir)
+    workdir = known_path(workdir)
     mesh = device_mesh()
     _check_devices(mesh)
     source = open_source(config.data, config.data.train_split)
@@ -102,126 +98,54 @@ def pretrain(
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
     with StopRequest() as stop, contextlib.ExitStack() as opened:
-        loop = _Loop(config, workdir, mesh, source, run, probe, opened, accept_changes)
+        changes = _take_workdir(config, workdir, accept_changes, opened)
+        checkpoints = _open_checkpoints(config, workdir, opened)
+        state, data_state = _newest_state(checkpoints, config, run, mesh)
+        step = int(state.step)
+        if data_state is not None:
+            data_state, changed = _continued_images(
+                data_state, source, workdir, step, accept_changes
+            )
+            changes += changed
+        agree({"the step it continues from": step})
+        _log_start(run, mesh, len(source), step, continues=data_state is not None)
+        feed = _open_feed(config, workdir, run, mesh, source, data_state, opened)
+        reports = None
+        if jax.process_index() == 0:
+            _record_start(config, workdir, run, mesh, source, step, changes)
+            reports = _open_reports(config, workdir, run, step, opened)
+        loop = _Loop(
+            config, run, probe, checkpoints, feed, make_train_step(run, mesh), reports,
+            state, step, data_state,
+        )  # fmt: skip
         return loop.train(stop)
 
 
+class _Reports(NamedTuple):
+    """Where the first process of a run reports its metrics."""
+
+    writer: MetricsWriter
+    progress: ProgressReport
+
+
+@dataclasses.dataclass
 class _Loop:
     """One run in progress; `train` is its story, the other methods are its chapters."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: epath.Path,
-        mesh: Mesh,
-        source: Source,
-        run: Run,
-        probe: OnlineProbe | None,
-        opened: contextlib.ExitStack,
-        accept_changes: bool,
-    ):
-        self.config, self.run, self.probe = config, run, probe
-        self.total = run.clock.total_steps
-        self.leads = jax.process_index() == 0
-        changes: list[str] = []
-        if self.leads:
-            changes = _take_workdir(config, workdir, accept_changes, opened)
-        agree({})  # the others continue when the first process has made it
-        _check_seen(workdir)
-        self.checkpoints = Checkpoints(
-            workdir,
-            keep=config.checkpoint.keep,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-        )
-        opened.callback(self.checkpoints.close)
-        self.state = on_every_device(run.initial_state, mesh, run.seed_words)
-        self.step, self.data_state = 0, None
-        restored = self.checkpoints.restore(self.state)
-        if restored is None:
-            self.state = warm_started(self.state, config.weights)
-        else:
-            self.state, self.data_state = restored
-            self.step = int(self.state.step)
-            changes += self._changed_images(source, workdir, accept_changes)
-            done = self.step >= self.total
-            LOG.info(
-                "%s at step %d of %d", "finished" if done else "continuing", self.step, self.total
-            )
-        agree({"the step it continues from": self.step})
-        LOG.info(
-            "%d images, %d steps to an epoch, batches of %d on %d %s device(s) of %d process(es)",
-            len(source),
-            run.clock.steps_per_epoch,
-            run.batch_size,
-            mesh.size,
-            mesh.devices.flat[0].device_kind,
-            jax.process_count(),
-        )
-        self.feed = open_feed(
-            config.data,
-            source,
-            mesh,
-            batch=run.batch_size,
-            seed=run.seed,
-            damaged=_written(
-                workdir,
-                lambda: DamagedLog(
-                    len(source),
-                    config.data.max_bad_fraction,
-                    workdir / "damaged",
-                    process_index=jax.process_index(),
-                ),
-            ),
-            state=self.data_state,
-        )
-        opened.callback(hurry.clear)
-        opened.callback(self.feed.close)
-        opened.callback(hurry.set)  # closing does not wait for images without use
-        self.train_step = make_train_step(run, mesh)
-        self.window = _Window(self.feed, run.batch_size, config.log.every_steps)
-        self.writer = self.progress = None
-        if self.leads:
-            if changes:
-                LOG.warning("continuing with changed settings: %s", "; ".join(changes))
-            start = {"step": self.step, "images": len(source), "mesh": mesh, "changes": changes}
-            start["names"] = names_of(source)
-            _written(workdir, lambda: write_config(config, workdir))
-            _written(workdir, lambda: note_start(workdir, **start, record=record_of(run)))
-            if self.step == 0:
-                _warn_of_leaks(run.conditioning)
-                views = workdir / "views.png"
-                _written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
-                LOG.info("what the network sees is in %s; compiling", views)
-            self.writer = _written(workdir, lambda: MetricsWriter(workdir, self.step))
-            opened.callback(self.writer.close)
-            for name in config.log.to:
-                self.writer.add(Tracking(name, workdir, flat_settings(config)))
-            self.progress = ProgressReport(self.total, self.step)
-            opened.callback(self.progress.close)
+    config: ConfigDict
+    run: Run
+    probe: OnlineProbe | None
+    checkpoints: Checkpoints
+    feed: Feed
+    train_step: Callable
+    reports: _Reports | None
+    state: TrainState
+    step: int
+    data_state: dict | None
 
-    def _changed_images(
-        self, source: Source, workdir: epath.Path, accept_changes: bool
-    ) -> list[str]:
-        """Continues in the order of a dataset that lost or gained images; returns the change.
-
-        Raises:
-          DataError: as many files were lost as gained, and that is not accepted; the feed refuses
-            another number.
-        """
-        images, before = len(source), self.data_state["length"]
-        if accept_changes:
-            self.data_state = {**self.data_state, "length": images}
-        if images != before:
-            return [f"{images} training images were {before}"]
-        known = start_before(workdir, self.step).get("names") if self.leads else None
-        if known in (None, names_of(source)):  # older versions did not record it
-            return []
-        if not accept_changes:
-            raise DataError(
-                f"{source.name}: its {images} images have other names than those that the run was "
-                "begun with; restore them, or use --accept_changes to continue with these"
-            )
-        return [f"{images} training images have other names"]
+    def __post_init__(self):
+        self.total = self.run.clock.total_steps
+        self.window = Window(self.feed, self.run.batch_size, self.config.log.every_steps)
 
     def train(self, stop: StopRequest) -> TrainState:
         """Runs to the last step, or saves and raises `Preempted` after a request to stop."""
@@ -261,7 +185,7 @@ class _Loop:
         """Runs the probe of the step it continues from, where the run was killed in the middle."""
         if not self.probe or not self.step or not self._is_probed:
             return
-        lacking = self.writer is None or MEASURED not in self.writer.measured
+        lacking = self.reports is None or MEASURED not in self.reports.writer.measured
         if in_all_processes(lacking):  # the first process decides
             with self.window.paused():
                 self._report(self._probed())
@@ -271,8 +195,8 @@ class _Loop:
         if self._is_due(config.log.every_steps) or last:
             self._check_finite()
             self._report(self.window.summary())
-        if self.progress:
-            self.progress.advance(self.step)
+        if self.reports:
+            self.reports.progress.advance(self.step)
         # Saving comes first: a failure of the probe then costs none of these steps.
         if last:
             self._save_surely(LAST_SAVE_SECONDS)
@@ -304,10 +228,10 @@ class _Loop:
         return measured
 
     def _report(self, measured: dict[str, float]) -> None:
-        if measured and self.writer:
-            self.writer.write(self.step, measured)
+        if measured and self.reports:
+            self.reports.writer.write(self.step, measured)
             left = self.window.seconds * (self.total - self.step)
-            self.progress.report(self.step, measured, left)
+            self.reports.progress.report(self.step, measured, left)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -348,22 +272,149 @@ def _check_devices(mesh: Mesh) -> None:
         )
 
 
-def _known_path(workdir: epath.PathLike) -> epath.Path:
-    """The path; raises ConfigError where no checkpoint can be written, as by an unknown scheme."""
-    if not os.fspath(workdir):
-        raise ConfigError("workdir='' names no folder; give one, as in --workdir=runs/first")
-    if re.search(r"://|^(gs|s3):/", str(workdir)) and not on_object_store(workdir):
-        raise ConfigError(
-            f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
+def _take_workdir(
+    config: ConfigDict, workdir: epath.Path, accept_changes: bool, opened: contextlib.ExitStack
+) -> list[str]:
+    """Makes the workdir, holds it for this run, and returns the changed settings.
+
+    The first process does so; the others wait for it, and return no changes.
+    """
+    changes: list[str] = []
+    if jax.process_index() == 0:
+        written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
+        written(workdir, lambda: opened.enter_context(folder_held(workdir)))
+        changes = written(
+            workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
         )
-    path = path_of(workdir)
-    whole = str(path.resolve())
-    if "\\" in whole or not is_utf8(whole):
-        raise ConfigError(
-            f"workdir={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
-            "cannot be written; use a folder without them"
+        # A run with checkpoints keeps its settings until the checkpoints have proved to fit.
+        if not holds_run(workdir):
+            written(workdir, lambda: write_config(config, workdir))
+    agree({})  # the others continue when the first process has made it
+    check_seen(workdir)
+    return changes
+
+
+def _open_checkpoints(
+    config: ConfigDict, workdir: epath.Path, opened: contextlib.ExitStack
+) -> Checkpoints:
+    checkpoints = Checkpoints(
+        workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
+    )
+    opened.callback(checkpoints.close)
+    return checkpoints
+
+
+def _newest_state(
+    checkpoints: Checkpoints, config: ConfigDict, run: Run, mesh: Mesh
+) -> tuple[TrainState, dict | None]:
+    """The newest checkpoint's state and place in the images; a new run's state, and `None`."""
+    state = on_every_device(run.initial_state, mesh, run.seed_words)
+    return checkpoints.restore(state) or (warm_started(state, config.weights), None)
+
+
+def _continued_images(
+    data_state: dict, source: Source, workdir: epath.Path, step: int, accept_changes: bool
+) -> tuple[dict, list[str]]:
+    """The place in a dataset that may have lost or gained images, and the change.
+
+    Raises:
+      DataError: as many files were lost as gained, and that is not accepted; the feed refuses
+        another number.
+    """
+    images, before = len(source), data_state["length"]
+    if accept_changes:
+        data_state = {**data_state, "length": images}
+    if images != before:
+        return data_state, [f"{images} training images were {before}"]
+    known = start_before(workdir, step).get("names") if jax.process_index() == 0 else None
+    if known in (None, names_of(source)):  # older versions did not record it
+        return data_state, []
+    if not accept_changes:
+        raise DataError(
+            f"{source.name}: its {images} images have other names than those that the run was "
+            "begun with; restore them, or use --accept_changes to continue with these"
         )
-    return path
+    return data_state, [f"{images} training images have other names"]
+
+
+def _log_start(run: Run, mesh: Mesh, images: int, step: int, *, continues: bool) -> None:
+    total = run.clock.total_steps
+    if continues:
+        LOG.info("%s at step %d of %d", "continuing" if step < total else "finished", step, total)
+    LOG.info(
+        "%d images, %d steps to an epoch, batches of %d on %d %s device(s) of %d process(es)",
+        images,
+        run.clock.steps_per_epoch,
+        run.batch_size,
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        jax.process_count(),
+    )
+
+
+def _open_feed(
+    config: ConfigDict,
+    workdir: epath.Path,
+    run: Run,
+    mesh: Mesh,
+    source: Source,
+    data_state: dict | None,
+    opened: contextlib.ExitStack,
+) -> Feed:
+    """Opens the training batches at their place in the images."""
+
+    def damaged_log() -> DamagedLog:
+        folder, index = workdir / "damaged", jax.process_index()
+        return DamagedLog(len(source), config.data.max_bad_fraction, folder, process_index=index)
+
+    feed = open_feed(
+        config.data,
+        source,
+        mesh,
+        batch=run.batch_size,
+        seed=run.seed,
+        damaged=written(workdir, damaged_log),
+        state=data_state,
+    )
+    opened.callback(hurry.clear)
+    opened.callback(feed.close)
+    opened.callback(hurry.set)  # closing does not wait for images without use
+    return feed
+
+
+def _record_start(
+    config: ConfigDict,
+    workdir: epath.Path,
+    run: Run,
+    mesh: Mesh,
+    source: Source,
+    step: int,
+    changes: Sequence[str],
+) -> None:
+    """Writes the settings, the facts of this start, and what the network of a new run sees."""
+    if changes:
+        LOG.warning("continuing with changed settings: %s", "; ".join(changes))
+    start = {"step": step, "images": len(source), "mesh": mesh, "changes": changes}
+    start["names"] = names_of(source)
+    written(workdir, lambda: write_config(config, workdir))
+    written(workdir, lambda: note_start(workdir, **start, record=record_of(run)))
+    if step == 0:
+        _warn_of_leaks(run.conditioning)
+        views = workdir / "views.png"
+        written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
+        LOG.info("what the network sees is in %s; compiling", views)
+
+
+def _open_reports(
+    config: ConfigDict, workdir: epath.Path, run: Run, step: int, opened: contextlib.ExitStack
+) -> _Reports:
+    writer = written(workdir, lambda: MetricsWriter(workdir, step))
+    opened.callback(writer.close)
+    for name in config.log.to:
+        writer.add(Tracking(name, workdir, flat_settings(config)))
+    progress = ProgressReport(run.clock.total_steps, step)
+    opened.callback(progress.close)
+    return _Reports(writer, progress)
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
@@ -385,86 +436,3 @@ def _warn_of_leaks(conditioning: Conditioning) -> None:
             "other, so that ω alone matches them and solves most of the objective; "
             "conditioning.into='predictor' keeps ω out of what is matched"
         )
-
-
-def _take_workdir(
-    config: ConfigDict, workdir: epath.Path, accept_changes: bool, opened: contextlib.ExitStack
-) -> list[str]:
-    """Makes the workdir, holds it for this run, and returns the changed settings."""
-    _written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
-    _written(workdir, lambda: opened.enter_context(folder_held(workdir)))
-    changes = _written(
-        workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
-    )
-    # A run with checkpoints keeps its settings until the checkpoints have proved to fit.
-    if not holds_run(workdir):
-        _written(workdir, lambda: write_config(config, workdir))
-    return changes
-
-
-def _written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
-    """Returns what `write` returns; turns an error of writing into one line."""
-    try:
-        return retried(f"workdir={workdir}", write)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir={workdir} cannot be written: {error.strerror or error}"
-        ) from error
-
-
-def _check_seen(workdir: epath.Path) -> None:
-    """Raises ConfigError where a process sees another folder than the first under this name."""
-    seen = workdir / "config.json"
-    until = time.monotonic() + SHARED_FOLDER_SECONDS
-    while not seen.exists():
-        if time.monotonic() > until:
-            raise ConfigError(
-                f"workdir={workdir} is not the folder that process 0 writes: {seen} is not there "
-                f"for process {jax.process_index()}; use a folder that all processes share"
-            )
-        time.sleep(0.5)
-
-
-class _Window:
-    """Metrics of the steps since the last report; they stay on the device until `summary`."""
-
-    def __init__(self, feed: Feed, batch_size: int, steps: int):
-        self._feed, self._batch_size = feed, batch_size
-        self._metrics: deque[dict] = deque(maxlen=max(steps, 1))
-        self._seconds = 0.0
-
-    def start(self) -> None:
-        """Begins a window."""
-        self._metrics.clear()
-        self._steps = 0
-        self._since, self._waited = time.perf_counter(), self._feed.waited
-
-    def add(self, metrics: dict) -> None:
-        """Adds the metrics of a step."""
-        self._metrics.append(metrics)
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Excludes the time spent within from the window."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    @property
-    def seconds(self) -> float:
-        """Seconds per step: of this window so far, or of the previous one."""
-        if self._steps:
-            self._seconds = (time.perf_counter() - self._since) / self._steps
-        return self._seconds
-
-    def summary(self) -> dict[str, float]:
-        """Means over the window, images per second, share of time waiting for data; restarts."""
-        values = jax.device_get(list(self._metrics))
-        elapsed = self.seconds * self._steps
-        summary = {name: float(np.mean([each[name] for each in values])) for name in values[0]}
-        summary["learning_rate"] = float(values[-1]["learning_rate"])
-        summary["images_per_second"] = self._batch_size / self.seconds
-        summary["data_wait_share"] = (self._feed.waited - self._waited) / elapsed
-        self.start()
-        return summary

@@ -1,0 +1,58 @@
+"""Checks that a run can use its folder, and that all its processes see the same one."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.faults import retried
+from cassle_jax.storage import is_utf8, on_object_store, path_of
+
+# The longest time until one host sees what another has written to a shared folder.
+SHARED_FOLDER_SECONDS = 60
+
+
+def known_path(workdir: epath.PathLike) -> epath.Path:
+    """The path; raises ConfigError where no checkpoint can be written, as by an unknown scheme."""
+    if not os.fspath(workdir):
+        raise ConfigError("workdir='' names no folder; give one, as in --workdir=runs/first")
+    if re.search(r"://|^(gs|s3):/", str(workdir)) and not on_object_store(workdir):
+        raise ConfigError(
+            f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
+        )
+    path = path_of(workdir)
+    whole = str(path.resolve())
+    if "\\" in whole or not is_utf8(whole):
+        raise ConfigError(
+            f"workdir={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
+            "cannot be written; use a folder without them"
+        )
+    return path
+
+
+def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
+    """Returns what `write` returns; turns an error of writing into one line."""
+    try:
+        return retried(f"workdir={workdir}", write)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={workdir} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def check_seen(workdir: epath.Path) -> None:
+    """Raises ConfigError where a process sees another folder than the first under this name."""
+    seen = workdir / "config.json"
+    until = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not seen.exists():
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"workdir={workdir} is not the folder that process 0 writes: {seen} is not there "
+                f"for process {jax.process_index()}; use a folder that all processes share"
+            )
+        time.sleep(0.5)
