@@ -77,7 +77,8 @@ class Command:
                 time.sleep(pause)
                 code, starts = self._run(lock, log), starts + 1
             if is_first:
-                self._write_outcome(code)
+                lines = (self.folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
+                write_outcome(self.folder, code, lines[-1] if lines else "")
         return code
 
     def checkpoint(self) -> DelayedSubmission:
@@ -113,10 +114,12 @@ class Command:
             time.sleep(_POLL_SECONDS)
         return self._process.returncode
 
-    def _write_outcome(self, code: int) -> None:
-        lines = (self.folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
-        outcome = {"exit_code": code, "last_line": lines[-1] if lines else ""}
-        write_whole(self.folder / OUTCOME, json.dumps(outcome))
+
+def write_outcome(folder: Path, code: int, line: str, **facts: float) -> None:
+    """Writes `outcome.json`: exit code, last line, and facts such as the duration in seconds."""
+    outcome = {"exit_code": code, "last_line": line}
+    outcome |= {name: round(value, 1) for name, value in facts.items()}
+    write_whole(folder / OUTCOME, json.dumps(outcome))
 
 
 def outcome_of(folder: Path) -> dict[str, object] | None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from cassle_jax.command import EXIT_PREEMPTED
-from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus
+from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
 from cassle_jax.sweep.restarts import pause_before_restart
-from cassle_jax.sweep.worker import Job, work, write_outcome
+from cassle_jax.sweep.worker import Job, work
 
 LOG = logging.getLogger(__name__)
 
@@ -142,4 +142,4 @@ def _record_silent_end(job: Job, code: int, seconds: float) -> None:
     """Writes the outcome of a process that could not write it itself."""
     if not (job.workdir / OUTCOME).exists():
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        write_outcome(job.workdir, code, f"the process ended with {how}", seconds)
+        write_outcome(job.workdir, code, f"the process ended with {how}", seconds=seconds)

@@ -6,20 +6,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cassle_jax.checks import ConfigError, check_one_of
-from cassle_jax.command import EXIT_DIVERGED, EXIT_PREEMPTED, Stop
+from cassle_jax.checks import check_one_of
+from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_names, check_options
 from cassle_jax.storage import kept_json, path_of, write_whole
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
+from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
 from cassle_jax.training.metrics import read_metrics
-from cassle_jax.training.saved_config import changes, read_config
 
 LOG = logging.getLogger("cassle_jax.sweep")
-
-FINISHED = "finished"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,30 +71,28 @@ def sweep(
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
     folder = Path(path_of(folder)).resolve()
-    records = _RunRecords(folder, runs)
+    lines = _RunLines(folder, runs)
     jobs = folder / "jobs"
     executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
-    missing = [run for run in runs if records.state(run) != FINISHED]
+    missing = [run for run in runs if lines.state(run) != FINISHED]
     LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
     try:
-        records.run(missing, executor)
-        done = [run for run in runs if records.state(run) == FINISHED]
-        failed = [run for run in runs if run not in done]
-        if not done:
-            raise Stop(f"no run finished; {records.failure(failed[0])}", 1)
-        report = _evaluate(evaluation, done, records, executor) if evaluation.datasets else None
+        lines.run(missing, executor)
+        workdirs = {run: lines.record(run).folder for run in runs if lines.state(run) == FINISHED}
+        if not workdirs:
+            raise Stop(f"no run finished; {lines.record(runs[0]).failure}", 1)
+        report = _evaluate(evaluation, workdirs, folder / "evaluation", executor)
     except KeyboardInterrupt:
         raise Stop("stopped; rerun the same sweep to resume", EXIT_PREEMPTED) from None
-    page = write_page(folder, {run: records.workdir(run) for run in done}, report)
+    page = write_page(folder, workdirs, report)
     LOG.info("wrote %s", page)
-    if failed:
-        raise Stop(f"{len(failed)} of {len(runs)} runs failed; {records.failure(failed[0])}", 1)
+    check_finished([lines.record(run) for run in runs])
     return page
 
 
-class _RunRecords:
+class _RunLines:
     """States and results of the runs, written to `runs.jsonl`.
 
     Raises:
@@ -109,29 +105,18 @@ class _RunRecords:
         self._running: set[str] = set()
         for run in runs:
             if self.state(run) == FINISHED:
-                _check_same(run, self.workdir(run))
+                self.record(run).check_same(run.config)
 
-    def workdir(self, run: RunSpec) -> Path:
-        return self._folder / "runs" / run.name
+    def record(self, run: RunSpec) -> RunRecord:
+        return RunRecord(workdir_of(self._folder, run.name))
 
     def state(self, run: RunSpec) -> str:
-        """`missing`, `submitted`, `finished`, `diverged` or `failed`."""
-        if run.name in self._running:
-            return "submitted"
-        outcome = outcome_of(self.workdir(run))
-        if outcome is None:
-            return "failed" if self.workdir(run).exists() else "missing"
-        return {0: FINISHED, EXIT_DIVERGED: "diverged"}.get(outcome["exit_code"], "failed")
-
-    def failure(self, run: RunSpec) -> str:
-        """One line with the reason of a run's failure."""
-        outcome = outcome_of(self.workdir(run)) or {"last_line": "the process was killed"}
-        reason = str(outcome["last_line"]).removeprefix("error: ")
-        return f"{run.name}: {reason} (see {self.workdir(run) / 'log.txt'})"
+        """The state of its record, or `submitted`."""
+        return "submitted" if run.name in self._running else self.record(run).state
 
     def run(self, runs: Sequence[RunSpec], executor: Local | Slurm) -> None:
         """Executes runs and updates their records."""
-        by_folder = {self.workdir(run): run for run in runs}
+        by_folder = {self.record(run).folder: run for run in runs}
         commands = []
         for workdir, run in by_folder.items():
             (workdir / OUTCOME).unlink(missing_ok=True)
@@ -142,7 +127,8 @@ class _RunRecords:
             run = by_folder[command.folder]
             self._running.discard(run.name)
             state = self.state(run)
-            LOG.info("%s", f"{run.name}: {state}" if state == FINISHED else self.failure(run))
+            ended = f"{run.name}: {state}" if state == FINISHED else self.record(run).failure
+            LOG.info("%s", ended)
             self._write()
 
         self._running = {run.name for run in runs}
@@ -163,7 +149,7 @@ class _RunRecords:
         write_whole(self._path, "".join(line + "\n" for line in lines))
 
     def _line(self, run: RunSpec) -> Mapping[str, object]:
-        state, workdir = self.state(run), self.workdir(run)
+        state, workdir = self.state(run), self.record(run).folder
         result = outcome_of(workdir) or {}
         if state == FINISHED:
             curves = read_metrics(workdir)
@@ -173,42 +159,31 @@ class _RunRecords:
         return {**facts, "state": state, "result": result, "config": flat_settings(run.config)}
 
 
-def _check_same(run: RunSpec, workdir: Path) -> None:
-    """Raises ConfigError where a finished run had other settings than the requested ones."""
-    changed = changes(read_config(workdir), run.config)
-    if changed:
-        raise ConfigError(
-            f"{workdir} holds a finished run with other settings ({'; '.join(changed.values())}); "
-            "use another folder (--to), or the run's settings"
-        )
-
-
 def _evaluate(
     evaluation: EvaluationOptions,
-    runs: Sequence[RunSpec],
-    records: _RunRecords,
+    workdirs: Mapping[RunSpec, Path],
+    folder: Path,
     executor: Local | Slurm,
-) -> Path:
+) -> Path | None:
     """Evaluates runs in a separate job unless the report is up to date; returns its folder."""
-    folder = records.workdir(runs[0]).parents[1] / "evaluation"
-    arguments = [f"--run={run.subject}={records.workdir(run)}" for run in runs]
+    if not evaluation.datasets:
+        return None
+    arguments = [f"--run={run.subject}={workdir}" for run, workdir in workdirs.items()]
     arguments.append(f"--datasets={','.join(evaluation.datasets)}")
     if evaluation.tasks:
         arguments.append(f"--tasks={','.join(evaluation.tasks)}")
     arguments += [*evaluation.options, f"--to={folder}"]
-    saved, outcome = folder / "asked.json", outcome_of(folder)
-    newest = max((records.workdir(run) / OUTCOME).stat().st_mtime for run in runs)
-    fresh = outcome and outcome["exit_code"] == 0 and (folder / OUTCOME).stat().st_mtime > newest
-    if not fresh or kept_json(saved) != arguments:
+    record, saved = RunRecord(folder), folder / "requested.json"
+    # Earlier versions wrote asked.json.
+    before = kept_json(saved) or kept_json(folder / "asked.json")
+    newest = max((workdir / OUTCOME).stat().st_mtime for workdir in workdirs.values())
+    fresh = record.state == FINISHED and (folder / OUTCOME).stat().st_mtime > newest
+    if not fresh or before != arguments:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(saved, json.dumps(arguments))
         (folder / OUTCOME).unlink(missing_ok=True)
-        LOG.info("evaluating %d runs", len(runs))
+        LOG.info("evaluating %d runs", len(workdirs))
         executor.run([Command("cassle_jax.evaluate", arguments, folder)], lambda _: None)
-        outcome = outcome_of(folder) or {"exit_code": 1, "last_line": "the process was killed"}
-    if outcome["exit_code"]:
-        raise Stop(
-            f"the evaluation failed: {outcome['last_line']} (see {folder / 'log.txt'})",
-            int(outcome["exit_code"]),
-        )
+    if record.state != FINISHED:
+        raise Stop(f"the evaluation failed: {record.reason}", record.exit_code or 1)
     return folder

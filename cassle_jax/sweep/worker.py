@@ -1,7 +1,6 @@
 """One run of a table in its own process: pretrains, evaluates, and records the outcome."""
 
 import dataclasses
-import json
 import logging
 import multiprocessing
 import os
@@ -11,9 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -23,31 +20,14 @@ from cassle_jax.export import export_command
 from cassle_jax.faults import hurry
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
-from cassle_jax.storage import write_whole
-from cassle_jax.sweep.jobs import LOG_FILE, OUTCOME
+from cassle_jax.sweep.evaluation import Evaluation
+from cassle_jax.sweep.jobs import LOG_FILE, write_outcome
 from cassle_jax.sweep.space import parsed
 from cassle_jax.training.saved_config import write_config
 
 LOG = logging.getLogger(__name__)
 
 RESULT, EXPORTED = "evaluation", "exported"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The evaluation that every run of a table gets.
-
-    Attributes:
-      datasets: as in the evaluation command; empty for no evaluation.
-      tasks: as in the evaluation command; empty for the default tasks.
-      data_dir: folder of tensorflow-datasets.
-      settings: settings that differ from their defaults, by name.
-    """
-
-    datasets: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    data_dir: str = ""
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +84,9 @@ def work(job: Job, environment: dict[str, str]) -> None:
     if code:
         print(f"error: {line}", file=sys.stderr, flush=True)
     if code != command.EXIT_PREEMPTED:
-        write_outcome(job.workdir, code, line, time.monotonic() - start)
+        write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)
     hurry.set()  # Python waits for reading threads before it ends
     sys.exit(code)
-
-
-def write_outcome(workdir: Path, code: int, line: str, seconds: float) -> None:
-    """Writes `outcome.json`: exit code, last line, and duration of the last start in seconds."""
-    outcome = {"exit_code": code, "last_line": line, "seconds": round(seconds, 1)}
-    write_whole(workdir / OUTCOME, json.dumps(outcome))
 
 
 def pretrain_and_evaluate(job: Job) -> None:

@@ -1,0 +1,83 @@
+"""The evaluation that every run of a table gets, checked before any run starts."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.data import DataError
+from cassle_jax.evaluate import check_names, open_evaluated
+from cassle_jax.evaluation.plan import plan
+from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
+from cassle_jax.interop.formats import FORMATS
+from cassle_jax.sweep.table import TOY_EVALUATION, Table, parse_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluation that every run of a table gets.
+
+    Attributes:
+      datasets: as in the evaluation command; empty for no evaluation.
+      tasks: as in the evaluation command; empty for the default tasks.
+      data_dir: folder of tensorflow-datasets.
+      settings: settings that differ from their defaults, by name.
+    """
+
+    datasets: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    data_dir: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+
+def evaluation_of(
+    table: Table,
+    *,
+    datasets: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    data_dir: str = "",
+    options: Sequence[str] = (),
+    toy: bool = False,
+) -> Evaluation:
+    """Builds the evaluation of a table's runs and opens its datasets.
+
+    Args:
+      table: the experiment.
+      datasets: datasets that replace the table's; empty for the table's.
+      tasks: tasks that replace the table's; empty for the table's.
+      data_dir: folder of tensorflow-datasets.
+      options: further options, as `name=value`.
+      toy: whether to evaluate on a few rendered scenes.
+
+    Raises:
+      ConfigError, DataError: an unknown name, an invalid value, or a missing dataset.
+    """
+    chosen, tasks = tuple(datasets) or table.datasets, tuple(tasks) or table.tasks
+    if toy:
+        chosen = ("scenes",) if chosen else ()
+    check_names(chosen, tasks)
+    opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
+    for format_name in table.export:
+        check_one_of("export", format_name, FORMATS)
+    texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
+    for name in texts:
+        check_one_of("evaluation", name, all_settings())
+    try:
+        values = parsed_settings(texts)
+        extraction, of_protocols = checked_settings(values)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation {error}") from error
+    for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
+        if each.unmet:
+            raise DataError(f"{each}: {each.unmet}")
+    return Evaluation(chosen, tasks, data_dir, settings=values)
+
+
+def facts_of(evaluation: Evaluation) -> dict[str, object]:
+    """The settings that affect the results of an evaluation, without the paths of its images."""
+    names = [
+        dataset if dataset.startswith("folder:") else dataset.partition("=")[0]
+        for dataset in evaluation.datasets
+    ]
+    settings = {name: each.default for name, each in all_settings().items()} | evaluation.settings
+    return {"datasets": names, "tasks": evaluation.tasks, **settings}

@@ -1,0 +1,302 @@
+"""Executes a table: runs what is missing, evaluates every run, and writes the results."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.command import EXIT_PREEMPTED, Stop
+from cassle_jax.data import open_source
+from cassle_jax.report.evaluation_page import JSON, read_report
+from cassle_jax.storage import kept_json, path_of, write_whole
+from cassle_jax.sweep.budget import (
+    MEASURED,
+    MEASURED_RUN,
+    Plan,
+    make_plan,
+    read_plan,
+    runs_to_measure,
+)
+from cassle_jax.sweep.cost import RATE, cost_table, images_of
+from cassle_jax.sweep.evaluation import Evaluation, evaluation_of, facts_of
+from cassle_jax.sweep.jobs import outcome_of
+from cassle_jax.sweep.page import pretraining_findings
+from cassle_jax.sweep.pool import WorkerPool
+from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
+from cassle_jax.sweep.results import write_results
+from cassle_jax.sweep.space import RunSpec
+from cassle_jax.sweep.table import Table, folder_of, planned, runs_of_table, with_settings
+from cassle_jax.sweep.worker import RESULT, Job
+from cassle_jax.training.saved_config import holds_run, read_config
+
+LOG = logging.getLogger("cassle_jax.tables")
+
+TABLE_FILE = "table.json"
+_PAGE_SECONDS = 10.0
+_RESUMABLE = "the time of this call is over; rerun the same command to resume"
+
+
+def run_table(
+    table: Table,
+    to: Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    data_dir: str = "",
+    evaluation: Sequence[str] = (),
+    weights_of: Sequence[str] = (),
+    parallel: int = 1,
+    minutes: float = 0.0,
+    call_minutes: float = 0.0,
+    keep_weights: bool = False,
+    toy: bool = False,
+) -> Path:
+    """Executes the missing runs of a table, and writes the page of the finished ones.
+
+    The folder holds `runs/<row>-<seed>/`, the workdirs with `log.txt`, `outcome.json` and
+    `evaluation/`; `results.json`, `results.csv` and `report.html`; and `compiled/`.
+
+    Args:
+      table: the experiment.
+      to: folder of all results; may hold those of an earlier call.
+      rows: parts of the subjects that select rows; empty for all rows.
+      seeds: seeds that replace the table's; empty for the table's.
+      overrides: settings of all runs, as `name=value`.
+      datasets: evaluation datasets that replace the table's; empty for the table's.
+      data_dir: folder of tensorflow-datasets, for evaluation.
+      evaluation: further evaluation options, as `name=value`.
+      weights_of: folders of other tables; a finished run there with the same settings and kept
+        weights replaces pretraining.
+      parallel: number of runs at a time.
+      minutes: time budget of all runs together. In a new folder it sets the number of steps, at
+        most the table's; 0 for the table's.
+      call_minutes: time after which this call saves and ends; 0 for no limit.
+      keep_weights: whether checkpoints stay after the evaluation.
+      toy: whether the runs are toy-sized, on rendered scenes; a run takes seconds.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ConfigError, DataError: invalid settings or missing data, before any run starts.
+      Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
+    """
+    check_at_least("parallel", parallel, 1)
+    check_at_least("call_minutes", call_minutes, 0)
+    check_at_least("minutes", minutes, 0)
+    to = Path(path_of(to)).resolve()
+    overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
+    expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
+    runs = expanded(overrides)
+    protocol = evaluation_of(
+        table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy
+    )
+    results = _Results(to, table, protocol)
+    pool = WorkerPool(parallel, 60 * call_minutes)
+    if plan := _plan(to, minutes, runs, protocol, pool, toy):
+        steps = min([plan.steps, *(run.config.steps for run in runs)])
+        runs = expanded((*overrides, f"steps={steps}"))
+    missing = [run for run in runs if results.is_missing(run)]
+    LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
+    others = [Path(path_of(folder)).resolve() for folder in weights_of]
+    same = {run.name: _same_run(run, others) for run in missing}
+    job = partial(Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy)
+    jobs = [
+        job(run.subject, run.arguments, results.workdir(run.name), weights=same[run.name])
+        for run in missing
+    ]
+    all_done = pool.run(jobs, results.on_end)
+    page = results.write_page()
+    if not all_done:
+        raise Stop(_RESUMABLE, EXIT_PREEMPTED)
+    check_finished([RunRecord(results.workdir(run.name)) for run in runs])
+    LOG.info("wrote %s", page)
+    return page
+
+
+def _plan(
+    to: Path,
+    minutes: float,
+    runs: Sequence[RunSpec],
+    evaluation: Evaluation,
+    pool: WorkerPool,
+    toy: bool,
+) -> Plan | None:
+    """Reads the plan of a table's folder; where a budget needs one, makes it.
+
+    A new plan is made of a measured step per group of rows, and of one evaluation.
+    """
+    plan = read_plan(to, minutes)
+    if plan or not minutes:
+        return plan
+    chosen = {to / MEASURED / run.name: run for run in runs_to_measure(runs, pool.parallel)}
+    jobs = []
+    for workdir, run in chosen.items():
+        short = with_settings(run, MEASURED_RUN)
+        protocol = Evaluation() if jobs else evaluation
+        jobs.append(Job(run.subject, short.arguments, workdir, protocol, False, toy=toy))
+    missing = [job for job in jobs if RunRecord(job.workdir).state != FINISHED]
+
+    def on_end(job: Job, code: int) -> None:
+        LOG.info("%s: measured", job.workdir.name)
+        if code:
+            reason = RunRecord(job.workdir).reason
+            raise Stop(f"{job.subject} failed during its measurement: {reason}", code)
+
+    if not pool.run(missing, on_end):
+        raise Stop(_RESUMABLE, EXIT_PREEMPTED)
+    plan = make_plan(to, minutes, runs, chosen, pool.parallel)
+    shutil.rmtree(to / MEASURED)
+    return plan
+
+
+def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
+    """The workdir of a finished run with the same settings and kept weights; `None` without one.
+
+    Raises:
+      ConfigError: a folder holds no runs.
+    """
+    for folder in folders:
+        if not (folder / "runs").is_dir():
+            raise ConfigError(f"weights_of={folder} holds no runs; use the folder of a table")
+        for workdir in sorted((folder / "runs").iterdir()):
+            record = RunRecord(workdir)
+            lends = record.state == FINISHED and holds_run(workdir)
+            if lends and not record.changes(run.config):
+                return workdir
+    return None
+
+
+class _Results:
+    """Results of the runs in a table's folder.
+
+    Raises:
+      ConfigError: the folder holds another table, or its runs have another evaluation.
+    """
+
+    def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
+        self._folder, self._table = folder, table
+        self._written = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
+        path = folder / TABLE_FILE
+        saved = kept_json(path) or facts
+        # What an older version did not know counts as today's default.
+        saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
+        for name, value in facts.items():
+            if saved.get(name) != value:
+                raise ConfigError(
+                    f"{name}={value!r} was {saved.get(name)!r} when {folder} was created; use the "
+                    "same value, or another folder (--to)"
+                )
+        write_whole(path, json.dumps(facts, indent=1))
+
+    def workdir(self, name: str) -> Path:
+        return workdir_of(self._folder, name)
+
+    def is_missing(self, run: RunSpec) -> bool:
+        """Whether a run must be executed; a diverged run would diverge again.
+
+        Raises:
+          ConfigError: the folder holds the run with other settings.
+        """
+        record = RunRecord(self.workdir(run.name))
+        if record.state not in (FINISHED, DIVERGED):
+            return True
+        record.check_same(run.config)
+        return False
+
+    def on_end(self, job: Job, code: int) -> None:
+        """Logs the end of a run; rewrites the page if the last one is older than 10 s."""
+        record = RunRecord(job.workdir)
+        if code:
+            LOG.info("%s", record.failure)
+        else:
+            LOG.info("%s: done in %.0f s", job.workdir.name, outcome_of(job.workdir)["seconds"])
+        if time.monotonic() - self._written > _PAGE_SECONDS:
+            self.write_page()
+
+    def write_page(self) -> Path | None:
+        """Writes the page of all finished runs, earlier calls included; `None` without any."""
+        found, facts, states, steps = {}, {}, [], set()
+        for row in self._table.rows:
+            for seed in self._seeds(row.subject):
+                name = folder_of(row.subject, seed)
+                record = RunRecord(self.workdir(name))
+                outcome = outcome_of(record.folder) or {"exit_code": None, "last_line": ""}
+                states.append({"run": name, "row": row.subject, "seed": seed, **outcome})
+                if record.state == FINISHED:
+                    config = read_config(record.folder)
+                    findings, known = self._findings(row.subject, config, record.folder)
+                    found.setdefault(row.subject, {})[seed] = findings
+                    facts.setdefault(row.subject, known)
+                    steps.add(config.steps)
+        self._written = time.monotonic()
+        if not found:
+            return None
+        lengths = " to ".join(map(str, sorted({min(steps), max(steps)})))
+        note = f"Each run is pretrained for {lengths} steps."
+        return write_results(self._folder, self._table, found, facts, states, note)
+
+    def _seeds(self, subject: str) -> list[int]:
+        """The seeds with a folder in `runs/`, for one row."""
+        prefix = folder_of(subject, 0)[:-1]
+        names = (path.name for path in (self._folder / "runs").glob("*"))
+        ends = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        return sorted(int(end) for end in ends if end.isdecimal())
+
+    def _findings(self, subject: str, config: ConfigDict, workdir: Path):
+        findings, facts = pretraining_findings(config, workdir), {}
+        report = workdir / RESULT / JSON
+        if report.exists():
+            evaluated, known = read_report(report)
+            findings, facts = [*findings, *evaluated[subject][0]], known.get(subject, {})
+        return findings, facts
+
+
+def _expanded(table: Table, overrides: Sequence[str], **selection) -> list[RunSpec]:
+    """The runs of a table with adapted schedules; opens their images."""
+    runs = runs_of_table(table, overrides=overrides, **selection)
+    return [run for run, _ in _planned(runs, _opened)]
+
+
+def _planned(
+    runs: Sequence[RunSpec], count: Callable[[ConfigDict], int]
+) -> list[tuple[RunSpec, int]]:
+    """The runs with adapted schedules (see `planned`) and their numbers of training images."""
+    images: dict[str, int] = {}
+    plans = []
+    for run in runs:
+        key = json.dumps(run.config.data.to_dict(), sort_keys=True, default=str)
+        if key not in images:
+            images[key] = count(run.config)
+        plans.append((planned(run, images[key]), images[key]))
+    return plans
+
+
+def _opened(config: ConfigDict) -> int:
+    return len(open_source(config.data, config.data.train_split))
+
+
+def dry_run(
+    table: Table,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    toy: bool = False,
+    rate: float = RATE,
+) -> str:
+    """Lists a table's runs and their cost; see `run_table` and `cost_table`."""
+    check_positive("rate", rate)
+    runs = runs_of_table(table, rows=rows, seeds=seeds, overrides=overrides, toy=toy)
+    plans = _planned(runs, images_of)
+    return cost_table([run for run, _ in plans], [images for _, images in plans], rate)

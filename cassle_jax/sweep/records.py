@@ -1,0 +1,74 @@
+"""What a run of a sweep or table has left in its folder: its state, and why it failed."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.command import EXIT_DIVERGED, Stop
+from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
+from cassle_jax.training.saved_config import changes, read_config
+
+FINISHED, DIVERGED, FAILED, MISSING = "finished", "diverged", "failed", "missing"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run, or an evaluation, by its folder; every property reads the folder anew.
+
+    Attributes:
+      folder: workdir of the run; need not exist.
+    """
+
+    folder: Path
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code; `None` where the run has not ended, or was killed."""
+        outcome = outcome_of(self.folder)
+        return None if outcome is None else int(outcome["exit_code"])
+
+    @property
+    def state(self) -> str:
+        """`missing`, `finished`, `diverged` or `failed`."""
+        if self.exit_code is None:
+            return FAILED if self.folder.exists() else MISSING
+        return {0: FINISHED, EXIT_DIVERGED: DIVERGED}.get(self.exit_code, FAILED)
+
+    @property
+    def reason(self) -> str:
+        """The last line of a run that failed, and where to read more."""
+        outcome = outcome_of(self.folder) or {"last_line": "the process was killed"}
+        line = str(outcome["last_line"]).removeprefix("error: ")
+        return f"{line} (see {self.folder / LOG_FILE})"
+
+    @property
+    def failure(self) -> str:
+        """One line with the run's name and the reason of its failure."""
+        return f"{self.folder.name}: {self.reason}"
+
+    def changes(self, config: ConfigDict) -> list[str]:
+        """The settings in which the run differs from a configuration, such as `steps=9 was 7`."""
+        return list(changes(read_config(self.folder), config).values())
+
+    def check_same(self, config: ConfigDict) -> None:
+        """Raises ConfigError where the run had other settings than the requested ones."""
+        if changed := self.changes(config):
+            raise ConfigError(
+                f"{self.folder} holds a run with other settings ({'; '.join(changed)}); use "
+                "another folder (--to), or the run's settings"
+            )
+
+
+def check_finished(records: Sequence[RunRecord]) -> None:
+    """Raises Stop with the reason of the first run that did not finish."""
+    failed = [record for record in records if record.state != FINISHED]
+    if failed:
+        raise Stop(f"{len(failed)} of {len(records)} runs failed; {failed[0].failure}", 1)
+
+
+def workdir_of(folder: Path, name: str) -> Path:
+    """The workdir of a run in the folder of a sweep or table."""
+    return folder / "runs" / name

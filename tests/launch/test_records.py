@@ -1,0 +1,83 @@
+"""What a run has left in its folder, for sweeps and tables alike."""
+
+import json
+import os
+
+import pytest
+
+from cassle_jax.checks import ConfigError
+from cassle_jax.command import Stop
+from cassle_jax.sweep import sweep as sweep_module
+from cassle_jax.sweep.jobs import OUTCOME, Local, write_outcome
+from cassle_jax.sweep.records import RunRecord, check_finished
+from cassle_jax.sweep.space import RunSpec
+from cassle_jax.sweep.sweep import EvaluationOptions
+from cassle_jax.training.saved_config import write_config
+from tests.tiny import tiny_config
+
+
+def ended(folder, code, line=""):
+    folder.mkdir(exist_ok=True)
+    write_outcome(folder, code, line)
+    return RunRecord(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "finished"), (3, "diverged"), (1, "failed"), (69, "failed")]
+)
+def test_the_state_of_a_run_follows_its_exit_code(tmp_path, code, state):
+    record = ended(tmp_path, code)
+    assert (record.exit_code, record.state) == (code, state)
+
+
+def test_a_folder_without_an_outcome_is_a_killed_run(tmp_path):
+    missing, killed = RunRecord(tmp_path / "missing"), RunRecord(tmp_path)
+    assert (missing.state, killed.state, killed.exit_code) == ("missing", "failed", None)
+    assert killed.failure == f"{tmp_path.name}: the process was killed (see {tmp_path}/log.txt)"
+
+
+def test_the_first_failure_is_reported(tmp_path):
+    records = [
+        ended(tmp_path / name, code, line)
+        for name, code, line in (("a", 0, ""), ("b", 2, "error: steps=-1"), ("c", 1, "killed"))
+    ]
+    check_finished(records[:1])
+    with pytest.raises(Stop, match=r"^2 of 3 runs failed; b: steps=-1 \(see ") as stopped:
+        check_finished(records)
+    assert stopped.value.code == 1
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    config = tiny_config()
+    write_config(config, tmp_path)
+    RunRecord(tmp_path).check_same(config)
+    config.steps += 1
+    with pytest.raises(ConfigError, match=rf"holds a run with other .*steps={config.steps} was"):
+        RunRecord(tmp_path).check_same(config)
+
+
+@pytest.mark.parametrize("name", ["requested.json", "asked.json"])  # the latter by older versions
+def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, name):
+    calls, run, folder = [], ended(tmp_path / "run", 0), tmp_path / "evaluation"
+    os.utime(run.folder / OUTCOME, (0, 0))
+
+    class Executor(Local):
+        def __init__(self):
+            pass
+
+        def run(self, commands, on_end):
+            calls.extend(commands)
+            ended(commands[0].folder, 0)
+
+    def evaluate(*tasks):
+        options = EvaluationOptions(("scenes",), tasks)
+        spec = RunSpec("run", "a", {}, (), tiny_config())
+        sweep_module._evaluate(options, {spec: run.folder}, folder, Executor())
+
+    evaluate("knn")
+    (folder / "requested.json").rename(folder / name)
+    evaluate("knn")
+    assert len(calls) == 1
+    evaluate("linear")
+    assert len(calls) == 2 and "--tasks=linear" in calls[1].arguments
+    assert "--tasks=linear" in json.loads((folder / "requested.json").read_text())
