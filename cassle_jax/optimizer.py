@@ -21,7 +21,7 @@ from cassle_jax.checks import (
     check_share,
     did_you_mean,
 )
-from cassle_jax.methods import Method, Moment
+from cassle_jax.methods import Method, Progress
 from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule, constant
 
 # LARS's η; all recipes use it (You et al., 2017).
@@ -47,14 +47,14 @@ class Clock:
         """Length of the run in epochs."""
         return self.total_steps / self.steps_per_epoch
 
-    def at(self, step: Int[Array, ""]) -> Moment:
+    def at(self, step: Int[Array, ""]) -> Progress:
         """Where `step` stands in the run; an epoch begins exactly at its first step."""
         step = jnp.asarray(step)
         # XLA divides by multiplying with a rounded 1/n, which can fall short of a whole number.
         whole, part = step // self.steps_per_epoch, step % self.steps_per_epoch
         before_next = jnp.nextafter(jnp.float32(whole + 1), 0)
         epoch = jnp.minimum(whole + jnp.float32(part) / self.steps_per_epoch, before_next)
-        return Moment(step, epoch, self.epochs)
+        return Progress(step, epoch, self.epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +110,13 @@ def learning_rate(spec: OptimizerSpec, clock: Clock, batch_size: int) -> Schedul
     rest = max(clock.epochs - warmup, 1e-9)
 
     def schedule(step):
-        moment = clock.at(step)
-        epoch = moment.whole_epoch if spec.schedule_by == "epoch" else moment.epoch
-        progress = jnp.clip((epoch - warmup) / rest, 0.0, 1.0)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        progress = clock.at(step)
+        epoch = progress.whole_epoch if spec.schedule_by == "epoch" else progress.epoch
+        passed = jnp.clip((epoch - warmup) / rest, 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * passed))
         falling = spec.final_fraction + (1.0 - spec.final_fraction) * cosine
-        rising = moment.epoch / max(warmup, 1e-9)
-        return peak * jnp.where(moment.epoch < warmup, rising, falling)
+        rising = progress.epoch / max(warmup, 1e-9)
+        return peak * jnp.where(progress.epoch < warmup, rising, falling)
 
     return schedule
 

@@ -257,7 +257,7 @@ running="$(squeue --array --noheader --states=RUNNING --format=%i)"
 if [ -z "$preempted" ] || [ -z "$running" ]; then fail "of the sweep, pending is '$preempted', running is '$running'"; fi
 say "job $running is killed from outside"
 scancel --signal=KILL --full "$running"
-wait "$sweeping" && fail "the sweep did not tell of the run that was killed"
+wait "$sweeping" && fail "the sweep did not report the run that was killed"
 tail -n 1 "$folder/sweep.out"
 grep -q '1 of 2 runs failed' "$folder/sweep.out" || fail "the sweep ended otherwise"
 "${command[@]}" &>>"$folder/sweep.out" || fail "the same sweep again failed"

@@ -12,7 +12,7 @@ import pytest
 
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.export import export_command
-from cassle_jax.methods import METHODS, Encoded, Moment, Step
+from cassle_jax.methods import METHODS, Encoded, Moment, Progress, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.subjects import open_subject
@@ -63,7 +63,7 @@ def test_its_loss_is_the_papers_on_any_number_of_devices(method):
 
     def loss(first, second, axis_name):
         views = {0: Encoded(first, first), 1: Encoded(second, second)}
-        terms, metrics = method.loss(Step(views, {}, {}, Moment(0, 0.0, 1.0), axis_name), None)
+        terms, metrics = method.loss(Step(views, {}, {}, Progress(0, 0.0, 1.0), axis_name), None)
         logged = {**terms, **metrics}
         return logged if axis_name is None else jax.lax.pmean(logged, axis_name)
 
@@ -141,3 +141,8 @@ def test_it_is_exported_and_evaluated_where_nobody_registers_it(workdir, tmp_pat
     )
     ((findings,),) = read_report(tmp_path / "report" / "report.json")[0].values()
     assert all(0 <= finding.value <= 1 for finding in findings)
+
+
+def test_methods_written_with_the_former_names_still_work():
+    step = Step({}, {}, None, Moment(step=3, epoch=1.5, epochs=2.0))
+    assert step.moment is step.progress and float(step.moment.whole_epoch) == 1.0

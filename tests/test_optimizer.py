@@ -326,9 +326,9 @@ def test_the_clock_counts_whole_epochs_and_parts():
     clock = Clock(steps_per_epoch=4, total_steps=10)
     assert clock.epochs == 2.5
     for step, epochs in ((0, 0), (3, 0.75), (4, 1), (9, 2.25)):
-        moment = clock.at(jnp.int32(step))
-        assert moment.epoch == epochs
-        assert moment.whole_epoch == int(epochs)
+        progress = clock.at(jnp.int32(step))
+        assert progress.epoch == epochs
+        assert progress.whole_epoch == int(epochs)
 
 
 @pytest.mark.parametrize("steps_per_epoch", [41, 100_000])
@@ -341,12 +341,12 @@ def test_whatever_changes_by_the_epoch_changes_at_its_first_step(steps_per_epoch
     @jax.jit
     @jax.vmap
     def changing(step):
-        moment = clock.at(step)
-        momentum = BYOL(momentum_by="epoch").target_momentum(moment)
+        progress = clock.at(step)
+        momentum = BYOL(momentum_by="epoch").target_momentum(progress)
         given = Conditioning(start_epoch=500.0).given(
-            jax.random.key(0), jnp.zeros(1, int), moment.epoch
+            jax.random.key(0), jnp.zeros(1, int), progress.epoch
         )
-        return moment.whole_epoch, given[0], schedule(step), momentum
+        return progress.whole_epoch, given[0], schedule(step), momentum
 
     first, last = (changing(jnp.asarray(epochs * steps_per_epoch - before)) for before in (0, 1))
     np.testing.assert_array_equal(first[0], epochs)

@@ -20,7 +20,7 @@ from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
-from cassle_jax.training.starts import note_start
+from cassle_jax.training.start_records import record_start
 from tests.tiny import tiny_config
 
 
@@ -137,7 +137,7 @@ def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, c
     assert not subject.has_projector
     assert subject.fingerprint() == expected.fingerprint()
     assert "method.name='byol' is not among the methods here" in caplog.text
-    note_start(run[0], step=0, images=64, mesh=device_mesh(), record={"heads": {"projector": 1}})
+    record_start(run[0], step=0, images=64, mesh=device_mesh(), record={"heads": {"projector": 1}})
     with pytest.raises(ConfigError, match="record of heads and views is damaged"):
         open_subject(run[0])
     (run[0] / "starts.jsonl").unlink()

@@ -117,10 +117,10 @@ def check_classes(
                 f"{source.name} has {len(outside)} images with labels such as {outside[0]}; "
                 f"classes={classes} takes 0 to {classes - 1}"
             )
-    known, asked = (set(labels[labels >= 0].tolist()) for labels in (train_labels, test_labels))
+    known, tested = (set(labels[labels >= 0].tolist()) for labels in (train_labels, test_labels))
     if len(known) < 2:
         raise ValueError(f"{train.name} has images of one class only; at least two are needed")
-    unknown = sorted(asked - known)
+    unknown = sorted(tested - known)
     if unknown:
         raise ValueError(
             f"{train.name} has no image of {len(unknown)} of the classes of {test.name}: "
@@ -304,8 +304,8 @@ def _logits(
 ) -> Float[Array, "B classes"]:
     """The head's logits; `train` is the encoder's mode."""
     if "image_conditioner" in networks.factories:
-        told = jnp.broadcast_to(neutral, (len(images), neutral.size))
-        images = networks.image_conditioner(images, told, False)
+        omega = jnp.broadcast_to(neutral, (len(images), neutral.size))
+        images = networks.image_conditioner(images, omega, False)
     return networks.head(networks.encoder(images, train).astype(jnp.float32))
 
 

@@ -73,7 +73,7 @@ class Encoded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class Progress:
     """Position of a step in its run.
 
     Attributes:
@@ -92,6 +92,9 @@ class Moment:
         return jnp.floor(self.epoch)
 
 
+Moment = Progress  # its former name
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Inputs of the loss of one step, for this device's samples.
@@ -100,15 +103,20 @@ class Step:
       online: outputs of the trained networks, by view index.
       target: outputs of the momentum networks, by view index; no gradient.
       memory: the last result of `update_memory`.
-      moment: position of the step in the run.
+      progress: position of the step in the run.
       axis_name: the devices that share the global batch; `None` for a single one.
     """
 
     online: Mapping[int, Encoded]
     target: Mapping[int, Encoded]
     memory: PyTree
-    moment: Moment
+    progress: Progress
     axis_name: str | None = None
+
+    @property
+    def moment(self) -> Progress:
+        """The former name of `progress`."""
+        return self.progress
 
     @property
     def pair(self) -> tuple[Encoded, Encoded]:
@@ -324,7 +332,7 @@ class Method:
         """The memory after a step; must be equal on every device."""
         return step.memory
 
-    def target_momentum(self, moment: Moment) -> Float[Array, ""] | float:
+    def target_momentum(self, progress: Progress) -> Float[Array, ""] | float:
         """The share of the momentum networks that a step keeps, in [0, 1]."""
         raise NotImplementedError
 
@@ -368,7 +376,7 @@ def constant(value: float) -> Schedule:
     return lambda step: jnp.full_like(step, value, dtype=jnp.float32)
 
 
-def rising_momentum(start: float, moment: Moment, *, per_step: bool = True) -> Float[Array, ""]:
+def rising_momentum(start: float, progress: Progress, *, per_step: bool = True) -> Float[Array, ""]:
     """Momentum from `start` to 1 along half a cosine (BYOL, section 3.3), by step or by epoch."""
-    epoch = moment.epoch if per_step else moment.whole_epoch
-    return 1 - (1 - start) * (jnp.cos(jnp.pi * epoch / moment.epochs) + 1) / 2
+    epoch = progress.epoch if per_step else progress.whole_epoch
+    return 1 - (1 - start) * (jnp.cos(jnp.pi * epoch / progress.epochs) + 1) / 2

@@ -58,5 +58,5 @@ class BYOL(Method):
         )
 
     @override
-    def target_momentum(self, moment):
-        return rising_momentum(self.momentum, moment, per_step=self.momentum_by == "step")
+    def target_momentum(self, progress):
+        return rising_momentum(self.momentum, progress, per_step=self.momentum_by == "step")

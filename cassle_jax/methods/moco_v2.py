@@ -80,7 +80,7 @@ class MoCoV2(Method):
         return {"queue": queue, "next": (place + len(rows)) % self.queue_size}
 
     @override
-    def target_momentum(self, moment):
+    def target_momentum(self, progress):
         return self.momentum
 
     @override

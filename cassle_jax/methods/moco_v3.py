@@ -83,7 +83,7 @@ class MoCoV3(Method):
         return 2 * self.temperature * (contrast(0, 1) + contrast(1, 0))
 
     @override
-    def target_momentum(self, moment):
+    def target_momentum(self, progress):
         if self.momentum_schedule == "constant":
             return self.momentum
-        return rising_momentum(self.momentum, moment)
+        return rising_momentum(self.momentum, progress)

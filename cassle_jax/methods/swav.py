@@ -181,7 +181,7 @@ class SwAV(Method):
             queue = step.memory["queue"][crop]
             queued = networks.predictor(queue, jnp.zeros((len(queue), 0)), True)
             # The queue starts at zeros and fills from its first row to its last.
-            use_queue = queue[-1].any() & (step.moment.epoch >= self.queue_start)
+            use_queue = queue[-1].any() & (step.progress.epoch >= self.queue_start)
         return losses.sinkhorn_codes(
             step.online[crop].prediction,
             queued,
@@ -202,7 +202,7 @@ class SwAV(Method):
             ]
         )
         batch = rows.shape[1]
-        place = step.moment.step % (self.queue_size // batch) * batch
+        place = step.progress.step % (self.queue_size // batch) * batch
         queue = jax.lax.dynamic_update_slice_in_dim(step.memory["queue"], rows, place, axis=1)
         return {"queue": queue}
 

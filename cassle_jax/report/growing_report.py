@@ -11,7 +11,7 @@ from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_repo
 
 LOG = logging.getLogger(__name__)
 
-# Of the time since a page was written, at most so much goes into writing the next.
+# Largest share of the time since a page was written that goes into writing the next.
 _WRITING_SHARE = 0.05
 
 

@@ -25,7 +25,7 @@ from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.storage import free_bytes
-from cassle_jax.training.late_reads import late_reads_ignored
+from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
@@ -70,8 +70,8 @@ class Checkpoints:
         self._unreadable = ""  # why no run can continue from the newest one read back
         self._readable = False
         self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(late_reads_ignored())
-        self._quiet.enter_context(_orbax_tells_errors_once())
+        self._quiet.enter_context(abandoned_reads_silenced())
+        self._quiet.enter_context(_orbax_logs_errors_once())
         self._leads = jax.process_index() == 0
         if self._leads:
             self._open()
@@ -354,7 +354,7 @@ class Checkpoints:
         folder = self._folder / str(step)
         # Not by the manager, which ends with a barrier: a process that cannot read would miss it.
         with (
-            late_reads_ignored(),
+            abandoned_reads_silenced(),
             contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
             contextlib.closing(ocp.JsonCheckpointHandler()) as data,
         ):
@@ -404,8 +404,8 @@ def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
     Neither the format nor most file systems notice a flipped bit in the middle of an array. The
     devices compute the checksums, so nothing is transferred; their number does not matter.
     """
-    told = json.dumps(data_state, sort_keys=True)
-    return {**checksums_of(vars(state)), "data": zlib.crc32(told.encode())}
+    place = json.dumps(data_state, sort_keys=True)
+    return {**checksums_of(vars(state)), "data": zlib.crc32(place.encode())}
 
 
 def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
@@ -497,13 +497,13 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _orbax_tells_errors_once():
+def _orbax_logs_errors_once():
     """Silences the tracebacks that Orbax logs of an exception which it then raises."""
     log = logging.getLogger("absl")
 
-    def told(record):
+    def kept(record):
         return not (record.exc_info and "orbax" in record.pathname)
 
-    log.addFilter(told)
+    log.addFilter(kept)
     yield
-    log.removeFilter(told)
+    log.removeFilter(kept)

@@ -42,7 +42,7 @@ from cassle_jax.training.saved_config import (
     write_config,
 )
 from cassle_jax.training.sheet import write_contact_sheet
-from cassle_jax.training.starts import note_start, start_before
+from cassle_jax.training.start_records import last_start_record, record_start
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
@@ -326,7 +326,7 @@ def _continued_images(
         data_state = {**data_state, "length": images}
     if images != before:
         return data_state, [f"{images} training images were {before}"]
-    known = start_before(workdir, step).get("names") if jax.process_index() == 0 else None
+    known = last_start_record(workdir, step).get("names") if jax.process_index() == 0 else None
     if known in (None, names_of(source)):  # older versions did not record it
         return data_state, []
     if not accept_changes:
@@ -397,7 +397,7 @@ def _record_start(
     start = {"step": step, "images": len(source), "mesh": mesh, "changes": changes}
     start["names"] = names_of(source)
     written(workdir, lambda: write_config(config, workdir))
-    written(workdir, lambda: note_start(workdir, **start, record=record_of(run)))
+    written(workdir, lambda: record_start(workdir, **start, record=record_of(run)))
     if step == 0:
         _warn_of_leaks(run.conditioning)
         views = workdir / "views.png"

@@ -20,12 +20,12 @@ from cassle_jax.interop.pytorch import Variables, check_fit
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
 from cassle_jax.storage import path_of
+from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.checkpoints import check_sums, checksums_of
-from cassle_jax.training.late_reads import late_reads_ignored
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.recorded import todays_settings, with_defaults
 from cassle_jax.training.saved_config import read_config
-from cassle_jax.training.starts import start_before
+from cassle_jax.training.start_records import last_start_record
 
 LOG = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def read_run(
             step=step,
             network=network,
             metrics=read_metrics(workdir),
-            start=start_before(workdir, step),
+            start=last_start_record(workdir, step),
         )
     return RunWeights(variables, card, heads)
 
@@ -149,7 +149,7 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
         raise WeightsError(f"step={step} is not among the checkpoints of {folder.parent}: {there}")
     for each in steps if step is None else [step]:
         try:
-            with late_reads_ignored():
+            with abandoned_reads_silenced():
                 read = partial(_restore, folder / str(each), names)
                 return each, retried(f"checkpoint {each}", read)
         except Outage:

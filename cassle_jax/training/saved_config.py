@@ -65,7 +65,7 @@ def check_unchanged(
             f"workdir={workdir} has a config.json that is damaged ({error}); write the settings it "
             "was begun with, or move its checkpoints away to begin anew"
         ) from error
-    impossible = [told for name, told in differences.items() if name in NEVER_TO_CHANGE]
+    impossible = [change for name, change in differences.items() if name in NEVER_TO_CHANGE]
     if accept_changes and impossible:
         raise ConfigError(
             f"workdir={workdir} holds a run that cannot continue with {'; '.join(impossible)}; "

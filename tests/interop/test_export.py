@@ -29,7 +29,7 @@ from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
-from cassle_jax.training.starts import note_start, start_before
+from cassle_jax.training.start_records import last_start_record, record_start
 from tests.interop.states import (
     ENCODERS,
     assert_same,
@@ -63,8 +63,8 @@ def run(tmp_path_factory):
     shapes = jax.eval_shape(build_run(config, mesh, dataset_size=64).initial_state)
     states = {step: state_of(shapes, step) for step in (5, 10)}
     write_config(config, workdir)
-    note_start(workdir, step=0, images=64, mesh=mesh)
-    note_start(workdir, step=7, images=64, mesh=device_mesh(jax.devices()[:1]))
+    record_start(workdir, step=0, images=64, mesh=mesh)
+    record_start(workdir, step=7, images=64, mesh=device_mesh(jax.devices()[:1]))
     checkpoints = Checkpoints(workdir, keep=3)
     for step, state in states.items():
         checkpoints.save(step, jax.device_put(state, NamedSharding(mesh, REPLICATED)), {})
@@ -383,7 +383,7 @@ def test_a_damaged_configuration_is_told_in_one_line(tmp_path, content):
 
 def test_a_note_of_a_start_without_a_step_is_passed_over(tmp_path):
     (tmp_path / "starts.jsonl").write_text('{"step": 3, "images": 8}\n{"images": 9}\n')
-    assert start_before(tmp_path, 5) == {"step": 3, "images": 8}
+    assert last_start_record(tmp_path, 5) == {"step": 3, "images": 8}
 
 
 def test_nothing_is_heard_of_a_failed_restore_afterwards(run, tmp_path, monkeypatch, caplog):

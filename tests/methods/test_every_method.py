@@ -9,7 +9,7 @@ import pytest
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.config import base_config, flat_settings
-from cassle_jax.methods import METHODS, AugSelf, Moment, TrainingViews, ViewBatch
+from cassle_jax.methods import METHODS, AugSelf, Progress, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.optimizer import learning_rate, make_optimizer
@@ -167,12 +167,12 @@ def test_settings_that_cannot_work_are_named(name, settings, message):
 
 def test_momentum_rises_to_one_along_half_a_cosine():
     byol = METHODS["byol"](momentum=0.9)
-    found = [byol.target_momentum(Moment(0, epoch, 10.0)) for epoch in (0.0, 5.0, 7.5, 10.0)]
+    found = [byol.target_momentum(Progress(0, epoch, 10.0)) for epoch in (0.0, 5.0, 7.5, 10.0)]
     np.testing.assert_allclose(found, [0.9, 0.95, 1 - 0.05 * (1 - 0.5**0.5), 1], rtol=1e-6)
     by_epoch = METHODS["byol"](momentum=0.9, momentum_by="epoch")
-    assert by_epoch.target_momentum(Moment(0, 5.9, 10.0)) == byol.target_momentum(
-        Moment(0, 5.0, 10.0)
+    assert by_epoch.target_momentum(Progress(0, 5.9, 10.0)) == byol.target_momentum(
+        Progress(0, 5.0, 10.0)
     )
-    assert METHODS["moco_v3"](momentum=0.99).target_momentum(Moment(0, 5.0, 10.0)) == 0.99
+    assert METHODS["moco_v3"](momentum=0.99).target_momentum(Progress(0, 5.0, 10.0)) == 0.99
     cosine = METHODS["moco_v3"](momentum=0.9, momentum_schedule="cosine")
-    np.testing.assert_allclose(cosine.target_momentum(Moment(0, 5.0, 10.0)), 0.95, rtol=1e-6)
+    np.testing.assert_allclose(cosine.target_momentum(Progress(0, 5.0, 10.0)), 0.95, rtol=1e-6)

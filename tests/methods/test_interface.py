@@ -56,8 +56,8 @@ class OwnMethod(Method):
             mean = jax.lax.pmean(mean, step.axis_name)
         return {"centre": 0.9 * step.memory["centre"] + 0.1 * mean}
 
-    def target_momentum(self, moment):
-        cosine = jnp.cos(jnp.pi * moment.whole_epoch / moment.epochs)
+    def target_momentum(self, progress):
+        cosine = jnp.cos(jnp.pi * progress.whole_epoch / progress.epochs)
         return 1 - (1 - self.first_momentum) * (cosine + 1) / 2
 
     def after_update(self, params):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import Encoded, MoCoV2, Moment, Step
+from cassle_jax.methods import Encoded, MoCoV2, Progress, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from tests.methods.one_device import BATCH, compiled, random_views, training, unit
 
@@ -22,8 +22,8 @@ def encoded(seed):
 
 
 def updated(moco, memory, queries, keys, axis_name=None):
-    moment = Moment(step=0, epoch=0.0, epochs=1.0)
-    return moco.update_memory(Step({0: queries}, {1: keys}, memory, moment, axis_name))
+    progress = Progress(step=0, epoch=0.0, epochs=1.0)
+    return moco.update_memory(Step({0: queries}, {1: keys}, memory, progress, axis_name))
 
 
 def test_the_first_queue_has_unit_length_and_is_not_all_alike():

@@ -10,7 +10,7 @@ import pytest
 
 from cassle_jax.augment import AugmentSpec, draw
 from cassle_jax.config import base_config
-from cassle_jax.methods import Encoded, Moment, Networks, Step, losses
+from cassle_jax.methods import Encoded, Networks, Progress, Step, losses
 from cassle_jax.methods.swav import Prototypes, SwAV
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from cassle_jax.training.run import build_run
@@ -114,7 +114,7 @@ def step_of(scores, memory, epoch=0.0, axis_name=None):
     online = {
         view: Encoded(each, jnp.tanh(each[:, :OUT] + 0.5), each) for view, each in enumerate(scores)
     }
-    return Step(online, {}, memory, Moment(step=0, epoch=epoch, epochs=3.0), axis_name)
+    return Step(online, {}, memory, Progress(step=0, epoch=epoch, epochs=3.0), axis_name)
 
 
 def test_the_loss_is_the_swapped_prediction_and_no_gradient_goes_through_the_codes(scores):

@@ -6,7 +6,7 @@ import sys
 
 
 @contextlib.contextmanager
-def late_reads_ignored():
+def abandoned_reads_silenced():
     """Silences the reads that are still under way when a restore fails.
 
     Orbax closes its event loop at the first array that cannot be read. Every read that ends after

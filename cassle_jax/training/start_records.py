@@ -13,7 +13,7 @@ from cassle_jax.versions import versions
 Start = dict[str, Any]
 
 
-def note_start(
+def record_start(
     workdir: epath.PathLike,
     *,
     step: int,
@@ -51,7 +51,7 @@ def note_start(
     append_line(epath.Path(workdir, "starts.jsonl"), start)
 
 
-def start_before(workdir: epath.PathLike, step: int) -> Start:
+def last_start_record(workdir: epath.PathLike, step: int) -> Start:
     """The last start of a run at or before `step`; empty where none was recorded."""
     starts = read_lines(epath.Path(workdir, "starts.jsonl"))
     return next((each for each in reversed(starts) if each["step"] <= step), {})
