@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float, Float64, Int
 from cassle_jax.checks import check_one_of
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
+from cassle_jax.evaluation.memory import check_memory, rows_to_fit
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings
-from cassle_jax.solvers.logistic import check_rows, fit_logistic
+from cassle_jax.solvers.logistic import check_rows, fit_logistic, logistic_bytes
 
 PENALTIES = np.logspace(-6, 5, 45)
 
@@ -138,9 +139,15 @@ NEEDS = Needs(train=2, val=1, labels=True)
 
 
 def _run(bench: Bench, _: Settings) -> list[Finding]:
+    metric, classes, crops = (
+        bench.data.metric,
+        bench.data.classes,
+        10 if bench.data.ten_crops else 1,
+    )
+    rows, features = rows_to_fit(bench, copies=crops), bench.subject.feature_width
+    check_memory(bench, *logistic_bytes(rows, features, classes), copies=crops)
     parts = [(part.features, part.labels) for part in bench.cropped()]
-    metric = bench.data.metric
-    result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)
+    result = linear_evaluation(*parts, classes=classes, metric=metric)
     return result.findings(bench.data.name, metric)
 
 

@@ -12,11 +12,12 @@ from cassle_jax.data.landmarks import TargetSource
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 from cassle_jax.evaluation.linear import PENALTIES
+from cassle_jax.evaluation.memory import check_memory, rows_to_fit
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings
 from cassle_jax.evaluation.store import Features
-from cassle_jax.solvers.absolute_error import check_rows, fit_absolute
+from cassle_jax.solvers.absolute_error import absolute_bytes, check_rows, fit_absolute
 
 Split = tuple[Float[np.ndarray, "_ _"], Float[np.ndarray, "_ _"]]
 
@@ -153,6 +154,7 @@ def _run(bench: Bench, _: Settings) -> list[Finding]:
         return part.features, source.targets[part.places]
 
     data = bench.data
+    check_memory(bench, *absolute_bytes(rows_to_fit(bench), bench.subject.feature_width))
     result = regression(
         split(bench.train, data.train), split(bench.val, data.val), split(bench.test, data.test)
     )

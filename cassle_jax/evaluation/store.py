@@ -154,7 +154,12 @@ class FeatureStore:
         return Part(source, evenly_spaced(len(source), self.limit), f"{self.limit} images")
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The whole images of a source, at most `limit` of them, to draw views from."""
+        """The whole images of a source, at most `limit` of them, to draw views from.
+
+        They are reduced to fit a canvas, as in training. A view without augmentation is therefore
+        resampled twice, by other filters than the view that `__call__` encodes. Analyses compare
+        such views among themselves, so that only the augmentation distinguishes them.
+        """
         return self._batches(source, limit, canvas=canvas_for(self._subject.spec.size))
 
     def _views(self, source: Source, short_side: int) -> Iterator[dict[str, np.ndarray]]:

@@ -43,6 +43,11 @@ class Subject:
         """Whether the networks include a projector, or are an encoder alone."""
         return "projector" in self.variables["params"]
 
+    @property
+    def feature_width(self) -> int:
+        """Number of features of an image."""
+        return self.networks.factories["encoder"]().feature_width
+
     def with_images(self, **prepared: Any) -> "Subject":
         """The subject for images of another `size`, `mean` or `std` than in training.
 

@@ -100,7 +100,7 @@ def fit_absolute(
         check_positive("penalties", penalty)
     check_at_least("max_steps", max_steps, 1)
 
-    rotated, spectrum, axes = principal_axes(features)
+    rotated, spectrum, axes = _on_device(features)
     order = np.argsort(-penalties, kind="stable")
     lots = penalties[order].reshape(-1, _penalties_together(len(penalties), targets.size))
     solved = list(_solve_lots(rotated, spectrum, targets, lots, max_steps))
@@ -117,7 +117,7 @@ def fit_absolute(
 
 
 def _solve_lots(
-    rotated: Float64[np.ndarray, "rows axes"],
+    rotated: Float32[Array, "rows axes"],
     spectrum: Float64[np.ndarray, " axes"],
     targets: Float[np.ndarray, "rows targets"],
     lots: Float64[np.ndarray, "lots together"],
@@ -127,7 +127,7 @@ def _solve_lots(
     together = lots.shape[1]
     # All problems are on one axis: the penalties of the first target, then those of the next.
     repeated = jnp.repeat(jnp.asarray(targets.T, jnp.float32), together, axis=0)
-    rotated, spectrum = (jnp.asarray(each, jnp.float32) for each in (rotated, spectrum))
+    spectrum = jnp.asarray(spectrum, jnp.float32)
     state = _start(repeated, spectrum)
     for penalties in lots:
         ridge = jnp.tile(jnp.asarray(2 * penalties, jnp.float32), targets.shape[1])
@@ -137,6 +137,20 @@ def _solve_lots(
             for part in (state.thetas, state.objectives, state.done)
         )
         state = _restart(state, together)
+
+
+def absolute_bytes(rows: int, features: int) -> tuple[int, int]:
+    """Bytes that `fit_absolute` takes: on the host, for the rotation, and on the device."""
+    axes = min(rows, features + 1)
+    return 8 * rows * axes, 4 * rows * axes + _WORKING_BYTES
+
+
+def _on_device(
+    features: np.ndarray,
+) -> tuple[Float32[Array, "rows axes"], Float64[np.ndarray, " axes"], np.ndarray]:
+    """As `principal_axes`; of the features on their axes the host keeps no copy."""
+    rotated, spectrum, axes = principal_axes(features)
+    return jnp.asarray(rotated, jnp.float32), spectrum, axes
 
 
 def check_rows(name: str, features: np.ndarray, targets: np.ndarray) -> None:

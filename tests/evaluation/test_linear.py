@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -7,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from cassle_jax.evaluation.linear import PENALTIES, linear_evaluation
-from cassle_jax.solvers.logistic import fit_logistic
+from cassle_jax.solvers.logistic import _curvatures, fit_logistic
 
 
 def blobs(rows: int, seed: int, classes: int = 4, width: int = 6, noise: float = 1.0):
@@ -134,6 +135,14 @@ def derivatives(rows, labels, theta, penalty):
     spread = probabilities[:, :, None] * (np.eye(len(theta)) - probabilities[:, None])
     hessian = np.einsum("nab,ni,nj->aibj", spread, rows, rows).reshape(theta.size, theta.size)
     return gradient.ravel(), hessian + 2 * penalty * np.eye(theta.size)
+
+
+def test_more_rows_than_a_block_are_preconditioned_as_at_once(monkeypatch):
+    rows, spread = np.random.default_rng(0).random((103, 5)), np.ones((103, 2, 3))
+    spread *= np.arange(103)[:, None, None]
+    monkeypatch.setattr("cassle_jax.solvers.logistic._CURVATURE_ROWS", 10)
+    found = _curvatures(jnp.asarray(rows), jnp.asarray(spread))
+    np.testing.assert_allclose(found, np.einsum("nd,npk->dpk", rows**2, spread), rtol=1e-5)
 
 
 def test_more_features_than_rows():
