@@ -26,7 +26,8 @@ def share_programs(patch: pytest.MonkeyPatch, module=loop):
         settings = {name: value for name, value in config.to_dict().items() if name not in OUTSIDE}
         # What a test may have replaced.
         parts = ENCODERS[config.encoder.name], METHODS[config.method.name], run.make_optimizer
-        key = json.dumps(settings, sort_keys=True), mesh, dataset_size, *parts
+        steps_per_epoch = dataset_size // config.batch_size
+        key = json.dumps(settings, sort_keys=True), mesh, steps_per_epoch, *parts
         return runs.setdefault(key, built)
 
     # The runs are kept, so that no other has the same id.

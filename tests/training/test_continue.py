@@ -284,7 +284,7 @@ def test_a_damaged_image_is_named_once_however_often_the_features_are_probed(tmp
     (tmp_path / "test" / "a" / "torn.png").write_bytes(b"not an image")
     config = tiny_config("method=simclr")
     cropped_only(config)
-    config.steps = 6
+    config.steps = 4
     config.data.source, config.data.path = "folder", str(tmp_path)
     config.data.max_bad_fraction = 0.1
     config.probe.every_epochs = 1
@@ -328,7 +328,7 @@ def test_a_run_whose_damaged_images_were_removed_continues_where_that_is_wanted(
 
 
 def test_a_folder_without_labels_is_probed_by_rank_me_alone(of_images, tmp_path, caplog):
-    of_images.steps, of_images.probe.every_epochs = 2, 1
+    of_images.probe.every_epochs = 1
     with caplog.at_level("INFO", logger="cassle_jax"):
         pretrain(of_images, tmp_path / ".run")
     assert {"rank_me", "knn_accuracy"} & read_metrics(tmp_path / ".run").keys() == {"rank_me"}
