@@ -138,16 +138,18 @@ def _accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 NEEDS = Needs(train=2, val=1, labels=True)
 
 
-def _run(bench: Bench, _: Settings) -> list[Finding]:
-    metric, classes, crops = (
-        bench.data.metric,
-        bench.data.classes,
-        10 if bench.data.ten_crops else 1,
-    )
+def check_linear_memory(bench: Bench) -> None:
+    """Raises DataError where this machine's memory cannot hold the fits; see `check_memory`."""
+    crops = 10 if bench.data.ten_crops else 1
     rows, features = rows_to_fit(bench, copies=crops), bench.subject.feature_width
-    check_memory(bench, *logistic_bytes(rows, features, classes), copies=crops)
+    check_memory(bench, *logistic_bytes(rows, features, bench.data.classes), copies=crops)
+
+
+def _run(bench: Bench, _: Settings) -> list[Finding]:
+    check_linear_memory(bench)
     parts = [(part.features, part.labels) for part in bench.cropped()]
-    result = linear_evaluation(*parts, classes=classes, metric=metric)
+    metric = bench.data.metric
+    result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)
     return result.findings(bench.data.name, metric)
 
 

@@ -8,7 +8,13 @@ from jaxtyping import Float, Int
 
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, half_interval, missed_optima
-from cassle_jax.evaluation.linear import NEEDS, PENALTIES, Split, linear_evaluation
+from cassle_jax.evaluation.linear import (
+    NEEDS,
+    PENALTIES,
+    Split,
+    check_linear_memory,
+    linear_evaluation,
+)
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Seeded
 
@@ -92,6 +98,7 @@ def split_by_class(
 
 
 def _run(bench: Bench, settings: Seeded) -> list[Finding]:
+    check_linear_memory(bench)
     parts = [(part.features, part.labels) for part in (bench.train, bench.val, bench.test)]
     metric = bench.data.metric
     result = resampled_linear_evaluation(

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -112,8 +113,10 @@ def pretrain(
         feed = _open_feed(config, workdir, run, mesh, source, data_state, opened)
         reports = None
         if jax.process_index() == 0:
-            _record_start(config, workdir, run, mesh, source, step, changes)
-            reports = _open_reports(config, workdir, run, step, opened)
+            start = {"step": step, "images": len(source), "mesh": mesh, "changes": changes}
+            start |= {"names": names_of(source), "record": record_of(run)}
+            _record_start(config, workdir, run, source, start)
+            reports = _open_reports(config, workdir, run, start, opened)
         loop = _Loop(
             config, run, probe, checkpoints, feed, make_train_step(run, mesh), reports,
             state, step, data_state,
@@ -122,10 +125,17 @@ def pretrain(
 
 
 class _Reports(NamedTuple):
-    """Where the first process of a run reports its metrics."""
+    """Where the first process of a run reports its metrics.
+
+    Attributes:
+      writer: writes and sends them.
+      progress: shows them on the terminal.
+      mend_workdir: makes a workdir anew that was deleted meanwhile.
+    """
 
     writer: MetricsWriter
     progress: ProgressReport
+    mend_workdir: Callable[[], None]
 
 
 @dataclasses.dataclass
@@ -202,6 +212,7 @@ class _Loop:
             self._save_surely(LAST_SAVE_SECONDS)
         elif self._is_due(config.checkpoint.every_steps):
             self._check_finite()
+            self._mend_workdir()
             self.checkpoints.save(self.step, self.state, self.data_state)
         elif self._is_due(config.log.every_steps):
             self.checkpoints.look()
@@ -251,8 +262,13 @@ class _Loop:
                 f"{self.config.optimizer.base_learning_rate}) or dtype=float32 usually helps"
             )
 
+    def _mend_workdir(self) -> None:
+        if self.reports:
+            self.reports.mend_workdir()
+
     def _save_surely(self, seconds: float) -> None:
         self._check_finite()
+        self._mend_workdir()
         self.checkpoints.save_surely(
             self.step,
             self.state,
@@ -383,22 +399,14 @@ def _open_feed(
 
 
 def _record_start(
-    config: ConfigDict,
-    workdir: epath.Path,
-    run: Run,
-    mesh: Mesh,
-    source: Source,
-    step: int,
-    changes: Sequence[str],
+    config: ConfigDict, workdir: epath.Path, run: Run, source: Source, start: Mapping[str, Any]
 ) -> None:
     """Writes the settings, the facts of this start, and what the network of a new run sees."""
-    if changes:
-        LOG.warning("continuing with changed settings: %s", "; ".join(changes))
-    start = {"step": step, "images": len(source), "mesh": mesh, "changes": changes}
-    start["names"] = names_of(source)
+    if start["changes"]:
+        LOG.warning("continuing with changed settings: %s", "; ".join(start["changes"]))
     written(workdir, lambda: write_config(config, workdir))
-    written(workdir, lambda: record_start(workdir, **start, record=record_of(run)))
-    if step == 0:
+    written(workdir, lambda: record_start(workdir, **start))
+    if start["step"] == 0:
         _warn_of_leaks(run.conditioning)
         views = workdir / "views.png"
         written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
@@ -406,15 +414,39 @@ def _record_start(
 
 
 def _open_reports(
-    config: ConfigDict, workdir: epath.Path, run: Run, step: int, opened: contextlib.ExitStack
+    config: ConfigDict,
+    workdir: epath.Path,
+    run: Run,
+    start: Mapping[str, Any],
+    opened: contextlib.ExitStack,
 ) -> _Reports:
-    writer = written(workdir, lambda: MetricsWriter(workdir, step))
+    writer = written(workdir, lambda: MetricsWriter(workdir, start["step"]))
     opened.callback(writer.close)
     for name in config.log.to:
         writer.add(Tracking(name, workdir, flat_settings(config)))
-    progress = ProgressReport(run.clock.total_steps, step)
+    progress = ProgressReport(run.clock.total_steps, start["step"])
     opened.callback(progress.close)
-    return _Reports(writer, progress)
+    return _Reports(writer, progress, partial(_mend_workdir, config, workdir, start, opened))
+
+
+def _mend_workdir(
+    config: ConfigDict,
+    workdir: epath.Path,
+    start: Mapping[str, Any],
+    opened: contextlib.ExitStack,
+) -> None:
+    """Writes a run's records anew where its workdir was deleted; what was saved there is lost."""
+    try:
+        if (workdir / "config.json").exists():
+            return
+        LOG.warning("workdir=%s was deleted; the run goes on and writes it anew", workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(ConfigError):  # this run still holds it
+            opened.enter_context(folder_held(workdir))
+        write_config(config, workdir)
+        record_start(workdir, **start)
+    except OSError as error:
+        LOG.warning("workdir=%s cannot be written: %s", workdir, error.strerror or error)
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:

@@ -30,6 +30,7 @@ from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
+from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.state import TrainState
 from tests.tiny import TinyEncoder, tiny_config
 from tests.training.processes import assert_same, ends, start, steps_saved
@@ -672,6 +673,18 @@ def test_an_unreadable_file_of_records_is_named_before_it_is_replaced(
     with pytest.raises(DataError, match=f"the file {files[2]} of .* cannot be read .*({said})"):
         pretrain(config, tmp_path / "run")
     assert not list((tmp_path / "run").glob("damaged/*"))
+
+
+def test_a_workdir_that_is_deleted_is_made_anew_with_all_that_evaluation_needs(
+    config, whole, tmp_path, at_step, caplog
+):
+    workdir = tmp_path / "run"
+    at_step[10] = once_saved(workdir, 5, lambda: shutil.rmtree(workdir))
+    assert_identical(pretrain(config, workdir), whole[1])
+    assert caplog.text.count("was deleted") == 1
+    assert read_config(workdir).to_dict() == json.loads(json.dumps(config.to_dict()))
+    assert read_run(workdir).card["step"] == config.steps
+    assert "in use" not in caplog.text
 
 
 def test_records_that_become_unreadable_lose_no_step(of_records, tmp_path, at_step):
