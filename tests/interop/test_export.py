@@ -271,7 +271,7 @@ def test_a_vits_run_records_its_heads(tmp_path):
     (tmp_path / "run").mkdir()
     write_config(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(1, state_of(shapes, 1), {})
+    checkpoints.save(1, jax.device_put(state_of(shapes, 1)), {})
     checkpoints.close()
     export_command(run=str(tmp_path / "run"), to=str(tmp_path / "out"))
     for file in ("cassle.safetensors", "torchvision.safetensors", "timm/model.safetensors"):
