@@ -213,7 +213,7 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Checks that this process has the same facts as process 0, such as settings and data.
+    """Checks that all processes have the same facts, such as settings and data; waits for them all.
 
     Args:
       facts: JSON-serialisable values by name.
@@ -304,6 +304,8 @@ class _ProcessGroup:
                     f"{name}={facts.get(name)!r} in {self} and {first.get(name)!r} in process 0; "
                     "start all processes with the same command, on the same data"
                 )
+        # Where another process cannot agree, or has failed before, this one goes no further.
+        self._client.wait_at_barrier(f"cassle_jax/agreed/{self._said}", _AGREE_MILLISECONDS)
 
     def all_arrive(self, where: str) -> None:
         """See `all_arrive`."""
