@@ -48,8 +48,8 @@ class Checkpoints:
     last complete one survives a kill at any moment, or a full disk. The first one is read back in
     the background, so that a run that cannot be continued reports it early.
 
-    Of several processes, the first one saves: the whole state is on every device, and one that
-    writes alone never waits for another whose disk fails. All of them restore.
+    The first of several processes saves: the whole state is on every device, and one that writes
+    alone never waits for another whose disk fails. All of them restore.
 
     Args:
       workdir: workdir of the run.
@@ -126,20 +126,8 @@ class Checkpoints:
         Raises:
           NotSaved: the checkpoint could not be written.
         """
-        if self._leads:
-            self._insist(step, state, data_state, seconds, after_stop)
-        first_says(step)  # the others wait until it is saved
-
-    def _insist(
-        self,
-        step: int,
-        state: TrainState,
-        data_state: dict[str, Any],
-        seconds: float,
-        after_stop: float,
-    ) -> None:
         left, warned = seconds, False
-        while not self._is_saved(step, state, data_state):
+        while self._leads and not self._is_saved(step, state, data_state):
             left = min(left, after_stop) if hurry.is_set() else left
             if left <= 0:
                 raise NotSaved(
@@ -156,6 +144,7 @@ class Checkpoints:
             warned = True
             time.sleep(RETRY_SECONDS)
             left -= RETRY_SECONDS
+        first_says(step)  # the others wait until it is saved
 
     def _is_saved(self, step: int, state: TrainState, data_state: dict[str, Any]) -> bool:
         """Saves, and returns whether the checkpoint is complete.
