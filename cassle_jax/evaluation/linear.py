@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from cassle_jax.checks import check_one_of
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
-from cassle_jax.evaluation.memory import check_memory, rows_to_fit
+from cassle_jax.evaluation.memory import check_memory
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings
@@ -140,9 +141,8 @@ NEEDS = Needs(train=2, val=1, labels=True)
 
 def check_linear_memory(bench: Bench) -> None:
     """Raises DataError where this machine's memory cannot hold the fits; see `check_memory`."""
-    crops = 10 if bench.data.ten_crops else 1
-    rows, features = rows_to_fit(bench, copies=crops), bench.subject.feature_width
-    check_memory(bench, *logistic_bytes(rows, features, bench.data.classes), copies=crops)
+    bytes_of = partial(logistic_bytes, classes=bench.data.classes)
+    check_memory(bench, bytes_of, copies=10 if bench.data.ten_crops else 1)
 
 
 def _run(bench: Bench, _: Settings) -> list[Finding]:

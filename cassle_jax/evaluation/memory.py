@@ -1,11 +1,12 @@
 """Refuses features that this machine's memory cannot hold, before they are extracted."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from cassle_jax.data import DataError, Source
+from cassle_jax.data import DataError
 from cassle_jax.evaluation.bench import Bench
 
 _CGROUPS = (
@@ -14,19 +15,23 @@ _CGROUPS = (
 )
 
 
-def check_memory(bench: Bench, solver: int, device: int, *, copies: int = 1) -> None:
+def check_memory(
+    bench: Bench, bytes_of: Callable[[int, int], tuple[int, int]], *, copies: int = 1
+) -> None:
     """Checks that the features to fit are not sure to exceed the memory, with what a solver takes.
 
     Args:
       bench: the dataset; its training and validation parts are fitted together at the end.
-      solver: bytes that the solver takes on the host.
-      device: bytes that it takes on a device; on CPUs they are the host's, too.
+      bytes_of: bytes that the solver takes for rows × features, on the host and on a device; on
+        CPUs the latter are the host's, too.
       copies: rows per image of these parts.
 
     Raises:
       DataError: the memory of this machine, or of its device, is smaller.
     """
-    rows, features = rows_to_fit(bench, copies=copies), bench.subject.feature_width
+    images = [len(bench.store.limited(part)) for part in (bench.data.train, bench.data.val)]
+    rows, features = copies * sum(images), bench.subject.feature_width
+    solver, device = bytes_of(rows, features)
     both = 2 * 4 * rows * features  # of the parts, and of the two as one
     on_host = jax.default_backend() == "cpu"
     for what, needed, there in (
@@ -34,17 +39,11 @@ def check_memory(bench: Bench, solver: int, device: int, *, copies: int = 1) -> 
         ("a device", device, None if on_host else _device_bytes()),
     ):
         if there is not None and needed > there:
-            largest = max(len(bench.store.limited(part)) for part in _parts(bench))
-            fitting = int(0.8 * largest * there / needed)
+            fitting = int(0.8 * max(images) * there / needed)
             raise DataError(
                 f"{rows} × {features} features of {bench.data.name} need {needed / 1e9:.1f} GB of "
                 f"memory, and {what} has {there / 1e9:.1f} GB; limit={max(fitting, 1)} would fit"
             )
-
-
-def rows_to_fit(bench: Bench, *, copies: int = 1) -> int:
-    """Rows of the training and the validation part together."""
-    return copies * sum(len(bench.store.limited(part)) for part in _parts(bench))
 
 
 def host_bytes() -> int:
@@ -60,7 +59,3 @@ def host_bytes() -> int:
 
 def _device_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def _parts(bench: Bench) -> tuple[Source, Source]:
-    return bench.data.train, bench.data.val

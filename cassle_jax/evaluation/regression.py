@@ -12,7 +12,7 @@ from cassle_jax.data.landmarks import TargetSource
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
 from cassle_jax.evaluation.linear import PENALTIES
-from cassle_jax.evaluation.memory import check_memory, rows_to_fit
+from cassle_jax.evaluation.memory import check_memory
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings
@@ -154,7 +154,7 @@ def _run(bench: Bench, _: Settings) -> list[Finding]:
         return part.features, source.targets[part.places]
 
     data = bench.data
-    check_memory(bench, *absolute_bytes(rows_to_fit(bench), bench.subject.feature_width))
+    check_memory(bench, absolute_bytes)
     result = regression(
         split(bench.train, data.train), split(bench.val, data.val), split(bench.test, data.test)
     )
