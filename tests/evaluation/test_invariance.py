@@ -66,7 +66,7 @@ def measured(conditioning=COLOR_DIFF, count=1, strengths=(), *, size=8, images=I
 
 
 @pytest.fixture(scope="module")
-def told():
+def invariance():
     """Everything there is, of a batch of six."""
     return measured(strengths=STRENGTHS)
 
@@ -88,8 +88,8 @@ def blurred(sigma):
     return images
 
 
-def test_a_mean_colour_does_not_see_a_flip_and_pixels_do(told):
-    stages = told.alone()["flip"]
+def test_a_mean_colour_does_not_see_a_flip_and_pixels_do(invariance):
+    stages = invariance.alone()["flip"]
     colours = IMAGES.mean((1, 2))
     for name, before, after in (
         ("stem", IMAGES, IMAGES[:, :, ::-1]),
@@ -106,17 +106,17 @@ def test_a_mean_colour_does_not_see_a_flip_and_pixels_do(told):
     assert stages["stem"].same < 0.995
 
 
-def test_grayscale_and_blur_change_what_they_should(told):
+def test_grayscale_and_blur_change_what_they_should(invariance):
     grey = np.repeat((IMAGES @ [0.299, 0.587, 0.114])[..., None], 3, axis=-1)
     for name, after in (("grayscale", grey), ("blur", blurred(0.5))):
-        stages = told.alone()[name]
+        stages = invariance.alone()[name]
         assert stages["stem"].same == pytest.approx(cosine(IMAGES, after).mean(), abs=1e-5)
         expected = cosine(IMAGES.mean((1, 2)), after.mean((1, 2))).mean()
         assert stages["features"].same == pytest.approx(expected, abs=1e-5)
 
 
-def test_only_the_right_descriptor_undoes_the_jitter(told):
-    stages = told.alone()["jitter"]
+def test_only_the_right_descriptor_undoes_the_jitter(invariance):
+    stages = invariance.alone()["jitter"]
     assert stages[PROJECTOR].same == pytest.approx(1, abs=1e-5)
     assert stages[PROJECTOR].accuracy == 1
     assert stages["features"].same < 0.999
@@ -130,8 +130,8 @@ def test_relative_descriptors_tell_each_view_of_the_other():
     assert stages[WRONG_PROJECTOR].same < stages[PROJECTOR].same
 
 
-def test_a_wrong_descriptor_is_shown_where_there_is_one_and_the_encoder_hears_none(told):
-    alone = told.alone()
+def test_a_wrong_descriptor_is_shown_where_there_is_one_and_the_encoder_hears_none(invariance):
+    alone = invariance.alone()
     assert list(alone) == ALONE
     # But for the jitter, color_diff is 0 in all images.
     assert [name for name in alone if WRONG_PROJECTOR in alone[name]] == ["jitter"]
@@ -148,19 +148,19 @@ def test_a_wrong_descriptor_is_shown_where_there_is_one_and_the_encoder_hears_no
     )
 
 
-def test_images_agree_less_the_stronger_the_augmentation(told):
-    jitter, blur = (told.curves(name) for name in ("jitter", "blur"))
+def test_images_agree_less_the_stronger_the_augmentation(invariance):
+    jitter, blur = (invariance.curves(name) for name in ("jitter", "blur"))
     for curve in (jitter["features"], jitter["stem"], blur["stem"]):
         assert [strength for strength, _ in curve] == list(STRENGTHS)
         same = [found.same for _, found in curve]
         # The weakest blurs move nothing that float32 would show.
         assert (np.diff(same) < 1e-6).all() and same[-1] < same[7] < same[0]
     assert all(found.same > 0.9999 for _, found in jitter[PROJECTOR])
-    assert told.alone()["blur"]["stem"] == dict(blur["stem"])[1.0]
+    assert invariance.alone()["blur"]["stem"] == dict(blur["stem"])[1.0]
 
 
-def test_the_blur_is_as_wide_as_its_strength_says(told):
-    for strength, found in told.curves("blur")["stem"]:
+def test_the_blur_is_as_wide_as_its_strength_says(invariance):
+    for strength, found in invariance.curves("blur")["stem"]:
         expected = cosine(IMAGES, blurred(0.5 * strength)).mean()
         assert found.same == pytest.approx(expected, abs=1e-5), strength
 
@@ -178,20 +178,20 @@ DEVICES_SIZES_HOLES = [(2, 8, 0), (1, 16, 0), (4, 12, 3)]
 
 
 @pytest.mark.parametrize("how", everyday(DEVICES_SIZES_HOLES, (4, 12, 3)), ids=str)
-def test_devices_padding_and_damage_change_nothing(told, how):
+def test_devices_padding_and_damage_change_nothing(invariance, how):
     count, size, holes = how
     found = measured(count=count, size=size, holes=holes)
-    assert (found.images, found.candidates) == (told.images, told.candidates) == (6, 6)
-    assert_agree(found.alone(), told.alone())
+    assert (found.images, found.candidates) == (invariance.images, invariance.candidates) == (6, 6)
+    assert_agree(found.alone(), invariance.alone())
 
 
 @pytest.mark.parametrize("size", everyday([3, 4, 5], 4))
-def test_the_batch_changes_only_whom_an_image_is_told_apart_from(told, size):
+def test_the_batch_changes_only_whom_an_image_is_told_apart_from(invariance, size):
     # Of five and one, the lone image is not told apart from any.
     candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
     found = measured(strengths=STRENGTHS, size=size)
     assert (found.images, found.candidates) == (6, pytest.approx(candidates))
-    for name, stages in told.agreements.items():
+    for name, stages in invariance.agreements.items():
         for stage, expected in stages.items():
             other = found.agreements[name][stage]
             assert other.info_nce < expected.info_nce
@@ -200,12 +200,12 @@ def test_the_batch_changes_only_whom_an_image_is_told_apart_from(told, size):
             ), (name, stage)
 
 
-def test_an_encoder_without_a_projector_is_compared_at_its_stages(told):
+def test_an_encoder_without_a_projector_is_compared_at_its_stages(invariance):
     measure, variables = meter(COLOR_DIFF, 1, ())
     bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 8)).alone()
     encoder = {
         name: {stage: stages[stage] for stage in ("stem", "features")}
-        for name, stages in told.alone().items()
+        for name, stages in invariance.alone().items()
     }
     assert_agree(bare, encoder)
     assert "projector" in variables["params"]
@@ -267,13 +267,13 @@ def test_a_resnet_is_compared_at_every_stage(injection):
     assert all(found.dtype == jnp.float32 for found in shapes.values())
 
 
-def test_findings_are_bars_curves_and_scores(told):
-    findings = told.findings("scenes")
+def test_findings_are_bars_curves_and_scores(invariance):
+    findings = invariance.findings("scenes")
     assert from_json(to_json(findings)) == findings
     scores = {each.metric: each.value for each in findings if isinstance(each, Score)}
     assert len(scores) == 11
     assert scores[f"difference under jitter, {WRONG_PROJECTOR}"] == pytest.approx(
-        told.alone()["jitter"][WRONG_PROJECTOR].difference
+        invariance.alone()["jitter"][WRONG_PROJECTOR].difference
     )
     charts = {each.title: each for each in findings if not isinstance(each, Score)}
     assert len(charts) == 4 + 2 * 4
@@ -286,9 +286,9 @@ def test_findings_are_bars_curves_and_scores(told):
     assert [strength for strength, _ in curves.series["stem"]] == list(STRENGTHS)
 
 
-def test_without_other_strengths_there_are_no_curves(told):
-    bare = {each: stages for each, stages in told.agreements.items() if each[1] == 1}
-    findings = dataclasses.replace(told, agreements=bare).findings("scenes")
+def test_without_other_strengths_there_are_no_curves(invariance):
+    bare = {each: stages for each, stages in invariance.agreements.items() if each[1] == 1}
+    findings = dataclasses.replace(invariance, agreements=bare).findings("scenes")
     titles = [each.title for each in findings if not isinstance(each, Score)]
     assert len(titles) == 4 and not any("Strength" in title for title in titles)
 
