@@ -4,11 +4,12 @@ import json
 import logging
 import runpy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
 from etils import epath
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from cassle_jax import command
@@ -16,14 +17,16 @@ from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import Motifs, open_source
 from cassle_jax.data.splits import Part
-from cassle_jax.evaluation.factor_probes import group_means, probe_factors
+from cassle_jax.evaluation.factor_probes import factor_findings, group_means, probe_factors
+from cassle_jax.evaluation.findings import Finding, Gallery
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.pretrain import pretrain_command
+from cassle_jax.report.evaluation_page import HTML, write_report
 from cassle_jax.report.figure import write_figure
-from cassle_jax.report.page import write_page
 from cassle_jax.report.table import Table, cell_text
 from cassle_jax.storage import path_of, write_whole
+from cassle_jax.training.findings import TASK, pretraining_findings
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
@@ -44,6 +47,7 @@ EXPLANATION = (
     "change all but the content."
 )
 _PROBED = 4000  # images a probe is fitted to: with more it takes longer, and reads hardly better
+_SHOWN = 4  # images on the page, with their views
 _FACTORS = Motifs.FACTORS
 _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
 _ORDER = tuple(dict.fromkeys(_GROUPS.values()))
@@ -160,43 +164,51 @@ def write_scores(path: epath.Path, method: str, seed: int, scores: Scores) -> No
 def write_results(
     title: str, workdir: epath.Path, configs: Mapping[str, ConfigDict], scores: Scores
 ) -> None:
-    """Writes `quickstart.png` and `quickstart.html`."""
-    metrics = {name: read_metrics(workdir / name) for name in configs}
-    curves = {
-        label: {name: metrics[name][key] for name in configs}
-        for label, key in (
-            ("loss", "loss"),
-            ("k-NN accuracy of the shape", "knn_accuracy"),
-            ("RankMe", "rank_me"),
-            ("similarity of positive pairs", "positive_similarity"),
-            ("similarity of negative pairs", "negative_similarity"),
-        )
-    }
-    last, config = list(configs.items())[-1]
+    """Writes `quickstart.png`, and the page that every evaluation has."""
+    config = next(iter(configs.values()))  # both runs begin with the same views
     source = open_source(config.data, config.data.train_split)
     run = build_run(config, device_mesh(), len(source))
     images, (first, _), (second, _) = first_views(run, source, config.data)
     write_figure(
         workdir / "quickstart.png",
         title=title,
-        loss=curves["loss"],
+        loss={name: read_metrics(workdir / name)["loss"] for name in configs},
         tables={group: group_table(scores, group) for group in _ORDER},
         images=images,
         view_1=first,
         view_2=second,
     )
+    findings: dict[str, list[Finding]] = {
+        name: factor_findings(Motifs.FAMILY, each, _GROUPS) for name, each in scores.items()
+    }
+    views = _gallery(images, first, second)
+    for name, config in configs.items():
+        findings[name] += [*pretraining_findings(config, workdir / name), views]
     length = f"{config.steps} steps of {config.batch_size} images each, seed {config.seed}."
-    write_page(
-        workdir / "quickstart.html",
+    write_report(
+        workdir,
+        {name: [each] for name, each in findings.items()},
         title=title,
         summary=f"{headline(scores)}\n\n{length} {EXPLANATION}",
-        curves=curves,
-        table=whole_table(scores),
-        figures={
-            "Images, their two views, and what the projector is given": workdir / last / "views.png"
-        },
-        settings=flat_settings(config),
+        provenance={name: {"config": flat_settings(config)} for name, config in configs.items()},
     )
+
+
+def _gallery(
+    images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+    view_1: Float[np.ndarray, "images height width 3"],
+    view_2: Float[np.ndarray, "images height width 3"],
+) -> Gallery:
+    """The first images beside their two views."""
+
+    def pixels(view: Float[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width 3"]:
+        return np.rint(255 * np.clip(view, 0, 1)).astype(np.uint8)
+
+    rows = [
+        ((image, "image"), (pixels(first), "view 1"), (pixels(second), "view 2"))
+        for image, first, second in zip(images[:_SHOWN], view_1, view_2, strict=False)
+    ]
+    return Gallery(TASK, Motifs.FAMILY, "The first images and their two views", rows)
 
 
 def main(method: str, workdir: epath.Path, seed: int) -> None:
@@ -207,8 +219,8 @@ def main(method: str, workdir: epath.Path, seed: int) -> None:
     for name, changed_by, *cells in [table.columns, *table.rows]:
         print(f"{name:31}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
     print(f"\n{headline(scores)}\n{EXPLANATION}\n")
-    for written in ("html", "png", "json"):
-        print(workdir / f"quickstart.{written}")
+    for written in (HTML, "quickstart.png", "quickstart.json"):
+        print(workdir / written)
     LOG.info("took %.0f s", time.monotonic() - start)
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from cassle_jax import quickstart
 from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
+from cassle_jax.evaluation.findings import Score
 from cassle_jax.models import ENCODERS
+from cassle_jax.report.evaluation_page import read_report
 from tests.tiny import TinyEncoder, tiny_config
 
 FACTORS = Motifs.FACTORS
@@ -75,11 +77,29 @@ def test_the_headline_says_which_run_keeps_more():
 def test_the_figure_and_the_page_are_there_and_need_no_other_file(result):
     scores, workdir = result
     assert (workdir / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-    page = (workdir / "quickstart.html").read_text()
+    page = (workdir / "report.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "data:image/png" in page
     for score in scores["CASSLE"].values():
         assert f"{score:.3f}" in page
+
+
+def test_the_page_is_the_one_that_every_evaluation_ends_in(result):
+    """Its JSON is read like an evaluation's, and holds the same findings as one of the motifs."""
+    scores, workdir = result
+    subjects, facts = read_report(workdir / "report.json")
+    assert list(subjects) == list(scores) and list(facts) == ["plain", "CASSLE"]
+    for name, (findings,) in subjects.items():
+        read = {each.metric: each.value for each in findings if isinstance(each, Score)}
+        assert scores[name].items() <= read.items()
+        assert ("loss" in read) == (name != "untrained")
+    place = [f"mean, {group}" for group in (COLOUR, FORM, CONTENT)].index
+    group = ""
+    for metric in (each.metric for each in findings if isinstance(each, Score)):
+        if metric.startswith("mean, "):
+            group = metric
+        else:
+            assert place(group) == (COLOUR, FORM, CONTENT).index(FACTORS[metric].group)
 
 
 def test_a_program_reads_the_scores_the_seed_and_the_groups(result):

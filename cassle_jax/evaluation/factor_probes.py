@@ -192,6 +192,35 @@ def _score(kind: FactorKind, predicted: np.ndarray, factor: np.ndarray) -> float
     return float(1 - error / constant_error) if constant_error else float(-error)
 
 
+def factor_findings(
+    dataset: str, scores: Mapping[str, float], groups: Mapping[str, str]
+) -> list[Finding]:
+    """The scores of `probe_factors` as a table, each group's mean above its factors, and as bars.
+
+    Args:
+      dataset: Name of the dataset.
+      scores: The score of each factor.
+      groups: The group of each factor.
+    """
+    findings: list[Finding] = []
+    for group, mean in group_means(scores, groups).items():
+        findings.append(Score(PROTOCOL.name, dataset, f"mean, {group}", mean))
+        findings.extend(
+            Score(PROTOCOL.name, dataset, name, score)
+            for name, score in scores.items()
+            if groups[name] == group
+        )
+    bars = Chart(
+        PROTOCOL.name,
+        dataset,
+        "How well a linear probe reads each factor (1 perfect, 0 a constant answer)",
+        "factor",
+        "score",
+        {"features": tuple(scores.items())},
+    )
+    return [*findings, bars]
+
+
 def _run(bench: Bench, _: Settings) -> list[Finding]:
     def factors(part: Features, source: Drawn) -> dict[str, np.ndarray]:
         return {name: values[part.places] for name, values in source.factors.items()}
@@ -205,17 +234,8 @@ def _run(bench: Bench, _: Settings) -> list[Finding]:
         factors(bench.test, bench.data.test),
         {name: factor.kind for name, factor in known.items()},
     )
-    means = group_means(scores, {name: factor.group for name, factor in known.items()})
-    rows = scores | {f"mean, {group}": mean for group, mean in means.items()}
-    bars = Chart(
-        PROTOCOL.name,
-        bench.data.name,
-        "How well a linear probe reads each factor (1 perfect, 0 a constant answer)",
-        "factor",
-        "score",
-        {"features": tuple(scores.items())},
-    )
-    return [*(Score(PROTOCOL.name, bench.data.name, *row) for row in rows.items()), bars]
+    groups = {name: factor.group for name, factor in known.items()}
+    return factor_findings(bench.data.name, scores, groups)
 
 
 PROTOCOL = Protocol(

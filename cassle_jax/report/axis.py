@@ -42,7 +42,6 @@ def axis(
     values: Iterable[Real],
     *,
     is_log: bool = False,
-    whole: bool = False,
     to_ticks: bool = False,
     intervals: int = 5,
 ) -> Axis | None:
@@ -52,7 +51,6 @@ def axis(
       values: The values to draw; non-finite values are ignored, and on a logarithmic axis values of
         zero or less.
       is_log: Whether the scale is logarithmic.
-      whole: Whether all ticks are integers; linear scale only.
       to_ticks: Whether the axis begins and ends at a tick, rather than at the outermost values.
       intervals: Largest number of intervals between ticks; linear scale only.
 
@@ -66,7 +64,7 @@ def axis(
     if is_log:
         ticks = _log_ticks(low, high)
     else:
-        ticks = MaxNLocator(intervals, steps=_NICE, integer=whole).tick_values(low, high).tolist()
+        ticks = MaxNLocator(intervals, steps=_NICE).tick_values(low, high).tolist()
     if to_ticks:
         # Rounding may place the outermost tick slightly inside the values.
         return Axis(min(ticks[0], low), max(ticks[-1], high), tuple(ticks), is_log)

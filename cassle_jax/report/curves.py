@@ -1,16 +1,14 @@
-"""Draws curves as an SVG in the colours of its HTML page."""
+"""Draws lines as an SVG in the colours of its HTML page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from cassle_jax.report.axis import Axis, axis, tick_text
+from cassle_jax.report.axis import Axis, tick_text
 from cassle_jax.report.palette import RUN_COLOURS
-
-Curves = Mapping[str, Sequence[tuple[Real, Real]]]
 
 WIDTH = 400
 _HEIGHT = 240
@@ -35,27 +33,6 @@ class Line(NamedTuple):
     band: Sequence[tuple[Real, Real, Real]] = ()
     colour: int = 0
     dash: int = 0
-
-
-def curves_svg(name: str, runs: Curves) -> str:
-    """Draws one chart with a line per run as an ``<svg>`` element for an HTML page.
-
-    Line ``i`` has the classes ``line`` and ``run-i`` (these repeat after six), which the page
-    colours. Non-finite values leave a gap; a value between two gaps is a dot. A line with more than
-    500 points is thinned to 500, evenly spaced along the axis.
-
-    Args:
-      name: Name of the metric; the chart's accessible name.
-      runs: (step, value) pairs by run, ascending in steps.
-
-    Returns:
-      The SVG's text; without a finite value, an SVG with the text "no values".
-    """
-    lines = [Line(run, points, colour=index) for index, (run, points) in enumerate(runs.items())]
-    finite = [point for line in lines for point in line.points if np.isfinite(point[1])]
-    steps = axis([step for step, _ in finite], whole=True)
-    values = axis([value for _, value in finite], to_ticks=True)
-    return lines_svg(name, lines, steps, values)
 
 
 def lines_svg(
@@ -87,44 +64,65 @@ def lines_svg(
     """
     if x_axis is None or y_axis is None:
         return empty_svg(name, width)
-    top = _TOP + _LABEL * bool(y_label)
-    bottom = _HEIGHT + _LABEL * bool(y_label) - _BOTTOM
-    height = bottom + _BOTTOM + _LABEL * bool(x_label)
-
-    def x(value: Real) -> float:
-        return round(_LEFT + x_axis.share(value) * (width - _LEFT - _RIGHT), 1)
-
-    def y(value: Real) -> float:
-        return round(bottom - y_axis.share(value) * (bottom - top), 1)
-
-    parts = [opening_tag(name, width, height)]
+    above, below = _LABEL * bool(y_label), _LABEL * bool(x_label)
+    frame = _Frame(x_axis, y_axis, width - _RIGHT, _TOP + above, _HEIGHT + above - _BOTTOM)
+    height = frame.bottom + _BOTTOM + below
+    parts = [opening_tag(name, width, height), *_ticks(frame)]
     if y_label:
         parts.append(f'<text class="right" x="0" y="12">{escape(y_label)}</text>')
-    for tick in y_axis.ticks:
-        parts.append(f'<path class="grid" d="M{_LEFT} {y(tick)}H{width - _RIGHT}"/>')
-        parts.append(f'<text class="left" x="{_LEFT - 6}" y="{y(tick) + 4}">{tick:.4g}</text>')
-    for tick in x_axis.ticks:
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 19}">{tick_text(tick)}</text>')
     if x_label:
-        centre = (_LEFT + width - _RIGHT) / 2
+        centre = (_LEFT + frame.right) / 2
         parts.append(f'<text x="{centre}" y="{height - 7}">{escape(x_label)}</text>')
-    for line in lines:
-        for piece in _pieces(line.band, x_axis, y_axis):
-            upper = [f"{x(at)} {y(high)}" for at, _, high in piece]
-            lower = [f"{x(at)} {y(low)}" for at, low, _ in reversed(piece)]
-            path = "M" + "L".join(upper + lower) + "Z"
-            parts.append(f'<path class="band run-{line.colour % len(RUN_COLOURS)}" d="{path}"/>')
-    for line in lines:
-        classes = f"run-{line.colour % len(RUN_COLOURS)}" + (
-            f" dash-{line.dash}" if line.dash else ""
-        )
-        for piece in _pieces(line.points, x_axis, y_axis):
-            path = "M" + "L".join(f"{x(at)} {y(value)}" for at, value in piece)
-            # A line of zero length is a dot, as line caps are round.
-            kind, path = ("dot", f"{path}h0") if len(piece) == 1 else ("line", path)
-            title = f"<title>{escape(line.name)}</title>"
-            parts.append(f'<path class="{kind} {classes}" d="{path}">{title}</path>')
+    for draw in (_band, _line):  # all bands lie behind all lines
+        parts += [part for line in lines for part in draw(frame, line)]
     return "".join([*parts, "</svg>"])
+
+
+class _Frame(NamedTuple):
+    """The area between the axes of a chart; it begins at `_LEFT`."""
+
+    x_axis: Axis
+    y_axis: Axis
+    right: int
+    top: int
+    bottom: int
+
+    def x(self, value: Real) -> float:
+        return round(_LEFT + self.x_axis.share(value) * (self.right - _LEFT), 1)
+
+    def y(self, value: Real) -> float:
+        return round(self.bottom - self.y_axis.share(value) * (self.bottom - self.top), 1)
+
+    def path(self, points: Iterable[tuple[Real, Real]]) -> str:
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+
+
+def _ticks(frame: _Frame) -> Iterator[str]:
+    for tick in frame.y_axis.ticks:
+        y = frame.y(tick)
+        yield f'<path class="grid" d="M{_LEFT} {y}H{frame.right}"/>'
+        yield f'<text class="left" x="{_LEFT - 6}" y="{y + 4}">{tick:.4g}</text>'
+    for tick in frame.x_axis.ticks:
+        yield f'<text x="{frame.x(tick)}" y="{frame.bottom + 19}">{tick_text(tick)}</text>'
+
+
+def _band(frame: _Frame, line: Line) -> Iterator[str]:
+    for piece in _pieces(line.band, frame.x_axis, frame.y_axis):
+        upper = [(x, high) for x, _, high in piece]
+        lower = [(x, low) for x, low, _ in reversed(piece)]
+        path = frame.path(upper + lower)
+        yield f'<path class="band run-{line.colour % len(RUN_COLOURS)}" d="{path}Z"/>'
+
+
+def _line(frame: _Frame, line: Line) -> Iterator[str]:
+    dash = f" dash-{line.dash}" if line.dash else ""
+    classes = f"run-{line.colour % len(RUN_COLOURS)}{dash}"
+    for piece in _pieces(line.points, frame.x_axis, frame.y_axis):
+        path = frame.path(piece)
+        # A line of zero length is a dot, as line caps are round.
+        kind, path = ("dot", f"{path}h0") if len(piece) == 1 else ("line", path)
+        title = f"<title>{escape(line.name)}</title>"
+        yield f'<path class="{kind} {classes}" d="{path}">{title}</path>'
 
 
 def opening_tag(name: str, width: int, height: int) -> str:

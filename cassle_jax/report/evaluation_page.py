@@ -423,7 +423,8 @@ pre{font-size:.8rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere}
 @media(max-width:40rem){
 .scores th[scope=row]{white-space:normal;padding-right:.7rem}
 .scores th[scope=row] span{display:block;min-width:0!important;line-height:1.3}
-.scores .spread{padding-right:1rem}
+.scores thead th{min-width:0;padding-right:.6rem;overflow-wrap:break-word}
+.scores .spread{padding-right:1rem}.scores .spread:empty{padding-right:.4rem}
 .strip{grid-template-columns:repeat(auto-fill,minmax(3.8rem,1fr))}}
 @media print{nav{display:none}.scroll{overflow:visible}thead{display:table-header-group}
 tr{break-inside:avoid}h3,figcaption,.keys{break-after:avoid}

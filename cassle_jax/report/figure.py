@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from cassle_jax.report.curves import Curves
 from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
 from cassle_jax.report.table import Table, cell_text
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""By run, (step, value) in order."""
 
 _EXAMPLES = 6
 

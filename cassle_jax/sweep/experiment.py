@@ -26,13 +26,13 @@ from cassle_jax.sweep.budget import (
 from cassle_jax.sweep.cost import RATE, cost_table, images_of
 from cassle_jax.sweep.evaluation import Evaluation, evaluation_of, facts_of
 from cassle_jax.sweep.jobs import outcome_of
-from cassle_jax.sweep.page import pretraining_findings
 from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.results import write_results
 from cassle_jax.sweep.space import RunSpec
 from cassle_jax.sweep.table import Table, folder_of, planned, runs_of_table, with_settings
 from cassle_jax.sweep.worker import RESULT, Job
+from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.saved_config import holds_run, read_config
 
 LOG = logging.getLogger("cassle_jax.tables")

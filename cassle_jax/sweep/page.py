@@ -3,21 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from cassle_jax.config import flat_settings
-from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.evaluation.findings import Finding
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.sweep.space import RunSpec
-from cassle_jax.training.metrics import read_metrics
-
-TASK = "pretraining"
-# Names of the logged metrics on the page, and whether higher is better.
-_METRICS = {
-    "knn_accuracy": ("k-NN accuracy", True),
-    "rank_me": ("RankMe", None),
-    "loss": ("loss", None),  # not comparable across methods and conditionings
-}
+from cassle_jax.training.findings import pretraining_findings
 
 
 def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path | None) -> Path:
@@ -45,21 +35,3 @@ def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path 
     seeds = ", ".join(f"{name}: {len(runs)}" for name, runs in subjects.items())
     summary = f"Values are means over runs ± half the 95 % interval. Number of runs: {seeds}."
     return write_report(folder, subjects, title="Sweep", summary=summary, provenance=facts)
-
-
-def pretraining_findings(config: ConfigDict, workdir: Path) -> list[Finding]:
-    """The last value per metric, and its curve where the run logged several values."""
-    dataset, curves = _dataset(config), read_metrics(workdir)
-    findings: list[Finding] = []
-    for metric, (name, higher_is_better) in _METRICS.items():
-        if metric not in curves:
-            continue
-        value = curves[metric][-1][1]
-        findings.append(Score(TASK, dataset, name, value, higher_is_better=higher_is_better))
-        if len(curves[metric]) > 1:
-            findings.append(Chart(TASK, dataset, name, "step", name, {name: curves[metric]}))
-    return findings
-
-
-def _dataset(config: ConfigDict) -> str:
-    return config.data.name or config.data.source

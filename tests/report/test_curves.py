@@ -1,9 +1,17 @@
 import re
 from xml.etree import ElementTree
 
-from cassle_jax.report.curves import curves_svg
+from cassle_jax.report.axis import axis
+from cassle_jax.report.curves import Line, lines_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def curves_svg(name: str, runs: dict[str, list[tuple[int, float]]]) -> str:
+    drawn = [Line(run, points, colour=index) for index, (run, points) in enumerate(runs.items())]
+    points = [point for line in drawn for point in line.points]
+    x_axis, y_axis = axis([x for x, _ in points]), axis([y for _, y in points], to_ticks=True)
+    return lines_svg(name, drawn, x_axis, y_axis)
 
 
 def lines(svg: str) -> list[tuple[str, list[tuple[float, float]]]]:
