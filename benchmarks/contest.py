@@ -93,25 +93,15 @@ def contest(
 
     def drop(name: str, error: Exception) -> None:
         calls.pop(name, None)
-        failed = name == contenders[0].name
-        if isinstance(error, ModuleNotFoundError):
-            reason = f"not installed: {error.name}"
-        elif isinstance(error, NotComparableError):
-            reason = str(error)
-        else:
-            reason, failed = one_line(error), True
+        reason, failed = _reason(error)
+        failed = failed or name == contenders[0].name
         rows[name] = Row(measurement, name, unit, note=reason, failed=failed)
 
     for contender in contenders:
-        start = time.perf_counter()
         try:
-            calls[contender.name] = contender.prepare()
+            calls[contender.name] = _prepared(contender, measurement)
         except Exception as error:  # a rival's libraries raise arbitrary exceptions
             drop(contender.name, error)
-        else:
-            seconds = time.perf_counter() - start
-            message = f"{measurement}: {contender.name} is ready after {seconds:.0f} s"
-            print(message, file=sys.stderr, flush=True)
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         names = list(calls)
@@ -132,6 +122,24 @@ def contest(
         ratios = () if name == contenders[0].name else tuple(own / other for own, other in others)
         rows[name] = Row(measurement, name, unit, tuple(rates[name]), ratios)
     return [rows[contender.name] for contender in contenders]
+
+
+def _prepared(contender: Contender, measurement: str) -> TimedCall:
+    start = time.perf_counter()
+    call = contender.prepare()
+    seconds = time.perf_counter() - start
+    message = f"{measurement}: {contender.name} is ready after {seconds:.0f} s"
+    print(message, file=sys.stderr, flush=True)
+    return call
+
+
+def _reason(error: Exception) -> tuple[str, bool]:
+    """Why a contender has no rate, in one line, and whether that is a failure."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error.name}", False
+    if isinstance(error, NotComparableError):
+        return str(error), False
+    return one_line(error), True
 
 
 def one_line(error: Exception) -> str:

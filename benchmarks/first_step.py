@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from benchmarks.contest import Row
 from benchmarks.workload import Workload
@@ -39,12 +40,36 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
     Raises:
       RuntimeError: the process ended before its first step, or took too long.
     """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        environment.pop(name, None)
+    command = _pretraining(work, cache, workdir)
+    with tempfile.TemporaryFile("w+") as output:  # a full pipe would block the process
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            _wait_for(workdir / "metrics.jsonl", process, output)
+            return time.perf_counter() - start
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _pretraining(work: Workload, cache: Path, workdir: Path) -> list[str]:
+    """The command that pretrains for one step."""
     settings = {
         "encoder.name": work.encoder,
         "encoder.small_images": False,  # as in the other measurements
         "augment.size": work.size,
         "batch_size": work.batch,
         "dtype": work.dtype,
+        "data.source": "scenes",
+        "data.name": "",
         "data.canvas": work.size,
         "data.scenes": 4 * work.batch,
         "data.on_device": "never",  # otherwise the run would first render all scenes
@@ -54,35 +79,25 @@ def seconds_to_first_step(work: Workload, cache: Path, workdir: Path) -> float:
         "steps": 1,
     }
     config = ROOT / "configs" / "tiny_imagenet.py"
-    overrides = {"data.source": "scenes", "data.name": "", **settings}
-    command = [
+    return [
         sys.executable, "-P", "-m", "cassle_jax.pretrain",
         f"--config={config}:method=moco_v2", f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in overrides.items()),
+        *(f"--config.{name}={value}" for name, value in settings.items()),
     ]  # fmt: skip
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_PREALLOCATE"):
-        environment.pop(name, None)
-    metrics = workdir / "metrics.jsonl"
-    with tempfile.TemporaryFile("w+") as output:  # a full pipe would block the process
-        start = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        try:
-            while not (metrics.exists() and metrics.stat().st_size):
-                ended = process.poll() is not None
-                if ended and not (metrics.exists() and metrics.stat().st_size):
-                    output.seek(0)
-                    last = (output.read().splitlines() or [""])[-1]
-                    raise RuntimeError(f"the process ended: {last}")
-                if time.perf_counter() - start > _SECONDS:
-                    raise RuntimeError(f"no step after {_SECONDS} s")
-                time.sleep(0.02)
-            return time.perf_counter() - start
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+
+
+def _wait_for(metrics: Path, process: subprocess.Popen, output: IO[str]) -> None:
+    """Returns as soon as a file has a line; raises RuntimeError where it will have none."""
+    end = time.perf_counter() + _SECONDS
+    while not _has_bytes(metrics):
+        if process.poll() is not None and not _has_bytes(metrics):
+            output.seek(0)
+            last = (output.read().splitlines() or [""])[-1]
+            raise RuntimeError(f"the process ended: {last}")
+        if time.perf_counter() > end:
+            raise RuntimeError(f"no step after {_SECONDS} s")
+        time.sleep(0.02)
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

@@ -131,24 +131,12 @@ def loader(files: Sequence[Path], batch: int, size: int) -> TimedCall:
 def step(work: Workload, *, tuned: bool) -> TimedCall:
     """Trains MoCo-v2 on two finished crops on the device."""
     import torch
-    import torchvision
     from torch.nn import functional
 
     device = torch_device()
     chain = kornia_chain(work.size, tuned=tuned)
 
-    def network():
-        model = getattr(torchvision.models, work.encoder)(num_classes=WIDTH)
-        width = model.fc.in_features
-        model.fc = torch.nn.Sequential(
-            torch.nn.Linear(width, width, bias=False),
-            torch.nn.BatchNorm1d(width),
-            torch.nn.ReLU(),
-            torch.nn.Linear(width, WIDTH),
-        )
-        return model.to(device)
-
-    online = network()
+    online = _network(work.encoder).to(device)
     target = copy.deepcopy(online).requires_grad_(False)
     layout = torch.channels_last if tuned else torch.contiguous_format
     online, target = online.to(memory_format=layout), target.to(memory_format=layout)
@@ -196,6 +184,22 @@ def step(work: Workload, *, tuned: bool) -> TimedCall:
 
     once()
     return once
+
+
+def _network(encoder: str):
+    """A torchvision ResNet whose last layer is MoCo-v2's projector."""
+    import torch
+    import torchvision
+
+    model = getattr(torchvision.models, encoder)(num_classes=WIDTH)
+    width = model.fc.in_features
+    model.fc = torch.nn.Sequential(
+        torch.nn.Linear(width, width, bias=False),
+        torch.nn.BatchNorm1d(width),
+        torch.nn.ReLU(),
+        torch.nn.Linear(width, WIDTH),
+    )
+    return model
 
 
 def torch_device() -> str:

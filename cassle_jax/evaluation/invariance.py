@@ -214,21 +214,25 @@ def invariance_meter(
             sums = found if sums is None else add(sums, found)
         if sums is None:
             raise ValueError("there are no batches to analyse; give one at least")
-        every, omega_differs, count = jax.device_get(sums)
-        check_two(int(count.images))
-        if count.ranked == 0:
-            raise ValueError("no batch has two images to compare; use a larger batch")
-        agreements = {
-            each: {
-                stage: agreement(found[stage], count, stage)
-                for stage in STAGES
-                if stage in found and (stage != WRONG_PROJECTOR or otherwise)
-            }
-            for each, found, otherwise in zip(compared, every, omega_differs, strict=True)
-        }
-        return Invariance(agreements, int(count.images), float(count.candidates / count.ranked))
+        return _invariance(compared, *jax.device_get(sums))
 
     return meter
+
+
+def _invariance(compared: Sequence[tuple[str, float]], every, omega_differs, count) -> Invariance:
+    """The agreements from the sums over all images, one of `every` for each of the `compared`."""
+    check_two(int(count.images))
+    if count.ranked == 0:
+        raise ValueError("no batch has two images to compare; use a larger batch")
+    agreements = {
+        each: {
+            stage: agreement(found[stage], count, stage)
+            for stage in STAGES
+            if stage in found and (stage != WRONG_PROJECTOR or otherwise)
+        }
+        for each, found, otherwise in zip(compared, every, omega_differs, strict=True)
+    }
+    return Invariance(agreements, int(count.images), float(count.candidates / count.ranked))
 
 
 def _compared(spec: AugmentSpec, strengths: Sequence[float]) -> list[tuple[str, float]]:

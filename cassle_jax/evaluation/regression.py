@@ -1,6 +1,6 @@
 """Regression of landmarks and poses: linear in frozen features, by absolute error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,25 +100,11 @@ def regression(
         the metric is not a valid one.
     """
     check_one_of("metric", metric, METRICS)
-    shape = train[0].shape[1:], train[1].shape[1:]
-    for name, split in (("train", train), ("val", val), ("test", test)):
-        check_rows(name, *split)
-        if (split[0].shape[1:], split[1].shape[1:]) != shape:
-            raise ValueError(
-                f"{name} has features of shape {split[0].shape} and targets of shape "
-                f"{split[1].shape}; train has {train[0].shape} and {train[1].shape}"
-            )
-        constant = np.flatnonzero((split[1] == split[1][0]).all(axis=0))
-        if len(constant):
-            raise ValueError(
-                f"{name} has the same value of target {constant[0]} in every row; R² needs two"
-            )
-
+    _check_splits({"train": train, "val": val, "test": test})
     path = fit_absolute(*train, penalties)
     score = {"r2": _r2, "r2_pooled": _r2_pooled}[metric]
     val_score = np.array([score(val[1], predicted) for predicted in path.predict(val[0])])
     best = int(np.argmax(val_score))
-
     both = [np.concatenate(parts) for parts in zip(train, val, strict=True)]
     refit = fit_absolute(*both, path.penalties[best : best + 1])
     predicted = refit.predict(test[0])[0]
@@ -133,6 +119,23 @@ def regression(
         weights=refit.weights[0],
         biases=refit.biases[0],
     )
+
+
+def _check_splits(splits: Mapping[str, Split]) -> None:
+    """Raises ValueError as `regression` says."""
+    features, targets = splits["train"]
+    for name, split in splits.items():
+        check_rows(name, *split)
+        if (split[0].shape[1:], split[1].shape[1:]) != (features.shape[1:], targets.shape[1:]):
+            raise ValueError(
+                f"{name} has features of shape {split[0].shape} and targets of shape "
+                f"{split[1].shape}; train has {features.shape} and {targets.shape}"
+            )
+        constant = np.flatnonzero((split[1] == split[1][0]).all(axis=0))
+        if len(constant):
+            raise ValueError(
+                f"{name} has the same value of target {constant[0]} in every row; R² needs two"
+            )
 
 
 def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:

@@ -203,36 +203,17 @@ def build_networks(
     """
     projector, predictor = method.projector(feature_width), method.predictor(feature_width)
     conditioned_heads = _conditioned_heads(method, conditioning, predictor)
-    if "projector" in conditioned_heads:
-        _check_fits(conditioning, feature_width)
-    if "predictor" in conditioned_heads:
-        _check_fits(conditioning, projector.out)
-        if conditioning.injection == "image":
-            raise ConfigError(
-                f"conditioning.injection='image' reaches every head and cannot go with "
-                f"conditioning.into={conditioning.into!r}; use conditioning.into='projector'"
-            )
+    for name in conditioned_heads:
+        _check_fits(conditioning, feature_width if name == "projector" else projector.out)
 
-    def head(shape: HeadShape, *, conditioned: bool):
-        return partial(
-            ConditionedProjector,
-            **dataclasses.asdict(shape),
-            treatment=conditioning.treatment if conditioned else "none",
-            injection=conditioning.injection if conditioned else "none",
-            condition_depth=conditioning.depth,
-            condition_width=conditioning.width,
-            hypernetwork_bn=conditioning.hypernetwork_bn,
-            optional=conditioning.optional,
-            axis_name=axis_name,
-            dtype=dtype,
-        )
-
+    placed = {"axis_name": axis_name, "dtype": dtype}
     factories = {"encoder": encoder}
     for branch in ("", PLAIN) if conditioning.plain_branch else ("",):
         for name, shape in (("projector", projector), ("predictor", predictor)):
             if isinstance(shape, HeadShape):
                 conditioned = name in conditioned_heads and branch != PLAIN
-                factories[branch + name] = head(shape, conditioned=conditioned)
+                head = _head(shape, conditioning, conditioned=conditioned)
+                factories[branch + name] = partial(head, **placed)
             elif shape is not None:
                 factories[branch + name] = shape
     if conditioned_heads and conditioning.injection == "image":
@@ -242,20 +223,17 @@ def build_networks(
             condition_depth=conditioning.depth,
             condition_width=conditioning.width,
             optional=conditioning.optional,
-            axis_name=axis_name,
-            dtype=dtype,
+            **placed,
         )
     for name, shape in augself.heads().items():
-        factories[name] = partial(
-            MLP, **dataclasses.asdict(shape), axis_name=axis_name, dtype=dtype
-        )
+        factories[name] = partial(MLP, **dataclasses.asdict(shape), **placed)
     return Networks(factories)
 
 
 def _conditioned_heads(
     method: Method, conditioning: Conditioning, predictor: object
 ) -> tuple[str, ...]:
-    """The heads that receive ω."""
+    """The names of the heads that receive ω."""
     if not conditioning.descriptors:
         return ()
     if conditioning.into != "projector" and not isinstance(predictor, HeadShape):
@@ -263,7 +241,26 @@ def _conditioned_heads(
             f"conditioning.into={conditioning.into!r} needs a method with a predictor, which "
             f"{type(method).__name__} has not; use conditioning.into='projector'"
         )
+    if conditioning.into != "projector" and conditioning.injection == "image":
+        raise ConfigError(
+            f"conditioning.injection='image' reaches every head and cannot go with "
+            f"conditioning.into={conditioning.into!r}; use conditioning.into='projector'"
+        )
     return ("projector", "predictor") if conditioning.into == "both" else (conditioning.into,)
+
+
+def _head(shape: HeadShape, conditioning: Conditioning, *, conditioned: bool) -> partial:
+    """A projector or predictor of a shape, with the conditioning or without any."""
+    return partial(
+        ConditionedProjector,
+        **dataclasses.asdict(shape),
+        treatment=conditioning.treatment if conditioned else "none",
+        injection=conditioning.injection if conditioned else "none",
+        condition_depth=conditioning.depth,
+        condition_width=conditioning.width,
+        hypernetwork_bn=conditioning.hypernetwork_bn,
+        optional=conditioning.optional,
+    )
 
 
 def _check_fits(conditioning: Conditioning, input_width: int) -> None:

@@ -55,8 +55,20 @@ def contact_sheet(
         for descriptors in (descriptors_1, descriptors_2)
     )
     _check(len(images), views, described)
+    figure, axes = _grid(len(images), title)
+    for row, image in enumerate(images):
+        boxes = [_box({name: d[name][row] for name in d}) for d in described]
+        _draw_image(axes[row, 0], np.asarray(image) / 255.0, INK, boxes)
+        for view, colour in enumerate((VIEW_1, VIEW_2)):
+            _draw_image(axes[row, 1 + 2 * view], views[view][row], colour)
+            own = {name: values[row] for name, values in described[view].items()}
+            _draw_descriptors(axes[row, 2 + 2 * view], own, colour)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
-    rows = len(images)
+
+def _grid(rows: int, title: str) -> tuple[Figure, np.ndarray]:
+    """An empty sheet with its headings, and its axes as an array [rows, 5]."""
     head = 0.55 if title else 0.32
     height = rows * _ROW_INCHES + head
     figure = Figure(figsize=(sum(_COLUMNS) * _ROW_INCHES, height), facecolor="white")
@@ -81,15 +93,7 @@ def contact_sheet(
         headings, axes[0], (INK, VIEW_1, VIEW_1, VIEW_2, VIEW_2), strict=True
     ):
         column.set_title(heading, loc="left", size=9, color=colour, pad=3)
-    for row in range(rows):
-        boxes = [_box({name: d[name][row] for name in d}) for d in described]
-        _draw_image(axes[row, 0], np.asarray(images[row]) / 255.0, INK, boxes)
-        for view, colour in enumerate((VIEW_1, VIEW_2)):
-            _draw_image(axes[row, 1 + 2 * view], views[view][row], colour)
-            own = {name: values[row] for name, values in described[view].items()}
-            _draw_descriptors(axes[row, 2 + 2 * view], own, colour)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure, axes
 
 
 def _check(rows: int, views: tuple[np.ndarray, ...], described: tuple[dict, ...]) -> None:

@@ -103,12 +103,7 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
     method = method.in_steps(steps_per_epoch)
-    recipe = OptimizerSpec(**config.optimizer.to_dict())
-    if recipe.warmup_epochs >= clock.epochs:
-        raise ConfigError(
-            f"optimizer.warmup_epochs={recipe.warmup_epochs} does not end within the run's "
-            f"{clock.epochs:.3g} epochs; use a smaller value"
-        )
+    recipe = _recipe(config, clock)
     schedule = learning_rate(recipe, clock, config.batch_size)
     optimizer = make_optimizer(
         recipe, method, schedule, config.batch_size, getattr(encoder, "frozen_parameters", ())
@@ -129,6 +124,17 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     )
     _check_drawn(run)
     return run
+
+
+def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:
+    """The optimiser's settings, whose warm-up must end within the run."""
+    recipe = OptimizerSpec(**config.optimizer.to_dict())
+    if recipe.warmup_epochs >= clock.epochs:
+        raise ConfigError(
+            f"optimizer.warmup_epochs={recipe.warmup_epochs} does not end within the run's "
+            f"{clock.epochs:.3g} epochs; use a smaller value"
+        )
+    return recipe
 
 
 def _check_drawn(run: Run) -> None:
