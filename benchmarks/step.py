@@ -14,7 +14,8 @@ from ml_collections import config_flags
 from benchmarks.workload import synthetic_batch
 from cassle_jax import command
 from cassle_jax.config import FLAG_OPTIONS
-from cassle_jax.methods.views import augmented_views, training_views
+from cassle_jax.methods import Canvases
+from cassle_jax.methods.views import batch_positions
 from cassle_jax.parallel import (
     AXIS,
     REPLICATED,
@@ -25,7 +26,7 @@ from cassle_jax.parallel import (
     shard_batch,
 )
 from cassle_jax.training.run import build_run
-from cassle_jax.training.step import make_train_step
+from cassle_jax.training.step import make_train_step, views_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration.", **FLAG_OPTIONS)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of timings; the median is reported.")
@@ -53,8 +54,8 @@ def measure(config, repeats: int, steps: int) -> dict[str, float]:
     batch = shard_batch(synthetic_batch(config.batch_size, config.data.canvas), mesh)
 
     def draw(key, batch):
-        views = augmented_views(key, batch["image"], batch["size"], run.views, AXIS)
-        return training_views(views, run.views, run.conditioning, run.augself.names)
+        positions = batch_positions(len(batch["image"]), AXIS)
+        return views_of(run, key, 0.0, Canvases(batch["image"], batch["size"], positions))
 
     make_views = parallel(draw, mesh, inputs=(REPLICATED, SHARDED), outputs=SHARDED)
     key = on_every_device(lambda: jax.random.key(0), mesh)

@@ -20,12 +20,11 @@ from cassle_jax.augment import (
     AugmentSpec,
 )
 from cassle_jax.checks import ConfigError, check_one_of
-from cassle_jax.methods import METHODS
-from cassle_jax.methods.augself import PREDICTED
+from cassle_jax.methods import AUXILIARIES, METHODS
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.optimizer import OptimizerSpec
 
-ARGUMENTS = ("method", "conditioning", "augself", "follow")
+ARGUMENTS = ("method", "conditioning", *AUXILIARIES, "follow")
 
 # The settings whose names the configuration leaves open.
 OPEN = "optimizer.settings."
@@ -66,7 +65,8 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     config = _defaults()
     config.method = ConfigDict({"name": chosen["method"], **dataclasses.asdict(method())})
     config.conditioning = _from_dataclass(_conditioning(chosen["conditioning"]))
-    config.augself.update(_augself_weights(chosen["augself"]))
+    for name, auxiliary in AUXILIARIES.items():
+        config[name] = ConfigDict(auxiliary.settings(chosen[name]))
     config.update_from_flattened_dict(method.recipe)
     if chosen["follow"] == "published":
         config.update_from_flattened_dict({**PUBLISHED, **method.published})
@@ -106,7 +106,6 @@ def _defaults() -> ConfigDict:
             "networks": "all",  # all networks of the file, or its encoder
         }
     )
-    config.augself = ConfigDict({"hidden": 512, **dict.fromkeys(PREDICTED, 0.0)})
     config.augment = _from_dataclass(AugmentSpec(size=32))
     config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
     config.augment.asymmetric = False  # BYOL's: solarize second views only, and rarely blur them
@@ -210,8 +209,8 @@ def _from_dataclass(instance) -> ConfigDict:
 
 
 def _parse(arguments: str, recipe_of: str) -> dict[str, str]:
-    defaults = (recipe_of or "moco_v2", "cassle", "none", "paper")
-    chosen = dict(zip(ARGUMENTS, defaults, strict=True))
+    chosen = {**dict.fromkeys(ARGUMENTS, "none"), "conditioning": "cassle", "follow": "paper"}
+    chosen["method"] = recipe_of or "moco_v2"
     for item in filter(None, arguments.split(",")):
         name, separator, value = item.partition("=")
         if not separator or name not in ARGUMENTS:
@@ -247,21 +246,3 @@ def _conditioning(value: str) -> Conditioning:
     for name in value.split("+"):
         check_one_of("conditioning", name, (*named, *(components if "." in name else DESCRIPTORS)))
     return Conditioning(tuple(sorted(value.split("+"))))
-
-
-def _augself_weights(value: str) -> dict[str, float]:
-    if value == "none":
-        return {}
-    if value == "main":
-        return {"crop": 0.5, "color": 0.5}
-    weights = {}
-    for item in value.split("+"):
-        name, _, weight = item.partition(":")
-        check_one_of("augself", name, PREDICTED)
-        try:
-            weights[name] = float(weight or 0.5)
-        except ValueError:
-            raise ConfigError(
-                f"augself weight {item!r} is not a number; use a form such as {name}:0.5"
-            ) from None
-    return weights

@@ -1,6 +1,7 @@
-"""The table of methods, and the networks built from encoder, heads, conditioning and AugSelf."""
+"""The tables of methods and of auxiliary objectives."""
 
 from cassle_jax.methods.augself import AugSelf
+from cassle_jax.methods.auxiliary import Auxiliary, Canvases, Features, Head
 from cassle_jax.methods.barlow_twins import BarlowTwins
 from cassle_jax.methods.base import (
     Encoded,
@@ -32,10 +33,17 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
 }
 
+AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf,)}
+
 __all__ = [
+    "AUXILIARIES",
     "METHODS",
     "AugSelf",
+    "Auxiliary",
+    "Canvases",
     "Encoded",
+    "Features",
+    "Head",
     "HeadShape",
     "Method",
     "Moment",

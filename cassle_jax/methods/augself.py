@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from typing_extensions import override
 
-from cassle_jax.augment import DESCRIPTORS
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
-from cassle_jax.methods.base import HeadShape, Networks
+from cassle_jax.augment import DESCRIPTORS, difference
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_positive
+from cassle_jax.methods.auxiliary import Auxiliary, Head
+from cassle_jax.models import MLP
 
 
 def _regression(outputs, targets):
@@ -32,7 +36,7 @@ PREDICTED = {name: each for name, each in DESCRIPTORS.items() if each.predicted}
 
 
 @dataclasses.dataclass(frozen=True)
-class AugSelf:
+class AugSelf(Auxiliary):
     """AugSelf (Lee et al., 2021): loss = base + Σ weight · head.
 
     Attributes:
@@ -40,6 +44,9 @@ class AugSelf:
         `{"crop": 0.5, "color": 0.5}`. Empty for no AugSelf.
       hidden: width of each head's hidden layers.
     """
+
+    name: ClassVar = "augself"
+    named: ClassVar = {"main": {"crop": 0.5, "color": 0.5}}
 
     weights: Mapping[str, float]
     hidden: int = 512
@@ -54,44 +61,69 @@ class AugSelf:
             check_positive(f"augself.{name}", weight)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The predicted differences, in alphabetical order."""
+    @override
+    def descriptors(self):
         return tuple(sorted(self.weights))
 
-    def heads(self) -> dict[str, HeadShape]:
-        """The heads, by their names among the networks."""
+    @classmethod
+    @override
+    def settings(cls, argument="none"):
+        known = {"none": {}, **cls.named}
+        weights = known[argument] if argument in known else _weights(argument)
+        return {"hidden": cls.hidden, **dict.fromkeys(PREDICTED, 0.0), **weights}
+
+    @classmethod
+    @override
+    def of(cls, settings):
+        weights = {name: w for name, w in settings.items() if name != "hidden" and w != 0}
+        return cls(weights, settings["hidden"])
+
+    @override
+    def heads(self, feature_width, *, axis_name, dtype):
+        head = partial(MLP, self.hidden, depth=3, axis_name=axis_name, dtype=dtype)
         return {
-            f"augself_{name}": HeadShape(self.hidden, PREDICTED[name].size, depth=3)
-            for name in self.names
+            f"augself_{name}": Head(partial(head, out=PREDICTED[name].size), (2 * feature_width,))
+            for name in self.descriptors
         }
 
-    def losses(
-        self,
-        networks: Networks,
-        first: Float[Array, "B F"],
-        second: Float[Array, "B F"],
-        differences: tuple[Mapping[str, Float[Array, "B K"]], ...],
-    ) -> dict[str, Float[Array, ""]]:
-        """The unweighted loss of each head, the mean over the pairs (1, 2) and (2, 1).
+    @override
+    def targets(self, views, specs):
+        """The differences of the first two views by name, for the pairs (1, 2) and (2, 1)."""
+        of_pair = jax.vmap(partial(difference, spec=specs[0]))
+        first, second = views[:2]
+        return tuple(
+            {name: values[name] for name in self.descriptors}
+            for values in (of_pair(first, second), of_pair(second, first))
+        )
+
+    @override
+    def losses(self, networks, features, own, axis_name):
+        """The loss of each head, the mean over the pairs (1, 2) and (2, 1).
 
         Both orders pass a head as one batch, so they share its BatchNorm statistics.
-
-        Args:
-          networks: bound networks that have the heads.
-          first: features of the first view.
-          second: features of the second view (the momentum encoder's, where the method has one).
-          differences: the targets by name, for each of the two orders of the pair.
         """
+        first, second = features.pair
         pairs = jnp.concatenate(
             [jnp.concatenate([first, second], 1), jnp.concatenate([second, first], 1)]
         )
         result = {}
-        for name in self.names:
+        for name in self.descriptors:
             head = getattr(networks, f"augself_{name}")
-            targets = jnp.concatenate([difference[name] for difference in differences])
+            targets = jnp.concatenate([each[name] for each in features.targets[self.name]])
             result[name] = LOSSES[PREDICTED[name].kind](head(pairs, True), targets)
-        return result
+        return result, {}
 
-    def total(self, losses: Mapping[str, Float[Array, ""]]) -> Float[Array, ""]:
-        """The weighted sum to add to the method's loss."""
-        return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+
+def _weights(argument: str) -> dict[str, float]:
+    """Weights by name, from `name:weight` joined by `+`."""
+    weights = {}
+    for item in argument.split("+"):
+        name, _, weight = item.partition(":")
+        check_one_of("augself", name, PREDICTED)
+        try:
+            weights[name] = float(weight or 0.5)
+        except ValueError:
+            raise ConfigError(
+                f"augself weight {item!r} is not a number; use a form such as {name}:0.5"
+            ) from None
+    return weights

@@ -49,12 +49,12 @@ class TrainingViews:
     """All that one step trains on.
 
     Attributes:
-      views: the views of the batch; the first two are the pair AugSelf compares.
-      differences: for the pairs (1, 2) and (2, 1), each predicted difference by name.
+      views: the method's views of the batch, then those of the auxiliary objectives.
+      targets: arrays that the auxiliary objectives need, by the objective's name.
     """
 
     views: tuple[ViewBatch, ...]
-    differences: tuple[dict[str, Float[Array, "B K"]], ...] = ({}, {})
+    targets: dict[str, PyTree] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -140,8 +140,8 @@ class Networks(nn.Module):
 
     Attributes:
       factories: builds each module, by name. `encoder` and `projector` are required; `predictor`,
-        `image_conditioner`, `augself_…` and the plain branch's `plain_projector` and
-        `plain_predictor` are optional.
+        `image_conditioner`, the plain branch's `plain_projector` and `plain_predictor`, and the
+        heads of auxiliary objectives are optional.
     """
 
     factories: Mapping[str, Callable[[], nn.Module]]
@@ -266,8 +266,8 @@ class Method:
     """A joint-embedding method; its fields are its hyper-parameters.
 
     A new method is a subclass in its own file and a line in `METHODS`. It defines the views that go
-    through each network, the heads, and the loss. Optimisers, conditioning, AugSelf, devices and
-    checkpoints are not part of a method.
+    through each network, the heads, and the loss. Optimisers, conditioning, auxiliary objectives,
+    devices and checkpoints are not part of a method.
 
     Class attributes (or properties, where they depend on hyper-parameters):
       recipe: settings that a configuration of the method starts from, by full name, such as

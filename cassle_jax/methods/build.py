@@ -1,4 +1,4 @@
-"""Builds the networks of a run from encoder, heads, conditioning and AugSelf."""
+"""Builds the networks of a run from encoder, heads, conditioning and auxiliary objectives."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ from cassle_jax.augment import (
     identity_difference,
 )
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_share
-from cassle_jax.methods.augself import AugSelf
+from cassle_jax.methods.auxiliary import Auxiliary
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
-from cassle_jax.models import MLP, ConditionedProjector, ImageConditioner, check_conditioning
+from cassle_jax.models import ConditionedProjector, ImageConditioner, check_conditioning
 from cassle_jax.models.conditioning import is_conditioned
 
 # Folded into a step's key for the draws of `Conditioning.given`; views use small numbers.
@@ -182,7 +182,7 @@ def build_networks(
     encoder: Callable[[], nn.Module],
     feature_width: int,
     conditioning: Conditioning,
-    augself: AugSelf,
+    auxiliaries: Sequence[Auxiliary] = (),
     *,
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
@@ -194,7 +194,7 @@ def build_networks(
       encoder: builds the encoder.
       feature_width: width of the encoder's features.
       conditioning: conditioning of the projector.
-      augself: the auxiliary heads; empty weights for none.
+      auxiliaries: the auxiliary objectives, for their heads.
       dtype: dtype of convolutions and matrix products.
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
@@ -225,8 +225,8 @@ def build_networks(
             optional=conditioning.optional,
             **placed,
         )
-    for name, shape in augself.heads().items():
-        factories[name] = partial(MLP, **dataclasses.asdict(shape), **placed)
+    for each in auxiliaries:
+        factories |= each.heads(feature_width, **placed)
     return Networks(factories)
 
 

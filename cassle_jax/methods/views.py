@@ -5,11 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from cassle_jax import augment
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.methods import TrainingViews, ViewBatch
+from cassle_jax.methods.auxiliary import Auxiliary
+from cassle_jax.methods.base import TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import batch_offset
 
@@ -61,28 +62,23 @@ def training_views(
     views: Sequence[augment.View],
     specs: Sequence[AugmentSpec],
     conditioning: Conditioning,
-    predicted: Sequence[str],
+    auxiliaries: Sequence[Auxiliary] = (),
     given: Bool[Array, " B"] | None = None,
+    further: Sequence[Float[Array, "B S S 3"]] = (),
 ) -> TrainingViews:
-    """The networks' training inputs: the views' images, their ω, and AugSelf's targets.
+    """The networks' training inputs: the views' images, their ω, and what auxiliaries predict.
 
     Args:
-      views: views of the same images, with a leading batch axis.
-      specs: the augmentation of each view.
+      views: the method's views of the same images, with a leading batch axis.
+      specs: the augmentation of each of them.
       conditioning: defines ω.
-      predicted: names of the differences AugSelf predicts between the first two views.
+      auxiliaries: the auxiliary objectives.
       given: which images are projected with ω, from `Conditioning.given`; `None` for all.
+      further: the auxiliaries' own views; their ω is that of an unaugmented image.
     """
-    batches = tuple(
-        ViewBatch(view.image, omega)
-        for view, omega in zip(views, conditioning.describe(views, specs, given), strict=True)
-    )
-    if not predicted:
-        return TrainingViews(batches)
-    difference = jax.vmap(partial(augment.difference, spec=specs[0]))
-    first, second = views[:2]
-    differences = tuple(
-        {name: values[name] for name in predicted}
-        for values in (difference(first, second), difference(second, first))
-    )
-    return TrainingViews(batches, differences)
+    descriptors = conditioning.describe(views, specs, given)
+    batches = [ViewBatch(*each) for each in zip((v.image for v in views), descriptors, strict=True)]
+    neutral = jnp.broadcast_to(conditioning.neutral, descriptors[0].shape)
+    batches += [ViewBatch(images, neutral) for images in further]
+    targets = {each.name: each.targets(views, specs) for each in auxiliaries}
+    return TrainingViews(tuple(batches), targets)

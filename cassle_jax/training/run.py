@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
 from cassle_jax.checks import ConfigError, check_at_least, check_fraction, check_one_of, check_seed
-from cassle_jax.methods import METHODS, AugSelf, Method, Networks, ViewBatch
+from cassle_jax.methods import AUXILIARIES, METHODS, Auxiliary, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import VisionTransformer, make_encoder
@@ -36,7 +36,7 @@ class Run:
       views: augmentation of each view of a step.
       method: the method with its hyper-parameters.
       conditioning: conditioning of the projector.
-      augself: auxiliary losses; empty weights for none.
+      auxiliaries: the auxiliary objectives.
       networks: encoder and heads; BatchNorm synchronised over the devices.
       optimizer: the optimizer, with a learning rate per group.
       schedule: the learning rate.
@@ -50,7 +50,7 @@ class Run:
     views: tuple[AugmentSpec, ...]
     method: Method
     conditioning: Conditioning
-    augself: AugSelf
+    auxiliaries: tuple[Auxiliary, ...]
     networks: Networks
     optimizer: optax.GradientTransformation
     schedule: Schedule
@@ -92,13 +92,14 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     method.check(config.batch_size, config.batch_size // mesh.size)
     views = view_specs(config, method)
     conditioning = Conditioning(**config.conditioning.to_dict())
-    augself = build_augself(config)
+    auxiliaries = build_auxiliaries(config)
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
     if isinstance(encoder, VisionTransformer):
-        for view in views:
-            check_image_size(view.size, encoder.patch_size)
+        further = [size for each in auxiliaries for size in each.sizes(augment_spec(config))]
+        for size in (*(view.size for view in views), *further):
+            check_image_size(size, encoder.patch_size)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
@@ -116,7 +117,7 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         views=views,
         method=method,
         conditioning=conditioning,
-        augself=augself,
+        auxiliaries=auxiliaries,
         networks=networks,
         optimizer=optimizer,
         schedule=schedule,
@@ -138,13 +139,15 @@ def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:
 
 
 def _check_drawn(run: Run) -> None:
-    """Refuses what conditioning or AugSelf name and the augmentation never draws."""
-    for name in (*run.conditioning.descriptors, *run.augself.names):
+    """Refuses what conditioning or auxiliaries name and the augmentation never draws."""
+    named = [("conditioning.descriptors", name) for name in run.conditioning.descriptors]
+    named += [(each.name, name) for each in run.auxiliaries for name in each.descriptors]
+    for whose, name in named:
         setting = DESCRIPTORS[name.partition(".")[0]].setting
         if setting in RARE and not run.draws(setting):
             raise ConfigError(
-                f"augment.{setting}=0 never draws what conditioning.descriptors or augself name; "
-                f"use augment.{setting}=0.5, or leave {name} out"
+                f"augment.{setting}=0 never draws what {whose} names; use "
+                f"augment.{setting}=0.5, or leave {name} out"
             )
 
 
@@ -193,11 +196,10 @@ def build_method(config: ConfigDict) -> Method:
     return METHODS[name](**settings)
 
 
-def build_augself(config: ConfigDict) -> AugSelf:
-    """The auxiliary heads of a configuration."""
-    weights = config.augself.to_dict()
-    hidden = weights.pop("hidden")
-    return AugSelf({name: w for name, w in weights.items() if w != 0}, hidden)
+def build_auxiliaries(config: ConfigDict) -> tuple[Auxiliary, ...]:
+    """The auxiliary objectives of a configuration that have weights."""
+    built = [each.of(config[name].to_dict()) for name, each in AUXILIARIES.items()]
+    return tuple(each for each in built if each.weights)
 
 
 def networks_of(
@@ -227,7 +229,7 @@ def networks_of(
         encoder,
         encoder().feature_width,
         Conditioning(**config.conditioning.to_dict()),
-        build_augself(config),
+        build_auxiliaries(config),
         dtype=dtype,
         axis_name=axis_name,
     )

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from cassle_jax.checks import check_seed
-from cassle_jax.methods import Method, Networks, ViewBatch
+from cassle_jax.methods import Head, Method, Networks, ViewBatch
 from cassle_jax.methods.base import PLAIN, PyTree
 
 # The networks with a momentum copy, where a method has one.
@@ -63,9 +63,10 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
             projection = networks.plain_projector(features, view.descriptor, True)
             if f"{PLAIN}predictor" in networks.factories:
                 networks.plain_predictor(projection, view.descriptor, True)
-        for name in networks.factories:
-            if name.startswith("augself_"):
-                getattr(networks, name)(jnp.concatenate([features, features], axis=1), True)
+        for name, factory in networks.factories.items():
+            if isinstance(factory, Head):
+                inputs = (jnp.zeros((len(features), width)) for width in factory.widths)
+                getattr(networks, name)(*inputs, True)
 
     return networks.init(key, method=run_all)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,9 +10,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from cassle_jax.methods import AugSelf, Method, Networks, Step, TrainingViews
+from cassle_jax.methods import (
+    Auxiliary,
+    Canvases,
+    Features,
+    Method,
+    Networks,
+    Step,
+    TrainingViews,
+)
+from cassle_jax.methods.auxiliary import further_images, with_own_views
 from cassle_jax.methods.base import (
     ENCODING,
     PLAIN,
@@ -45,7 +55,7 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
     update = Update(
         run.networks,
         run.method,
-        run.augself,
+        run.auxiliaries,
         run.optimizer,
         run.schedule,
         run.clock,
@@ -57,35 +67,31 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
         epoch = run.clock.at(state.step).epoch
-        inputs = batch["image"], batch["size"], batch_positions(len(batch["image"]), AXIS)
-
-        def make_views(rows):
-            images, sizes, positions = rows
-            views = augmented_views(key, images, sizes, run.views, positions=positions)
-            given = run.conditioning.given(key, positions, epoch)
-            return training_views(views, run.views, run.conditioning, run.augself.names, given)
-
-        return update(state, inputs, make_views)
+        positions = batch_positions(len(batch["image"]), AXIS)
+        canvases = Canvases(batch["image"], batch["size"], positions)
+        return update(state, canvases, partial(views_of, run, key, epoch))
 
     return parallel(
         step, mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED), donate=(0,)
     )
 
 
-class _Features(NamedTuple):
-    """The encoded views without their images.
+def views_of(
+    run: Run, key: PRNGKeyArray, epoch: float | Float[Array, ""], canvases: Canvases
+) -> TrainingViews:
+    """The training views of any images of a step.
 
-    Attributes:
-      online: the trained encoder's features, by index of the view.
-      target: the momentum encoder's features, by index of the view.
-      descriptors: ω of every view.
-      differences: as in `TrainingViews`.
+    Args:
+      run: the objects of the run.
+      key: the step's random key.
+      epoch: epochs passed before the step.
+      canvases: the images.
     """
-
-    online: dict[int, Float[Array, "B F"]]
-    target: dict[int, Float[Array, "B F"]]
-    descriptors: tuple[Float[Array, "B D"], ...]
-    differences: tuple[dict[str, Float[Array, "B K"]], ...]
+    images, sizes, positions = canvases
+    views = augmented_views(key, images, sizes, run.views, positions=positions)
+    given = run.conditioning.given(key, positions, epoch)
+    further = further_images(run.auxiliaries, key, canvases, run.augment)
+    return training_views(views, run.views, run.conditioning, run.auxiliaries, given, further)
 
 
 class _Forward(NamedTuple):
@@ -96,7 +102,7 @@ class _Forward(NamedTuple):
       target: embeddings of the momentum networks.
       batch_stats: the trained networks' running statistics.
       target_batch_stats: the momentum networks' running statistics.
-      losses: the loss, its parts and the method's metrics, by their names in the log.
+      losses: the loss, its parts and further metrics, by their names in the log.
     """
 
     online: Embeddings
@@ -113,7 +119,7 @@ class Update:
     Attributes:
       networks: their BatchNorm is synchronised over the same axis.
       method: gives the loss, memory and momentum.
-      augself: the auxiliary losses; without weights there are none.
+      auxiliaries: the auxiliary objectives, whose losses are added.
       optimizer: its `init` made the state.
       schedule: the learning rate, for the metrics.
       clock: converts steps to epochs.
@@ -127,7 +133,7 @@ class Update:
 
     networks: Networks
     method: Method
-    augself: AugSelf
+    auxiliaries: tuple[Auxiliary, ...]
     optimizer: optax.GradientTransformation
     schedule: Schedule
     clock: Clock
@@ -197,12 +203,18 @@ class Update:
         online, losses, total = {}, {}, jnp.zeros(())
         batch_stats = {**state.batch_stats, **batch_stats}
         for branch in self.networks.branches:
-            (online[branch], loss, predicted), batch_stats = self._losses(
+            (online[branch], loss), batch_stats = self._losses(
                 branch, features, target[branch], state, params, batch_stats
             )
-            loss, parts = self._parts(branch, loss, predicted)
+            loss, parts = self._parts(branch, loss)
             weight = self.plain_branch if branch == PLAIN else 1.0 - self.plain_branch
-            total += weight * loss + self.augself.total(predicted)
+            total += weight * loss
+            losses |= parts
+        for auxiliary, own in with_own_views(self.auxiliaries, len(features.descriptors)):
+            (loss, parts), batch_stats = self._auxiliary_losses(
+                auxiliary, features, own, params, batch_stats
+            )
+            total += loss
             losses |= parts
         losses = {"loss": total, **losses}
         return total, _Forward(online, target, batch_stats, target_batch_stats, losses)
@@ -216,15 +228,18 @@ class Update:
                 lambda networks: networks.encode_passes(views.views, passes), params, batch_stats
             )
 
-        online, batch_stats = features(self.method.online_passes, params, state.batch_stats)
+        passes = self.method.online_passes
+        for auxiliary, own in with_own_views(self.auxiliaries, len(views.views)):
+            passes = auxiliary.passes(passes, own)
+        online, batch_stats = features(passes, params, state.batch_stats)
         target, target_batch_stats = features(
             self.method.target_passes, target_params, state.target_batch_stats
         )
         descriptors = tuple(view.descriptor for view in views.views)
-        kept = _Features(online, target, descriptors, views.differences)
+        kept = Features(online, target, descriptors, views.targets)
         return kept, (batch_stats, target_batch_stats)
 
-    def _project_target(self, features: _Features, target_params: PyTree, batch_stats: PyTree):
+    def _project_target(self, features: Features, target_params: PyTree, batch_stats: PyTree):
         """The momentum networks' embeddings, and their running statistics."""
 
         def project(networks: Networks):
@@ -237,27 +252,20 @@ class Update:
             target[branch], batch_stats = self._apply(project, target_params, batch_stats, branch)
         return target, batch_stats
 
-    def _losses(self, branch, features: _Features, target, state, params, batch_stats):
-        """The embeddings, the method's and AugSelf's losses of a branch, and running statistics."""
-        method, augself = self.method, self.augself
+    def _losses(self, branch, features: Features, target, state, params, batch_stats):
+        """The embeddings and the method's loss of a branch, and running statistics."""
+        method = self.method
 
         def losses(networks: Networks):
             online = networks.project_passes(
                 features.online, features.descriptors, method.head_passes or method.online_passes
             )
-            step = self._step(branch, online, target, state)
-            predicted = {}
-            if not branch:
-                first, second = step.pair
-                predicted = augself.losses(
-                    networks, first.features, second.features, features.differences
-                )
-            return online, method.loss(step, networks), predicted
+            return online, method.loss(self._step(branch, online, target, state), networks)
 
         return self._apply(losses, params, batch_stats, branch)
 
-    def _parts(self, branch, loss, predicted) -> tuple[Float[Array, ""], Metrics]:
-        """The method's loss as one number; what is logged of it, of AugSelf, and by the method."""
+    def _parts(self, branch, loss) -> tuple[Float[Array, ""], Metrics]:
+        """The method's loss as one number; what is logged of it, and by the method."""
         parts = {}
         if isinstance(loss, tuple):
             loss, metrics = loss
@@ -268,10 +276,20 @@ class Update:
         if isinstance(loss, Mapping):
             parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
             loss = sum(loss.values())
-        if predicted or len(self.networks.branches) > 1:
+        if self.auxiliaries or len(self.networks.branches) > 1:
             parts |= {f"loss_{branch}method": loss}
-        parts |= {f"loss_augself_{name}": value for name, value in predicted.items()}
         return loss, parts
+
+    def _auxiliary_losses(self, auxiliary, features: Features, own, params, batch_stats):
+        """An auxiliary objective's weighted loss and what is logged, and running statistics."""
+
+        def losses(networks: Networks):
+            losses, metrics = auxiliary.losses(networks, features, own, self.axis_name)
+            parts = {f"loss_{auxiliary.name}_{name}": value for name, value in losses.items()}
+            parts |= {f"{auxiliary.name}_{name}": value for name, value in metrics.items()}
+            return auxiliary.total(losses), parts
+
+        return self._apply(losses, params, batch_stats)
 
     def _apply(self, function: Callable, params: PyTree, batch_stats: PyTree, branch: str = ""):
         """The result of a function of a branch's networks, and all running statistics after it."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.methods import AugSelf, HeadShape, Method, ViewBatch
+from cassle_jax.methods import HeadShape, Method, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.parallel import device_mesh
 
@@ -47,7 +47,7 @@ def colour_networks(conditioning=PLAIN):
 
     Told `color_diff`, it undoes what the jitter did to the mean colour: π(f(t(x)) | ω) = f(x).
     """
-    networks = build_networks(Linear(), Colour, 3, conditioning, AugSelf({}))
+    networks = build_networks(Linear(), Colour, 3, conditioning)
     view = ViewBatch(jnp.zeros((2, PIXELS, PIXELS, 3)), jnp.zeros((2, conditioning.size)))
     shapes = jax.eval_shape(
         lambda: networks.init(jax.random.key(0), view, train=False, method="embed")

@@ -9,7 +9,7 @@ import numpy as np
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.data import Record
 from cassle_jax.evaluation.subject import Subject
-from cassle_jax.methods import AugSelf, Networks, SimCLR, ViewBatch
+from cassle_jax.methods import Networks, SimCLR, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.parallel import AXIS
 from tests.evaluation.analysed import PIXELS, PLAIN, SPEC, Colour
@@ -52,7 +52,7 @@ def colour_subject():
 def tiny_subject(*, width=24, conditioning=PLAIN, size=16):
     """Two random convolutions with BatchNorm; it has a projector."""
     encoder = partial(TinyEncoder, width=width, axis_name=AXIS)
-    networks = build_networks(SimCLR(), encoder, width, conditioning, AugSelf({}), axis_name=AXIS)
+    networks = build_networks(SimCLR(), encoder, width, conditioning, axis_name=AXIS)
     view = ViewBatch(jnp.zeros((2, size, size, 3)), jnp.zeros((2, conditioning.size)))
     init = jax.jit(partial(networks.init, train=False, method="embed"))
     variables = jax.device_get(init(jax.random.key(0), view))

@@ -25,7 +25,7 @@ from cassle_jax.evaluation.views import (
     plain_view,
     view_under,
 )
-from cassle_jax.methods import AugSelf, SimCLR, ViewBatch
+from cassle_jax.methods import SimCLR, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import make_encoder
 from tests.evaluation.analysed import (
@@ -250,7 +250,7 @@ def test_the_plain_view_is_the_centred_square():
 def test_a_resnet_is_compared_at_every_stage(injection):
     conditioning = Conditioning(injection=injection, depth=2, width=4)
     encoder = partial(make_encoder, "resnet18", width=4, dtype=jnp.bfloat16)
-    networks = build_networks(SimCLR(), encoder, encoder().feature_width, conditioning, AugSelf({}))
+    networks = build_networks(SimCLR(), encoder, encoder().feature_width, conditioning)
     view = ViewBatch(jnp.zeros((2, 32, 32, 3)), jnp.zeros((2, conditioning.size)))
 
     def stages():

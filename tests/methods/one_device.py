@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cassle_jax.methods import AugSelf, Networks, TrainingViews, ViewBatch
+from cassle_jax.methods import Networks, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
@@ -37,15 +37,14 @@ class Training(NamedTuple):
     embed: Callable
 
 
-def training(method, conditioning=PLAIN, augself=None, *, encoder=TinyEncoder):
-    augself = augself or AugSelf({})
-    networks = build_networks(method, encoder, encoder().feature_width, conditioning, augself)
+def training(method, conditioning=PLAIN, auxiliaries=(), *, encoder=TinyEncoder):
+    networks = build_networks(method, encoder, encoder().feature_width, conditioning, auxiliaries)
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
     variables = _random_variables(networks, random_views(0, conditioning.size).views[0])
     key = jax.random.key(0)
     state = state_from_variables(variables, method.initial_memory(key), method, optimizer, key)
-    update = Update(networks, method, augself, optimizer, schedule, CLOCK, None)
+    update = Update(networks, method, auxiliaries, optimizer, schedule, CLOCK, None)
 
     def embed(params, batch_stats, view):
         encoded, changed = nn.apply(
@@ -96,7 +95,8 @@ def random_views(seed, descriptor_width=0, predicted=(), sizes=(PIXELS, PIXELS))
     views = tuple(
         ViewBatch(normal(BATCH, size, size, 3), normal(BATCH, descriptor_width)) for size in sizes
     )
-    return TrainingViews(views, tuple({name: target(name) for name in predicted} for _ in range(2)))
+    differences = tuple({name: target(name) for name in predicted} for _ in range(2))
+    return TrainingViews(views, {"augself": differences} if predicted else {})
 
 
 def unit(rows):

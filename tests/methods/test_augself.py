@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import AugSelf, MoCoV2, SimCLR, TrainingViews
+from cassle_jax.methods import AugSelf, Features, MoCoV2, SimCLR, TrainingViews
 from cassle_jax.training.state import TrainState
 from tests.methods.one_device import BATCH, compiled, random_views, training
 
@@ -52,17 +52,18 @@ def expected_losses(names, params, first, second, differences):
 
 
 def test_each_head_against_numpy():
-    networks, state, _, _ = training(SimCLR(), augself=AUGSELF)
+    networks, state, _, _ = training(SimCLR(), auxiliaries=(AUGSELF,))
     draw = np.random.default_rng(3)
     first, second = jnp.asarray(draw.normal(size=(2, BATCH, 24)), jnp.float32)
-    differences = random_views(4, predicted=AUGSELF.names).differences
+    targets = random_views(4, predicted=AUGSELF.descriptors).targets
+    features = Features({0: first, 1: second}, {}, (), targets)
     apply = nn.apply(
-        lambda networks: AUGSELF.losses(networks, first, second, differences),
+        lambda networks: AUGSELF.losses(networks, features, (), None),
         networks,
         mutable=["batch_stats"],
     )
-    found, _ = compiled(apply)({"params": state.params, "batch_stats": state.batch_stats})
-    expected = expected_losses(WEIGHTS, state.params, first, second, differences)
+    (found, _), _ = compiled(apply)({"params": state.params, "batch_stats": state.batch_stats})
+    expected = expected_losses(WEIGHTS, state.params, first, second, targets["augself"])
     assert found.keys() == expected.keys()
     for name, loss in expected.items():
         np.testing.assert_allclose(found[name], loss, rtol=1e-4, err_msg=name)
@@ -84,11 +85,11 @@ class OneStep(NamedTuple):
 
 
 def take_a_step(method):
-    _, state, update, embed = training(method, augself=TWO)
+    _, state, update, embed = training(method, auxiliaries=(TWO,))
     if state.target_params:  # so that the two networks differ
         drifted = jax.tree.map(lambda x: 0.5 * x + 0.1, state.target_params)
         state = state.replace(target_params=drifted)
-    inputs = random_views(5, predicted=TWO.names)
+    inputs = random_views(5, predicted=TWO.descriptors)
     return OneStep(compiled(embed), inputs, state, *update(state, inputs))
 
 
@@ -112,7 +113,7 @@ def features(step, networks, view):
 
 def assert_heads_compare(step, first, second):
     expected = expected_losses(
-        TWO.names, step.before.params, first, second, step.inputs.differences
+        TWO.descriptors, step.before.params, first, second, step.inputs.targets["augself"]
     )
     for name, loss in expected.items():
         found = step.metrics[f"loss_augself_{name}"]
@@ -131,7 +132,7 @@ def test_a_step_of_moco_compares_with_the_momentum_encoders_features(moco):
 
 
 def test_the_heads_train_along(simclr):
-    for head in (f"augself_{name}" for name in TWO.names):
+    for head in (f"augself_{name}" for name in TWO.descriptors):
         kernels = (
             state.params[head]["linear_2"]["kernel"] for state in (simclr.before, simclr.after)
         )

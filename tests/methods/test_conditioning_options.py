@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import METHODS, AugSelf, ViewBatch
+from cassle_jax.methods import METHODS, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.simclr import SimCLR
 from cassle_jax.optimizer import learning_rate, make_optimizer
@@ -19,7 +19,6 @@ from tests.methods.test_every_method import small, views_for
 from tests.tiny import TinyEncoder
 
 CASSLE = Conditioning(depth=2, width=8)
-NO_AUGSELF = AugSelf({})
 POSITIONS = jnp.arange(4000)
 
 
@@ -60,7 +59,7 @@ def test_without_omega_its_numbers_do_not_matter(treatment, injection):
     if treatment == "raw" and injection in ("add", "multiply"):
         pytest.skip("needs an ω as wide as the features")
     conditioning = with_options(dropout=0.5, treatment=treatment, injection=injection)
-    networks = build_networks(SimCLR(projector_out=8), TinyEncoder, 24, conditioning, NO_AUGSELF)
+    networks = build_networks(SimCLR(projector_out=8), TinyEncoder, 24, conditioning)
     view = random_views(0, conditioning.size).views[0]
     variables = networks.init(jax.random.key(0), view, train=False, method="embed")
 
@@ -78,11 +77,11 @@ def test_without_omega_its_numbers_do_not_matter(treatment, injection):
 
 def started(name, conditioning, spec):
     method = small(name)
-    networks = build_networks(method, TinyEncoder, 24, conditioning, NO_AUGSELF)
+    networks = build_networks(method, TinyEncoder, 24, conditioning)
     schedule = learning_rate(spec, CLOCK, 256)
     optimizer = make_optimizer(spec, method, schedule, 256)
     update = Update(
-        networks, method, NO_AUGSELF, optimizer, schedule, CLOCK, None,
+        networks, method, (), optimizer, schedule, CLOCK, None,
         plain_branch=conditioning.plain_branch,
     )  # fmt: skip
     views = views_for(method, conditioning)

@@ -20,7 +20,6 @@ from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
 from tests.tiny import TinyEncoder
 
 SIZES = {"projector_hidden": 24, "projector_out": 8, "predictor_hidden": 8, "prototypes": 6}
-NO_AUGSELF = AugSelf({})
 CONDITIONINGS = {
     "plain": Conditioning(()),
     "cassle": Conditioning(depth=2, width=8),
@@ -61,13 +60,14 @@ def views_for(method, conditioning, predicted=()):
     return random_views(0, conditioning.size, predicted, sizes=[spec.size for spec in specs])
 
 
-def start(name, conditioning, augself=NO_AUGSELF):
+def start(name, conditioning, augself=None):
     method = small(name)
-    networks = build_networks(method, TinyEncoder, 24, conditioning, augself)
+    auxiliaries = (augself,) if augself else ()
+    networks = build_networks(method, TinyEncoder, 24, conditioning, auxiliaries)
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
-    views = views_for(method, conditioning, augself.names)
-    update = Update(networks, method, augself, optimizer, schedule, CLOCK, None)
+    views = views_for(method, conditioning, augself.descriptors if augself else ())
+    update = Update(networks, method, auxiliaries, optimizer, schedule, CLOCK, None)
 
     def state():
         return create_state(networks, method, optimizer, views.views[0], seed=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import AugSelf, HeadShape, Method, SimCLR, TrainingViews, ViewBatch
+from cassle_jax.methods import HeadShape, Method, SimCLR, TrainingViews, ViewBatch
 from cassle_jax.methods.base import FROZEN, constant
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.losses import normalize
@@ -317,7 +317,7 @@ def test_an_unknown_descriptor_is_named_with_those_there_are():
 
 
 def build(conditioning):
-    return build_networks(SimCLR(), TinyEncoder, 24, conditioning, AugSelf({}))
+    return build_networks(SimCLR(), TinyEncoder, 24, conditioning)
 
 
 @dataclasses.dataclass(frozen=True)

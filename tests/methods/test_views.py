@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.augment import AugmentSpec, difference, draw
+from cassle_jax.methods import AugSelf
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.views import augmented_views, training_views
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
@@ -17,12 +18,13 @@ SPEC = AugmentSpec(size=8, jitter_order="batch", jitter=1.0, solarize=0.5, rotat
 # Neither in alphabetical order, so that a test sees who sorts.
 DESCRIPTORS = ("crop", "blur", "solarize", "color", "flip")
 PREDICTED = ("rotation", "crop", "flip")
+AUGSELF = (AugSelf(dict.fromkeys(PREDICTED, 0.5)),)
 
 
 def make_views(key, images, sizes, axis_name, spec=SPEC):
     specs = (spec, spec)
     pair = augmented_views(key, images, sizes, specs, axis_name)
-    return pair, training_views(pair, specs, Conditioning(DESCRIPTORS), PREDICTED)
+    return pair, training_views(pair, specs, Conditioning(DESCRIPTORS), AUGSELF)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_omega_is_alphabetical_whatever_order_was_asked_for(drawn):
 def test_targets_are_the_predicted_differences_of_both_orders(drawn):
     (first, second), views = drawn
     for targets, (one, other) in zip(
-        views.differences, ((first, second), (second, first)), strict=True
+        views.targets["augself"], ((first, second), (second, first)), strict=True
     ):
         assert targets.keys() == set(PREDICTED)
         np.testing.assert_allclose(
@@ -143,7 +145,7 @@ def test_relative_omega_is_how_a_view_differs_from_the_other(drawn):
     first, second = drawn[0]
     conditioning = Conditioning(("crop", "grayscale", "blur"), relative=True)
     specs = (SPEC, SPEC, SPEC)
-    views = training_views((first, second, second), specs, conditioning, ())
+    views = training_views((first, second, second), specs, conditioning)
     for made, (one, other) in zip(
         views.views, ((first, second), (second, first), (second, first)), strict=True
     ):
@@ -174,6 +176,6 @@ def test_each_view_has_an_augmentation_of_its_own(batch):
 
 
 def test_without_descriptors_omega_is_empty(drawn):
-    views = training_views(drawn[0], (SPEC, SPEC), Conditioning(()), ())
+    views = training_views(drawn[0], (SPEC, SPEC), Conditioning(()))
     assert [view.descriptor.shape for view in views.views] == [(BATCH, 0)] * 2
-    assert views.differences == ({}, {})
+    assert views.targets == {}

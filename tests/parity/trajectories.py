@@ -102,11 +102,12 @@ def compare_trajectory(
 def _replay(trajectory, golden, comparison, dtype):
     projector = golden.under("state/projector")
     augself = _augself(golden)
+    auxiliaries = (augself,) if augself.weights else ()
     conditioning = _conditioning(golden, projector)
     method = METHODS[trajectory.method](**trajectory.settings, **_sizes(trajectory, golden))
     width = len(golden["state/backbone/net.3.weight"])
     encoder = partial(TinyEncoder, width=width, dtype=dtype)
-    networks = build_networks(method, encoder, width, conditioning, augself, dtype=dtype)
+    networks = build_networks(method, encoder, width, conditioning, auxiliaries, dtype=dtype)
 
     rate = float(golden["learning_rate"])
     schedule = partial(jnp.full_like, fill_value=rate, dtype=dtype)
@@ -122,7 +123,7 @@ def _replay(trajectory, golden, comparison, dtype):
         memory["queue"] = jnp.asarray(golden["queue"], dtype)
     state = state_from_variables(variables, memory, method, optimizer, jax.random.key(0))
 
-    update = compiled(Update(networks, method, augself, optimizer, schedule, CLOCK, None))
+    update = compiled(Update(networks, method, auxiliaries, optimizer, schedule, CLOCK, None))
     for step in range(STEPS):
         state, metrics = update(state, inputs[step])
         _compare_losses(golden, comparison, step, metrics, augself)
@@ -176,9 +177,9 @@ def _inputs(golden, step, conditioning, augself, dtype):
         return ViewBatch(images, jnp.concatenate([jnp.zeros((len(images), 0), dtype), *parts], 1))
 
     def differences(index):
-        return {name: array(f"difference_{index}_{name}") for name in augself.names}
+        return {name: array(f"difference_{index}_{name}") for name in augself.descriptors}
 
-    return TrainingViews((view(1), view(2)), (differences(1), differences(2)))
+    return TrainingViews((view(1), view(2)), {"augself": (differences(1), differences(2))})
 
 
 def _variables(networks, golden, view, dtype):
@@ -205,14 +206,14 @@ def _compare_losses(golden, comparison, step, metrics, augself):
     def compare(name, value):
         comparison.relative("losses", value, golden, f"step{step}/{name}", BOUND)
 
-    if not augself.names:
+    if not augself.descriptors:
         compare("loss", metrics["loss"])
         golden.leave(f"step{step}/augself_total")
         return
     # The published loss of a step leaves AugSelf's share out.
     compare("loss", metrics["loss_method"])
     compare("augself_total", metrics["loss"] - metrics["loss_method"])
-    for name in augself.names:
+    for name in augself.descriptors:
         compare(f"augself_{name}", metrics[f"loss_augself_{name}"])
 
 

@@ -12,7 +12,7 @@ import pytest
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.methods import METHODS, AugSelf, Step
+from cassle_jax.methods import METHODS, AugSelf, Features, Step
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer
 from cassle_jax.optimizer import learning_rate
@@ -42,7 +42,7 @@ RECORD = optax.trace(decay=0.0)
 def prepare(name, conditioning, encoder=TinyEncoder):
     """A method's networks, a first state whose momentum networks have moved, and a batch."""
     method = small(name)
-    networks = build_networks(method, encoder, encoder().feature_width, conditioning, AUGSELF)
+    networks = build_networks(method, encoder, encoder().feature_width, conditioning, (AUGSELF,))
     views = batch_for(method, conditioning)
     key = jax.random.key(0)
 
@@ -59,14 +59,17 @@ def batch_for(method, conditioning):
     specs = method.views(AugmentSpec(8, kernel_size=3), AugmentSpec(8, kernel_size=3))
     sizes = [spec.size for spec in specs]
     parts = [
-        random_views(seed, conditioning.size, AUGSELF.names, sizes) for seed in range(BATCH // 4)
+        random_views(seed, conditioning.size, AUGSELF.descriptors, sizes)
+        for seed in range(BATCH // 4)
     ]
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
 
 
 def update_of(method, networks, chunks):
     schedule = learning_rate(SPEC, CLOCK, 256)
-    return compiled(Update(networks, method, AUGSELF, RECORD, schedule, CLOCK, None, chunks=chunks))
+    return compiled(
+        Update(networks, method, (AUGSELF,), RECORD, schedule, CLOCK, None, chunks=chunks)
+    )
 
 
 def assert_close(found, expected):
@@ -145,10 +148,8 @@ class OneShot:
             step = Step(online, target, state.memory, CLOCK.at(state.step))
             loss = method.loss(step, networks)
             loss = sum(loss.values()) if isinstance(loss, dict) else loss
-            first, second = online[0], online.get(1, target.get(1))
-            predicted = AUGSELF.losses(
-                networks, first.features, second.features, inputs.differences
-            )
+            seen = ({i: each.features for i, each in e.items()} for e in (online, target))
+            predicted, _ = AUGSELF.losses(networks, Features(*seen, (), inputs.targets), (), None)
             return loss + 0.5 * predicted["crop"] + 0.3 * predicted["flip"]
 
         loss, changed = nn.apply(total, self.networks, mutable=["batch_stats"])(

@@ -215,8 +215,9 @@ def test_a_runs_length_is_its_steps_or_else_its_epochs():
 
 
 def test_only_weights_that_are_not_zero_make_heads():
-    assert build().augself.names == ()
-    assert build({"augself.flip": 0.5, "augself.blur": 0.1}).augself.names == ("blur", "flip")
+    assert build().auxiliaries == ()
+    (augself,) = build({"augself.flip": 0.5, "augself.blur": 0.1}).auxiliaries
+    assert augself.descriptors == ("blur", "flip")
 
 
 def test_bfloat16_is_for_accelerators_unless_asked_for():

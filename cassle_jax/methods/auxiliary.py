@@ -1,0 +1,200 @@
+"""Defines an auxiliary objective: its views, its heads, and its losses beside the method's."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from cassle_jax.augment import AugmentSpec, View
+from cassle_jax.checks import ConfigError
+from cassle_jax.methods.base import Networks, Passes, PyTree, Scalars
+
+
+class Canvases(NamedTuple):
+    """Images of a step before they are augmented.
+
+    Attributes:
+      images: canvases, the picture at the top left.
+      sizes: true height and width of each picture, in pixels.
+      positions: positions of the images in the global batch.
+    """
+
+    images: UInt8[Array, "B H W 3"]
+    sizes: Int[Array, "B 2"]
+    positions: Int[Array, " B"]
+
+
+class Features(NamedTuple):
+    """The encoded views of a step, without their images.
+
+    Attributes:
+      online: the trained encoder's features, by index of the view.
+      target: the momentum encoder's features, by index of the view.
+      descriptors: ω of every view.
+      targets: as in `TrainingViews`.
+    """
+
+    online: dict[int, Float[Array, "B F"]]
+    target: dict[int, Float[Array, "B F"]]
+    descriptors: tuple[Float[Array, "B D"], ...]
+    targets: dict[str, PyTree]
+
+    @property
+    def pair(self) -> tuple[Float[Array, "B F"], Float[Array, "B F"]]:
+        """The first two views; the second one's momentum features if only those exist."""
+        return self.online[0], self.online[1] if 1 in self.online else self.target[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A factory of one head.
+
+    Attributes:
+      build: builds the module, which is called with its inputs and `train`.
+      widths: width of each input.
+    """
+
+    build: Callable[[], nn.Module]
+    widths: tuple[int, ...]
+
+    def __call__(self) -> nn.Module:
+        """The module."""
+        return self.build()
+
+
+class Auxiliary:
+    """An objective beside the method's, on the same encoder; its fields are its settings.
+
+    A new one is a subclass in its own file and a line in `AUXILIARIES`.
+
+    Attributes:
+      name: its group of settings and its config argument; the prefix of its heads' names and of
+        what it logs.
+      named: settings by value of the config argument, besides `none` and a weight.
+      further: number of views that it adds to the method's.
+      weights: weight of each of its losses, by name; empty where it is switched off.
+      descriptors: the descriptors that it needs drawn.
+    """
+
+    name: ClassVar[str]
+    named: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    further: ClassVar[int] = 0
+    weights: Mapping[str, float]
+    descriptors: Sequence[str] = ()
+
+    @classmethod
+    def settings(cls, argument: str = "none") -> dict[str, Any]:
+        """The settings that a value of the config argument stands for.
+
+        Raises:
+          ConfigError: the value is unknown.
+        """
+        known = {"none": {}, **cls.named}
+        try:
+            chosen = known[argument] if argument in known else {"weight": float(argument)}
+        except ValueError:
+            raise ConfigError(
+                f"{cls.name}={argument!r} is unknown; use one of {', '.join(known)}, or a weight"
+            ) from None
+        return {**dataclasses.asdict(cls()), **chosen}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Auxiliary":
+        """The objective with a configuration's settings.
+
+        Raises:
+          ConfigError: a setting cannot work; the message names it.
+        """
+        return cls(**settings)
+
+    def sizes(self, spec: AugmentSpec) -> tuple[int, ...]:
+        """Sides of the further views, in pixels, for a run that augments by `spec`."""
+        return (spec.size,) * self.further
+
+    def images(
+        self, key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
+    ) -> tuple[Float[Array, "B S S 3"], ...]:
+        """The further views; each image's depend only on the key and on its position.
+
+        Args:
+          key: a random key for these views alone.
+          canvases: the images.
+          spec: the run's augmentation.
+        """
+        del key, canvases, spec
+        return ()
+
+    def targets(self, views: Sequence[View], specs: Sequence[AugmentSpec]) -> PyTree:
+        """Arrays with a leading batch axis that the losses need, from the method's views."""
+        del views, specs
+        return ()
+
+    def passes(self, online: Passes, own: tuple[int, ...]) -> Passes:
+        """The trained encoder's passes with the further views, which by default share one.
+
+        Args:
+          online: the passes without them.
+          own: their indices.
+        """
+        return (*online, own) if own else online
+
+    def heads(
+        self, feature_width: int, *, axis_name: str | None, dtype: DTypeLike
+    ) -> dict[str, Head]:
+        """The heads, by their names among the networks.
+
+        Args:
+          feature_width: width of the encoder's features.
+          axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
+          dtype: dtype of matrix products.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, networks: Networks, features: Features, own: tuple[int, ...], axis_name: str | None
+    ) -> tuple[Scalars, Scalars]:
+        """The unweighted losses and the metrics, by name: means over this device's samples.
+
+        They are logged as `loss_<name>_<loss>` and `<name>_<metric>`.
+
+        Args:
+          networks: bound networks that have the heads.
+          features: the encoded views.
+          own: indices of the further views.
+          axis_name: the devices that share the global batch; `None` for a single one.
+        """
+        raise NotImplementedError
+
+    def total(self, losses: Scalars) -> Float[Array, ""]:
+        """The weighted sum to add to the method's loss."""
+        return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+
+
+def with_own_views(
+    auxiliaries: Sequence[Auxiliary], count: int
+) -> list[tuple[Auxiliary, tuple[int, ...]]]:
+    """Each objective with the indices of its further views, which are the last of `count` views."""
+    start, result = count - sum(each.further for each in auxiliaries), []
+    for each in auxiliaries:
+        result.append((each, tuple(range(start, start + each.further))))
+        start += each.further
+    return result
+
+
+def further_images(
+    auxiliaries: Sequence[Auxiliary], key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
+) -> list[Float[Array, "B S S 3"]]:
+    """The further views of all objectives; `key` is the step's, whose other draws stay the same."""
+    return [
+        image
+        for each in auxiliaries
+        for image in each.images(
+            jax.random.fold_in(key, zlib.crc32(each.name.encode())), canvases, spec
+        )
+    ]
