@@ -181,18 +181,21 @@ def _constant(
     return concatenate({name: jnp.array(each) for name, each in values.items()}, names)
 
 
-def check_descriptors(names: Iterable[str]) -> list[str]:
+def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
     """The names in alphabetical order, the order of their numbers in the conditioning vector.
 
     Args:
       names: descriptors, or components of them such as ``color.hue``.
+      prefix: of the setting's name in a message, such as ``conditioning.``.
 
     Raises:
       ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
         example), or if ``names`` is a string.
     """
     if isinstance(names, str):
-        raise ConfigError(f"descriptors={names!r} is one name; give a tuple of them, ({names!r},)")
+        raise ConfigError(
+            f"{prefix}descriptors={names!r} is one name; give a tuple of them, ({names!r},)"
+        )
     names = sorted(names)
     for name in names:
         descriptor, dot, _ = name.partition(".")
@@ -201,11 +204,12 @@ def check_descriptors(names: Iterable[str]) -> list[str]:
             known = [f"{descriptor}.{each}" for each in DESCRIPTORS[descriptor].components]
         if name not in known:
             raise ConfigError(
-                f"descriptors={names} has the unknown name {name!r}; use any of {', '.join(known)}"
+                f"{prefix}descriptors={names} has the unknown name {name!r}; use any of "
+                f"{', '.join(known)}"
             )
         if names.count(name) > 1 or (dot and descriptor in names):
             raise ConfigError(
-                f"descriptors={names} names {name!r} twice; name each once, either a descriptor "
-                "or its components"
+                f"{prefix}descriptors={names} names {name!r} twice; name each once, either a "
+                "descriptor or its components"
             )
     return names

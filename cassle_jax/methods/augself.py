@@ -11,25 +11,16 @@ import optax
 from typing_extensions import override
 
 from cassle_jax.augment import DESCRIPTORS, difference
-from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_positive
-from cassle_jax.methods.auxiliary import Auxiliary, Head
+from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.methods.auxiliary import Auxiliary, Head, parsed_weights
 from cassle_jax.models import MLP
 
-
-def _regression(outputs, targets):
-    return optax.squared_error(jnp.tanh(outputs), targets).mean()
-
-
-def _binary(outputs, targets):
-    return optax.sigmoid_binary_cross_entropy(outputs, targets).mean()
-
-
-def _classification(outputs, targets):
-    return optax.softmax_cross_entropy(outputs, targets).mean()
-
-
-LOSSES = {"value": _regression, "binary": _binary, "class": _classification}
-"""The loss of a head by the kind of the descriptor that it predicts."""
+LOSSES = {
+    "value": lambda outputs, targets: optax.squared_error(jnp.tanh(outputs), targets),
+    "binary": optax.sigmoid_binary_cross_entropy,
+    "class": optax.softmax_cross_entropy,
+}
+"""A head's loss, before its mean, by the kind of the descriptor that it predicts."""
 
 PREDICTED = {name: each for name, each in DESCRIPTORS.items() if each.predicted}
 """The descriptors whose differences a head can predict."""
@@ -40,13 +31,12 @@ class AugSelf(Auxiliary):
     """AugSelf (Lee et al., 2021): loss = base + Σ weight · head.
 
     Attributes:
-      weights: weight of each predicted difference, by name; the main setting is
-        `{"crop": 0.5, "color": 0.5}`. Empty for no AugSelf.
+      weights: weight of each predicted difference, by name; empty for no AugSelf.
       hidden: width of each head's hidden layers.
     """
 
     name: ClassVar = "augself"
-    named: ClassVar = {"main": {"crop": 0.5, "color": 0.5}}
+    named: ClassVar = {"none": {}, "main": {"crop": 0.5, "color": 0.5}}
 
     weights: Mapping[str, float]
     hidden: int = 512
@@ -68,9 +58,10 @@ class AugSelf(Auxiliary):
     @classmethod
     @override
     def settings(cls, argument="none"):
-        known = {"none": {}, **cls.named}
-        weights = known[argument] if argument in known else _weights(argument)
-        return {"hidden": cls.hidden, **dict.fromkeys(PREDICTED, 0.0), **weights}
+        none = {"hidden": cls.hidden, **dict.fromkeys(PREDICTED, 0.0)}
+        if argument in cls.named:
+            return none | cls.named[argument]
+        return none | parsed_weights("augself", argument, PREDICTED)
 
     @classmethod
     @override
@@ -98,32 +89,12 @@ class AugSelf(Auxiliary):
 
     @override
     def losses(self, networks, features, own, axis_name):
-        """The loss of each head, the mean over the pairs (1, 2) and (2, 1).
-
-        Both orders pass a head as one batch, so they share its BatchNorm statistics.
-        """
+        """A head's loss is the mean over the pairs (1, 2) and (2, 1), its one batch."""
         first, second = features.pair
-        pairs = jnp.concatenate(
-            [jnp.concatenate([first, second], 1), jnp.concatenate([second, first], 1)]
-        )
+        pairs = jnp.block([[first, second], [second, first]])
         result = {}
         for name in self.descriptors:
             head = getattr(networks, f"augself_{name}")
             targets = jnp.concatenate([each[name] for each in features.targets[self.name]])
-            result[name] = LOSSES[PREDICTED[name].kind](head(pairs, True), targets)
+            result[name] = LOSSES[PREDICTED[name].kind](head(pairs, True), targets).mean()
         return result, {}
-
-
-def _weights(argument: str) -> dict[str, float]:
-    """Weights by name, from `name:weight` joined by `+`."""
-    weights = {}
-    for item in argument.split("+"):
-        name, _, weight = item.partition(":")
-        check_one_of("augself", name, PREDICTED)
-        try:
-            weights[name] = float(weight or 0.5)
-        except ValueError:
-            raise ConfigError(
-                f"augself weight {item!r} is not a number; use a form such as {name}:0.5"
-            ) from None
-    return weights

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from cassle_jax.augment import AugmentSpec, View
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.methods.base import Networks, Passes, PyTree, Scalars
 
 
@@ -76,14 +76,14 @@ class Auxiliary:
     Attributes:
       name: its group of settings and its config argument; the prefix of its heads' names and of
         what it logs.
-      named: settings by value of the config argument, besides `none` and a weight.
+      named: settings by value of the config argument, which may also be a weight.
       further: number of views that it adds to the method's.
       weights: weight of each of its losses, by name; empty where it is switched off.
       descriptors: the descriptors that it needs drawn.
     """
 
     name: ClassVar[str]
-    named: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
     further: ClassVar[int] = 0
     weights: Mapping[str, float]
     descriptors: Sequence[str] = ()
@@ -95,12 +95,11 @@ class Auxiliary:
         Raises:
           ConfigError: the value is unknown.
         """
-        known = {"none": {}, **cls.named}
         try:
-            chosen = known[argument] if argument in known else {"weight": float(argument)}
+            chosen = cls.named[argument] if argument in cls.named else {"weight": float(argument)}
         except ValueError:
             raise ConfigError(
-                f"{cls.name}={argument!r} is unknown; use one of {', '.join(known)}, or a weight"
+                f"{cls.name}={argument!r} is unknown; use a weight, or {', '.join(cls.named)}"
             ) from None
         return {**dataclasses.asdict(cls()), **chosen}
 
@@ -174,6 +173,25 @@ class Auxiliary:
     def total(self, losses: Scalars) -> Float[Array, ""]:
         """The weighted sum to add to the method's loss."""
         return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+
+
+def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dict[str, float]:
+    """Weights by name from `name:weight`, joined by `+`; 0.5 where a name is alone.
+
+    Raises:
+      ConfigError: an unknown name, or a weight that is no number.
+    """
+    weights = {}
+    for item in argument.split("+"):
+        name, _, weight = item.partition(":")
+        check_one_of(setting, name, choices)
+        try:
+            weights[name] = float(weight or 0.5)
+        except ValueError:
+            raise ConfigError(
+                f"{setting} weight {item!r} is not a number; use a form such as {name}:0.5"
+            ) from None
+    return weights
 
 
 def with_own_views(

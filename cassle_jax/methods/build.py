@@ -80,10 +80,7 @@ class Conditioning:
         used = is_conditioned(self.treatment, self.injection)
         # JSON has lists.
         object.__setattr__(self, "descriptors", tuple(self.descriptors) if used else ())
-        try:
-            check_descriptors(self.descriptors)
-        except ValueError as error:
-            raise ConfigError(f"conditioning.{error}") from None
+        check_descriptors(self.descriptors, "conditioning.")
         self._check_options()
 
     def _check_options(self) -> None:
