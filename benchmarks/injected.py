@@ -1,4 +1,4 @@
-"""The faults of docs/storage.md's table, each as what happens to a tiny run."""
+"""The faults of docs/storage.md's table, each as it happens to a tiny run."""
 
 import contextlib
 import dataclasses

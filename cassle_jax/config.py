@@ -121,7 +121,7 @@ def _defaults() -> ConfigDict:
     config.log = ConfigDict(
         {
             "every_steps": 50,
-            "to": (),  # beside metrics.jsonl and TensorBoard: wandb, mlflow
+            "to": (),  # in addition to metrics.jsonl and TensorBoard: wandb, mlflow
         }
     )
     return config

@@ -265,7 +265,7 @@ def open_evaluated(described: str, data_dir: str) -> EvaluationData:
 
 
 def datasets_in(text: str) -> tuple[str, ...]:
-    """The datasets in a comma-separated list; a comma without a dataset after it is a path's."""
+    """The datasets in a comma-separated list; a comma that no dataset follows belongs to a path."""
     found: list[str] = []
     for piece in text.split(",") if text else []:
         name = piece.strip().partition("=")[0]
@@ -347,7 +347,7 @@ def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:
 
 
 def define_flags(into: flags.FlagValues) -> None:
-    """Defines the command's flags, of which those of settings are made of their fields."""
+    """Defines the command's flags: its own, and one for each of `all_settings`."""
     flags.DEFINE_multi_string(
         "run",
         [],

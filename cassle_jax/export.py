@@ -37,14 +37,14 @@ def export_command(
     Args:
       run: workdir of the run to export; or
       weights: a file that `load_weights` reads, to convert.
-      to: folder that is made and written to.
+      to: folder of the files; made where missing.
       formats: names in `FORMATS`; empty for the usual ones that can be written.
-      network: `online` or `momentum`, of a run.
-      step: of the run's checkpoint; `None` for the newest.
-      heads: of the attention of a ViT in a file that does not say.
+      network: network of a run, `online` or `momentum`.
+      step: step of the run's checkpoint; `None` for the newest.
+      heads: number of attention heads of a ViT, where its file does not give it.
 
     Raises:
-      ConfigError: there is nothing to export, or it cannot be written so.
+      ConfigError: there is nothing to export, or a format cannot hold it.
     """
     if bool(run) == bool(weights):
         raise ConfigError("export needs one of --run=WORKDIR and --weights=FILE")

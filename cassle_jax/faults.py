@@ -20,7 +20,7 @@ RESOURCES = ("EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EAGAIN", "EINTR")
 """Names of the errors with which this machine reports that it ran out of something."""
 
 # Faults of a device or network, or of this machine's resources: none of them is a wrong setting.
-# A file system that says EBADMSG or EUCLEAN has lost a file, or itself: which, other files tell.
+# EBADMSG or EUCLEAN: a file, or the whole file system, is damaged; reading other files shows which.
 TEMPORARY = (
     *("EIO", "EREMOTEIO", "ESTALE", "ENODEV", "ENXIO", "ENOMEDIUM", "ENOLINK", "ENOLCK", "EBUSY"),
     *("ETIMEDOUT", "ETIME", "ENOTCONN", "ESHUTDOWN", "EPIPE", "EHOSTDOWN", "EHOSTUNREACH"),
@@ -47,9 +47,9 @@ class Outage(RuntimeError):
 def passing(error: BaseException | None) -> OSError | None:
     """The temporary fault of storage that caused `error`; `None` for any other cause.
 
-    Libraries in other languages report a fault in words alone, those of object stores by types of
-    their own. This project's own errors have it as their cause; their words may quote a fault that
-    is past, or a path.
+    Libraries in other languages report a fault in words only, and those of object stores by their
+    own types of exception. This project's own errors have the fault as their cause; their words may
+    quote a past fault, or a path.
     """
     seen = set()
     while error is not None and id(error) not in seen:
@@ -63,7 +63,7 @@ def passing(error: BaseException | None) -> OSError | None:
 
 
 def _code_of(error: BaseException) -> int | None:
-    """The number of the temporary fault that an error is, without its causes."""
+    """The errno of an error that is itself a temporary fault, whatever its causes."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in _PASSING else None
     library = type(error).__module__.split(".")[0]
@@ -81,7 +81,7 @@ def _code_of(error: BaseException) -> int | None:
 
 
 def _named_in(text: str) -> int | None:
-    """The number of the temporary fault that a text names."""
+    """The errno of the temporary fault that a text names."""
     return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
 
 

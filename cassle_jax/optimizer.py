@@ -36,7 +36,7 @@ class Clock:
 
     Attributes:
       steps_per_epoch: whole batches in the dataset.
-      total_steps: of the run.
+      total_steps: number of steps of the run.
     """
 
     steps_per_epoch: int
@@ -65,12 +65,12 @@ class OptimizerSpec:
       name: `sgd` (with momentum; weight decay is added to every gradient), `adamw`, `lars` (which
         leaves biases and BatchNorm's parameters without decay and adaptation), or any other
         optimiser of optax or optax.contrib by its name there, such as `lamb`, `adopt` or `muon`.
-      base_learning_rate: for a global batch of 256; the run's is base · batch / 256.
-      momentum: of the optimisers that take `momentum`, such as SGD and LARS.
-      weight_decay: on every parameter that is trained; under LARS, and under an optimiser of optax
-        that takes a mask, on weights alone.
-      warmup_epochs: of linear growth from 0, step by step, before the half-cosine.
-      final_fraction: what is left of the learning rate at the end of the run.
+      base_learning_rate: learning rate for a global batch of 256; the run's is base · batch / 256.
+      momentum: for the optimisers that take `momentum`, such as SGD and LARS.
+      weight_decay: applies to every trained parameter; under LARS, and under an optimiser of optax
+        that takes a mask, to weights alone.
+      warmup_epochs: epochs of linear growth from 0, step by step, before the half-cosine.
+      final_fraction: share of the learning rate that is left at the end of the run.
       schedule_by: `step` moves the learning rate every step, `epoch` once an epoch as the published
         CASSLE code does.
       clip_norm: largest norm of the whole gradient; a longer one is scaled down. 0: no limit.
@@ -132,7 +132,7 @@ def make_optimizer(
 
     Args:
       spec: the recipe.
-      method: its groups.
+      method: defines the groups of parameters.
       schedule: the learning rate of all that have no schedule of their own.
       batch_size: of all devices together.
       frozen: names at the top of the encoder's parameters that stay as they are.
@@ -186,8 +186,8 @@ PUBLISHED = {"sgd": _sgd, "adamw": _adamw, "lars": _lars}
 def optimizers() -> dict[str, Callable]:
     """The published recipes' optimisers, and optax's: its functions of a learning rate."""
     named = {**vars(optax.contrib), **vars(optax)}
-    # A part of an optimiser is none; and schedule-free ones evaluate other weights than they train.
-    # Noise would be the same with every seed.
+    # A part of an optimiser is not an optimiser; schedule-free ones evaluate other weights than
+    # they train; the noise would be the same with every seed.
     others = ("_", "scale_by_", "schedule_free", "noisy_sgd")
     functions = {
         name: value
@@ -199,7 +199,7 @@ def optimizers() -> dict[str, Callable]:
 
 
 def _rule(spec: OptimizerSpec) -> tuple[Chain, Callable[..., optax.GradientTransformation]]:
-    """The transformations of all parameters, and what follows as a function of a learning rate.
+    """The transformations that all groups share, and a function of a learning rate for the rest.
 
     Raises:
       ConfigError: the optimiser does not take the settings, or needs more than gradients.
@@ -222,7 +222,7 @@ def _rule(spec: OptimizerSpec) -> tuple[Chain, Callable[..., optax.GradientTrans
 
 
 def _arguments(spec: OptimizerSpec, taken: Collection[str]) -> dict[str, Any]:
-    """The arguments of an optimiser, but for the learning rate, by the names that it takes.
+    """The arguments of an optimiser, except its learning rate, by the names that it takes.
 
     Raises:
       ConfigError: a setting is not among them.

@@ -1,4 +1,4 @@
-"""Pretrains plain and with CASSLE on drawn motifs, and shows what either keeps of their factors."""
+"""Pretrains plain and with CASSLE on drawn motifs, and shows which factors each keeps."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __m
 get_config = runpy.run_path(str(CONFIGS / "quickstart.py"))["get_config"]
 
 RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
-"""For each run the arguments of its configuration; the first is what the others are beside."""
+"""The arguments of the configuration, by run; the others are compared with the first."""
 
 UNTRAINED = "untrained"
 EXPLANATION = (
@@ -46,7 +46,7 @@ EXPLANATION = (
     "what a constant answer gets. Nothing but these factors tells two images apart. Augmentations "
     "change all but the content."
 )
-_PROBED = 4000  # images a probe is fitted to: with more it takes longer, and reads hardly better
+_PROBED = 4000  # images to fit a probe to; more take longer and hardly improve it
 _SHOWN = 4  # images on the page, with their views
 _FACTORS = Motifs.FACTORS
 _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
@@ -62,7 +62,7 @@ def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
     Args:
       method: a name in `METHODS`.
       workdir: a folder for the runs and what is written.
-      seed: of the runs: weights, order and augmentations. The images stay the same.
+      seed: seed of the runs' weights, order and augmentations. The images stay the same.
 
     Returns:
       The score of each factor with every run's features and with an untrained encoder's.
@@ -91,7 +91,7 @@ def _config(method: str, arguments: str, seed: int) -> ConfigDict:
 
 
 def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, float]:
-    """How well each factor is read off the features; an untrained encoder's without a state."""
+    """The score of each factor, read off a run's features, or off an untrained encoder's."""
     mesh = device_mesh()
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     probed = np.arange(min(_PROBED, len(train)))
@@ -107,7 +107,7 @@ def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, flo
 
 
 def group_table(scores: Scores, group: str) -> Table:
-    """For each factor of a group every run's score, and their mean before them."""
+    """The scores of a group's factors by run, below their mean."""
     means = {run: group_means(each, _GROUPS) for run, each in scores.items()}
     names = [name for name, of in _GROUPS.items() if of == group]
     return Table(
@@ -120,7 +120,7 @@ def group_table(scores: Scores, group: str) -> Table:
 
 
 def whole_table(scores: Scores) -> Table:
-    """The groups' tables one below the other, and what changes each factor."""
+    """The tables of all groups, with the augmentations that change each factor."""
     rows = []
     for group in _ORDER:
         (_, *means), *factors = group_table(scores, group).rows
@@ -130,7 +130,7 @@ def whole_table(scores: Scores) -> Table:
 
 
 def headline(scores: Scores) -> str:
-    """What every run keeps more or less of than the first, in one sentence a run."""
+    """Says what each run keeps more or less of than the first run, in a sentence per run."""
     first, *others = RUNS
     means = {run: group_means(scores[run], _GROUPS) for run in RUNS}
 

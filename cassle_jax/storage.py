@@ -22,12 +22,12 @@ LOG = logging.getLogger(__name__)
 
 OBJECT_STORES = ("gs", "s3")
 
-PARTIAL = ".partial"  # how the names of files end that are being written
-_DEAD_AFTER = 3600.0  # seconds without a byte, after which a file's writer is taken for killed
+PARTIAL = ".partial"  # ending of the names of unfinished files
+_DEAD_AFTER = 3600.0  # seconds without a new byte after which the writer counts as killed
 
 
 def path_of(written: epath.PathLike) -> epath.Path:
-    """The path that a setting or flag gives: a leading `~` is the home, all else is itself."""
+    """The path that a setting or flag gives, with a leading `~` replaced by the home folder."""
     # pathlib's own raises where `~name` is a file of that name and no user.
     return epath.Path(os.path.expanduser(written))  # noqa: PTH111
 
@@ -38,7 +38,7 @@ def is_utf8(path: epath.PathLike) -> bool:
 
 
 def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
-    """What matches inside a folder whose own name is no pattern."""
+    """The matches inside a folder; the folder's own name is not a pattern."""
     # epath's own takes `runs/a[1]` for a pattern: Orbax then finds nothing to put into a checkpoint
     # and leaves, without a word, one that cannot be read.
     first, _, rest = pattern.partition("/")
@@ -71,7 +71,7 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def free_bytes(folder: epath.PathLike) -> int | None:
-    """What is free where the folder lies; `None` where that has no limit, or none that is known."""
+    """Bytes free where the folder lies; `None` where they are unlimited or unknown."""
     try:
         return None if on_object_store(folder) else shutil.disk_usage(folder).free
     except OSError:
@@ -89,8 +89,8 @@ def kept_json(path: epath.PathLike) -> Any:
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file that is never seen half written: the old one stays until the new is complete.
 
-    Text is UTF-8; what that cannot hold, such as a byte of a file name, is written as an escape,
-    which in JSON stands for itself.
+    Text is written as UTF-8. What UTF-8 cannot hold, such as some byte of a file name, becomes an
+    escape, which JSON reads back unchanged.
 
     Raises:
       OSError: it cannot be written; the old one is untouched.
@@ -142,11 +142,11 @@ def remove_dead_partials(folder: Path, name: str = "*") -> None:
 
 
 class GrowingFile:
-    """A file of records to whose end more are written, and which never ends a run.
+    """A file of records that grows at its end; a failed write never ends the run.
 
-    What cannot be written, as on a full disk, is said once, kept, and written with what comes next;
-    half a record is never left. On an object store, which cannot append, the file is written anew
-    with every record.
+    A record that cannot be written, as on a full disk, is kept and written with the next one; one
+    line in the log says so. No half record stays. On an object store, which cannot append, the file
+    is written anew with every record.
 
     Args:
       path: of the file.

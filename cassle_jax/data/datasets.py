@@ -34,8 +34,8 @@ class Entry:
 
     Attributes:
       builder: tfds builder, with its config; '' for an image folder.
-      outputs: number of classes, or for regression of numbers to predict; 0 for what the dataset
-        has.
+      outputs: number of classes, or, for regression, of numbers to predict; 0 for the dataset's own
+        number.
       sizes: published number of images for training, validation and test. Without a validation
         part, the first two give the fraction of the training images that becomes one.
       val: tfds' name of the validation part; '' cuts it off the training part. A folder calls it

@@ -88,8 +88,8 @@ class FolderSource:
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
     """Opens `<path>/<split>`, or all of `<path>` where it has no splits.
 
-    The folders that hold images, at any depth below them, are the classes. If more images lie
-    beside these folders than in them, the images, at any depth, have no labels. Where at most one
+    The folders that hold images, at any depth below them, are the classes. If more images lie next
+    to these folders than in them, no image has a label, whatever its depth. Where at most one
     folder holds images, a file `<split>/<split>_annotations.txt`, as Tiny-ImageNet has it, gives
     the labels. Images are ordered by class, then by path.
 

@@ -101,7 +101,7 @@ def _images(
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether the path is a folder; False where that must not be read.
+    """Whether the path is a folder; False without permission to find out.
 
     Raises:
       OSError: storage is out of reach, for now.

@@ -83,9 +83,9 @@ class KeptRecords:
     """A source that keeps its first records in memory once they are read. Thread-safe.
 
     Args:
-      source: the dataset; what is not here is taken from it.
+      source: the dataset, which provides all other records.
       records: number of records to keep.
-      memory: bound of their size, bytes; what is read after it is reached is not kept.
+      memory: bound of their size, bytes; records beyond it are not kept.
     """
 
     def __init__(self, source: Source, records: int, memory: int):

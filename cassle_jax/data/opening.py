@@ -44,7 +44,7 @@ def open_source(data_config: Any, split: str) -> Source:
       The source; no image has been read.
 
     Raises:
-      DataError: a setting cannot work; the message names it and what would.
+      DataError: a setting cannot work; the message names it and what would work.
       Outage: storage was out of reach and did not come back in time.
     """
     openers = {

@@ -53,7 +53,8 @@ class RecordReader:
 
     Args:
       source: the dataset.
-      is_known: whether a file, by its name, is known as unreadable: it is not waited for again.
+      is_known: whether the file of this name is known to be unreadable; the reader does not wait
+        for it again.
     """
 
     def __init__(self, source: Source, is_known: Callable[[str], bool]):

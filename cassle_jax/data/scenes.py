@@ -1,4 +1,4 @@
-"""Draws coloured scenes with known factors, among much that means nothing."""
+"""Draws coloured scenes with known factors, among distractors."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -45,10 +45,10 @@ FACTORS: dict[str, Factor] = {
 
 
 class Scenes(Drawn):
-    """Scenes with one object each, on a patterned, muted background with blobs that mean nothing.
+    """Scenes with one object each, on a patterned, muted background with distracting blobs.
 
-    All else about a scene (background hues, ramp and waves, blobs, light, phase of the texture) is
-    drawn too and cannot be chosen; it is enough to distinguish scenes. `Motifs` have no such
+    The rest of a scene (background hues, ramp and waves, blobs, light, phase of the texture) is
+    also random and cannot be chosen; it suffices to distinguish scenes. `Motifs` have no such
     extras. The label is the shape.
 
     Factors, aligned with the index:

@@ -86,7 +86,7 @@ class Bench:
         return programs[make.__name__]
 
     def learnt_from(self) -> Source:
-        """The images of `fitted`, for protocols that train on images and choose nothing."""
+        """The images of `fitted`, for protocols that train on images without choosing a setting."""
         parts = (self.store.limited(part) for part in (self.data.train, self.data.val))
         return Joined(*parts)
 

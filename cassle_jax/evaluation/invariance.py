@@ -1,4 +1,4 @@
-"""Measures how much of what each augmentation changes every stage of the network keeps."""
+"""Measures how far every stage of the network is invariant to each augmentation."""
 
 import dataclasses
 import logging

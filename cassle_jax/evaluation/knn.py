@@ -89,7 +89,7 @@ def knn_accuracy(
     neighbour has one vote; among labels with equally many votes, the one with the nearest
     neighbour wins. The CASSLE paper uses ``k = 1``.
 
-    Memory beside the features: one block of 1024 × 8192 similarities.
+    Memory in addition to the features: one block of 1024 × 8192 similarities.
 
     Args:
       train_features: Features of the rows to search, any scale.

@@ -38,7 +38,8 @@ BATCH, TEMPERATURE = 128, 0.2
 # Image means, from which such descriptors are computed, hardly depend on the view's size.
 _PICTURE, _VIEW = 32, 16
 _LEARNING_RATE = 3e-3
-# Candidate shares of the embeddings beside a constant; at 0 all embeddings are equal.
+# Candidate shares of the embeddings in their mixture with a constant; at 0 all embeddings are
+# equal.
 _SHARES = np.linspace(0, 1, 17) ** 2
 _DRAWS = 8  # views per held-out image
 FEWEST_IMAGES = 8  # two held-out batches of two

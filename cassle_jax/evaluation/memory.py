@@ -18,7 +18,7 @@ _CGROUPS = (
 def check_memory(
     bench: Bench, bytes_of: Callable[[int, int], tuple[int, int]], *, copies: int = 1
 ) -> None:
-    """Checks that the features to fit are not sure to exceed the memory, with what a solver takes.
+    """Refuses features that, with the solver's arrays, are sure to exceed the memory.
 
     Args:
       bench: the dataset; its training and validation parts are fitted together at the end.

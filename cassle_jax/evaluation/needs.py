@@ -14,7 +14,7 @@ from cassle_jax.data.sources import DAMAGED, labels_of
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """The least that a protocol can be run with; 0 for no requirement.
+    """The least that a protocol needs of a dataset; 0 for no requirement.
 
     Attributes:
       train, val, test: images per part.

@@ -26,10 +26,12 @@ class Protocol:
     Attributes:
       name: its name in `--tasks`, in findings, and so in the report and its CSV.
       title: heading of its section of the page.
-      run: measures a subject on a dataset, with the settings; its findings bear the name.
+      run: measures a subject on a dataset, with the settings; its findings have the name as their
+        task.
       takes: the kinds of dataset it suits: their tasks, or `DRAWN`.
-      usual: those that it runs on where no tasks are requested; `None` for all it suits.
-      needs: the least of a dataset, or how it follows from the settings and the number of devices.
+      usual: the kinds that it runs on where no tasks are requested; `None` for all it suits.
+      needs: the least that it needs of a dataset, or a function that returns this from the settings
+        and the number of devices.
       settings: the dataclass of its settings.
     """
 

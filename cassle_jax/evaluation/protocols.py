@@ -47,7 +47,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def title_of(task: str) -> str:
-    """The heading of a task's section: the protocol's title, or the task where it is none's.
+    """The heading of a task's section: the title of its protocol, or its own name without one.
 
     What follows a colon is kept, as in `linear: difference to the baseline`.
     """

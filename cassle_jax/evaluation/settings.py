@@ -20,9 +20,9 @@ def setting(default: Any, help: str) -> Any:
 class Settings:
     """A frozen dataclass that checks itself, and whose fields are made by `setting`.
 
-    A field is an int, a float, a str, or a tuple of any number of one of them. Its name is that of
-    its flag, of the option of a table, and on the page. So a name belongs to one field: protocols
-    that share a setting inherit it.
+    A field is an int, a float, a str, or a tuple of any length of one of these. Its name is also
+    the name of the flag, of a table's option, and of the setting on the page. So a name belongs to
+    one field: protocols that share a setting inherit it.
     """
 
     @classmethod

@@ -26,7 +26,7 @@ WRAPPERS = {
 }
 # Networks that are not evaluated where a file has another one: DINO evaluates the teacher.
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
-# Names beside an encoder's own arrays: classifiers, and the heads of SwAV and others.
+# Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 STEM = re.compile(r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token)")
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")

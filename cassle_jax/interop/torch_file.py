@@ -229,7 +229,7 @@ class _Unpickler(pickle._Unpickler):
         # A state dict's versions of its modules, which nothing here needs.
         versions = isinstance(state, dict) and state.keys() == {"_metadata"}
         if not (versions and isinstance(self.stack[-1], collections.OrderedDict)):
-            raise WeightsError("it sets attributes, which weights have not")
+            raise WeightsError("it sets attributes, which weights do not have")
 
     def load_setitem(self):
         self._set_items([self.stack.pop(-2), self.stack.pop()])

@@ -149,7 +149,6 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     The file may come from `cassle_jax.export`, hold a ResNet or ViT of torchvision or timm, or be a
     checkpoint of the projects that `layouts.KNOWN` names. It is a safetensors or a PyTorch file, of
     a model or of its `DataParallel` or compiled module.
-    model or of its `DataParallel` or compiled module.
 
     Args:
         path: path of the file.

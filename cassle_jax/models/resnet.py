@@ -29,7 +29,7 @@ def convolution(features: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside an identity: the block of ResNet-18 and ResNet-34."""
+    """Two 3×3 convolutions with a shortcut: the block of ResNet-18 and ResNet-34."""
 
     width: int
     stride: int
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 (with the stride) and 1×1 convolutions beside an identity: ResNet-50's block."""
+    """1×1, 3×3 (with the stride) and 1×1 convolutions with a shortcut: ResNet-50's block."""
 
     width: int
     stride: int

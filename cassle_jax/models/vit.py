@@ -139,7 +139,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each behind a LayerNorm and beside an identity."""
+    """Attention and a feed-forward network, each with a LayerNorm before and a shortcut around."""
 
     heads: int
     dtype: DTypeLike

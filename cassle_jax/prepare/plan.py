@@ -22,7 +22,7 @@ _MARGIN = 1.05  # of the estimate, for records' names and the files' indices
 
 
 class Preparation(NamedTuple):
-    """What determines the prepared files, beside the images.
+    """What determines the prepared files, apart from the images.
 
     Attributes:
       name: name of the dataset that is written.

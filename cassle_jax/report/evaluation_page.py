@@ -31,7 +31,7 @@ from cassle_jax.storage import write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
-"""By subject, for each run: keys, "" for none, and how many of the findings stand under each."""
+"""By subject and run: keys, "" for none, with the number of findings under each, in their order."""
 
 HTML, JSON, CSV = "report.html", "report.json", "report.csv"
 CSV_COLUMNS = (
@@ -131,9 +131,9 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
 
 
 def is_complete(path: str | PathLike[str]) -> bool:
-    """Whether there is a `report.json` at the path of an evaluation that was done, all of it.
+    """Whether the path is the `report.json` of an evaluation that finished without a failure.
 
-    A damaged one is not complete: the evaluation makes it anew.
+    A damaged file is not complete: the evaluation makes it anew.
     """
     try:
         held = _held(path)

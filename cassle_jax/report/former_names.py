@@ -13,7 +13,7 @@ _TASKS = {
     "linear, random splits": "linear_resampled",
     "k-NN (k = 1)": "knn",
 }
-# Their names had a setting, which the name of the metric has now.
+# Names that contained a setting, which is now in the metric's name.
 _WITH_SETTING = {r"k-NN \((k = \d+)\)": "knn", r"fine-tuning, (.*)": "fine_tune"}
 
 

@@ -1,4 +1,4 @@
-"""A report that grows while results come, and from which another call of the command goes on."""
+"""A report that grows while results come in, and that a later call of the command continues."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ class GrowingReport:
       folder: of the report; what an earlier call left there is read.
       summary: see `write_report`.
       facts: of each subject, see `write_report`.
-      writes: whether this process writes the files; of several processes, one.
+      writes: whether this process writes the files; one of several processes does.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class GrowingReport:
         ]
 
     def kept(self, key: str) -> Sequence[Finding] | None:
-        """What is found under a key by now, or by an earlier call; `None` where nothing is."""
+        """The findings under a key, from this or an earlier call; `None` without any."""
         return self._kept.get(key)
 
     def begin(self, subject: str) -> None:
-        """Begins another run of a subject, to which is added from now on."""
+        """Begins another run of a subject; later findings are added to it."""
         self._runs.setdefault(subject, []).append([])
 
     def check(self, findings: Sequence[Finding]) -> None:
@@ -73,7 +73,7 @@ class GrowingReport:
 
         Args:
           findings: see `check`.
-          key: under which another call finds them; "" where they are to be found anew.
+          key: key under which a later call finds them; "" to have them computed anew.
         """
         self._runs[next(reversed(self._runs))][-1].append((key, findings))
         if key:

@@ -74,8 +74,8 @@ def fit_absolute(
     A step takes two products with the features. A few dozen steps are usual; it takes thousands
     where the penalty is tiny and there are more rows than features. A fit has converged when its
     duality gap is below 1e-4 of the objective, or below 1e-5 of the best constant's absolute error,
-    which is about the resolution of float32. One part of the gap grows like 1/w; of it, only what a
-    change of the predictions by twice the residuals' length can gain is counted.
+    which is about the resolution of float32. One part of the gap grows like 1/w; only as much of it
+    counts as a change of the predictions by twice the residuals' length can gain.
 
     The device holds the features and, per penalty of a lot, seven numbers per row and target.
 
@@ -148,7 +148,7 @@ def absolute_bytes(rows: int, features: int) -> tuple[int, int]:
 def _on_device(
     features: np.ndarray,
 ) -> tuple[Float32[Array, "rows axes"], Float64[np.ndarray, " axes"], np.ndarray]:
-    """As `principal_axes`; of the features on their axes the host keeps no copy."""
+    """As `principal_axes`, without a copy of the rotated features on the host."""
     rotated, spectrum, axes = principal_axes(features)
     return jnp.asarray(rotated, jnp.float32), spectrum, axes
 

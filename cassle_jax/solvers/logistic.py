@@ -5,7 +5,7 @@ a mean, and the biases are penalised like the weights. So it is strictly convex,
 Three things make the optimum quick to reach at any scale of the features, even where w is tiny and
 the classes separable. All is computed in float64, except on TPUs, which have only float32:
 
-- The features, beside a column of ones for the bias, are rotated onto their principal axes. The
+- The features, with a column of ones for the bias, are rotated onto their principal axes. The
   rotation leaves the penalty unchanged, and one number per axis, its curvature, preconditions well
   (at θ = 0, perfectly).
 - Newton's method takes its steps from preconditioned conjugate gradients. Its line search runs
@@ -140,7 +140,7 @@ def logistic_bytes(rows: int, features: int, classes: int) -> tuple[int, int]:
 
 
 def _on_device(features: np.ndarray) -> tuple[Float[Array, "N D"], np.ndarray]:
-    """The features on their axes, of which the host keeps no copy, and the axes."""
+    """The features on their axes, without a copy on the host, and the axes."""
     rotated, _, axes = principal_axes(features)
     return jnp.asarray(rotated, float), axes
 

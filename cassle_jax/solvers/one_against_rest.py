@@ -39,8 +39,8 @@ def fit_one_against_rest(
     """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of each episode.
 
     A fit has converged when its last Newton step was predicted to lower the objective by less than
-    1e-6 of its value. Images longer than 1e4 never count as converged: float32 loses the penalty's
-    curvature beside theirs.
+    1e-6 of its value. Images longer than 1e4 never count as converged: in float32 their curvature
+    swallows the penalty's.
 
     Args:
       support: The features of each episode's classes; used as they are.

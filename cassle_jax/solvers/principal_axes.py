@@ -1,4 +1,4 @@
-"""Rotates features, beside a column of ones for the bias, onto their principal axes."""
+"""Rotates features, with a column of ones for the bias, onto their principal axes."""
 
 from collections.abc import Iterator
 

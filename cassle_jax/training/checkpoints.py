@@ -150,7 +150,7 @@ class Checkpoints:
         """Saves, and returns whether the checkpoint is complete.
 
         Raises:
-          NotSaved: it is, and it cannot be read back, like all before it.
+          NotSaved: it is complete, and neither it nor any before it can be read back.
         """
         self._try(step, state, data_state)
         self._settle()

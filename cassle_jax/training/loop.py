@@ -54,7 +54,7 @@ from cassle_jax.training.workdir import check_seen, known_path, written
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
 STEPS_AHEAD = 2
-# How long a full disk is waited for where giving up loses steps: at the end of a run, and after a
+# How long to wait for a full disk where giving up loses steps: at the end of a run, and after a
 # request to stop, which a kill soon follows.
 LAST_SAVE_SECONDS = 600.0
 STOPPING_SAVE_SECONDS = 30.0

@@ -37,7 +37,7 @@ class MetricsWriter:
       step: the step that the run continues from; 0 for a new one.
 
     Attributes:
-      measured: the names of what is written of that step already.
+      measured: names of the metrics of that step that the file already has.
 
     Raises:
       OSError: the files cannot be written.
@@ -68,7 +68,7 @@ class JsonLines:
     """One line for each report, with its step; earlier lines after `step` are dropped.
 
     Attributes:
-      measured: the names of what is written of that step already.
+      measured: names of the metrics of that step that the file already has.
     """
 
     def __init__(self, path: epath.Path, step: int):

@@ -122,6 +122,6 @@ def _check_same_classes(train: Source, test: Source, test_split: str) -> None:
     different = sorted(set(train.class_names) ^ set(test.class_names))
     if _has_classes(train) and _has_classes(test) and different:
         raise DataError(
-            f"probe.test_split={test_split!r} has not the classes of the training split: "
+            f"probe.test_split={test_split!r} lacks the classes of the training split: "
             f"{different[0]!r} is in one of them only; make them equal, or use probe.every_epochs=0"
         )

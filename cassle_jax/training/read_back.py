@@ -22,7 +22,7 @@ class ReadBack:
     Args:
       folder: folder of the checkpoint.
       state: the state saved in it; only its shapes are kept.
-      saved: the data saved beside it, with the checksums.
+      saved: the data saved with it, including the checksums.
     """
 
     def __init__(self, folder: epath.Path, state: TrainState, saved: Mapping[str, Any]):

@@ -1,4 +1,4 @@
-"""Keeps the configuration beside a run, and refuses to continue with another."""
+"""Keeps the configuration in the workdir of a run, and refuses to continue with another."""
 
 import json
 from typing import Any

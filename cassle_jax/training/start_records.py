@@ -1,4 +1,4 @@
-"""Records the facts of each start beside a run: versions, devices, images, heads."""
+"""Records the facts of each start of a run: versions, devices, images, heads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -95,7 +95,7 @@ def views_of(
 
 
 class _Forward(NamedTuple):
-    """Results of the forward pass that the update needs, beside the loss.
+    """Results of the forward pass that the update needs in addition to the loss.
 
     Attributes:
       online: embeddings of the trained networks.

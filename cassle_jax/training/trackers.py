@@ -121,9 +121,10 @@ class Tracking:
     """Sends every step to a tracker once, however often the run continues.
 
     A tracker that joins late gets what `<workdir>/metrics.jsonl` has. `<workdir>/<name>.json` keeps
-    the tracker's run, its last step and what was sent of it. What cannot be sent, as in an outage,
-    is said once, kept, and sent with what comes next. Sending takes a second per report at most,
-    however much there is to catch up with; at the end all is sent, unless the run is to stop.
+    the tracker's run, the last step sent and the names of its metrics. What cannot be sent, as in
+    an outage, is kept and sent with the next report; one line in the log says so. Sending takes a
+    second per report at most, however much there is to catch up with; at the end all is sent,
+    unless the run is to stop.
 
     Args:
       name: a key of `TRACKERS`.
