@@ -51,6 +51,8 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         and components, such as color.hue, joined by `+`.
         `augself`: `none` (default), `main` (crop and color at 0.5, the paper's main setting), or
         `name:weight` joined by `+`.
+        `equimod`: `none` (default), `main` (weight 1, the paper's; Devillers and Lefort 2022), or a
+        weight.
         `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
         queue holds queries, SimCLR takes negatives from its own device, BYOL's momentum and the
         learning rate change once per epoch, and a batch shares one order of jitter operations.

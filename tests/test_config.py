@@ -95,6 +95,25 @@ def test_augself_names_weights(value, expected):
 
 
 @pytest.mark.parametrize(
+    ("argument", "settings"),
+    [
+        ("equimod=none", {}),
+        ("equimod=main", {"equimod.weight": 1.0}),
+        ("equimod=0.25", {"equimod.weight": 0.25}),
+    ],
+)
+def test_equimod_is_switched_on_by_its_weight(argument, settings):
+    assert changed(argument, "") == settings
+
+
+def test_a_run_begun_before_there_was_equimod_continues():
+    now = base_config("method=simclr,augself=main")
+    before = base_config("method=simclr,augself=main").unlock()
+    del before["equimod"]
+    assert changes(before, now) == {}
+
+
+@pytest.mark.parametrize(
     ("method", "setting"),
     [
         ("moco_v2", {"method.enqueue": "queries"}),
@@ -145,12 +164,17 @@ def test_arguments_go_together_in_any_order():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("simclr", r"'simclr' is unknown; use method=…, conditioning=…, augself=…, follow=…"),
+        (
+            "simclr",
+            r"'simclr' is unknown; use method=…, conditioning=…, augself=…, equimod=…, "
+            r"follow=…",
+        ),
         ("methd=simclr", r"'methd=simclr' is unknown; use method=…"),
         ("method=simcrl", r"method='simcrl' .* moco_v2, .*; did you mean 'simclr'\?"),
         ("method=xyz", r"method='xyz' is unknown; use one of barlow_twins, byol, .*\w$"),
         ("follow=publishd", r"follow='publishd' .* paper, published; did you mean 'published'"),
         ("augself=crops", r"augself='crops' .* crop, flip, .*did you mean 'crop'"),
+        ("equimod=mian", r"equimod='mian' is unknown; use a weight, or none, main"),
         (
             "augself=crop:half",
             r"augself weight 'crop:half' is not a number; use a form such as crop:0\.5",

@@ -17,6 +17,8 @@ from cassle_jax.versions import versions
 Card = dict[str, Any]
 # The metrics that a card shows, with their titles.
 METRICS = {"loss": "Training loss", "knn_accuracy": "k-NN accuracy", "rank_me": "RankMe"}
+# The groups of settings of the auxiliary objectives, with their titles.
+AUXILIARIES = {"augself": "AugSelf", "equimod": "EquiMod"}
 # The assumed input of an encoder whose file says nothing about its images.
 ASSUMED_INPUT = {
     "size": 224,
@@ -56,7 +58,7 @@ def run_card(
     return {
         "method": config.method.name,
         "conditioning": config.conditioning.to_dict(),
-        "augself": config.augself.to_dict(),
+        **{name: config[name].to_dict() for name in AUXILIARIES},
         "network": network,
         "step": step,
         "images_seen": step * config.batch_size,
@@ -174,12 +176,11 @@ def _of_run(card: Card) -> dict[str, str]:
     conditioning = dict(card["conditioning"])
     descriptors = _descriptors(conditioning)
     del conditioning["descriptors"]
-    weights = {n: w for n, w in card["augself"].items() if n != "hidden" and w}
     planned = f" of a run of {card['epochs']} epochs" if card["epochs"] else ""
     rows = {
         "Method": card["method"],
         "Conditioned on": f"{descriptors} ({_listed(conditioning)})" if descriptors else "nothing",
-        "AugSelf": _listed(weights) or "none",
+        **{title: _auxiliary(card[n]) for n, title in AUXILIARIES.items() if n in card},
         "Network": card["network"],
         "Data": _listed(card["dataset"]),
         "Devices": card["devices"],
@@ -196,6 +197,12 @@ def _descriptors(conditioning: Mapping[str, Any]) -> str:
     """The descriptors that a run was conditioned on; empty for the plain method."""
     conditioned = is_conditioned(conditioning["treatment"], conditioning["injection"])
     return ", ".join(conditioning["descriptors"]) if conditioned else ""
+
+
+def _auxiliary(settings: Mapping[str, Any]) -> str:
+    """What an auxiliary objective of weight above 0 is set to; sizes of heads are left out."""
+    used = {n: value for n, value in settings.items() if n not in ("hidden", "out") and value}
+    return _listed(used) if used and settings.get("weight") != 0 else "none"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

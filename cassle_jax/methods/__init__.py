@@ -15,6 +15,7 @@ from cassle_jax.methods.base import (
     ViewBatch,
 )
 from cassle_jax.methods.byol import BYOL
+from cassle_jax.methods.equimod import EquiMod
 from cassle_jax.methods.moco_v2 import MoCoV2
 from cassle_jax.methods.moco_v3 import MoCoV3
 from cassle_jax.methods.simclr import SimCLR
@@ -33,7 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
 }
 
-AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf,)}
+AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf, EquiMod)}
 
 __all__ = [
     "AUXILIARIES",
@@ -42,6 +43,7 @@ __all__ = [
     "Auxiliary",
     "Canvases",
     "Encoded",
+    "EquiMod",
     "Features",
     "Head",
     "HeadShape",

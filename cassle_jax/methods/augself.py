@@ -81,11 +81,8 @@ class AugSelf(Auxiliary):
     def targets(self, views, specs):
         """The differences of the first two views by name, for the pairs (1, 2) and (2, 1)."""
         of_pair = jax.vmap(partial(difference, spec=specs[0]))
-        first, second = views[:2]
-        return tuple(
-            {name: values[name] for name in self.descriptors}
-            for values in (of_pair(first, second), of_pair(second, first))
-        )
+        both = of_pair(*views[:2]), of_pair(*views[1::-1])
+        return tuple({name: values[name] for name in self.descriptors} for values in both)
 
     @override
     def losses(self, networks, features, own, axis_name):

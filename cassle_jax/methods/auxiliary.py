@@ -118,7 +118,7 @@ class Auxiliary:
 
     def images(
         self, key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
-    ) -> tuple[Float[Array, "B S S 3"], ...]:
+    ) -> tuple[Float[Array, "B _ _ 3"], ...]:
         """The further views; each image's depend only on the key and on its position.
 
         Args:
@@ -207,7 +207,7 @@ def with_own_views(
 
 def further_images(
     auxiliaries: Sequence[Auxiliary], key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
-) -> list[Float[Array, "B S S 3"]]:
+) -> list[Float[Array, "B _ _ 3"]]:
     """The further views of all objectives; `key` is the step's, whose other draws stay the same."""
     return [
         image

@@ -64,7 +64,7 @@ def training_views(
     conditioning: Conditioning,
     auxiliaries: Sequence[Auxiliary] = (),
     given: Bool[Array, " B"] | None = None,
-    further: Sequence[Float[Array, "B S S 3"]] = (),
+    further: Sequence[Float[Array, "B _ _ 3"]] = (),
 ) -> TrainingViews:
     """The networks' training inputs: the views' images, their ω, and what auxiliaries predict.
 

@@ -337,6 +337,18 @@ def test_a_card_says_that_the_plain_method_is_plain(setting):
     assert "| Conditioned on | nothing |" in text
 
 
+def test_a_card_lists_the_auxiliary_objectives():
+    config = tiny_config("method=moco_v2,augself=main")
+    card = run_card(config, step=1, network="online", metrics={}, start={})
+    card = with_encoder(card, architecture_of(encoder_state("resnet18")), ["encoder"])
+    text = markdown(card, {})
+    (augself,) = (line for line in text.splitlines() if line.startswith("| AugSelf |"))
+    assert "color 0.5" in augself and "crop 0.5" in augself and "flip" not in augself
+    assert "| EquiMod | none |" in text
+    before = {name: value for name, value in card.items() if name != "equimod"}
+    assert "EquiMod" not in markdown(before, {})  # of an earlier version
+
+
 def test_files_of_another_export_do_not_stay_beside_a_new_card(run, tmp_path):
     workdir, states = run
     export_command(run=str(workdir), to=str(tmp_path), formats=["cassle", "torchvision"])

@@ -60,6 +60,11 @@ REFUSED = [
         r"^batch_size=8 .*method\.negatives='local'.* at least 2 images a device$",
     ),
     ({"augself.crop": -1.0}, r"^augself\.crop=-1\.0 must be above 0$"),
+    ({"equimod.weight": -1.0}, r"^equimod\.weight=-1\.0 must be at least 0$"),
+    (
+        {"equimod.weight": 1.0, "equimod.descriptors": ("crop", "solarize")},
+        r"^augment\.solarize=0 never draws what equimod names; .* leave solarize out$",
+    ),
     (
         {"conditioning.descriptors": ("colour",)},
         r"^conditioning\.descriptors=\['colour'\] has the unknown name 'colour'; use any of blur,",

@@ -1,0 +1,101 @@
+"""EquiMod: a head predicts where an augmentation moves the embedding of an unaugmented image."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from typing_extensions import override
+
+from cassle_jax import augment
+from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.methods import losses
+from cassle_jax.methods.auxiliary import Auxiliary, Head
+from cassle_jax.models import MLP, ConditionedProjector
+
+
+@dataclasses.dataclass(frozen=True)
+class EquiMod(Auxiliary):
+    """EquiMod (Devillers and Lefort, 2022, section 3): loss = base + weight · NT-Xent(z', ẑ').
+
+    z' is a second projector's embedding of a view; a predictor makes ẑ' of z'₀ and of the view's ω.
+    z'₀ embeds the image as evaluation sees it, `center_view`: the short side is resized to
+    `augment.size` (bicubic), the centre cropped. It shares the encoder's batch with views 0 and 1.
+
+    Attributes:
+      weight: weight of the loss, 1 in the paper; 0 for no EquiMod.
+      descriptors: names of the descriptors that make up ω.
+      temperature: temperature of the softmax over similarities.
+      hidden, out: widths of the projector's hidden layers, and of z' and the embedded ω.
+    """
+
+    name: ClassVar = "equimod"
+    named: ClassVar = {"none": {}, "main": {"weight": 1.0}}
+    further: ClassVar = 1
+
+    weight: float = 0.0
+    descriptors: Sequence[str] = ("blur", "color", "crop", "flip", "grayscale")
+    temperature: float = 0.2
+    hidden: int = 2048
+    out: int = 128
+
+    def __post_init__(self):
+        check_at_least("equimod.weight", self.weight, 0)
+        check_positive("equimod.temperature", self.temperature)
+        check_at_least("equimod.hidden", self.hidden, 1)
+        check_at_least("equimod.out", self.out, 1)
+        if not augment.check_descriptors(self.descriptors, "equimod."):
+            raise ConfigError("equimod.descriptors=() is no ω; use ('crop',) or more names")
+
+    @property
+    @override
+    def weights(self):
+        return {"prediction": self.weight} if self.weight else {}
+
+    @override
+    def images(self, key, canvases, spec):
+        centre = jax.vmap(partial(augment.center_view, spec=spec))
+        return (centre(canvases.images, canvases.sizes),)
+
+    @override
+    def targets(self, views, specs):
+        pair = zip(views[:2], specs[:2], strict=True)
+        described = (jax.vmap(partial(augment.describe, spec=spec))(view) for view, spec in pair)
+        return tuple(augment.concatenate(each, self.descriptors) for each in described)
+
+    @override
+    def passes(self, online, own):
+        of_pair = [each for each in online if 0 in each or 1 in each]
+        return (sum(of_pair, ()) + own, *(each for each in online if each not in of_pair))
+
+    @override
+    def heads(self, feature_width, **settings):
+        norm = {"last_bn": True, "last_bn_affine": False}
+        settings |= {"hidden": self.hidden, "out": self.out, **norm}
+        condition = {"condition_depth": 1, "condition_width": self.out}
+        predictor = partial(ConditionedProjector, depth=1, **condition, **settings)
+        widths = self.out, augment.descriptor_width(self.descriptors)
+        return {
+            "equimod_projector": Head(partial(MLP, depth=3, **settings), (feature_width,)),
+            "equimod_predictor": Head(predictor, widths),
+        }
+
+    @override
+    def losses(self, networks, features, own, axis_name):
+        """NT-Xent on the views that the trained encoder sees, negatives from all devices.
+
+        `cosine` is the mean cosine of z' and ẑ', and `gain` that less the one of z' and z'₀.
+        """
+        seen = [view for view in (0, 1) if view in features.online]
+        rows = jnp.concatenate([features.online[view] for view in (*own, *seen)])
+        plain, *views = jnp.split(networks.equimod_projector(rows, True), 1 + len(seen))
+        plain, views = (jnp.concatenate(each) for each in ([plain] * len(seen), views))
+        omega = jnp.concatenate([features.targets[self.name][view] for view in seen])
+        predicted = networks.equimod_predictor(plain, omega, True)
+        loss = losses.nt_xent(views, predicted, temperature=self.temperature, axis_name=axis_name)
+        cosine = optax.cosine_similarity(views, predicted, epsilon=1e-12)
+        gain = cosine - optax.cosine_similarity(views, plain, epsilon=1e-12)
+        return {"prediction": loss}, {"cosine": cosine.mean(), "gain": gain.mean()}
