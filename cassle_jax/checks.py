@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 
@@ -44,6 +44,16 @@ def check_share(name: str, value: Real, usual: float) -> None:
     """Raises ConfigError unless the setting is in [0, 1)."""
     if not 0 <= value < 1:
         raise ConfigError(f"{name}={value} is not in [0, 1); {usual} is usual")
+
+
+def check_area(name: str, value: Sequence[Real]) -> tuple[Real, Real]:
+    """The range as a tuple; raises ConfigError unless 0 < low <= high <= 1."""
+    area = tuple(value)
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise ConfigError(
+            f"{name}={area} is not a range of areas; use (low, high) with 0 < low <= high <= 1"
+        )
+    return area
 
 
 def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:

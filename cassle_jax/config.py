@@ -53,6 +53,8 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         `name:weight` joined by `+`.
         `equimod`: `none` (default), `main` (weight 1, the paper's; Devillers and Lefort 2022), or a
         weight.
+        `essl`: `none` (default), `main` (weight 0.4 and small crops, the paper's for ImageNet;
+        Dangovski et al. 2022), `cifar10` (its for CIFAR-10), or a weight.
         `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
         queue holds queries, SimCLR takes negatives from its own device, BYOL's momentum and the
         learning rate change once per epoch, and a batch shares one order of jitter operations.

@@ -100,16 +100,18 @@ def test_augself_names_weights(value, expected):
         ("equimod=none", {}),
         ("equimod=main", {"equimod.weight": 1.0}),
         ("equimod=0.25", {"equimod.weight": 0.25}),
+        ("essl=main", {"essl.weight": 0.4}),
+        ("essl=cifar10", {"essl.weight": 0.4, "essl.crop_area": [0.2, 1.0]}),
     ],
 )
-def test_equimod_is_switched_on_by_its_weight(argument, settings):
+def test_equimod_and_essl_are_switched_on_by_their_weight(argument, settings):
     assert changed(argument, "") == settings
 
 
 def test_a_run_begun_before_there_was_equimod_continues():
     now = base_config("method=simclr,augself=main")
     before = base_config("method=simclr,augself=main").unlock()
-    del before["equimod"]
+    del before["equimod"], before["essl"]
     assert changes(before, now) == {}
 
 
@@ -166,7 +168,7 @@ def test_arguments_go_together_in_any_order():
     [
         (
             "simclr",
-            r"'simclr' is unknown; use method=…, conditioning=…, augself=…, equimod=…, "
+            r"'simclr' is unknown; use method=…, conditioning=…, augself=…, equimod=…, essl=…, "
             r"follow=…",
         ),
         ("methd=simclr", r"'methd=simclr' is unknown; use method=…"),
@@ -175,6 +177,7 @@ def test_arguments_go_together_in_any_order():
         ("follow=publishd", r"follow='publishd' .* paper, published; did you mean 'published'"),
         ("augself=crops", r"augself='crops' .* crop, flip, .*did you mean 'crop'"),
         ("equimod=mian", r"equimod='mian' is unknown; use a weight, or none, main"),
+        ("essl=mian", r"essl='mian' is unknown; use a weight, or none, main, cifar10"),
         (
             "augself=crop:half",
             r"augself weight 'crop:half' is not a number; use a form such as crop:0\.5",

@@ -267,6 +267,8 @@ def test_a_dry_run_counts_steps_and_hours_without_the_dataset():
     ("row", "work"),
     [
         (Row("a", "configs/imagenet100.py:method=byol"), 2.0),  # both views, by both networks
+        (Row("a", "configs/imagenet100.py:equimod=main"), 1 + 3 / 4),  # one more, with gradient
+        (Row("a", "configs/imagenet100.py:essl=main"), 1 + 3 * (96 / 224) ** 2),
         (Row("a", "configs/stl10.py"), 1.82 / 4.1 * (96 / 224) ** 2),
     ],
 )

@@ -64,7 +64,7 @@ def tiny_config(arguments="method=simclr"):
     config.encoder.width = 24
     config.conditioning.depth = 2
     config.conditioning.width = 8
-    config.augself.hidden = config.equimod.hidden = 16
+    config.augself.hidden = config.equimod.hidden = config.essl.hidden = 16
     config.equimod.out = 8
     config.augment.size = 16
     config.data.scenes = 64

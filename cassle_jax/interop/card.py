@@ -18,7 +18,7 @@ Card = dict[str, Any]
 # The metrics that a card shows, with their titles.
 METRICS = {"loss": "Training loss", "knn_accuracy": "k-NN accuracy", "rank_me": "RankMe"}
 # The groups of settings of the auxiliary objectives, with their titles.
-AUXILIARIES = {"augself": "AugSelf", "equimod": "EquiMod"}
+AUXILIARIES = {"augself": "AugSelf", "equimod": "EquiMod", "essl": "E-SSL"}
 # The assumed input of an encoder whose file says nothing about its images.
 ASSUMED_INPUT = {
     "size": 224,

@@ -16,6 +16,7 @@ from cassle_jax.methods.base import (
 )
 from cassle_jax.methods.byol import BYOL
 from cassle_jax.methods.equimod import EquiMod
+from cassle_jax.methods.essl import ESSL
 from cassle_jax.methods.moco_v2 import MoCoV2
 from cassle_jax.methods.moco_v3 import MoCoV3
 from cassle_jax.methods.simclr import SimCLR
@@ -34,10 +35,11 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
 }
 
-AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf, EquiMod)}
+AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf, EquiMod, ESSL)}
 
 __all__ = [
     "AUXILIARIES",
+    "ESSL",
     "METHODS",
     "AugSelf",
     "Auxiliary",

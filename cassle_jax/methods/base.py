@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import ConfigError, check_at_least
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -369,6 +369,21 @@ class Method:
     def check(self, global_batch: int, local_batch: int) -> None:
         """Raises ConfigError, naming the setting, where the method cannot work with these sizes."""
         del global_batch, local_batch
+
+
+def small_size(setting: str, size: int, spec: AugmentSpec) -> int:
+    """Side of a small view in pixels; for 0 the multiple of 8 nearest to 3/7 of a large view's.
+
+    Raises:
+      ConfigError: it is larger than a large view; the message names the setting.
+    """
+    side = size or max(8, round(spec.size * 3 / 7 / 8) * 8)
+    if side > spec.size:
+        raise ConfigError(
+            f"{setting}={size} makes small views of {side} pixels, larger than "
+            f"augment.size={spec.size}; use at most {spec.size}"
+        )
+    return side
 
 
 def constant(value: float) -> Schedule:

@@ -13,9 +13,9 @@ import optax
 from jaxtyping import Array, Float
 from typing_extensions import override
 
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.checks import ConfigError, check_area, check_at_least, check_positive
 from cassle_jax.methods import losses
-from cassle_jax.methods.base import HeadShape, Method, Networks, Step
+from cassle_jax.methods.base import HeadShape, Method, Networks, Step, small_size
 
 # The views whose codes are computed.
 LARGE = (0, 1)
@@ -108,12 +108,7 @@ class SwAV(Method):
         check_at_least("method.queue_start", self.queue_start, 0)
         check_at_least("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, 0)
         check_at_least("method.freeze_prototypes_steps", self.freeze_prototypes_steps, 0)
-        area = tuple(self.small_crop_area)
-        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-            raise ConfigError(
-                f"method.small_crop_area={area} is not a range of areas; use (low, high) with "
-                "0 < low <= high <= 1"
-            )
+        area = check_area("method.small_crop_area", self.small_crop_area)
         object.__setattr__(self, "small_crop_area", area)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
 
@@ -133,12 +128,9 @@ class SwAV(Method):
 
     @override
     def views(self, first, second):
-        size = self.small_crop_size or max(8, round(first.size * 3 / 7 / 8) * 8)
-        if self.small_crops and size > first.size:
-            raise ConfigError(
-                f"method.small_crop_size={self.small_crop_size} makes small views of {size} "
-                f"pixels, larger than augment.size={first.size}; use at most {first.size}"
-            )
+        if not self.small_crops:
+            return first, second
+        size = small_size("method.small_crop_size", self.small_crop_size, first)
         small = dataclasses.replace(first, size=size, crop_area=self.small_crop_area)
         return first, second, *(small for _ in self._small)
 

@@ -21,6 +21,7 @@ class MLP(nn.Module):
         hidden: width of the hidden layers.
         out: width of the result.
         depth: number of Linear layers, at least 1.
+        layer_norm: LayerNorm in place of BatchNorm between the layers.
         last_bn: end in a BatchNorm.
         last_bn_affine: give that last BatchNorm a scale and a shift.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
@@ -32,6 +33,7 @@ class MLP(nn.Module):
     depth: int
     last_bn: bool = False
     last_bn_affine: bool = True
+    layer_norm: bool = False
     axis_name: str | None = None
     dtype: DTypeLike = jnp.float32
 
@@ -48,8 +50,7 @@ class MLP(nn.Module):
         last = self.depth - 1
         for layer in range(last):
             x = self._linear(x, self.hidden, layer, use_bias=False)
-            x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn_{layer}")(x, train)
-            x = jax.nn.relu(x)
+            x = jax.nn.relu(self._norm(x, layer, train))
         # The last layer's sums and bias stay float32, so that nothing is rounded before a loss.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = self._linear(
@@ -67,6 +68,11 @@ class MLP(nn.Module):
             )
             x = norm(x, train)
         return x
+
+    def _norm(self, x: Float[Array, "batch width"], layer: int, train: bool):
+        if self.layer_norm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"ln_{layer}")(x)
+        return BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn_{layer}")(x, train)
 
     def _linear(
         self, x: Float[Array, "batch inputs"], width: int, layer: int, use_bias: bool, **kwargs

@@ -23,6 +23,8 @@ TOY = {
     "encoder.small_images": "True",
     "conditioning.width": "8",
     "augself.hidden": "16",
+    "equimod.hidden": "16",
+    "essl.hidden": "16",
     "augment.size": "16",
     "data.source": "scenes",
     "data.name": "",

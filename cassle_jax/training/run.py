@@ -96,9 +96,9 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
+    sizes = [*(view.size for view in views), *further_sizes(config)]
     if isinstance(encoder, VisionTransformer):
-        further = [size for each in auxiliaries for size in each.sizes(augment_spec(config))]
-        for size in (*(view.size for view in views), *further):
+        for size in sizes:
             check_image_size(size, encoder.patch_size)
 
     steps_per_epoch = dataset_size // config.batch_size
@@ -200,6 +200,16 @@ def build_auxiliaries(config: ConfigDict) -> tuple[Auxiliary, ...]:
     """The auxiliary objectives of a configuration that have weights."""
     built = [each.of(config[name].to_dict()) for name, each in AUXILIARIES.items()]
     return tuple(each for each in built if each.weights)
+
+
+def further_sizes(config: ConfigDict) -> list[int]:
+    """Sides of the views that auxiliary objectives add, in pixels.
+
+    Raises:
+      ConfigError: a setting cannot work; the message names it.
+    """
+    spec = augment_spec(config)
+    return [size for each in build_auxiliaries(config) for size in each.sizes(spec)]
 
 
 def networks_of(

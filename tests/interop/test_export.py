@@ -338,14 +338,15 @@ def test_a_card_says_that_the_plain_method_is_plain(setting):
 
 
 def test_a_card_lists_the_auxiliary_objectives():
-    config = tiny_config("method=moco_v2,augself=main")
+    config = tiny_config("method=moco_v2,augself=main,essl=main")
     card = run_card(config, step=1, network="online", metrics={}, start={})
     card = with_encoder(card, architecture_of(encoder_state("resnet18")), ["encoder"])
     text = markdown(card, {})
     (augself,) = (line for line in text.splitlines() if line.startswith("| AugSelf |"))
     assert "color 0.5" in augself and "crop 0.5" in augself and "flip" not in augself
     assert "| EquiMod | none |" in text
-    before = {name: value for name, value in card.items() if name != "equimod"}
+    assert "| E-SSL | " in text and "weight 0.4" in text
+    before = {name: value for name, value in card.items() if name not in ("equimod", "essl")}
     assert "EquiMod" not in markdown(before, {})  # of an earlier version
 
 

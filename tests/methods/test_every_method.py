@@ -4,20 +4,24 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.config import base_config, flat_settings
-from cassle_jax.methods import METHODS, AugSelf, Progress, TrainingViews, ViewBatch
+from cassle_jax.methods import METHODS, Progress, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
+from cassle_jax.models import ENCODERS
 from cassle_jax.optimizer import learning_rate, make_optimizer
+from cassle_jax.parallel import device_mesh
+from cassle_jax.training.run import build_run
 from cassle_jax.training.state import create_state
-from cassle_jax.training.step import Update
+from cassle_jax.training.step import Update, make_train_step
 from tests.everyday import everyday
 from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
-from tests.tiny import TinyEncoder
+from tests.tiny import TinyEncoder, tiny_config
 
 SIZES = {"projector_hidden": 24, "projector_out": 8, "predictor_hidden": 8, "prototypes": 6}
 CONDITIONINGS = {
@@ -55,19 +59,18 @@ def small(name):
     return METHODS[name](**{k: v for k, v in SIZES.items() if k in fields}, **queue)
 
 
-def views_for(method, conditioning, predicted=()):
+def views_for(method, conditioning):
     specs = method.views(AugmentSpec(8, kernel_size=3), AugmentSpec(8, kernel_size=3))
-    return random_views(0, conditioning.size, predicted, sizes=[spec.size for spec in specs])
+    return random_views(0, conditioning.size, sizes=[spec.size for spec in specs])
 
 
-def start(name, conditioning, augself=None):
+def start(name, conditioning):
     method = small(name)
-    auxiliaries = (augself,) if augself else ()
-    networks = build_networks(method, TinyEncoder, 24, conditioning, auxiliaries)
+    networks = build_networks(method, TinyEncoder, 24, conditioning)
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
-    views = views_for(method, conditioning, augself.descriptors if augself else ())
-    update = Update(networks, method, auxiliaries, optimizer, schedule, CLOCK, None)
+    views = views_for(method, conditioning)
+    update = Update(networks, method, (), optimizer, schedule, CLOCK, None)
 
     def state():
         return create_state(networks, method, optimizer, views.views[0], seed=0)
@@ -87,12 +90,26 @@ def test_a_step_of_every_method_goes_with_every_conditioning(pair):
     assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize("name", everyday(METHODS, "moco_v3"))
-def test_a_step_of_every_method_goes_with_augself(name):
-    augself = AugSelf(dict.fromkeys(PREDICTED, 0.5), hidden=8)
-    state, update, views = start(name, CONDITIONINGS["plain"], augself)
-    _, metrics = jax.eval_shape(update, jax.eval_shape(state), views)
-    assert {f"loss_augself_{each}" for each in PREDICTED} <= metrics.keys()
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
+    config = tiny_config(f"method={name},augself={'+'.join(PREDICTED)},equimod=main,essl=main")
+    config.augment.update({"solarize": 0.5, "rotation": 0.5})
+    mesh = device_mesh(jax.devices()[:1])
+    run = build_run(config, mesh, 64)
+    before = jax.eval_shape(run.initial_state)
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 24, 24, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((16, 2), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(make_train_step(run, mesh), before, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after
+    )
+    losses = {f"loss_augself_{each}" for each in PREDICTED}
+    losses |= {"loss_equimod_prediction", "loss_essl_rotation"}
+    assert losses | {"equimod_gain", "essl_accuracy"} <= metrics.keys()
+    assert all(metric.dtype == jnp.float32 for metric in metrics.values())
 
 
 @pytest.mark.parametrize("into", ["predictor", "both"])

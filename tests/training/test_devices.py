@@ -13,10 +13,10 @@ from tests.everyday import everyday
 from tests.tiny import tiny_config
 
 STEPS = 4
-WITH_AUGSELF = "method=simclr,augself=main"
+WITH_AUXILIARIES = "method=simclr,augself=main,equimod=main,essl=main"
 ARGUMENTS = (
     *(f"method={name}" for name in METHODS),
-    WITH_AUGSELF,
+    WITH_AUXILIARIES,
     "method=moco_v2,follow=published",
 )
 
@@ -46,7 +46,7 @@ def train(arguments, devices):
     return losses, jax.device_get((networks, state.memory))
 
 
-@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, WITH_AUGSELF))
+@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, WITH_AUXILIARIES))
 def test_eight_devices_are_one(arguments):
     losses, state = train(arguments, 1)
     losses_of_eight, state_of_eight = train(arguments, 8)

@@ -61,6 +61,8 @@ REFUSED = [
     ),
     ({"augself.crop": -1.0}, r"^augself\.crop=-1\.0 must be above 0$"),
     ({"equimod.weight": -1.0}, r"^equimod\.weight=-1\.0 must be at least 0$"),
+    ({"essl.weight": float("nan")}, r"^essl\.weight=nan must be at least 0$"),
+    ({"essl.weight": 0.4, "essl.size": 32}, r"^essl\.size=32 .* augment\.size=16; use at most 16$"),
     (
         {"equimod.weight": 1.0, "equimod.descriptors": ("crop", "solarize")},
         r"^augment\.solarize=0 never draws what equimod names; .* leave solarize out$",
