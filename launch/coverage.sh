@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that launch/test.sh runs without --all, and lists the lines of cassle_jax/ that they leave out.
-# Lines count that any process reaches. Fails where a test does, or where tests/uncovered.txt does not excuse a line.
+# A line counts if any process reaches it. Fails where a test does, or where tests/uncovered.txt does not excuse a line.
 # Usage: bash launch/coverage.sh [--of FOLDER_OF_CASSLE_JAX] [options of pytest, such as tests/evaluation]
 
 # shellcheck source=launch/environment.sh

@@ -111,7 +111,7 @@ install_jax_with() {
 
 version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
 
-# Calls start_processes, which sets the array processes, until the run is finished or cannot be.
+# Calls start_processes, which sets the array processes, until the run is finished or cannot go on.
 # Restarts a run that saved and ended, lost storage or another process, or crashed, up to the given number of times, but
 # not one that SIGTERM or Ctrl-C ended through this script. Waits before all restarts but those of a run that saved, ten
 # seconds at first (CASSLE_RESTART_SECONDS), then twice as long each time, up to five minutes.

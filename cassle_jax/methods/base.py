@@ -310,7 +310,7 @@ class Method:
         return None
 
     def initial_memory(self, key: Array) -> PyTree:
-        """The method's initial memory besides its networks, such as a queue."""
+        """The method's initial memory in addition to its networks, such as a queue."""
         del key
         return {}
 
