@@ -27,7 +27,7 @@ def open_source(data_config: Any, split: str) -> Source:
     """Opens one split of the dataset a config names.
 
     Args:
-      data_config: the `data` settings of a configuration, of which these are read:
+      data_config: the `data` settings of a configuration; these are read:
         source: 'motifs' or 'scenes' (drawn, embedded), 'folder', 'tfds' or 'webdataset'.
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
         path: root of the image folder, folder of the tar files, or tfds' data_dir ('' for tfds'
@@ -76,7 +76,7 @@ def open_feed(
     """Opens the batches of a run, on its devices; the same ones wherever the images are kept.
 
     Args:
-      data_config: the `data` settings of a configuration, of which these are read:
+      data_config: the `data` settings of a configuration; these are read:
         canvas: side of the square each image is decoded into, pixels.
         threads: number of threads that read and decode; 0 for half the CPUs.
         on_device: 'always' keeps all images on every device, 'never' sends each batch; 'auto' keeps

@@ -105,7 +105,7 @@ def leak_of(
     mixed into its embeddings, by a share chosen on further views of the first half: an MLP that has
     learnt nothing is then at chance and not above. A loss below chance proves that ω gives away
     something of the image. A loss at chance says that this MLP found nothing. With the defaults it
-    takes about half a minute of one CPU core, half of which is compilation.
+    takes about half a minute of one CPU core; half of it is compilation.
 
     Args:
       conditioning: the descriptors that make up ω.

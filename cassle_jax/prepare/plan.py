@@ -52,7 +52,7 @@ class Shard(NamedTuple):
 
 
 def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """The classes of all splits: those of one of them, with which the others begin.
+    """The classes of all splits: the longest list of one, which begins with those of the others.
 
     Raises:
       ConfigError: two splits give one label to different classes, only some have labels, or a name

@@ -9,9 +9,9 @@ import sys
 def abandoned_reads_silenced():
     """Silences the reads that are still under way when a restore fails.
 
-    Orbax closes its event loop at the first array that cannot be read. Every read that ends after
-    that prints a traceback from a thread of TensorStore's, and every other failure prints one more
-    when it is collected, at any later time.
+    Orbax closes its event loop at the first array that cannot be read. After that, every read that
+    ends prints a traceback from a thread of TensorStore, and every other failure prints one more
+    whenever it is garbage-collected.
     """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
 

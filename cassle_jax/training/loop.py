@@ -450,7 +450,7 @@ def _mend_workdir(
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
-    """Logs what ω gives away: of the image, or which two views are a pair."""
+    """Logs what ω gives away of the image, or of the pairing of views."""
     leaking = [
         name for name in conditioning.descriptors if DESCRIPTORS[name.partition(".")[0]].from_image
     ]

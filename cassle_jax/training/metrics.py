@@ -23,14 +23,14 @@ class Sink(Protocol):
         """Writes metrics of a step."""
 
     def close(self) -> None:
-        """Writes what is left, where that is possible now."""
+        """Writes the rest, if that is possible now."""
 
 
 class MetricsWriter:
     """Writes a run's metrics to `<workdir>/metrics.jsonl`, TensorBoard, and the sinks added.
 
-    A continued run repeats the steps after its checkpoint, so their earlier lines are dropped. What
-    cannot be written during the run, as on a full disk, is written once that is possible.
+    A continued run repeats the steps after its checkpoint, so their earlier lines are dropped.
+    Lines that cannot be written during the run, as on a full disk, are written as soon as possible.
 
     Args:
       workdir: workdir of the run.

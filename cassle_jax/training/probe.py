@@ -25,7 +25,7 @@ class FeatureReader:
     """Reads a dataset's features from a run's encoder.
 
     Args:
-      config: configuration, of which the `data` settings are read.
+      config: configuration; only its `data` settings are read.
       run: provides networks and augmentation settings.
       mesh: the devices.
     """
@@ -68,7 +68,7 @@ class OnlineProbe:
     The splits are opened here, so that a missing one is reported before the run starts.
 
     Args:
-      config: configuration, of which the `probe` and `data` settings are read.
+      config: configuration; only its `probe` and `data` settings are read.
       run: provides networks and augmentation settings.
       mesh: the devices.
     """

@@ -163,7 +163,7 @@ class Tracking:
             self._waiting.append((step, unsent))
 
     def close(self) -> None:
-        """Sends what is left, where that is possible now, and closes the tracker."""
+        """Sends the rest, if that is possible now, and closes the tracker."""
         self._send()
         while self._waiting and not self._failing and not hurry.is_set():
             self._send()
@@ -175,7 +175,7 @@ class Tracking:
             LOG.warning("%s cannot be closed: %s", self._name, error)
 
     def _send(self) -> None:
-        """Sends the oldest of what waits, for a second at most."""
+        """Sends the oldest waiting reports, for a second at most."""
         until = time.monotonic() + _PORTION_SECONDS
         try:
             while self._waiting and time.monotonic() < until:
