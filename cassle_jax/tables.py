@@ -18,7 +18,7 @@ from cassle_jax.evaluate import datasets_in
 from cassle_jax.sweep.cost import RATE
 from cassle_jax.sweep.evaluation import evaluation_of
 from cassle_jax.sweep.experiment import dry_run, run_table
-from cassle_jax.sweep.table import find_table
+from cassle_jax.sweep.table import find_table, rows_in
 
 __all__ = ["dry_run", "evaluation_of", "run_table"]
 
@@ -36,7 +36,9 @@ if __name__ == "__main__":
     )
     to_flag = flags.DEFINE_string("to", "", "Folder of all results; runs/<table> if empty.")
     seeds_flag = flags.DEFINE_list("seeds", [], "Seeds that replace the table's.")
-    rows_flag = flags.DEFINE_list("rows", [], "Parts of the subjects that select rows.")
+    rows_flag = flags.DEFINE_string(
+        "rows", "", "Subjects of rows, or parts of subjects that select rows; empty for all."
+    )
     parallel_flag = flags.DEFINE_integer("parallel", 1, "Number of runs at a time.")
     minutes_flag = flags.DEFINE_float(
         "minutes", 0, "Time budget of all runs; sets their number of steps. 0: the table's steps."
@@ -75,7 +77,7 @@ if __name__ == "__main__":
         """Runs the table of the flags, or prints its cost."""
         table = find_table(table_flag.value)
         selection = {
-            "rows": rows_flag.value,
+            "rows": rows_in(rows_flag.value, table),
             "seeds": _numbers("seeds", seeds_flag.value),
             "overrides": set_flag.value,
             "toy": toy_flag.value,

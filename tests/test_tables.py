@@ -17,7 +17,7 @@ from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.pool import gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
-from cassle_jax.sweep.table import Row, Table, find_table, planned, runs_of_table
+from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
 from cassle_jax.tables import dry_run, run_table
 from tests.tiny import on_one_device
 
@@ -116,8 +116,31 @@ def test_an_invalid_setting_names_its_row(rows, message):
 
 
 def test_an_unknown_row_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"rows=swav match none of SimCLR, plain, "):
-        runs_of_table(PAIR, rows=("swav",))
+    for rows in (("swav",), ("byol", "swav")):
+        with pytest.raises(ConfigError, match=r"rows=swav matches none of 'SimCLR, plain', "):
+            runs_of_table(PAIR, rows=rows)
+
+
+SUBJECTS = ("MoCo-v2, plain", "MoCo-v2, plain, long", "BYOL, plain", "BYOL")
+COPIED = table(*(Row(subject, f"{CONFIG}:method=simclr,conditioning=none") for subject in SUBJECTS))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MoCo-v2, plain", ["moco-v2-plain-0"]),
+        ("moco-v2, Plain", ["moco-v2-plain-0"]),
+        ("moco-v2-plain", ["moco-v2-plain-0"]),
+        ("MoCo-v2, plain, long, BYOL", ["moco-v2-plain-long-0", "byol-0"]),
+        ("BYOL,MoCo-v2, plain", ["moco-v2-plain-0", "byol-0"]),
+        ("long,BYOL, plain", ["moco-v2-plain-long-0", "byol-plain-0"]),
+        ("MoCo", ["moco-v2-plain-0", "moco-v2-plain-long-0"]),
+        ("", ["moco-v2-plain-0", "moco-v2-plain-long-0", "byol-plain-0", "byol-0"]),
+    ],
+)
+def test_a_copied_subject_selects_its_row_alone(text, expected):
+    rows = rows_in(text, COPIED)
+    assert names(runs_of_table(COPIED, rows=rows, seeds=(0,))) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ multiply:
   --zip='method=simclr,byol;epochs=100,200'
   --random='optimizer.base_learning_rate=log(1e-3,1e-1);batch_size=128,256' --draws=20
 
+Quotes keep the commas and semicolons of a value: --grid='data.path="/data/a,b",/data/c'.
 --config.name=value applies to all runs. The folder of a sweep (--to) holds runs.jsonl, with state,
 result and configuration per run, and report.html, which compares the finished runs as means over
 seeds. The same command executes missing and failed runs again; new values add runs.

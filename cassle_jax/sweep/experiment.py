@@ -67,7 +67,7 @@ def run_table(
     Args:
       table: the experiment.
       to: folder of all results; may hold those of an earlier call.
-      rows: parts of the subjects that select rows; empty for all rows.
+      rows: subjects, or parts of subjects, that select rows; empty for all rows.
       seeds: seeds that replace the table's; empty for the table's.
       overrides: settings of all runs, as `name=value`.
       datasets: evaluation datasets that replace the table's; empty for the table's.

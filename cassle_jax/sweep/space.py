@@ -150,10 +150,16 @@ def _listed(flag: str, text: str) -> dict[str, list[str]]:
             raise ConfigError(f"{flag}: {item!r} is not name=value,value")
         if name in listed:
             raise ConfigError(f"{flag}: {name} is given values twice")
-        listed[name] = [value.strip() for value in _split(values, ",")]
+        listed[name] = [_unquoted(value.strip()) for value in _split(values, ",")]
         if "" in listed[name] or len(set(listed[name])) < len(listed[name]):
             raise ConfigError(f"{flag}: {item!r} has an empty value or the same one twice")
     return listed
+
+
+def _unquoted(value: str) -> str:
+    """A value without the quotes around all of it, which keep its commas together."""
+    match = re.fullmatch(r"""(['"])((?:(?!\1).)*)\1""", value, re.DOTALL)
+    return match[2] if match else value
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -170,18 +170,16 @@ def runs_of_table(
 
     Args:
       table: the experiment.
-      rows: parts of the subjects that select rows; empty for all rows.
+      rows: subjects that select their row alone, or parts of subjects that select all rows with
+        them; empty for all rows.
       seeds: seeds that replace the table's; empty for the table's.
       overrides: settings of all runs, as `name=value`; they take precedence.
       toy: whether the runs are toy-sized.
 
     Raises:
-      ConfigError: an invalid setting, or `rows` selects no row.
+      ConfigError: an invalid setting, or one of `rows` selects no row.
     """
-    chosen = [row for row in table.rows if _is_chosen(row, rows)]
-    if not chosen:
-        subjects = ", ".join(row.subject for row in table.rows)
-        raise ConfigError(f"rows={','.join(rows)} match none of {subjects}")
+    chosen = _chosen(table, rows)
     shared = parse_settings(table.overrides)
     last = {**(parse_settings(table.toy) if toy else {}), **parse_settings(overrides)}
     runs = []
@@ -256,9 +254,29 @@ def _run(row: Row, seed: int, values: Values) -> RunSpec:
     return run_of(config, values, name=folder_of(row.subject, seed), subject=row.subject)
 
 
-def _is_chosen(row: Row, parts: Sequence[str]) -> bool:
-    names = (row.subject.casefold(), _slug(row.subject))
-    return not parts or any(part.casefold() in name for part in parts for name in names)
+def rows_in(text: str, table: Table) -> tuple[str, ...]:
+    """The subjects, and parts of subjects, in a comma-separated list; subjects may have commas."""
+    subjects = {row.subject.casefold() for row in table.rows}
+    pieces, found = text.split(","), []
+    while pieces:
+        joined = [",".join(pieces[:count]).strip() for count in range(len(pieces), 0, -1)]
+        found.append(next((each for each in joined if each.casefold() in subjects), joined[-1]))
+        del pieces[: found[-1].count(",") + 1]
+    return tuple(filter(None, found))
+
+
+def _chosen(table: Table, parts: Sequence[str]) -> list[Row]:
+    """The rows that any of the parts selects; all rows where there are no parts."""
+    names = {row: (row.subject.casefold(), _slug(row.subject)) for row in table.rows}
+    chosen: set[Row] = set() if parts else set(names)
+    for part in map(str.casefold, parts):
+        alone = [row for row in names if part in names[row]]
+        found = alone or [row for row in names if any(part in name for name in names[row])]
+        if not found:
+            subjects = ", ".join(map(repr, (row.subject for row in table.rows)))
+            raise ConfigError(f"rows={part} matches none of {subjects}")
+        chosen.update(found)
+    return [row for row in table.rows if row in chosen]
 
 
 def _known_of(settings: Mapping[str, str], config: ConfigDict) -> Values:

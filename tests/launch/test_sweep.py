@@ -85,6 +85,13 @@ def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
     }
 
 
+def test_quotes_keep_the_commas_of_a_value_and_are_no_part_of_it():
+    grid = """data.path='/a,b;c',"/it's",/d=e;log.to=('wandb',)"""
+    runs = runs_of(SweepRequest(CONFIG, grid=grid))
+    assert [run.config.data.path for run in runs] == ["/a,b;c", "/it's", "/d=e"]
+    assert {run.config.log.to for run in runs} == {("wandb",)}
+
+
 def test_names_are_as_long_as_distinction_needs():
     (run,) = runs_of(SweepRequest(CONFIG, grid="data.path=/x;weights.path=/y"))
     assert run.subject == "data.path /x, weights.path /y"
