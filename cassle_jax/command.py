@@ -1,7 +1,9 @@
 """Shared by all commands: flag parsing, one-line errors for users' mistakes, exit codes."""
 
+import contextlib
 import itertools
 import logging
+import os
 import re
 import runpy
 import sys
@@ -44,6 +46,25 @@ def run(main: Callable[[], None]) -> None:
         _leave(stop)
     finally:
         hurry.set()  # Python waits for reading threads before it ends
+        flush_log()
+
+
+def say_error(message: str) -> None:
+    """Prints a message as one line to standard error, where that can be written."""
+    line = message.replace("\n", "\\n")  # a path may have one
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def flush_log() -> None:
+    """Drops what standard error cannot write, such as a file on a full disk.
+
+    Python's own end would fail with it, and the exit code be another than the command's.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def set_up_logging() -> None:
@@ -70,11 +91,17 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def code_of(error: BaseException) -> int | None:
-    """The exit code of a user's mistake, or of storage out of reach; `None` for any other error."""
-    mistake = isinstance(error, UserError)
-    if isinstance(error, Outage) or ((mistake or isinstance(error, OSError)) and passing(error)):
+    """The exit code of a user's mistake, or of storage out of reach; `None` for any other error.
+
+    An error that names a file is one of the file system, such as of permissions: it names what to
+    mend.
+    """
+    mistake, of_system = isinstance(error, UserError), isinstance(error, OSError)
+    if isinstance(error, Outage) or ((mistake or of_system) and passing(error)):
         return EXIT_OUTAGE
-    return EXIT_WRONG_SETTING if mistake else None
+    if mistake or (of_system and error.filename is not None):
+        return EXIT_WRONG_SETTING
+    return None
 
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
@@ -126,6 +153,5 @@ def _last_line(error: Exception) -> str:
 
 
 def _leave(stop: Stop) -> None:
-    line = str(stop).replace("\n", "\\n")  # a path may have one
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    say_error(str(stop))
     sys.exit(stop.code)

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -27,7 +26,7 @@ import jax
 from jax._src import distributed as runtime
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, Stop, code_of
+from cassle_jax.command import EXIT_OUTAGE, Stop, code_of, say_error
 from cassle_jax.faults import hurry
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -333,7 +332,8 @@ class _ProcessGroup:
 
         If another process has reported its failure, `_listen` ends this one during the wait.
         """
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+            traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):
             self.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
         time.sleep(_FAILURE_SECONDS)
@@ -354,7 +354,7 @@ class _ProcessGroup:
 
     def _end(self, message: str, code: int) -> NoReturn:
         # An orderly exit would wait for processes that never arrive.
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        say_error(message)
         self._death_message.cancel()
         with contextlib.suppress(Exception):
             self._client.wait_at_barrier("cassle_jax/left", 1000 * _FAILURE_SECONDS)
@@ -384,7 +384,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
     death_message = _DeathMessage(trouble)
 
     def give_up():
-        print(f"error: {trouble} within {JOIN_SECONDS}={seconds} s", file=sys.stderr, flush=True)
+        say_error(f"{trouble} within {JOIN_SECONDS}={seconds} s")
         death_message.cancel()
         os._exit(EXIT_OUTAGE)
 

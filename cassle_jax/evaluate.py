@@ -197,7 +197,7 @@ def _mesh_for(batch: int) -> Mesh:
 
 def _written(report: GrowingReport, *, complete: bool) -> Path:
     try:
-        return report.write(complete=complete)
+        return retried("the report", partial(report.write, complete=complete))
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error.strerror or error}") from error
 

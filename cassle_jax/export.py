@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from cassle_jax import command
 from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.faults import retried
 from cassle_jax.interop.architecture import Architecture, architecture_of, check_arrays
 from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
@@ -82,14 +83,18 @@ def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)
     card = with_encoder(weights.card, architecture, [*weights.networks])
-    try:
+    loading = {FORMATS[n].title: FORMATS[n].loading(architecture, card) for n in formats}
+
+    def write() -> None:
         _check_renewed(folder, formats)
         folder.mkdir(parents=True, exist_ok=True)
         for name in formats:
             FORMATS[name].write(weights, architecture, card, folder)
-        loading = {FORMATS[n].title: FORMATS[n].loading(architecture, card) for n in formats}
         write_whole(folder / "model_card.json", json.dumps(card, indent=2))
         write_whole(folder / "model_card.md", markdown(card, loading))
+
+    try:
+        retried(f"to={folder}", write)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error

@@ -10,13 +10,14 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.faults import retried
 
 LOG = logging.getLogger(__name__)
 
@@ -62,10 +63,14 @@ def on_object_store(path: epath.PathLike) -> bool:
 
 def check_writable(flag: str, folder: Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
-    try:
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+    try:
+        retried(f"{flag}={folder}", write)
     except OSError as error:
         raise ConfigError(f"{flag}={folder} cannot be written: {error.strerror}") from error
 
@@ -78,12 +83,25 @@ def free_bytes(folder: epath.PathLike) -> int | None:
         return None
 
 
-def kept_json(path: epath.PathLike) -> Any:
-    """The content of a JSON file; `None` where it is missing, or damaged as by a power cut."""
+def kept_json(
+    path: epath.PathLike, needed: Collection[str] = (), *, kind: type = dict
+) -> Any | None:
+    """The content of a JSON file; `None` where it is missing, or damaged as by a power cut.
+
+    Args:
+      path: of the file.
+      needed: names without which an object counts as damaged.
+      kind: `dict` for an object, or `list`.
+
+    Raises:
+      OSError, Outage: the file cannot be read, for now or for good.
+    """
     try:
-        return json.loads(epath.Path(path).read_bytes())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(retried(str(path), epath.Path(path).read_bytes))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    whole = isinstance(content, kind) and all(name in content for name in needed)
+    return content if whole else None
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -103,6 +121,15 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         return
     with becoming(path) as partial:
         partial.write_bytes(content)
+
+
+def write_surely(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file as `write_whole` does, and waits while a fault may pass.
+
+    Raises:
+      OSError, Outage: it cannot be written, for good or for now; the old one is untouched.
+    """
+    retried(str(path), lambda: write_whole(path, content))
 
 
 @contextlib.contextmanager

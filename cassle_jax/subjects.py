@@ -49,8 +49,6 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         if "config" in weights.card:
             return _of_run(name, weights)
         return _of_encoder(name, weights)
-    except ConfigError:
-        raise
     except ValueError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise ConfigError(f"{where}{error}") from error

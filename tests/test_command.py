@@ -181,6 +181,22 @@ def test_a_run_that_stops_early_says_why_by_its_exit_code(run, monkeypatch, caps
     assert capsys.readouterr().err == "error: after step 7\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("main", "code"),
+    [
+        ("raise command.Stop('the images are gone', 69)", 69),
+        ("raise command.UserError('seed=-1 is no seed')", 2),
+        ("command.logging.getLogger('cassle_jax').info('done')", 0),
+    ],
+)
+def test_a_log_on_a_full_disk_leaves_the_exit_code(main, code):
+    program = f"from cassle_jax import command\ndef main():\n    {main}\ncommand.run(main)"
+    with Path("/dev/full").open("w") as log:
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=log, check=False)
+    assert ended.returncode == code
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

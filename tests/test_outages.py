@@ -178,6 +178,8 @@ def caused(error, cause):
         (caused(ConfigError("cannot be written"), fault(errno.ENOSPC)), EXIT_OUTAGE),
         (Outage("gone"), EXIT_OUTAGE),
         (fault(errno.ENOTCONN), EXIT_OUTAGE),
+        (OSError(errno.EACCES, "Permission denied", "/data/runs.jsonl"), EXIT_WRONG_SETTING),
+        (OSError(errno.EISDIR, "Is a directory", "/data/runs.jsonl"), EXIT_WRONG_SETTING),
         (fault(errno.EACCES), None),
         (RuntimeError("Gloo: Connection reset by peer"), None),
     ],

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
+from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import write_config
 from cassle_jax.training.start_records import record_start
 from tests.tiny import tiny_config
@@ -127,6 +129,36 @@ def test_settings_that_came_or_went_since_a_run_began_do_not_matter(run, tmp_pat
     export_command(run=str(workdir), to=str(tmp_path / "exported"), formats=["cassle"])
     exported = open_subject(tmp_path / "exported" / "cassle.safetensors")
     assert exported.fingerprint() == expected.fingerprint()
+
+
+def test_damaged_settings_of_a_run_or_file_are_told_in_one_line(run, tmp_path):
+    workdir, file = shutil.copytree(run[0], tmp_path / "run"), tmp_path / "a.safetensors"
+    weights = read_run(workdir).in_pytorch()
+    for setting, value in (
+        ("augment", None),
+        ("conditioning", []),
+        ("encoder", "resnet18"),
+        ("method", {}),
+        ("encoder.width", "x"),
+        ("encoder.width", -1),
+        ("encoder.name", ["resnet18"]),
+        ("encoder.small_images", 1),
+        ("augment.size", 1e30),
+        ("augment.jitter_order", None),
+        ("conditioning.depth", "2"),
+    ):
+        config = json.loads((run[0] / "config.json").read_text())
+        section, _, name = setting.partition(".")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+        (workdir / "config.json").write_text(json.dumps(config))
+        save_file(weights.flat(), file, {"card": json.dumps({**weights.card, "config": config})})
+        for path in (workdir, file):
+            with pytest.raises(ConfigError, match=re.escape(setting)) as refused:
+                open_subject(path)
+            assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, caplog):

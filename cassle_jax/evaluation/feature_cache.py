@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +39,7 @@ class FeatureCache:
                 arrays = dict(kept)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # A damaged file raises any type, depending on its bytes.
             LOG.warning("%s cannot be read and is made anew: %s", path, error)
             return None
         with contextlib.suppress(OSError):  # the cache belongs to another user
@@ -64,7 +63,8 @@ class FeatureCache:
                 np.savez(file, **arrays)
         except OSError as error:
             LOG.warning("features cannot be kept in %s: %s", path.parent, error.strerror)
-        self._trim()
+        with contextlib.suppress(OSError):  # the folder is out of reach
+            self._trim()
 
     def _path(self, subject: str, key: str) -> Path:
         return self._folder / subject / f"{key}.npz"

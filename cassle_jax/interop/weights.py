@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cassle_jax.faults import retried
 from cassle_jax.interop.architecture import VIT_HEADS
 from cassle_jax.interop.card import is_card
 from cassle_jax.interop.errors import WeightsError
@@ -158,11 +160,10 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     Raises:
         WeightsError: the file cannot be read, has no known encoder, or has weights that are not
             finite.
+        Outage: it cannot be read for now.
     """
     path = Path(path_of(path))
-    content, card = (
-        _read_safetensors(path) if _is_safetensors(path) else (read_torch_file(path), {})
-    )
+    content, card = retried(str(path), partial(_read, path))
     try:
         weights = _weights(content)
         recorded = weights.heads or _recorded_heads(card)
@@ -175,8 +176,8 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def _is_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors"
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else (read_torch_file(path), {})
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:

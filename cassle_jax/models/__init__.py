@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.conditioning import (
     INJECTIONS,
@@ -56,6 +56,8 @@ def make_encoder(
         ConfigError: for an unknown name, or a setting that the architecture lacks.
     """
     check_one_of("encoder.name", name, ENCODERS)
+    check_at_least("encoder.width", width, 0)
+    check_at_least("encoder.patch_size", patch_size, 1)
     settings = {"dtype": dtype, "remat": remat}
     if width:
         settings["width"] = width

@@ -9,8 +9,10 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Finding, Gallery, Score, from_json, to_json
 from cassle_jax.evaluation.protocols import title_of
+from cassle_jax.faults import retried
 from cassle_jax.report.comparison import (
     Estimate,
     FindingsBySubject,
@@ -39,6 +41,8 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 _SHORT_FACT = 64
+# What reading a file raises whose content is no report, or a part of one.
+_DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def write_report(
@@ -101,32 +105,46 @@ def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
     """Reads the findings and the provenance that `write_report` wrote to `report.json`.
 
     Findings of earlier versions get today's names.
+
+    Raises:
+      ConfigError: the file is damaged.
+      OSError, Outage: it cannot be read, for good or for now.
     """
-    entries = _held(path)["subjects"]
-    subjects = {
-        name: [[renamed(each) for each in from_json(run)] for run in entry["runs"]]
-        for name, entry in entries.items()
-    }
-    facts = {name: entry["provenance"] for name, entry in entries.items() if entry["provenance"]}
-    return subjects, facts
+    try:
+        entries = _held(path)["subjects"]
+        subjects = {
+            name: [[renamed(each) for each in from_json(run)] for run in entry["runs"]]
+            for name, entry in entries.items()
+        }
+        given = {name: entry["provenance"] for name, entry in entries.items()}
+    except _DAMAGE as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it, and the evaluation "
+            "makes it anew"
+        ) from error
+    return subjects, {name: facts for name, facts in given.items() if facts}
 
 
 def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
     """By key, the findings of all `parts` that were given to `write_report`; none without a file.
 
     Raises:
-      OSError, ValueError, KeyError: the file cannot be read, or is no report.
+      OSError, Outage: the file cannot be read, for good or for now.
+      ConfigError: it is damaged.
     """
     if not Path(path).exists():
         return {}
     read: dict[str, list[Finding]] = {}
-    for one in _held(path)["subjects"].values():
-        for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
-            first = 0
-            for key, count in parts:
-                if key:
-                    read[key] = from_json(run[first : first + count])
-                first += count
+    try:
+        for one in _held(path)["subjects"].values():
+            for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
+                first = 0
+                for key, count in parts:
+                    if key:
+                        read[key] = from_json(run[first : first + count])
+                    first += count
+    except _DAMAGE as error:
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return read
 
 
@@ -136,16 +154,18 @@ def is_complete(path: str | PathLike[str]) -> bool:
     A damaged file is not complete: the evaluation makes it anew.
     """
     try:
-        held = _held(path)
-    except (FileNotFoundError, ValueError):
+        subjects, _ = read_report(path)
+        complete = _held(path).get("complete", True)
+    except (FileNotFoundError, ConfigError):
         return False
-    runs = (run for one in held["subjects"].values() for run in one["runs"])
-    failed = any(each["kind"] == "failure" for run in runs for each in run)
-    return held.get("complete", True) and not failed
+    return complete and not failures_of(subjects)
 
 
 def _held(path: str | PathLike[str]) -> dict:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    held = json.loads(retried(str(path), Path(path).read_bytes))
+    if not isinstance(held, dict):
+        raise ValueError("it holds no report")
+    return held
 
 
 def _json(

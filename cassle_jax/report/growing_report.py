@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.report.comparison import check_subjects
 from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_report
@@ -39,7 +40,7 @@ class GrowingReport:
         self._kept: dict[str, Sequence[Finding]] = {}
         try:
             self._kept = read_parts(folder / JSON)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ConfigError) as error:
             LOG.warning("%s cannot be read and is made anew: %s", folder / JSON, error)
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.storage import kept_json, write_whole
+from cassle_jax.storage import kept_json, write_surely
 from cassle_jax.sweep.jobs import outcome_of
 from cassle_jax.sweep.space import RunSpec
 from cassle_jax.training.metrics import read_metrics
@@ -48,10 +48,11 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
       ConfigError: the plan was made for another budget.
     """
     path = folder / PLAN
-    content = kept_json(path)
+    names = [field.name for field in dataclasses.fields(Plan)]
+    content = kept_json(path, names)
     if content is None:
         return None
-    plan = Plan(**content)
+    plan = Plan(*(content[name] for name in names))
     if minutes not in (0, plan.minutes):
         raise ConfigError(
             f"minutes={minutes:g} was {plan.minutes:g} when {folder} was created, and the length "
@@ -104,7 +105,7 @@ def make_plan(
     step_seconds_of_all = sum(seconds[group_of(run.subject)] for run in runs)
     steps = steps_within(minutes, spent, len(runs), overhead, step_seconds_of_all, parallel)
     plan = Plan(minutes, steps, seconds, overhead)
-    write_whole(folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))
+    write_surely(folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))
     return plan
 
 

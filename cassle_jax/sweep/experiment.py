@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError, check_at_least, check_positive
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
-from cassle_jax.report.evaluation_page import JSON, read_report
-from cassle_jax.storage import kept_json, path_of, write_whole
+from cassle_jax.report.evaluation_page import JSON, is_complete, read_report
+from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
 from cassle_jax.sweep.budget import (
     MEASURED,
     MEASURED_RUN,
@@ -183,9 +183,9 @@ class _Results:
     """
 
     def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
-        self._folder, self._table = folder, table
+        self._folder, self._table, self._evaluated = folder, table, bool(evaluation.datasets)
         self._written = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable("to", folder)
         facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
         path = folder / TABLE_FILE
         saved = kept_json(path) or facts
@@ -197,7 +197,7 @@ class _Results:
                     f"{name}={value!r} was {saved.get(name)!r} when {folder} was created; use the "
                     "same value, or another folder (--to)"
                 )
-        write_whole(path, json.dumps(facts, indent=1))
+        write_surely(path, json.dumps(facts, indent=1))
 
     def workdir(self, name: str) -> Path:
         return workdir_of(self._folder, name)
@@ -209,10 +209,15 @@ class _Results:
           ConfigError: the folder holds the run with other settings.
         """
         record = RunRecord(self.workdir(run.name))
-        if record.state not in (FINISHED, DIVERGED):
+        if record.state != DIVERGED and not self._is_done(record):
             return True
         record.check_same(run.config)
         return False
+
+    def _is_done(self, record: RunRecord) -> bool:
+        """Whether a run has finished, and its evaluation, if it has one, can be read."""
+        readable = not self._evaluated or is_complete(record.folder / RESULT / JSON)
+        return record.state == FINISHED and readable
 
     def on_end(self, job: Job, code: int) -> None:
         """Logs the end of a run; rewrites the page if the last one is older than 10 s."""
@@ -233,7 +238,7 @@ class _Results:
                 record = RunRecord(self.workdir(name))
                 outcome = outcome_of(record.folder) or {"exit_code": None, "last_line": ""}
                 states.append({"run": name, "row": row.subject, "seed": seed, **outcome})
-                if record.state == FINISHED:
+                if self._is_done(record):
                     config = read_config(record.folder)
                     findings, known = self._findings(row.subject, config, record.folder)
                     found.setdefault(row.subject, {})[seed] = findings
@@ -255,9 +260,8 @@ class _Results:
 
     def _findings(self, subject: str, config: ConfigDict, workdir: Path):
         findings, facts = pretraining_findings(config, workdir), {}
-        report = workdir / RESULT / JSON
-        if report.exists():
-            evaluated, known = read_report(report)
+        if self._evaluated:
+            evaluated, known = read_report(workdir / RESULT / JSON)
             findings, facts = [*findings, *evaluated[subject][0]], known.get(subject, {})
         return findings, facts
 

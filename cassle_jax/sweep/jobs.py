@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_PREEMPTED
-from cassle_jax.storage import kept_json, write_whole
+from cassle_jax.storage import kept_json, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE = "outcome.json", "log.txt"
@@ -119,7 +119,7 @@ def write_outcome(folder: Path, code: int, line: str, **facts: float) -> None:
     """Writes `outcome.json`: exit code, last line, and facts such as the duration in seconds."""
     outcome = {"exit_code": code, "last_line": line}
     outcome |= {name: round(value, 1) for name, value in facts.items()}
-    write_whole(folder / OUTCOME, json.dumps(outcome))
+    write_surely(folder / OUTCOME, json.dumps(outcome))
 
 
 def outcome_of(folder: Path) -> dict[str, object] | None:
@@ -127,7 +127,7 @@ def outcome_of(folder: Path) -> dict[str, object] | None:
 
     A damaged file counts as missing, so that the command runs again.
     """
-    return kept_json(folder / OUTCOME)
+    return kept_json(folder / OUTCOME, ("exit_code", "last_line"))
 
 
 class Local:

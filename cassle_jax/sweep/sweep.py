@@ -10,12 +10,13 @@ from cassle_jax.checks import check_one_of
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_names, check_options
-from cassle_jax.storage import kept_json, path_of, write_whole
+from cassle_jax.report.evaluation_page import JSON, is_complete
+from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
-from cassle_jax.training.metrics import read_metrics
+from cassle_jax.training.metrics import read_lines, read_metrics
 
 LOG = logging.getLogger("cassle_jax.sweep")
 
@@ -71,13 +72,13 @@ def sweep(
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
     folder = Path(path_of(folder)).resolve()
+    check_writable("to", folder)
     lines = _RunLines(folder, runs)
     jobs = folder / "jobs"
     executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
     missing = [run for run in runs if lines.state(run) != FINISHED]
     LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
+    write_surely(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
     try:
         lines.run(missing, executor)
         workdirs = {run: lines.record(run).folder for run in runs if lines.state(run) == FINISHED}
@@ -143,10 +144,9 @@ class _RunLines:
     def _write(self) -> None:
         """Replaces the lines of this sweep's runs, and keeps those of earlier sweeps."""
         names = {run.name for run in self._runs}
-        old = self._path.read_text().splitlines() if self._path.exists() else []
-        lines = [line for line in old if json.loads(line)["run"] not in names]
-        lines += [json.dumps(self._line(run)) for run in self._runs]
-        write_whole(self._path, "".join(line + "\n" for line in lines))
+        lines = [line for line in read_lines(self._path, "run", str) if line["run"] not in names]
+        lines += [self._line(run) for run in self._runs]
+        write_surely(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _line(self, run: RunSpec) -> Mapping[str, object]:
         state, workdir = self.state(run), self.record(run).folder
@@ -175,12 +175,12 @@ def _evaluate(
     arguments += [*evaluation.options, f"--to={folder}"]
     record, saved = RunRecord(folder), folder / "requested.json"
     # Earlier versions wrote asked.json.
-    before = kept_json(saved) or kept_json(folder / "asked.json")
+    before = kept_json(saved, kind=list) or kept_json(folder / "asked.json", kind=list)
     newest = max((workdir / OUTCOME).stat().st_mtime for workdir in workdirs.values())
     fresh = record.state == FINISHED and (folder / OUTCOME).stat().st_mtime > newest
-    if not fresh or before != arguments:
+    if not (fresh and before == arguments and is_complete(folder / JSON)):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(saved, json.dumps(arguments))
+        write_surely(saved, json.dumps(arguments))
         (folder / OUTCOME).unlink(missing_ok=True)
         LOG.info("evaluating %d runs", len(workdirs))
         executor.run([Command("cassle_jax.evaluate", arguments, folder)], lambda _: None)

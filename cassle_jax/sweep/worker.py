@@ -1,5 +1,6 @@
 """One run of a table in its own process: pretrains, evaluates, and records the outcome."""
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -17,7 +18,7 @@ import jax
 from cassle_jax import command
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.export import export_command
-from cassle_jax.faults import hurry
+from cassle_jax.faults import Outage, hurry
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.sweep.evaluation import Evaluation
@@ -79,13 +80,18 @@ def work(job: Job, environment: dict[str, str]) -> None:
     except BaseException as error:
         code, line = command.code_of(error), str(error)
         if code is None:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # the log may be on a full disk
+                traceback.print_exc()
             code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]
-    if code:
-        print(f"error: {line}", file=sys.stderr, flush=True)
     if code != command.EXIT_PREEMPTED:
-        write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)
+        try:
+            write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)
+        except (OSError, Outage) as error:
+            code, line = command.code_of(error) or 1, str(error)
+    if code:
+        command.say_error(line)
     hurry.set()  # Python waits for reading threads before it ends
+    command.flush_log()
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from cassle_jax.faults import retried
 from cassle_jax.storage import GrowingFile, write_whole
 
 
@@ -126,18 +127,21 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def read_lines(path: epath.PathLike) -> list[dict]:
-    """The complete lines of a JSON-lines file that have a step.
+def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> list[dict]:
+    """The complete lines of a JSON-lines file that have a step, or another key of some kind.
 
     A killed run may leave half a line at the end, and a power cut anything.
+
+    Raises:
+      OSError, Outage: the file cannot be read, for good or for now.
     """
     lines, path = [], epath.Path(path)
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in retried(str(path), path.read_bytes).split(b"\n") if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [each for each in lines if isinstance(each, dict) and type(each.get("step")) is int]
+    return [each for each in lines if isinstance(each, dict) and type(each.get(key)) is kind]
 
 
 def append_line(path: epath.Path, line: Mapping) -> None:

@@ -88,12 +88,20 @@ def method_of(config: ConfigDict, record: Mapping[str, Any]) -> Method:
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
-    """A run's settings, completed by the defaults of those that did not exist at its start."""
+    """A run's settings, completed by the defaults of those that did not exist at its start.
+
+    Raises:
+      ValueError: there is no method, or a setting is of another kind than its default.
+    """
     return ConfigDict(_merged(_defaults(config), config.to_dict()))
 
 
 def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
-    """A run's settings, completed, without those that no longer exist; and the names of these."""
+    """A run's settings, completed, without those that no longer exist; and the names of these.
+
+    Raises:
+      ValueError: there is no method, or a setting is of another kind than its default.
+    """
     defaults = _defaults(config)
     gone: list[str] = []
     kept = _known(_merged(defaults, config.to_dict()), defaults, "", gone)
@@ -102,17 +110,35 @@ def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
 
 def _defaults(config: ConfigDict) -> dict[str, Any]:
     """Today's defaults; a method that is unknown here keeps its settings."""
-    name = config.method.name
+    method = config.get("method")
+    name = method.get("name") if isinstance(method, ConfigDict) else None
+    if not isinstance(name, str):
+        raise ValueError("its settings are damaged: method has no name")
     defaults = base_config(f"method={name}" if name in METHODS else "").to_dict()
     return defaults if name in METHODS else {**defaults, "method": config.method.to_dict()}
 
 
-def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    defaults: Mapping[str, Any], values: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """The values, completed by the defaults; raises ValueError where one is of another kind."""
     merged = {**defaults, **values}
     for name in defaults.keys() & values.keys():
-        if isinstance(defaults[name], dict) and isinstance(values[name], dict):
-            merged[name] = _merged(defaults[name], values[name])
+        value, default = values[name], defaults[name]
+        if not _alike(value, default):
+            raise ValueError(
+                f"its setting {prefix}{name}={value!r} is damaged; one such as {default!r} works"
+            )
+        if isinstance(default, dict):
+            merged[name] = _merged(default, value, f"{prefix}{name}.")
     return merged
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value from JSON is of the kind of a default; whole numbers may stand for others."""
+    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}
+    kind = kinds.get(type(default), type(default))
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _known(
@@ -123,7 +149,7 @@ def _known(
     gone += [f"{prefix}{name}" for name in values if name not in defaults]
     return {
         name: _known(values[name], default, f"{prefix}{name}.", gone)
-        if isinstance(default, dict) and isinstance(values[name], dict)
+        if isinstance(default, dict)
         else values[name]
         for name, default in defaults.items()
     }

@@ -249,10 +249,8 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least("batch_size", config.batch_size, 2)  # one image has no variance for BatchNorm
     check_at_least("epochs", config.epochs, 1)
     check_seed("seed", config.seed)
-    check_at_least("encoder.patch_size", config.encoder.patch_size, 1)
     check_at_least("checkpoint.keep", config.checkpoint.keep, 1)
     check_at_least("chunk_size", config.chunk_size, 0)
-    check_at_least("encoder.width", config.encoder.width, 0)
     check_at_least("steps", config.steps, 0)
     check_at_least("probe.every_epochs", config.probe.every_epochs, 0)
     check_at_least("checkpoint.every_steps", config.checkpoint.every_steps, 0)

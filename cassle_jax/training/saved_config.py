@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import base_config, flat_settings
+from cassle_jax.faults import retried
 from cassle_jax.storage import write_whole
 
 # Settings that may differ when a run is continued: its results do not depend on them.
@@ -126,5 +127,17 @@ def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def read_config(workdir: epath.PathLike) -> ConfigDict:
-    """The configuration a run was started with."""
-    return ConfigDict(json.loads(epath.Path(workdir, "config.json").read_text()))
+    """The configuration a run was started with.
+
+    Raises:
+      ConfigError: the file is damaged.
+      OSError, Outage: it cannot be read, for good or for now.
+    """
+    path = epath.Path(workdir, "config.json")
+    try:
+        settings = json.loads(retried(str(path), path.read_bytes))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is damaged: it holds no settings")
+    return ConfigDict(settings)

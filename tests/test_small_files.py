@@ -1,0 +1,183 @@
+"""Small files that are damaged, or out of reach for now, cost no results and no traceback."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from cassle_jax import evaluate, faults
+from cassle_jax.checks import ConfigError
+from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
+from cassle_jax.evaluation.findings import Score
+from cassle_jax.export import export_command
+from cassle_jax.interop.weights import load_weights
+from cassle_jax.report.evaluation_page import JSON, read_report, write_report
+from cassle_jax.report.growing_report import GrowingReport
+from cassle_jax.sweep import experiment
+from cassle_jax.sweep.budget import read_plan
+from cassle_jax.sweep.evaluation import evaluation_of
+from cassle_jax.sweep.jobs import OUTCOME, outcome_of, write_outcome
+from cassle_jax.sweep.records import MISSING, RunRecord, workdir_of
+from cassle_jax.sweep.space import SweepRequest, runs_of
+from cassle_jax.sweep.sweep import _RunLines, sweep
+from cassle_jax.sweep.table import Row, Table, runs_of_table
+from cassle_jax.sweep.worker import RESULT
+from cassle_jax.training.metrics import read_metrics
+from cassle_jax.training.saved_config import read_config, write_config
+from tests.interop.states import encoder_state
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
+DAMAGED = ("", "[]", "null", "3", '"text"', '{"exit', "{}", "\0\0\0", "[" * 100_000)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Faults are given half a second, not minutes."""
+    monkeypatch.setenv(faults.SECONDS, "0.5")
+    monkeypatch.setattr(faults, "_FIRST_PAUSE", 0.02)
+
+
+def failing(monkeypatch, owner, name, code, times):
+    """Lets the first calls of a function fail, and returns those that failed."""
+    function, failed = getattr(owner, name), []
+
+    def fail(*arguments, **settings):
+        if len(failed) < times:
+            failed.append(arguments)
+            raise OSError(code, os.strerror(code))
+        return function(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, fail)
+    return failed
+
+
+# --- damaged
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_outcome_or_plan_counts_as_missing(tmp_path, content):
+    for name in (OUTCOME, "plan.json"):
+        (tmp_path / name).write_text(content)
+    assert RunRecord(tmp_path).exit_code is None
+    assert read_plan(tmp_path, 0.0) is None
+    assert RunRecord(tmp_path / "none").state == MISSING
+
+
+@pytest.mark.parametrize("content", [each for each in DAMAGED if each != "{}"])
+def test_damaged_settings_or_results_are_named_in_one_line(tmp_path, content):
+    for name, read in (("config.json", read_config), (JSON, lambda path: read_report(path / JSON))):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match="is damaged") as raised:
+            read(tmp_path)
+        assert str(tmp_path / name) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_damaged_lines_of_a_sweep_are_left_out(tmp_path):
+    runs = runs_of(SweepRequest(CONFIG, grid="seed=0"))
+    earlier = '{"run": "another"}'
+    (tmp_path / "runs.jsonl").write_text(f'{earlier}\n[]\n{{"x": 1}}\n{{"run": "half')
+    _RunLines(tmp_path, runs)._write()
+    lines = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert [each["run"] for each in lines] == ["another", runs[0].name]
+
+
+def finished(folder, table):
+    """The only run of a table, as if it had finished and been evaluated."""
+    (run,) = runs_of_table(table)
+    workdir = workdir_of(folder, run.name)
+    workdir.mkdir(parents=True)
+    write_config(run.config, workdir)
+    write_outcome(workdir, 0, "", seconds=3.0)
+    write_report(workdir / RESULT, {run.subject: [[Score("knn", "scenes", "accuracy", 0.5)]]})
+    return run, workdir / RESULT / JSON
+
+
+def test_a_run_whose_evaluation_is_damaged_is_done_again(tmp_path):
+    row = Row("a", f"{CONFIG}:method=simclr", ("steps=1",))
+    table = Table("A", "?", (row,), seeds=(0,), datasets=("scenes",), tasks=("knn",))
+    run, report = finished(tmp_path, table)
+    results = experiment._Results(tmp_path, table, evaluation_of(table))
+    assert not results.is_missing(run)
+    assert results.write_page().exists()
+    for content in (report.read_text()[:200], *DAMAGED):
+        report.write_text(content)
+        assert results.is_missing(run)
+        assert results.write_page() is None  # as for a run that has not finished
+    report.unlink()
+    assert results.is_missing(run)
+
+
+# --- out of reach for now, and for good
+
+
+def test_what_evaluations_and_exports_read_is_waited_for(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    save_file(encoder_state("resnet18"), file)
+    torch = tmp_path / "weights.pth"
+    torch.write_bytes(b"")
+    failed = failing(monkeypatch, Path, "open", errno.EIO, 1)
+    with pytest.raises(ValueError, match="damaged or no PyTorch file"):
+        load_weights(torch)
+    assert len(failed) == 1
+    for name, read in (
+        ("config.json", read_config),
+        ("metrics.jsonl", read_metrics),
+        (OUTCOME, outcome_of),
+    ):
+        (tmp_path / name).write_text('{"step": 1, "loss": 2.0, "exit_code": 0, "last_line": ""}')
+        failed = failing(monkeypatch, type(epath.Path(tmp_path)), "read_bytes", errno.ESTALE, 1)
+        assert read(tmp_path)
+        assert len(failed) == 1
+
+
+def test_an_export_waits_for_room(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    save_file(encoder_state("resnet18"), file)
+    failed = failing(monkeypatch, type(epath.Path(tmp_path)), "write_bytes", errno.ENOSPC, 3)
+    export_command(weights=str(file), to=str(tmp_path / "out"), formats=["cassle"])
+    assert len(failed) == 3
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        "cassle.safetensors",
+        "model_card.json",
+        "model_card.md",
+    }
+
+
+def test_the_page_of_an_evaluation_waits_for_room(tmp_path, monkeypatch):
+    report = GrowingReport(tmp_path, "", {"a": {}})
+    report.begin("a")
+    report.add([Score("knn", "scenes", "accuracy", 0.5)])
+    (tmp_path / JSON).unlink()
+    failed = failing(monkeypatch, GrowingReport, "write", errno.ENOSPC, 2)
+    assert evaluate._written(report, complete=True).exists() and (tmp_path / JSON).exists()
+    assert len(failed) == 2
+    failing(monkeypatch, GrowingReport, "write", errno.ENOSPC, 10**6)
+    with pytest.raises(faults.Outage, match=r"No space left on device, for 0\.5 s; the s") as ended:
+        evaluate._written(report, complete=True)
+    assert code_of(ended.value) == EXIT_OUTAGE
+
+
+def test_a_full_disk_is_named_by_sweeps_and_tables(tmp_path, monkeypatch):
+    failed = failing(monkeypatch, type(epath.Path(tmp_path)), "write_bytes", errno.ENOSPC, 2)
+    write_outcome(tmp_path, 0, "")
+    assert len(failed) == 2 and RunRecord(tmp_path).exit_code == 0
+    failing(monkeypatch, type(epath.Path(tmp_path)), "write_bytes", errno.ENOSPC, 10**6)
+    with pytest.raises(faults.Outage, match=r"outcome\.json: No space left on device, for 0\.5 s"):
+        write_outcome(tmp_path, 0, "")
+
+
+def test_a_folder_that_takes_no_files_is_named_by_sweeps_and_tables(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    table = Table("A", "?", (Row("a", f"{CONFIG}:method=simclr"),))
+    for run in (
+        lambda: sweep(SweepRequest(CONFIG, grid="seed=0"), file),
+        lambda: experiment.run_table(table, file),
+    ):
+        with pytest.raises(ConfigError, match=r"to=.*file cannot be written") as refused:
+            run()
+        assert code_of(refused.value) == EXIT_WRONG_SETTING
