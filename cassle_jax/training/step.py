@@ -52,17 +52,7 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
       run: the objects of the run.
       mesh: the devices the step runs on.
     """
-    update = Update(
-        run.networks,
-        run.method,
-        run.auxiliaries,
-        run.optimizer,
-        run.schedule,
-        run.clock,
-        AXIS,
-        run.chunks,
-        run.conditioning.plain_branch,
-    )
+    update = update_of(run)
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -73,6 +63,21 @@ def make_train_step(run: Run, mesh: Mesh) -> Callable[[TrainState, dict], tuple[
 
     return parallel(
         step, mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED), donate=(0,)
+    )
+
+
+def update_of(run: Run) -> "Update":
+    """The update of a run's steps, for one device of `AXIS`."""
+    return Update(
+        run.networks,
+        run.method,
+        run.auxiliaries,
+        run.optimizer,
+        run.schedule,
+        run.clock,
+        AXIS,
+        run.chunks,
+        run.conditioning.plain_branch,
     )
 
 

@@ -1,55 +1,81 @@
 """Any number of devices computes what one device computes on the same global batch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.methods import METHODS
-from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.methods import METHODS, TrainingViews, ViewBatch
+from cassle_jax.parallel import (
+    REPLICATED,
+    SHARDED,
+    device_mesh,
+    on_every_device,
+    parallel,
+    shard_batch,
+)
 from cassle_jax.training.run import build_run
-from cassle_jax.training.step import make_train_step
+from cassle_jax.training.step import make_train_step, update_of
 from tests.everyday import everyday
 from tests.tiny import tiny_config
 
 STEPS = 4
-WITH_AUXILIARIES = "method=simclr,augself=main,equimod=main,essl=main"
-ARGUMENTS = (
-    *(f"method={name}" for name in METHODS),
-    WITH_AUXILIARIES,
-    "method=moco_v2,follow=published",
-)
+ARGUMENTS = (*(f"method={name}" for name in METHODS), "method=moco_v2,follow=published")
 
 
-def train(arguments, devices):
+def whole_steps(run, mesh, config):
+    """The step from the images on, and its inputs."""
+    source = open_source(config.data, "train")
+    damaged = DamagedLog(len(source), 0.0)
+    settings = {"batch": run.batch_size, "canvas": config.data.canvas, "seed": 0}
+    batches = training_batches(source, **settings, damaged=damaged)
+    return make_train_step(run, mesh), (shard_batch(next(batches), mesh) for _ in range(STEPS))
+
+
+def updates(run, mesh, config):
+    """The step from the views on, which compiles in half the time, and its inputs."""
+    del config
+    update = parallel(
+        update_of(run), mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED)
+    )
+    return update, (shard_batch(random_views(run, seed), mesh) for seed in range(STEPS))
+
+
+def random_views(run, seed):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=(run.batch_size, *shape)), jnp.float32)
+
+    views = (
+        ViewBatch(normal(spec.size, spec.size, 3), normal(run.conditioning.size))
+        for spec in run.views
+    )
+    return TrainingViews(tuple(views))
+
+
+def train(arguments, devices, steps_of):
+    """The losses of four steps, and what the last one leaves."""
     config = tiny_config(arguments)
     # AdamW would make steps of the rounding that a vanishing gradient is.
     config.optimizer.name = "sgd"
     config.optimizer.base_learning_rate = 0.03
-    source = open_source(config.data, "train")
     mesh = device_mesh(jax.devices()[:devices])
-    run = build_run(config, mesh, len(source))
-    batches = training_batches(
-        source,
-        batch=run.batch_size,
-        canvas=config.data.canvas,
-        seed=0,
-        damaged=DamagedLog(len(source), 0.0),
-    )
-    step = make_train_step(run, mesh)
+    run = build_run(config, mesh, config.data.scenes)
+    step, inputs = steps_of(run, mesh, config)
     state = on_every_device(run.initial_state, mesh)
     losses = []
-    for _ in range(STEPS):
-        state, metrics = step(state, shard_batch(next(batches), mesh))
+    for each in inputs:
+        state, metrics = step(state, each)
         losses.append(float(metrics["loss"]))
     networks = (state.params, state.batch_stats, state.target_params, state.target_batch_stats)
     return losses, jax.device_get((networks, state.memory))
 
 
-@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, WITH_AUXILIARIES))
-def test_eight_devices_are_one(arguments):
-    losses, state = train(arguments, 1)
-    losses_of_eight, state_of_eight = train(arguments, 8)
+def assert_eight_devices_are_one(arguments, steps_of):
+    losses, state = train(arguments, 1, steps_of)
+    losses_of_eight, state_of_eight = train(arguments, 8, steps_of)
     # SimSiam's loss is a mean of cosines and may come near 0: their rounding is that of 1.
     rounding = np.finfo(np.float32).eps
     np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-5, atol=rounding)
@@ -59,6 +85,15 @@ def test_eight_devices_are_one(arguments):
     assert losses[0] != losses[-1]
 
 
+def test_a_whole_step_of_eight_devices_is_that_of_one():
+    assert_eight_devices_are_one("method=simclr,augself=main,equimod=main,essl=main", whole_steps)
+
+
+@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, "method=swav"))
+def test_every_method_makes_the_same_update_of_the_same_views(arguments):
+    assert_eight_devices_are_one(arguments, updates)
+
+
 def test_local_negatives_depend_on_the_devices():
     config = "method=simclr,follow=published"
-    assert abs(train(config, 1)[0][0] - train(config, 8)[0][0]) > 0.1
+    assert abs(train(config, 1, updates)[0][0] - train(config, 8, updates)[0][0]) > 0.1
