@@ -12,8 +12,7 @@ from cassle_jax.augment import AugmentSpec
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.models import VisionTransformer
-from cassle_jax.models.vit import check_image_size
+from cassle_jax.models import check_image_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +51,10 @@ class Subject:
         """The subject for images of another `size`, `mean` or `std` than in training.
 
         Raises:
-          ValueError: an impossible value, or a size that a ViT's patches do not divide.
+          ValueError: an impossible value, or a size that the encoder does not take.
         """
-        encoder = self.networks.factories["encoder"]()
-        if "size" in prepared and isinstance(encoder, VisionTransformer):
-            check_image_size(prepared["size"], encoder.patch_size)
+        if "size" in prepared:
+            check_image_size(self.networks.factories["encoder"](), prepared["size"])
         spec, *views = (dataclasses.replace(e, **prepared) for e in (self.spec, *self.views))
         return dataclasses.replace(self, spec=spec, views=tuple(views))
 

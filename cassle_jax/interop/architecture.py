@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import is_vit
+from cassle_jax.interop.naming import is_convnext, is_vit
 from cassle_jax.interop.pytorch import State, check_encoder
+from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
 from cassle_jax.models.vit import VisionTransformer
 
-VIT_HEADS = 12  # MoCo-v3's choice for every width, and this project's
-VIT_BASE_WIDTH = 768  # the width at which every project has 12 heads
+VIT_HEADS = {768: 12, 1024: 16}  # by width, where every project has the same number
+VIT_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}  # by width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +24,24 @@ class ResNetArchitecture:
     """A ResNet, identified by its arrays.
 
     Attributes:
-        depth: 18, 34 or 50.
+        depth: 18, 34, 50, 101 or 152.
         width: channels of the stem.
         small_images: a 3×3 stem without max-pooling.
         channels: channels of the images.
+        widening: factor on the channels of the 3×3 convolutions, 2 in a wide ResNet.
     """
 
     depth: int
     width: int
     small_images: bool
     channels: int
+    widening: int = 1
 
     @property
     def name(self) -> str:
         """The name in `ENCODERS`, torchvision and timm."""
-        return f"resnet{self.depth}"
+        plain = f"resnet{self.depth}"
+        return plain if self.widening == 1 else f"wide_{plain}_{self.widening}"
 
     @property
     def feature_width(self) -> int:
@@ -47,7 +51,13 @@ class ResNetArchitecture:
 
     def encoder(self, axis_name: str | None = None) -> ResNet:
         """This project's module of the architecture, float32."""
-        return ResNet(self.depth, self.width, self.small_images, axis_name=axis_name)
+        return ResNet(
+            self.depth,
+            self.width,
+            self.small_images,
+            axis_name=axis_name,
+            widening=self.widening,
+        )
 
     def torchvision_lines(self) -> list[str]:
         """Lines of Python that build it, without a classifier, as `model`."""
@@ -117,7 +127,7 @@ class ViTArchitecture:
     @property
     def name(self) -> str:
         """The nearest name that other projects use."""
-        return "vit_base" if self.width >= VIT_BASE_WIDTH else "vit_small"
+        return VIT_NAMES[min(VIT_NAMES, key=lambda width: abs(width - self.width))]
 
     @property
     def feature_width(self) -> int:
@@ -167,7 +177,79 @@ class ViTArchitecture:
         }
 
 
-Architecture = ResNetArchitecture | ViTArchitecture
+CONVNEXTS = {
+    ((3, 3, 9, 3), 96): "convnext_tiny",
+    ((3, 3, 27, 3), 96): "convnext_small",
+    ((3, 3, 27, 3), 128): "convnext_base",
+    ((3, 3, 27, 3), 192): "convnext_large",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNeXtArchitecture:
+    """A ConvNeXt, identified by its arrays.
+
+    Attributes:
+        depths: number of blocks of each of the four stages.
+        width: channels of the stem.
+        channels: channels of the images.
+    """
+
+    depths: tuple[int, int, int, int]
+    width: int
+    channels: int
+
+    @property
+    def name(self) -> str:
+        """The nearest name that torchvision and timm use."""
+        return CONVNEXTS.get((self.depths, self.width), "convnext_tiny")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the stages."""
+        return [self.width * 2**stage for stage in range(len(self.depths))]
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the features."""
+        return self.widths[-1]
+
+    def encoder(self, axis_name: str | None = None) -> ConvNeXt:
+        """This project's module of the architecture, float32."""
+        del axis_name  # it has no BatchNorm to synchronise
+        return ConvNeXt(self.depths, self.width)
+
+    def torchvision_lines(self) -> list[str]:
+        """Lines of Python that build it, without a classifier, as `model`."""
+        lines = [
+            f"widths, depths = {self.widths}, {[*self.depths]}",
+            "stages = map(torchvision.models.convnext.CNBlockConfig, widths, [*widths[1:], None], "
+            "depths)",
+            "model = torchvision.models.ConvNeXt(list(stages))",
+            "model.classifier[2] = torch.nn.Identity()",
+        ]
+        if self.channels != 3:
+            lines.append(
+                f"model.features[0][0] = torch.nn.Conv2d({self.channels}, {self.width}, 4, 4)"
+            )
+        return lines
+
+    def timm_config(self) -> dict[str, Any]:
+        """The architecture's part of timm's `config.json`."""
+        arguments = {"depths": [*self.depths], "dims": self.widths}
+        return {
+            "architecture": self.name,
+            "global_pool": "avg",
+            "model_args": arguments | ({} if self.channels == 3 else {"in_chans": self.channels}),
+            "pretrained_cfg": {
+                "first_conv": "stem.0",
+                "classifier": "head.fc",
+                "fixed_input_size": False,
+            },
+        }
+
+
+Architecture = ResNetArchitecture | ViTArchitecture | ConvNeXtArchitecture
 
 
 def architecture_of(state: State, heads: int | None = None) -> Architecture:
@@ -181,11 +263,15 @@ def architecture_of(state: State, heads: int | None = None) -> Architecture:
         WeightsError: this project lacks the architecture, or a ViT's number of heads is unknown.
     """
     try:
+        if is_convnext(state):
+            return _convnext(state)
         return _vit(state, heads) if is_vit(state) else _resnet(state)
     except (KeyError, ValueError, IndexError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"the encoder is no ResNet or ViT known here: {error}") from error
+        raise WeightsError(
+            f"the encoder is no ResNet, ViT or ConvNeXt known here: {error}"
+        ) from error
 
 
 def check_arrays(state: State, architecture: Architecture) -> None:
@@ -210,23 +296,30 @@ def _resnet(state: State) -> ResNetArchitecture:
     for depth, (block, usual) in ARCHITECTURES.items():
         if usual == stages and (block is Bottleneck) == bottleneck:
             width, channels, size, _ = state["conv1.weight"].shape
-            return ResNetArchitecture(depth, width, size == 3, channels)
-    raise WeightsError(
-        f"a ResNet of {stages} blocks is not known here; use ResNet-18, ResNet-34 or ResNet-50"
-    )
+            widening = state["layer1.0.conv1.weight"].shape[0] // width if bottleneck else 1
+            return ResNetArchitecture(depth, width, size == 3, channels, widening)
+    depths = ", ".join(f"ResNet-{depth}" for depth in ARCHITECTURES)
+    raise WeightsError(f"a ResNet of {stages} blocks is not known here; known are {depths}")
 
 
 def _vit(state: State, heads: int | None) -> ViTArchitecture:
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if heads is None and width == VIT_BASE_WIDTH:
-        heads = VIT_HEADS
+    heads = VIT_HEADS.get(width) if heads is None else heads
     if heads is None:
         raise WeightsError(
-            f"the arrays of a ViT of width {width} do not show whether it has 6 or 12 heads; "
+            f"the arrays of a ViT of width {width} do not show its number of heads; "
             "convert the file with python -m cassle_jax.export --weights=FILE --heads=N"
         )
     if heads < 1 or width % heads:
         raise WeightsError(f"heads={heads} does not divide the ViT's width of {width}")
     image_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
     return ViTArchitecture(width, depth, heads, patch_size, image_size, channels)
+
+
+def _convnext(state: State) -> ConvNeXtArchitecture:
+    blocks = [
+        match[1] for name in state if (match := re.fullmatch(r"stages\.(\d)\..+\.gamma", name))
+    ]
+    width, channels, _, _ = state["stem.0.weight"].shape
+    return ConvNeXtArchitecture(tuple(blocks.count(str(n)) for n in range(4)), width, channels)

@@ -28,7 +28,10 @@ WRAPPERS = {
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
-STEM = re.compile(r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token)")
+OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
+STEM = re.compile(
+    r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token|(?:stem|features\.0)\.0\.weight)"
+)
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
 MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
@@ -123,7 +126,8 @@ def _prefix(arrays: State) -> str:
     if not prefixes:
         names = ", ".join([*arrays][:3])
         raise WeightsError(
-            f"it has neither a ResNet's conv1.weight nor a ViT's cls_token, but {names}…; {KNOWN}"
+            f"it has neither a ResNet's conv1.weight nor a ViT's cls_token nor a ConvNeXt's "
+            f"stem.0.weight, but {names}…; {KNOWN}"
         )
     first, *others = [name for name in prefixes if not COPIES.search(name)] or prefixes
     different = [other for other in others if not _same(_under(arrays, first), arrays, other)]
@@ -182,7 +186,11 @@ def _without_heads(state: State) -> tuple[State, State]:
         re.sub(r"\bshortcut\.(?=\d)", "downsample.", name): array
         for name, array in from_torchvision(state).items()
     }
-    heads = {name: array for name, array in state.items() if name.startswith(HEADS)}
+    heads = {
+        name: array
+        for name, array in state.items()
+        if name.startswith(HEADS) and not name.startswith(OWN)
+    }
     return {name: state[name] for name in state if name not in heads}, heads
 
 

@@ -1,10 +1,12 @@
-"""Translates names of an encoder's arrays: torchvision's for ViTs and detectron2's for ResNets.
+"""Translates an encoder's arrays to torchvision's names of ViTs and ConvNeXts, and detectron2's.
 
 This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
-for ViTs.
+for ViTs and ConvNeXts.
 """
 
 import re
+
+import numpy as np
 
 from cassle_jax.interop.pytorch import State
 
@@ -23,6 +25,15 @@ VIT_BLOCK_ARRAYS = {
 }
 
 
+# Of a ConvNeXt's block; the place in torchvision's `Sequential`.
+CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
+
+
+def is_convnext(state: State) -> bool:
+    """Whether a state in this project's names is a ConvNeXt's."""
+    return "stem.0.weight" in state
+
+
 def is_vit(state: State) -> bool:
     """Whether a state in this project's names is a ViT's, not a ResNet's."""
     return "cls_token" in state
@@ -30,12 +41,16 @@ def is_vit(state: State) -> bool:
 
 def to_torchvision(state: State) -> State:
     """An encoder's arrays under torchvision's names."""
+    if is_convnext(state):
+        return dict(_to_torchvision_convnext(*item) for item in state.items())
     names = _torchvision_vit_names(state) if is_vit(state) else {}
     return {names.get(name, name): array for name, array in state.items()}
 
 
 def from_torchvision(state: State) -> State:
     """The reverse of `to_torchvision`; unknown names are unchanged."""
+    if "features.0.0.weight" in state:
+        return dict(_from_torchvision_convnext(*item) for item in state.items())
     if "class_token" not in state:
         return state
     # torchvision's own published ViTs are older than its current names of the MLP.
@@ -69,6 +84,30 @@ def _torchvision_vit_names(state: State) -> dict[str, str]:
     for leaf in ("weight", "bias"):
         names |= {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in modules.items()}
     return names
+
+
+def _to_torchvision_convnext(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    if match := re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(.+)", name):
+        block = f"features.{2 * int(match[1]) + 1}.{match[2]}"
+        if match[3] == "gamma":
+            return f"{block}.layer_scale", array.reshape(-1, 1, 1)
+        module, _, leaf = match[3].rpartition(".")
+        return f"{block}.block.{CONVNEXT_BLOCK.get(module, module)}.{leaf}", array
+    name = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"features.{2 * int(m[1])}", name)
+    name = re.sub(r"^stem\.", "features.0.", name)
+    return name.replace("head.norm.", "classifier.0."), array
+
+
+def _from_torchvision_convnext(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    modules = {theirs: ours for ours, theirs in CONVNEXT_BLOCK.items()}
+    if match := re.fullmatch(r"features\.(\d)\.(\d+)\.layer_scale", name):
+        return f"stages.{int(match[1]) // 2}.blocks.{match[2]}.gamma", array.reshape(-1)
+    if match := re.fullmatch(r"features\.(\d)\.(\d+)\.block\.(\d)\.(.+)", name):
+        block = f"stages.{int(match[1]) // 2}.blocks.{match[2]}"
+        return f"{block}.{modules.get(match[3], match[3])}.{match[4]}", array
+    name = re.sub(r"^features\.0\.", "stem.", name)
+    name = re.sub(r"^features\.(\d)", lambda m: f"stages.{int(m[1]) // 2}.downsample", name)
+    return name.replace("classifier.0.", "head.norm."), array
 
 
 def _to_detectron2(name: str) -> str:

@@ -2,7 +2,7 @@
 
 A state is a mapping from PyTorch's names to numpy arrays in PyTorch's layouts (linear: out×in,
 convolution: out×in×height×width); parameters other than kernels keep their layout. Names are
-torchvision's for ResNets and MoCo-v3's (which are timm's) for ViTs, those of a
+torchvision's for ResNets, MoCo-v3's (which are timm's) for ViTs, timm's for ConvNeXts, those of a
 `torch.nn.Sequential` of Linear, BatchNorm1d and ReLU for MLPs, and the published CASSLE
 implementation's for projectors and predictors; names unknown to these are unchanged.
 `num_batches_tracked` is skipped: nothing depends on it.
@@ -85,7 +85,7 @@ def check_encoder(state: Mapping[str, np.ndarray], variables: Variables) -> None
 
 
 def encoder_to_pytorch(variables: Variables) -> State:
-    """A ResNet's variables in torchvision's names, a ViT's in MoCo-v3's."""
+    """A ResNet's variables in torchvision's names, a ViT's and a ConvNeXt's in timm's."""
     return _to_pytorch(variables, _encoder_module)
 
 
@@ -129,7 +129,7 @@ def predictor_to_pytorch(variables: Variables) -> State:
 def _encoder_module(path: Path) -> str:
     if path == ("patch_embed",):
         return "patch_embed.proj"
-    return ".".join(path).replace("_", ".")
+    return ".".join(path).replace("_", ".").replace("conv.dw", "conv_dw")
 
 
 def _mlp_module(path: Path) -> str:

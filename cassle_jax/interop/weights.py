@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cassle_jax.faults import retried
-from cassle_jax.interop.architecture import VIT_HEADS
 from cassle_jax.interop.card import is_card
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.layouts import networks_in
@@ -47,6 +46,7 @@ TO_PYTORCH = {
     "image_conditioner": projector_to_pytorch,
 }
 EXPORTED = tuple(TO_PYTORCH)  # the networks that files of weights hold, and evaluation uses
+MOCO_V3_HEADS = 12  # of each of its published ViTs
 # The published checkpoints' name of the encoder.
 PUBLISHED = {"encoder": "backbone"}
 
@@ -228,7 +228,7 @@ def _weights(content: Any) -> Weights:
     if "__author__" in content:
         return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
     networks, ignored, is_moco_v3 = networks_in(content)
-    heads = VIT_HEADS if is_moco_v3 and is_vit(networks["encoder"]) else None
+    heads = MOCO_V3_HEADS if is_moco_v3 and is_vit(networks["encoder"]) else None
     return Weights(networks, ignored, heads=heads)
 
 

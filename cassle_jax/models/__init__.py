@@ -16,6 +16,7 @@ from cassle_jax.models.conditioning import (
     ImageConditioner,
     check_conditioning,
 )
+from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.mlp import MLP
 from cassle_jax.models.resnet import ResNet
 from cassle_jax.models.vit import VisionTransformer
@@ -24,8 +25,17 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, depth=18),
     "resnet34": partial(ResNet, depth=34),
     "resnet50": partial(ResNet, depth=50),
+    "resnet101": partial(ResNet, depth=101),
+    "resnet152": partial(ResNet, depth=152),
+    "wide_resnet50_2": partial(ResNet, depth=50, widening=2),
+    "wide_resnet101_2": partial(ResNet, depth=101, widening=2),
+    "convnext_tiny": partial(ConvNeXt, depths=(3, 3, 9, 3)),
+    "convnext_small": partial(ConvNeXt, depths=(3, 3, 27, 3)),
+    "convnext_base": partial(ConvNeXt, depths=(3, 3, 27, 3), width=128),
+    "vit_tiny": partial(VisionTransformer, width=192, depth=12, heads=3),
     "vit_small": partial(VisionTransformer, width=384, depth=12, heads=12),
     "vit_base": partial(VisionTransformer, width=768, depth=12, heads=12),
+    "vit_large": partial(VisionTransformer, width=1024, depth=24, heads=16),
 }
 
 
@@ -35,6 +45,7 @@ def make_encoder(
     width: int = 0,
     small_images: bool = False,
     patch_size: int = 16,
+    heads: int = 0,
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
     remat: bool = False,
@@ -44,9 +55,11 @@ def make_encoder(
 
     Args:
         name: name of the architecture.
-        width: width of a ResNet's stem or of a Vision Transformer; 0 for the architecture's own.
+        width: width of a convolutional network's stem or of a Vision Transformer; 0 for the
+            architecture's own.
         small_images: gives a ResNet a stem for images of about 32 pixels.
         patch_size: side of a Vision Transformer's patch, in pixels.
+        heads: attention heads of a Vision Transformer; 0 for the architecture's own.
         dtype: dtype the layers compute in.
         axis_name: mapped axis over which a ResNet's BatchNorm is synchronised.
         remat: recompute activations in the backward pass instead of storing them.
@@ -58,17 +71,36 @@ def make_encoder(
     check_one_of("encoder.name", name, ENCODERS)
     check_at_least("encoder.width", width, 0)
     check_at_least("encoder.patch_size", patch_size, 1)
+    check_at_least("encoder.heads", heads, 0)
     settings = {"dtype": dtype, "remat": remat}
     if width:
         settings["width"] = width
-    if not name.startswith("vit"):
-        return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
-    if small_images:
+    vit = name.startswith("vit")
+    if heads and not vit:
+        raise ConfigError(f"encoder.heads={heads} does not go with encoder.name={name!r}; use 0")
+    if small_images and (vit or name.startswith("convnext")):
+        instead = "encoder.patch_size=4" if vit else "a ResNet"
         raise ConfigError(
             f"encoder.small_images=True does not go with encoder.name={name!r}; "
-            "use encoder.patch_size=4 for small images"
+            f"use {instead} for small images"
         )
+    if name.startswith("convnext"):
+        return ENCODERS[name](**settings)
+    if not vit:
+        return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
+    if heads:
+        settings["heads"] = heads
     return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
+
+
+def check_image_size(encoder: nn.Module, size: int) -> None:
+    """Refuses images whose sides (`size` pixels) an encoder does not take.
+
+    Raises:
+        ConfigError: the message names sizes that work.
+    """
+    if hasattr(encoder, "check_image_size"):
+        encoder.check_image_size(size)
 
 
 __all__ = [
@@ -78,9 +110,11 @@ __all__ = [
     "TREATMENTS",
     "BatchNorm",
     "ConditionedProjector",
+    "ConvNeXt",
     "ImageConditioner",
     "ResNet",
     "VisionTransformer",
     "check_conditioning",
+    "check_image_size",
     "make_encoder",
 ]

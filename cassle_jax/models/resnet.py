@@ -1,4 +1,4 @@
-"""ResNet-18, 34 and 50 with torchvision's layout and names."""
+"""ResNets of torchvision's depths and wide ones, with its layout and names."""
 
 from functools import partial
 
@@ -35,6 +35,7 @@ class BasicBlock(nn.Module):
     stride: int
     dtype: DTypeLike
     axis_name: str | None
+    widening: int = 1
     expansion = 1
 
     @nn.compact
@@ -52,12 +53,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 (with the stride) and 1×1 convolutions with a shortcut: ResNet-50's block."""
+    """1×1, 3×3 (with the stride) and 1×1 convolutions with a shortcut: ResNet-50's block.
+
+    The first two have `widening` times `width` channels, the last one four times `width`.
+    """
 
     width: int
     stride: int
     dtype: DTypeLike
     axis_name: str | None
+    widening: int = 1
     expansion = 4
 
     @nn.compact
@@ -67,9 +72,10 @@ class Bottleneck(nn.Module):
         """Maps `x`; `train` normalises by the batch's statistics, and records them."""
         conv = partial(convolution, dtype=self.dtype)
         norm = partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        y = conv(self.width, 1, name="conv1")(x)
+        inner = self.widening * self.width
+        y = conv(inner, 1, name="conv1")(x)
         y = jax.nn.relu(norm(name="bn1")(y, train))
-        y = conv(self.width, 3, self.stride, name="conv2")(y)
+        y = conv(inner, 3, self.stride, name="conv2")(y)
         y = jax.nn.relu(norm(name="bn2")(y, train))
         y = conv(self.width * self.expansion, 1, name="conv3")(y)
         y = norm(scale_init=nn.initializers.zeros, name="bn3")(y, train)
@@ -88,6 +94,8 @@ ARCHITECTURES = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
 }
 
 
@@ -98,15 +106,19 @@ class ResNet(nn.Module):
     unless the caller makes it mutable: `stem`, `layer1` … `layer4` (feature maps) and `features`.
 
     Attributes:
-        depth: 18, 34 or 50.
-        width: channels of the stem and of the first stage's 3×3 convolutions.
+        depth: 18, 34, 50, 101 or 152.
+        width: channels of the stem and, where `widening` is 1, of the first stage's 3×3
+            convolutions.
         small_images: a 3×3 stem with stride 1 and no max-pooling, for images of about 32 pixels.
         dtype: dtype the convolutions compute in; parameters are float32.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         remat: recompute each block's activations in the backward pass instead of storing them.
+        widening: factor on the channels of the bottlenecks' 3×3 convolutions, 2 in a wide ResNet;
+            the features stay as wide.
 
     References:
-        He et al., Deep Residual Learning for Image Recognition, 2016, table 1.
+        He et al., Deep Residual Learning for Image Recognition, 2016, table 1. Zagoruyko and
+        Komodakis, Wide Residual Networks, 2016.
     """
 
     depth: int
@@ -115,10 +127,13 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    widening: int = 1
 
     def __post_init__(self):
         if self.depth not in ARCHITECTURES:
             raise ValueError(f"depth={self.depth} is no ResNet here; use one of {[*ARCHITECTURES]}")
+        if self.widening != 1 and ARCHITECTURES[self.depth][0] is BasicBlock:
+            raise ValueError(f"widening={self.widening} needs a depth of at least 50")
         super().__post_init__()
 
     @property
@@ -150,6 +165,7 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and index == 0 else 1,
                     dtype=self.dtype,
                     axis_name=self.axis_name,
+                    widening=self.widening,
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
             self.sow("intermediates", f"layer{stage + 1}", x)

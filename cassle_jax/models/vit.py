@@ -215,6 +215,14 @@ class VisionTransformer(nn.Module):
         """Width of the features."""
         return self.width
 
+    def check_image_size(self, size: int) -> None:
+        """Refuses images whose sides (`size` pixels) are not a whole number of patches.
+
+        Raises:
+            ConfigError: the message names the nearest sizes that work.
+        """
+        check_image_size(size, self.patch_size)
+
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool
@@ -249,7 +257,7 @@ class VisionTransformer(nn.Module):
     def _tokens(self, images):
         """Class token and patches with their positions, and the grid's height and width."""
         for size in images.shape[1:3]:
-            check_image_size(size, self.patch_size)
+            self.check_image_size(size)
         patches = PatchEmbedding(self.width, self.patch_size, self.dtype, name="patch_embed")(
             images
         )

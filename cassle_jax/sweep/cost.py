@@ -24,8 +24,17 @@ _ENCODERS = {
     "resnet18": 1.82,
     "resnet34": 3.67,
     "resnet50": 4.1,
+    "resnet101": 7.8,
+    "resnet152": 11.5,
+    "wide_resnet50_2": 11.4,
+    "wide_resnet101_2": 22.8,
+    "convnext_tiny": 4.5,
+    "convnext_small": 8.7,
+    "convnext_base": 15.4,
+    "vit_tiny": 1.26,
     "vit_small": 4.6,
     "vit_base": 17.5,
+    "vit_large": 61.6,
 }
 _SMALL_IMAGES = 15.0  # factor of the stem for small images
 # Cost of a view in forward passes: the backward pass of the online network costs two more.
@@ -67,7 +76,7 @@ def hours_of(config: ConfigDict, rate: float = RATE) -> float:
     encoder = config.encoder
     work = area * _ENCODERS.get(encoder.name, _ENCODERS["resnet50"])
     work *= _SMALL_IMAGES if encoder.small_images else 1.0
-    work *= (encoder.width / 64) ** 2 if encoder.width and encoder.name[:3] == "res" else 1.0
+    work *= (encoder.width / 64) ** 2 if encoder.width and "resnet" in encoder.name else 1.0
     return config.steps * config.batch_size * work / _MEASURED / rate / 3600
 
 

@@ -16,8 +16,7 @@ from cassle_jax.checks import ConfigError, check_at_least, check_fraction, check
 from cassle_jax.methods import AUXILIARIES, METHODS, Auxiliary, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.models import VisionTransformer, make_encoder
-from cassle_jax.models.vit import check_image_size
+from cassle_jax.models import check_image_size, make_encoder
 from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.parallel import AXIS
 from cassle_jax.training.state import TrainState, create_state
@@ -96,10 +95,8 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
-    sizes = [*(view.size for view in views), *further_sizes(config)]
-    if isinstance(encoder, VisionTransformer):
-        for size in sizes:
-            check_image_size(size, encoder.patch_size)
+    for size in (*(view.size for view in views), *further_sizes(config)):
+        check_image_size(encoder, size)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError, check_one_of
-from cassle_jax.interop.architecture import VIT_HEADS, architecture_of
+from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
 from cassle_jax.interop.pytorch import Variables
@@ -15,7 +15,7 @@ from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.training.state import TrainState, target_copies
 
 
-def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
+def warm_started(state: TrainState, settings: ConfigDict, heads: int | None = None) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
     Networks that the file lacks are unchanged; without a path, so is everything.
@@ -23,6 +23,7 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
     Args:
       state: the first state of the run.
       settings: the `weights` settings of the configuration.
+      heads: attention heads of the run's encoder, where it is a ViT.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -32,7 +33,7 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
         return state
     try:
         weights = load_weights(settings.path)
-        _check_heads(weights)
+        _check_heads(weights, heads)
         if settings.networks == "encoder":
             weights = weights.encoder_alone()
         loaded = _loaded(weights, {"params": state.params, "batch_stats": state.batch_stats})
@@ -61,13 +62,13 @@ def warm_started(state: TrainState, settings: ConfigDict) -> TrainState:
     )
 
 
-def _check_heads(weights: Weights) -> None:
+def _check_heads(weights: Weights, expected: int | None) -> None:
     """Refuses a ViT with another number of heads, whose arrays would fit all the same."""
     if not is_vit(weights.encoder):
         return
     heads = architecture_of(weights.encoder, weights.heads).heads
-    if heads != VIT_HEADS:
-        raise WeightsError(f"its ViT has {heads} heads, and those of a run have {VIT_HEADS}")
+    if expected not in (heads, None):
+        raise WeightsError(f"its ViT has {heads} heads, not {expected}; use encoder.heads={heads}")
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:

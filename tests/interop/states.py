@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cassle_jax.interop.pytorch import encoder_to_pytorch
-from cassle_jax.models import ResNet, VisionTransformer
+from cassle_jax.models import ConvNeXt, ResNet, VisionTransformer
 
 ENCODERS = {
     "resnet18": ResNet(18, width=4),
@@ -13,6 +13,8 @@ ENCODERS = {
     "resnet50": ResNet(50, width=4),
     "wide": ResNet(18),
     "small_images": ResNet(18, width=4, small_images=True),
+    "bottlenecks": ResNet(101, width=4, widening=2),
+    "convnext": ConvNeXt((1, 2, 1, 1), width=4),
     "vit": VisionTransformer(width=24, depth=2, heads=12, patch_size=8),
 }
 SIZE = 32

@@ -184,6 +184,8 @@ def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
         ("wide", "cassle torchvision timm detectron2"),
         ("small_images", "cassle torchvision"),
         ("vit", "cassle torchvision timm"),
+        ("bottlenecks", "cassle torchvision detectron2"),
+        ("convnext", "cassle torchvision timm"),
     ],
 )
 def test_every_encoder_comes_back_exactly_from_every_format(tmp_path, name, formats):
@@ -252,7 +254,7 @@ def test_a_vit_computes_the_same_with_the_heads_that_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        (None, r"whether it has 6 or 12 heads.* --heads=N"),
+        (None, r"do not show its number of heads.* --heads=N"),
         (5, "heads=5 does not divide"),
     ],
 )
@@ -278,13 +280,15 @@ def test_a_vits_run_records_its_heads(tmp_path):
         assert load_weights(tmp_path / "out" / file).heads == 12
 
 
-def test_a_vit_as_wide_as_vit_base_has_its_twelve_heads():
+@pytest.mark.parametrize(("width", "heads", "name"), [(768, 12, "base"), (1024, 16, "large")])
+def test_a_vit_as_wide_as_a_known_one_has_its_heads(width, heads, name):
     state = {
-        "cls_token": np.zeros((1, 1, 768)),
-        "pos_embed": np.zeros((1, 5, 768)),
-        "patch_embed.proj.weight": np.zeros((768, 3, 16, 16)),
+        "cls_token": np.zeros((1, 1, width)),
+        "pos_embed": np.zeros((1, 5, width)),
+        "patch_embed.proj.weight": np.zeros((width, 3, 16, 16)),
     }
-    assert architecture_of(state).heads == 12
+    architecture = architecture_of(state)
+    assert (architecture.heads, architecture.name) == (heads, f"vit_{name}")
 
 
 def resnext(state):

@@ -25,7 +25,7 @@ LIBRARY = {
     "torchvision, PyTorch's own file": "torchvision",
     "timm": "timm",
 }
-FITTING_TIMM = ("wide", "vit")
+FITTING_TIMM = ("wide", "convnext", "vit")
 
 
 def images():
@@ -68,19 +68,19 @@ def test_features_are_the_same_in_pytorch(tmp_path, monkeypatch, name, title):
     assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny"])
 def test_torchvisions_own_models_are_read(tmp_path, name):
     torchvision = pytest.importorskip("torchvision")
     model = getattr(torchvision.models, name)()
     torch.save(model.state_dict(), tmp_path / "model.pth")
     weights = load_weights(tmp_path / "model.pth")
-    head = {"resnet18": "fc", "vit_b_16": "heads.head"}[name]
+    head = {"resnet18": "fc", "vit_b_16": "heads.head", "convnext_tiny": "classifier.2"}[name]
     assert set(weights.ignored) == {f"{head}.weight", f"{head}.bias"}
     export(Weights(weights.networks, card=CARD), tmp_path, ["torchvision"])
     assert_same(load_weights(tmp_path / "torchvision.safetensors").encoder, weights.encoder)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_small_patch16_224"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_small_patch16_224", "convnext_tiny"])
 def test_timms_own_models_are_read(tmp_path, name):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=0)

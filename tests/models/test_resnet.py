@@ -66,7 +66,15 @@ def test_small_images_keep_their_resolution_through_the_first_stage(tiny):
 
 @pytest.mark.parametrize(
     ("name", "width", "parameters"),
-    [("resnet18", 512, 11_176_512), ("resnet34", 512, 21_284_672), ("resnet50", 2048, 23_508_032)],
+    [
+        ("resnet18", 512, 11_176_512),
+        ("resnet34", 512, 21_284_672),
+        ("resnet50", 2048, 23_508_032),
+        ("resnet101", 2048, 42_500_160),
+        ("resnet152", 2048, 58_143_808),
+        ("wide_resnet50_2", 2048, 66_834_240),
+        ("wide_resnet101_2", 2048, 124_837_696),
+    ],
 )
 def test_sizes_are_torchvisions_without_the_classifier(name, width, parameters):
     encoder = make_encoder(name)
@@ -104,5 +112,10 @@ def test_unknown_encoders_are_refused_with_the_known_ones():
     assert {"resnet18", "resnet34", "resnet50"} <= ENCODERS.keys()
     with pytest.raises(ValueError, match=r"encoder\.name='resnet20' is unknown; .*resnet34"):
         make_encoder("resnet20")
-    with pytest.raises(ValueError, match=r"depth=20 .*\[18, 34, 50\]"):
+    with pytest.raises(ValueError, match=r"depth=20 .*\[18, 34, 50, 101, 152\]"):
         ResNet(20)
+
+
+def test_only_bottlenecks_can_be_wider_than_their_features():
+    with pytest.raises(ValueError, match="widening=2 needs a depth of at least 50"):
+        ResNet(18, widening=2)

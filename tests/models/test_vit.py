@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from cassle_jax.checks import ConfigError
+from cassle_jax.models import make_encoder
 from cassle_jax.models.vit import (
     Block,
     PatchEmbedding,
@@ -54,9 +56,17 @@ def images():
     return jax.random.normal(jax.random.key(1), (3, 16, 16, 5))
 
 
-@pytest.mark.parametrize(("width", "parameters"), [(384, 21_665_664), (768, 85_798_656)])
-def test_sizes_are_timms_without_the_classifier(width, parameters):
-    encoder = VisionTransformer(width=width, depth=12, heads=12)
+@pytest.mark.parametrize(
+    ("name", "width", "parameters"),
+    [
+        ("vit_tiny", 192, 5_524_416),
+        ("vit_small", 384, 21_665_664),
+        ("vit_base", 768, 85_798_656),
+        ("vit_large", 1024, 303_301_632),
+    ],
+)
+def test_sizes_are_timms_without_the_classifier(name, width, parameters):
+    encoder = make_encoder(name)
     leaves = jax.tree.leaves(shapes_of(encoder), is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert encoder.feature_width == width
     assert sum(math.prod(shape) for shape in leaves) == parameters
@@ -276,3 +286,10 @@ def test_positions_start_from_square_images():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TINY(**settings)
+
+
+def test_a_vit_may_have_other_heads_than_the_default():
+    assert make_encoder("vit_small").heads == 12
+    assert make_encoder("vit_small", heads=6).heads == 6
+    with pytest.raises(ConfigError, match=r"encoder\.heads=7 does not divide encoder\.width=384"):
+        make_encoder("vit_small", heads=7)

@@ -111,8 +111,8 @@ def test_advice_is_a_setting_not_a_call(first_states, file):
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ({"architecture": {"heads": 6}}, "its ViT has 6 heads, and those of a run have 12"),
-        ({}, "do not show whether it has 6 or 12 heads"),
+        ({"architecture": {"heads": 6}}, "its ViT has 6 heads, not 12; use encoder.heads=6"),
+        ({}, "do not show its number of heads"),
     ],
 )
 def test_a_vit_of_other_heads_is_refused_though_its_arrays_fit(tmp_path, card, message):
@@ -124,4 +124,4 @@ def test_a_vit_of_other_heads_is_refused_though_its_arrays_fit(tmp_path, card, m
     path = tmp_path / "vit.safetensors"
     save_file(encoder_to_pytorch(encoder), path, {"card": json.dumps(card)})
     with pytest.raises(ConfigError, match=message):
-        warm_started(state, config_of(path=str(path)).weights)
+        warm_started(state, config_of(path=str(path)).weights, heads=12)
