@@ -39,7 +39,7 @@ class ResNetArchitecture:
 
     @property
     def name(self) -> str:
-        """The name in `ENCODERS`, torchvision and timm."""
+        """The name, in torchvision and timm too where they have such a ResNet."""
         plain = f"resnet{self.depth}"
         return plain if self.widening == 1 else f"wide_{plain}_{self.widening}"
 
@@ -64,6 +64,11 @@ class ResNetArchitecture:
         block, stages = ARCHITECTURES[self.depth]
         width = self.width
         lines = [f"model = torchvision.models.{self.name}()", "model.fc = torch.nn.Identity()"]
+        if self.widening != 1:
+            lines[0] = (
+                f"model = torchvision.models.ResNet(torchvision.models.resnet.{block.__name__}, "
+                f"{[*stages]}, width_per_group={64 * self.widening})"
+            )
         if width != 64:
             lines += [
                 f"block, model.inplanes = torchvision.models.resnet.{block.__name__}, {width}",
@@ -88,7 +93,8 @@ class ResNetArchitecture:
         Raises:
             WeightsError: timm has no such ResNet.
         """
-        if self.small_images or self.width != 64:
+        known = self.widening == 1 or self.name in ("wide_resnet50_2", "wide_resnet101_2")
+        if self.small_images or self.width != 64 or not known:
             stem = "a 3×3 stem without max-pooling" if self.small_images else f"width {self.width}"
             raise WeightsError(
                 f"timm cannot make a {self.name} with {stem}; use the format torchvision, whose "
@@ -296,7 +302,10 @@ def _resnet(state: State) -> ResNetArchitecture:
     for depth, (block, usual) in ARCHITECTURES.items():
         if usual == stages and (block is Bottleneck) == bottleneck:
             width, channels, size, _ = state["conv1.weight"].shape
-            widening = state["layer1.0.conv1.weight"].shape[0] // width if bottleneck else 1
+            inner = state["layer1.0.conv1.weight"].shape[0]
+            if inner % width:
+                raise WeightsError(f"its first block is {inner} wide, no multiple of {width}")
+            widening = inner // width if bottleneck else 1
             return ResNetArchitecture(depth, width, size == 3, channels, widening)
     depths = ", ".join(f"ResNet-{depth}" for depth in ARCHITECTURES)
     raise WeightsError(f"a ResNet of {stages} blocks is not known here; known are {depths}")

@@ -9,7 +9,12 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from cassle_jax.interop.architecture import Architecture, ResNetArchitecture
+from cassle_jax.interop.architecture import (
+    VIT_HEADS,
+    Architecture,
+    ResNetArchitecture,
+    ViTArchitecture,
+)
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import to_detectron2, to_torchvision
 from cassle_jax.interop.pytorch import State
@@ -116,7 +121,15 @@ def _check_detectron2(architecture: Architecture) -> None:
         )
 
 
-def _check_torch(_: Architecture) -> None:
+def _check_torch(architecture: Architecture) -> None:
+    if isinstance(architecture, ViTArchitecture):
+        usual = VIT_HEADS.get(architecture.width, architecture.heads)
+        if architecture.heads != usual:
+            raise WeightsError(
+                f"the format torch does not hold the {architecture.heads} heads of this ViT of "
+                f"width {architecture.width}, which would be taken for {usual}; use the format "
+                "torchvision"
+            )
     if importlib.util.find_spec("torch") is None:
         raise WeightsError(
             "the format torch is written by PyTorch, which is not installed; pip install torch, or "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import from_torchvision, is_vit
+from cassle_jax.interop.naming import from_torchvision, is_convnext, is_vit
 from cassle_jax.interop.pytorch import State
 
 # Prefixes that DataParallel, torch.compile, FSDP, activation checkpointing and Fabric add to names.
@@ -29,8 +29,10 @@ COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
+# An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.
 STEM = re.compile(
-    r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token|(?:stem|features\.0)\.0\.weight)"
+    r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token"
+    r"|stages\.0\.blocks\.0\.gamma|features\.1\.0\.layer_scale)"
 )
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
@@ -127,7 +129,7 @@ def _prefix(arrays: State) -> str:
         names = ", ".join([*arrays][:3])
         raise WeightsError(
             f"it has neither a ResNet's conv1.weight nor a ViT's cls_token nor a ConvNeXt's "
-            f"stem.0.weight, but {names}…; {KNOWN}"
+            f"gamma, but {names}…; {KNOWN}"
         )
     first, *others = [name for name in prefixes if not COPIES.search(name)] or prefixes
     different = [other for other in others if not _same(_under(arrays, first), arrays, other)]
@@ -189,7 +191,7 @@ def _without_heads(state: State) -> tuple[State, State]:
     heads = {
         name: array
         for name, array in state.items()
-        if name.startswith(HEADS) and not name.startswith(OWN)
+        if name.startswith(HEADS) and not (is_convnext(state) and name.startswith(OWN))
     }
     return {name: state[name] for name in state if name not in heads}, heads
 

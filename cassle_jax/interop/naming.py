@@ -1,4 +1,4 @@
-"""Translates an encoder's arrays to torchvision's names of ViTs and ConvNeXts, and detectron2's.
+"""Translates names: torchvision's for ViTs and ConvNeXts, and detectron2's for ResNets.
 
 This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
 for ViTs and ConvNeXts.
@@ -31,7 +31,7 @@ CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
 def is_convnext(state: State) -> bool:
     """Whether a state in this project's names is a ConvNeXt's."""
-    return "stem.0.weight" in state
+    return "stages.0.blocks.0.gamma" in state
 
 
 def is_vit(state: State) -> bool:
@@ -49,7 +49,7 @@ def to_torchvision(state: State) -> State:
 
 def from_torchvision(state: State) -> State:
     """The reverse of `to_torchvision`; unknown names are unchanged."""
-    if "features.0.0.weight" in state:
+    if "features.1.0.layer_scale" in state:
         return dict(_from_torchvision_convnext(*item) for item in state.items())
     if "class_token" not in state:
         return state

@@ -68,7 +68,10 @@ def _check_heads(weights: Weights, expected: int | None) -> None:
         return
     heads = architecture_of(weights.encoder, weights.heads).heads
     if expected not in (heads, None):
-        raise WeightsError(f"its ViT has {heads} heads, not {expected}; use encoder.heads={heads}")
+        taken = "has" if weights.heads else "does not record its heads and is taken to have"
+        raise WeightsError(
+            f"its ViT {taken} {heads} heads, not {expected}; use encoder.heads={heads}"
+        )
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:

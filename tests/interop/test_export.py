@@ -18,8 +18,10 @@ from safetensors.numpy import save_file
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
-from cassle_jax.interop.architecture import architecture_of
+from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
 from cassle_jax.interop.card import markdown, run_card, with_encoder
+from cassle_jax.interop.errors import WeightsError
+from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_from_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.methods import ViewBatch
@@ -289,6 +291,11 @@ def test_a_vit_as_wide_as_a_known_one_has_its_heads(width, heads, name):
     }
     architecture = architecture_of(state)
     assert (architecture.heads, architecture.name) == (heads, f"vit_{name}")
+
+
+def test_heads_that_a_format_would_lose_are_refused():
+    with pytest.raises(WeightsError, match=r"does not hold the 6 heads .* taken for 12"):
+        FORMATS["torch"].check(ViTArchitecture(768, 12, 6, 16, 224, 3))
 
 
 def resnext(state):

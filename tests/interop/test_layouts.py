@@ -198,6 +198,24 @@ def test_a_file_may_hold_a_dict_within_itself(resnet):
         networks_in(deep)
 
 
+@pytest.mark.parametrize("stem", ["stem.0.weight", "features.0.0.weight"])
+def test_a_network_with_a_stem_like_a_convnexts_is_no_second_encoder(resnet, stem):
+    content = {f"encoder.{name}": array for name, array in resnet.items()}
+    content[f"decoder.{stem}"] = np.ones((4, 3, 4, 4), np.float32)
+    assert_same(networks_in(content)[0]["encoder"], resnet)
+    with pytest.raises(WeightsError, match="neither a ResNet's"):
+        networks_in({stem: content[f"decoder.{stem}"]})
+
+
+def test_a_classifiers_norm_is_a_head_of_any_encoder_but_a_convnext(resnet):
+    norm = {"head.norm.weight": np.ones(8, np.float32)}
+    networks, ignored, _ = networks_in(resnet | norm)
+    assert_same(networks["encoder"], resnet)
+    assert ignored == ("head.norm.weight",)
+    convnext = encoder_state("convnext")
+    assert_same(networks_in(convnext)[0]["encoder"], convnext)
+
+
 @pytest.mark.parametrize(
     ("spoil", "dtype"), [(np.nan, np.float32), (-np.inf, np.float16), (1e300, np.float64)]
 )
