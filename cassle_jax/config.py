@@ -96,11 +96,11 @@ def _defaults() -> ConfigDict:
     config.encoder = ConfigDict(
         {
             "name": "resnet18",
-            "width": 0,  # channels of a ResNet's stem or of a Vision Transformer; 0: the default
+            "width": 0,  # channels of the stem, or of a Vision Transformer; 0: the default
             "small_images": False,  # ResNets: a stem for images of about 32 pixels
             "patch_size": 16,  # Vision Transformers: in pixels
-            # Vision Transformers: attention heads; 0: the default, MoCo-v3's 12 for vit_small, of
-            # which DINO's and timm's have 6
+            # Vision Transformers: attention heads; 0: the default. vit_small has 12 here and in
+            # MoCo-v3, 6 in DINO and timm
             "heads": 0,
             "remat": False,  # recompute activations in the backward pass, to save memory
             # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's

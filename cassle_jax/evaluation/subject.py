@@ -54,7 +54,7 @@ class Subject:
           ValueError: an impossible value, or a size that the encoder does not take.
         """
         if "size" in prepared:
-            check_image_size(self.networks.factories["encoder"](), prepared["size"])
+            check_image_size(self.networks.factories["encoder"](), prepared["size"], "size")
         spec, *views = (dataclasses.replace(e, **prepared) for e in (self.spec, *self.views))
         return dataclasses.replace(self, spec=spec, views=tuple(views))
 

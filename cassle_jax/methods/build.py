@@ -214,6 +214,7 @@ def build_networks(
             elif shape is not None:
                 factories[branch + name] = shape
     if conditioned_heads and conditioning.injection == "image":
+        _check_passes(method, auxiliaries)
         factories["image_conditioner"] = partial(
             ImageConditioner,
             treatment=conditioning.treatment,
@@ -244,6 +245,17 @@ def _conditioned_heads(
             f"conditioning.into={conditioning.into!r}; use conditioning.into='projector'"
         )
     return ("projector", "predictor") if conditioning.into == "both" else (conditioning.into,)
+
+
+def _check_passes(method: Method, auxiliaries: Sequence[Auxiliary]) -> None:
+    """Refuses views that would pass the image conditioner's BatchNorm all with the same ω."""
+    for each in auxiliaries:
+        own = tuple(range(-each.further, 0))
+        if own and own in each.passes(method.online_passes, own):
+            raise ConfigError(
+                f"conditioning.injection='image' cannot go with {each.name}, whose views pass the "
+                "encoder by themselves and have no ω; use conditioning.injection='concat'"
+            )
 
 
 def _head(shape: HeadShape, conditioning: Conditioning, *, conditioned: bool) -> partial:

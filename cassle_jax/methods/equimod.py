@@ -87,7 +87,7 @@ class EquiMod(Auxiliary):
     def losses(self, networks, features, own, axis_name):
         """NT-Xent on the views that the trained encoder sees, negatives from all devices.
 
-        `cosine` is the mean cosine of z' and ẑ', and `gain` that less the one of z' and z'₀.
+        `cosine` is the mean cosine of z' and ẑ'; `gain` is `cosine` minus that of z' and z'₀.
         """
         seen = [view for view in (0, 1) if view in features.online]
         rows = jnp.concatenate([features.online[view] for view in (*own, *seen)])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from typing_extensions import override
 
-from cassle_jax.checks import check_area, check_at_least
+from cassle_jax.checks import ConfigError, check_area, check_at_least
 from cassle_jax.methods.auxiliary import Auxiliary, Head
 from cassle_jax.methods.base import small_size
 from cassle_jax.methods.views import augmented_views
@@ -22,7 +22,7 @@ TURNS = 4
 class ESSL(Auxiliary):
     """E-SSL (Dangovski et al., 2022, section 3): loss = base + weight · cross-entropy.
 
-    A further view of every image, drawn like the first one but small, passes the encoder in all
+    A further view of every image, small and drawn as `augment` says, passes the encoder in all
     four rotations, as one batch; a head classifies the rotation of each.
 
     Attributes:
@@ -30,7 +30,7 @@ class ESSL(Auxiliary):
       size: side of the small view, pixels; 0 for the multiple of 8 nearest to 3/7 of a view's,
         which is the paper's 96 at 224 and 16 at 32.
       crop_area: range of the small view's area, as a fraction of the image's: the paper's for
-        ImageNet; for CIFAR-10 it has 0.2 to 1.
+        ImageNet; the paper's for CIFAR-10 is 0.2 to 1.
       hidden: width of the head's hidden layers.
     """
 
@@ -60,15 +60,20 @@ class ESSL(Auxiliary):
 
     @override
     def sizes(self, spec):
-        return (small_size("essl.size", self.size, spec),) * TURNS
+        return (self._small(spec).size,) * TURNS
+
+    def _small(self, spec):
+        size = small_size("essl.size", self.size, spec)
+        try:
+            return dataclasses.replace(spec, size=size, crop_area=self.crop_area, rotation=0.0)
+        except ConfigError as error:
+            raise ConfigError(f"the small views of E-SSL, essl.size={size}: {error}") from error
 
     @override
     def images(self, key, canvases, spec):
         images, sizes, positions = canvases
-        small = dataclasses.replace(
-            spec, size=self.sizes(spec)[0], crop_area=self.crop_area, rotation=0.0
-        )
-        (view,) = augmented_views(key, images, sizes, (small,), positions=positions)
+        small = (self._small(spec),)
+        (view,) = augmented_views(key, images, sizes, small, positions=positions)
         return tuple(jnp.rot90(view.image, turns, axes=(1, 2)) for turns in range(TURNS))
 
     @override

@@ -74,7 +74,7 @@ def training_views(
       conditioning: defines ω.
       auxiliaries: the auxiliary objectives.
       given: which images are projected with ω, from `Conditioning.given`; `None` for all.
-      further: the auxiliaries' own views; their ω is that of an unaugmented image.
+      further: the auxiliaries' own views; they get the ω of an unaugmented image.
     """
     descriptors = conditioning.describe(views, specs, given)
     batches = [ViewBatch(*each) for each in zip((v.image for v in views), descriptors, strict=True)]

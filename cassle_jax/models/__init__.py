@@ -93,14 +93,14 @@ def make_encoder(
     return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
 
 
-def check_image_size(encoder: nn.Module, size: int) -> None:
-    """Refuses images whose sides (`size` pixels) an encoder does not take.
+def check_image_size(encoder: nn.Module, size: int, setting: str) -> None:
+    """Refuses images whose sides (`size` pixels, by `setting`) an encoder does not take.
 
     Raises:
         ConfigError: the message names sizes that work.
     """
     if hasattr(encoder, "check_image_size"):
-        encoder.check_image_size(size)
+        encoder.check_image_size(size, setting)
 
 
 __all__ = [

@@ -77,15 +77,15 @@ class ConvNeXt(nn.Module):
         """Width of the features."""
         return self.width * 2 ** (len(self.depths) - 1)
 
-    def check_image_size(self, size: int) -> None:
-        """Refuses images whose sides (`size` pixels) are too small.
+    def check_image_size(self, size: int, setting: str = "augment.size") -> None:
+        """Refuses images whose sides (`size` pixels, by `setting`) are too small.
 
         Raises:
             ConfigError: the message names the least size.
         """
         if size < LEAST_SIZE:
             raise ConfigError(
-                f"augment.size={size} is too small for a ConvNeXt; use at least {LEAST_SIZE}"
+                f"{setting}={size} is too small for a ConvNeXt; use at least {LEAST_SIZE}"
             )
 
     @nn.compact

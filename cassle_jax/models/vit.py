@@ -25,8 +25,8 @@ qkv_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 patch_uniform = nn.initializers.xavier_uniform(in_axis=(0, 1, 2))
 
 
-def check_image_size(size: int, patch_size: int) -> None:
-    """Refuses images whose sides (`size` pixels) are not a whole number of patches.
+def check_image_size(size: int, patch_size: int, setting: str = "augment.size") -> None:
+    """Refuses images whose sides (`size` pixels, by `setting`) are not a whole number of patches.
 
     Raises:
         ValueError: the message names the nearest sizes that work.
@@ -36,7 +36,7 @@ def check_image_size(size: int, patch_size: int) -> None:
         return
     use = f"{below} or {below + patch_size}" if below else f"{patch_size}"
     raise ConfigError(
-        f"augment.size={size} is not a multiple of encoder.patch_size={patch_size}; use {use}"
+        f"{setting}={size} is not a multiple of encoder.patch_size={patch_size}; use {use}"
     )
 
 
@@ -215,13 +215,13 @@ class VisionTransformer(nn.Module):
         """Width of the features."""
         return self.width
 
-    def check_image_size(self, size: int) -> None:
-        """Refuses images whose sides (`size` pixels) are not a whole number of patches.
+    def check_image_size(self, size: int, setting: str = "augment.size") -> None:
+        """Refuses images with sides (`size` pixels, by `setting`) of no whole number of patches.
 
         Raises:
             ConfigError: the message names the nearest sizes that work.
         """
-        check_image_size(size, self.patch_size)
+        check_image_size(size, self.patch_size, setting)
 
     @nn.compact
     def __call__(

@@ -1,6 +1,7 @@
 """Turns a configuration into the objects of a run, refusing what cannot work before it starts."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,8 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
-    for size in (*(view.size for view in views), *further_sizes(config)):
-        check_image_size(encoder, size)
+    for setting, size in _image_sizes(config, views):
+        check_image_size(encoder, size, setting)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
@@ -207,6 +208,16 @@ def further_sizes(config: ConfigDict) -> list[int]:
     """
     spec = augment_spec(config)
     return [size for each in build_auxiliaries(config) for size in each.sizes(spec)]
+
+
+def _image_sizes(config: ConfigDict, views: Sequence[AugmentSpec]) -> Iterator[tuple[str, int]]:
+    """The sides of all views in pixels, each with the setting that it comes from."""
+    spec = augment_spec(config)
+    sizes = [("method.small_crop_size", view.size) for view in views]
+    for each in build_auxiliaries(config):
+        sizes += [(f"{each.name}.size", size) for size in each.sizes(spec)]
+    for setting, size in sizes:
+        yield "augment.size" if size == spec.size else setting, size
 
 
 def networks_of(

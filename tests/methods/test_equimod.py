@@ -13,8 +13,9 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.methods import Canvases, EquiMod, Features, MoCoV2, SimCLR, TrainingViews
 from cassle_jax.methods.build import build_networks
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.training.run import build_run
 from tests.methods.one_device import BATCH, PIXELS, PLAIN, compiled, random_views, training
-from tests.tiny import TinyEncoder
+from tests.tiny import TinyEncoder, tiny_config
 
 EQUIMOD = EquiMod(weight=0.5, descriptors=("crop", "flip"), temperature=0.2, hidden=8, out=6)
 OMEGA = 5
@@ -155,6 +156,13 @@ def test_a_step_encodes_the_unaugmented_images_in_one_batch_with_the_views(metho
     np.testing.assert_allclose([metrics[name] for name in names], wanted, rtol=1e-3, atol=1e-4)
     total = metrics["loss_method"] + 0.5 * metrics["loss_equimod_prediction"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+
+
+def test_the_unaugmented_image_may_be_conditioned_on_with_the_views():
+    config = tiny_config("method=simclr,equimod=main")
+    config.encoder.update(name="resnet18", width=4)
+    config.conditioning.injection = "image"
+    assert "image_conditioner" in build_run(config, device_mesh(), 64).networks.factories
 
 
 def test_the_unaugmented_image_is_the_picture_that_evaluation_sees():

@@ -64,6 +64,18 @@ REFUSED = [
     ({"essl.weight": float("nan")}, r"^essl\.weight=nan must be at least 0$"),
     ({"essl.weight": 0.4, "essl.size": 32}, r"^essl\.size=32 .* augment\.size=16; use at most 16$"),
     (
+        {"essl.weight": 0.4, "augment.kernel_size": 17},
+        r"^the small views of E-SSL, essl\.size=8: augment\.kernel_size=17 ",
+    ),
+    (
+        {"essl.weight": 0.4, "encoder.name": "vit_tiny", "encoder.width": 24},
+        r"^essl\.size=8 is not a multiple of encoder\.patch_size=16; use 16$",
+    ),
+    (
+        {"essl.weight": 0.4, "conditioning.injection": "image"},
+        r"^conditioning\.injection='image' cannot go with essl, .*injection='concat'$",
+    ),
+    (
         {"equimod.weight": 1.0, "equimod.descriptors": ("crop", "solarize")},
         r"^augment\.solarize=0 never draws what equimod names; .* leave solarize out$",
     ),
