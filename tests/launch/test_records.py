@@ -7,6 +7,8 @@ import pytest
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import Stop
+from cassle_jax.evaluation.findings import Score
+from cassle_jax.report.evaluation_page import JSON, write_report
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Local, write_outcome
 from cassle_jax.sweep.records import RunRecord, check_finished
@@ -68,6 +70,7 @@ def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, name):
         def run(self, commands, on_end):
             calls.extend(commands)
             ended(commands[0].folder, 0)
+            write_report(commands[0].folder, {"run": [[Score("knn", "scenes", "accuracy", 0.5)]]})
 
     def evaluate(*tasks):
         options = EvaluationOptions(("scenes",), tasks)
@@ -81,3 +84,7 @@ def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, name):
     evaluate("linear")
     assert len(calls) == 2 and "--tasks=linear" in calls[1].arguments
     assert "--tasks=linear" in json.loads((folder / "requested.json").read_text())
+    report = folder / JSON
+    report.write_bytes(report.read_bytes()[:-20])
+    evaluate("linear")
+    assert len(calls) == 3
