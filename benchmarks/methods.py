@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax import command
-from cassle_jax.config import base_config
+from cassle_jax.config import base_config, narrow_heads
 from cassle_jax.data import open_source
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device
@@ -41,9 +41,7 @@ def small_config(method: str, conditioning: str, data: str, steps: int) -> Confi
     config.encoder.small_images = True
     config.conditioning.depth = 2
     config.conditioning.width = 8
-    for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
-        if name in config.method:
-            config.method[name] = min(config.method[name], 256)
+    narrow_heads(config, 256)
     if method == "moco_v2":
         config.method.queue_size = 4096
         config.method.momentum = 0.99

@@ -79,6 +79,13 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     return config
 
 
+def narrow_heads(config: ConfigDict, most: int) -> None:
+    """Bounds the widths of the method's heads, where an encoder is slim."""
+    for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
+        if name in config.method:
+            config.method[name] = min(config.method[name], most)
+
+
 def _defaults() -> ConfigDict:
     """The settings that are the same for every method, until its recipe changes them."""
     config = ConfigDict()

@@ -7,7 +7,7 @@ Arguments: method, conditioning, augself, equimod, essl, follow; see `base_confi
 no labels and no splits. Larger runs take more steps and a wider encoder (`encoder.width`).
 """
 
-from cassle_jax.config import base_config
+from cassle_jax.config import base_config, narrow_heads
 
 
 def get_config(arguments=""):
@@ -24,9 +24,7 @@ def get_config(arguments=""):
     config.data.source = "folder"
     config.data.canvas = 96
     config.probe.every_epochs = 0
-    for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
-        if name in config.method:
-            config.method[name] = min(config.method[name], 256)
+    narrow_heads(config, 256)
     if config.method.name == "moco_v2":
         config.method.queue_size = 4096
         config.method.momentum = 0.99

@@ -7,7 +7,7 @@ Arguments: method, conditioning, augself, equimod, essl, follow; see `base_confi
 representations predict the motifs' factors.
 """
 
-from cassle_jax.config import base_config
+from cassle_jax.config import base_config, narrow_heads
 
 
 def get_config(arguments=""):
@@ -35,9 +35,7 @@ def get_config(arguments=""):
     config.probe.every_epochs = 2
     config.probe.train_images = 2_000
     config.probe.test_images = 500
-    for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
-        if name in config.method:
-            config.method[name] = min(config.method[name], 256)
+    narrow_heads(config, 256)
     if config.method.name == "moco_v2":
         config.method.queue_size = 4096
         config.method.momentum = 0.99

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from PIL import Image
 
-from cassle_jax.config import base_config
+from cassle_jax.config import base_config, narrow_heads
 from cassle_jax.models import BatchNorm
 
 
@@ -74,9 +74,7 @@ def tiny_config(arguments="method=simclr"):
     config.checkpoint.every_steps = 5
     config.log.every_steps = 5
     config.compilation_cache = ""
-    for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
-        if name in config.method:
-            config.method[name] = min(config.method[name], 32)
+    narrow_heads(config, 32)
     if config.method.name == "moco_v2":
         config.method.queue_size = 64
     config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 1.0)
