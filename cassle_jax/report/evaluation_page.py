@@ -110,19 +110,8 @@ def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
       ConfigError: the file is damaged.
       OSError, Outage: it cannot be read, for good or for now.
     """
-    try:
-        entries = _held(path)["subjects"]
-        subjects = {
-            name: [[renamed(each) for each in from_json(run)] for run in entry["runs"]]
-            for name, entry in entries.items()
-        }
-        given = {name: entry["provenance"] for name, entry in entries.items()}
-    except _DAMAGE as error:
-        raise ConfigError(
-            f"{path} is damaged ({type(error).__name__}: {error}); remove it, and the evaluation "
-            "makes it anew"
-        ) from error
-    return subjects, {name: facts for name, facts in given.items() if facts}
+    subjects, facts, _ = _read(path)
+    return subjects, facts
 
 
 def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
@@ -154,11 +143,29 @@ def is_complete(path: str | PathLike[str]) -> bool:
     A damaged file is not complete: the evaluation makes it anew.
     """
     try:
-        subjects, _ = read_report(path)
-        complete = _held(path).get("complete", True)
+        subjects, _, complete = _read(path)
     except (FileNotFoundError, ConfigError):
         return False
     return complete and not failures_of(subjects)
+
+
+def _read(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts, bool]:
+    """The findings, the provenance, and whether the evaluation finished; see `read_report`."""
+    try:
+        held = _held(path)
+        entries = held["subjects"]
+        subjects = {
+            name: [[renamed(each) for each in from_json(run)] for run in entry["runs"]]
+            for name, entry in entries.items()
+        }
+        given = {name: entry["provenance"] for name, entry in entries.items()}
+    except _DAMAGE as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it, and the evaluation "
+            "makes it anew"
+        ) from error
+    facts = {name: facts for name, facts in given.items() if facts}
+    return subjects, facts, held.get("complete", True)
 
 
 def _held(path: str | PathLike[str]) -> dict:
