@@ -35,7 +35,6 @@ class BasicBlock(nn.Module):
     stride: int
     dtype: DTypeLike
     axis_name: str | None
-    widening: int = 1
     expansion = 1
 
     @nn.compact
@@ -158,6 +157,8 @@ class ResNet(nn.Module):
         block, stages = ARCHITECTURES[self.depth]
         if self.remat:
             block = nn.remat(block, static_argnums=(2,))
+        if self.widening != 1:
+            block = partial(block, widening=self.widening)
         for stage, blocks in enumerate(stages):
             for index in range(blocks):
                 x = block(
@@ -165,7 +166,6 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and index == 0 else 1,
                     dtype=self.dtype,
                     axis_name=self.axis_name,
-                    widening=self.widening,
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
             self.sow("intermediates", f"layer{stage + 1}", x)

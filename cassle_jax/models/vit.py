@@ -25,21 +25,6 @@ qkv_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 patch_uniform = nn.initializers.xavier_uniform(in_axis=(0, 1, 2))
 
 
-def check_image_size(size: int, patch_size: int, setting: str = "augment.size") -> None:
-    """Refuses images whose sides (`size` pixels, by `setting`) are not a whole number of patches.
-
-    Raises:
-        ValueError: the message names the nearest sizes that work.
-    """
-    below = size - size % patch_size
-    if below == size > 0:
-        return
-    use = f"{below} or {below + patch_size}" if below else f"{patch_size}"
-    raise ConfigError(
-        f"{setting}={size} is not a multiple of encoder.patch_size={patch_size}; use {use}"
-    )
-
-
 def sin_cos_positions(side: int, width: int) -> Float32[Array, "patches {width}"]:
     """Fixed positions of a side×side grid of patches, row after row: [sin r, cos r, sin c, cos c].
 
@@ -221,7 +206,13 @@ class VisionTransformer(nn.Module):
         Raises:
             ConfigError: the message names the nearest sizes that work.
         """
-        check_image_size(size, self.patch_size, setting)
+        below = size - size % self.patch_size
+        if below == size > 0:
+            return
+        use = f"{below} or {below + self.patch_size}" if below else f"{self.patch_size}"
+        raise ConfigError(
+            f"{setting}={size} is not a multiple of encoder.patch_size={self.patch_size}; use {use}"
+        )
 
     @nn.compact
     def __call__(

@@ -6,7 +6,13 @@ from ml_collections import ConfigDict
 
 from cassle_jax.data import open_source
 from cassle_jax.sweep.space import RunSpec
-from cassle_jax.training.run import build_method, further_sizes, view_specs
+from cassle_jax.training.run import (
+    augment_spec,
+    build_auxiliaries,
+    build_method,
+    further_sizes,
+    view_specs,
+)
 
 # Images/s measured on one H100: ResNet-50 at 224 pixels with MoCo-v2 and CASSLE, batch 256,
 # bfloat16 (docs/performance.md).
@@ -72,7 +78,8 @@ def hours_of(config: ConfigDict, rate: float = RATE) -> float:
         for views in network
         for view in views
     )
-    area += _ONLINE * sum((size / 224) ** 2 for size in further_sizes(config))
+    further = further_sizes(build_auxiliaries(config), augment_spec(config))
+    area += _ONLINE * sum((size / 224) ** 2 for _, size in further)
     encoder = config.encoder
     work = area * _ENCODERS.get(encoder.name, _ENCODERS["resnet50"])
     work *= _SMALL_IMAGES if encoder.small_images else 1.0

@@ -1,7 +1,7 @@
 """Turns a configuration into the objects of a run, refusing what cannot work before it starts."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,10 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
-    for setting, size in _image_sizes(config, views):
-        check_image_size(encoder, size, setting)
+    spec = augment_spec(config)
+    sizes = [("method.small_crop_size", view.size) for view in views]
+    for setting, size in sizes + further_sizes(auxiliaries, spec):
+        check_image_size(encoder, size, "augment.size" if size == spec.size else setting)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
@@ -111,7 +113,7 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         batch_size=config.batch_size,
         chunks=config.batch_size // (config.chunk_size or config.batch_size),
         seed=config.seed,
-        augment=augment_spec(config),
+        augment=spec,
         views=views,
         method=method,
         conditioning=conditioning,
@@ -200,24 +202,13 @@ def build_auxiliaries(config: ConfigDict) -> tuple[Auxiliary, ...]:
     return tuple(each for each in built if each.weights)
 
 
-def further_sizes(config: ConfigDict) -> list[int]:
-    """Sides of the views that auxiliary objectives add, in pixels.
+def further_sizes(auxiliaries: Sequence[Auxiliary], spec: AugmentSpec) -> list[tuple[str, int]]:
+    """The sides of the views that auxiliary objectives add, in pixels, by setting.
 
     Raises:
       ConfigError: a setting cannot work; the message names it.
     """
-    spec = augment_spec(config)
-    return [size for each in build_auxiliaries(config) for size in each.sizes(spec)]
-
-
-def _image_sizes(config: ConfigDict, views: Sequence[AugmentSpec]) -> Iterator[tuple[str, int]]:
-    """The sides of all views in pixels, each with the setting that it comes from."""
-    spec = augment_spec(config)
-    sizes = [("method.small_crop_size", view.size) for view in views]
-    for each in build_auxiliaries(config):
-        sizes += [(f"{each.name}.size", size) for size in each.sizes(spec)]
-    for setting, size in sizes:
-        yield "augment.size" if size == spec.size else setting, size
+    return [(f"{each.name}.size", size) for each in auxiliaries for size in each.sizes(spec)]
 
 
 def networks_of(

@@ -13,7 +13,6 @@ from cassle_jax.models.vit import (
     Block,
     PatchEmbedding,
     VisionTransformer,
-    check_image_size,
     resize_positions,
     sin_cos_positions,
 )
@@ -257,7 +256,7 @@ def test_recomputed_blocks_give_the_same_gradient(tiny, images, dtype):
 )
 def test_images_that_are_not_whole_patches_are_refused_with_sizes_that_are(size, use):
     with pytest.raises(ValueError) as error:
-        check_image_size(size, 16)
+        make_encoder("vit_small").check_image_size(size)
     assert str(error.value) == (
         f"augment.size={size} is not a multiple of encoder.patch_size=16; use {use}"
     )
