@@ -129,6 +129,7 @@ def predictor_to_pytorch(variables: Variables) -> State:
 def _encoder_module(path: Path) -> str:
     if path == ("patch_embed",):
         return "patch_embed.proj"
+    # The one module of another library with an underscore in its name.
     return ".".join(path).replace("_", ".").replace("conv.dw", "conv_dw")
 
 
