@@ -96,6 +96,17 @@ def finished(folder, table):
     return run, workdir / RESULT / JSON
 
 
+def test_a_tables_page_reads_every_evaluation_once(tmp_path, monkeypatch):
+    row = Row("a", f"{CONFIG}:method=simclr", ("steps=1",))
+    table = Table("A", "?", (row,), seeds=(0,), datasets=("scenes",), tasks=("knn",))
+    _, report = finished(tmp_path, table)
+    results = experiment._Results(tmp_path, table, evaluation_of(table))
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), read_bytes(path))[1])
+    assert "0.500" in results.write_page().read_text()
+    assert read.count(report) == 1
+
+
 def test_a_run_whose_evaluation_is_damaged_is_done_again(tmp_path):
     row = Row("a", f"{CONFIG}:method=simclr", ("steps=1",))
     table = Table("A", "?", (row,), seeds=(0,), datasets=("scenes",), tasks=("knn",))

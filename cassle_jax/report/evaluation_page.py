@@ -75,7 +75,7 @@ def write_report(
       provenance: Facts by subject, such as the weights' fingerprint, versions and the
         configuration; long facts are listed below the table.
       parts: For `read_parts`.
-      complete: Whether no results are to follow; see `is_complete`.
+      complete: Whether no results are to follow; see `read_complete`.
 
     Returns:
       The path of the page.
@@ -137,16 +137,21 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
     return read
 
 
-def is_complete(path: str | PathLike[str]) -> bool:
-    """Whether the path is the `report.json` of an evaluation that finished without a failure.
+def read_complete(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts] | None:
+    """What `read_report` reads, of an evaluation that finished without a failure; else `None`.
 
     A damaged file is not complete: the evaluation makes it anew.
     """
     try:
-        subjects, _, complete = _read(path)
+        subjects, facts, complete = _read(path)
     except (FileNotFoundError, ConfigError):
-        return False
-    return complete and not failures_of(subjects)
+        return None
+    return (subjects, facts) if complete and not failures_of(subjects) else None
+
+
+def is_complete(path: str | PathLike[str]) -> bool:
+    """Whether the path is the `report.json` of an evaluation that finished without a failure."""
+    return read_complete(path) is not None
 
 
 def _read(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts, bool]:

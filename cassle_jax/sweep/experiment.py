@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError, check_at_least, check_positive
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
-from cassle_jax.report.evaluation_page import JSON, is_complete, read_report
+from cassle_jax.report.comparison import FindingsBySubject
+from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
 from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
 from cassle_jax.sweep.budget import (
     MEASURED,
@@ -209,15 +210,16 @@ class _Results:
           ConfigError: the folder holds the run with other settings.
         """
         record = RunRecord(self.workdir(run.name))
-        if record.state != DIVERGED and not self._is_done(record):
+        if record.state != DIVERGED and self._evaluation(record) is None:
             return True
         record.check_same(run.config)
         return False
 
-    def _is_done(self, record: RunRecord) -> bool:
-        """Whether a run has finished, and its evaluation, if it has one, can be read."""
-        readable = not self._evaluated or is_complete(record.folder / RESULT / JSON)
-        return record.state == FINISHED and readable
+    def _evaluation(self, record: RunRecord) -> tuple[FindingsBySubject, Facts] | None:
+        """The evaluation of a run, empty where the table has none; `None` if not yet finished."""
+        if record.state != FINISHED:
+            return None
+        return read_complete(record.folder / RESULT / JSON) if self._evaluated else ({}, {})
 
     def on_end(self, job: Job, code: int) -> None:
         """Logs the end of a run; rewrites the page if the last one is older than 10 s."""
@@ -238,12 +240,14 @@ class _Results:
                 record = RunRecord(self.workdir(name))
                 outcome = outcome_of(record.folder) or {"exit_code": None, "last_line": ""}
                 states.append({"run": name, "row": row.subject, "seed": seed, **outcome})
-                if self._is_done(record):
-                    config = read_config(record.folder)
-                    findings, known = self._findings(row.subject, config, record.folder)
-                    found.setdefault(row.subject, {})[seed] = findings
-                    facts.setdefault(row.subject, known)
-                    steps.add(config.steps)
+                if (evaluation := self._evaluation(record)) is None:
+                    continue
+                config, (evaluated, known) = read_config(record.folder), evaluation
+                findings = pretraining_findings(config, record.folder)
+                findings += evaluated.get(row.subject, [[]])[0]
+                found.setdefault(row.subject, {})[seed] = findings
+                facts.setdefault(row.subject, known.get(row.subject, {}))
+                steps.add(config.steps)
         self._written = time.monotonic()
         if not found:
             return None
@@ -257,13 +261,6 @@ class _Results:
         names = (path.name for path in (self._folder / "runs").glob("*"))
         ends = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
         return sorted(int(end) for end in ends if end.isdecimal())
-
-    def _findings(self, subject: str, config: ConfigDict, workdir: Path):
-        findings, facts = pretraining_findings(config, workdir), {}
-        if self._evaluated:
-            evaluated, known = read_report(workdir / RESULT / JSON)
-            findings, facts = [*findings, *evaluated[subject][0]], known.get(subject, {})
-        return findings, facts
 
 
 def _expanded(table: Table, overrides: Sequence[str], **selection) -> list[RunSpec]:
