@@ -2,9 +2,9 @@
 
 python -m cassle_jax.pretrain --config=configs/cifar10.py --workdir=runs/cifar10
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`. The recipe is
-that of the published CASSLE code for STL-10, at 32 pixels; the paper does not pretrain on CIFAR-10.
-The images come from tensorflow-datasets, or from a folder <path>/<split>/<class>/<file>:
+Arguments: see `base_config`. The recipe is that of the published CASSLE code for STL-10, at 32
+pixels; the paper does not pretrain on CIFAR-10. The images come from tensorflow-datasets, or from a
+folder <path>/<split>/<class>/<file>:
 --config.data.source=folder --config.data.path=…
 """
 

@@ -2,11 +2,11 @@
 
 python -m cassle_jax.pretrain --config=configs/imagenet.py --workdir=runs/imagenet
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`. The recipe is
-MoCo-v2's own (Chen et al., Improved Baselines with Momentum Contrastive Learning, 2020): batch 256,
-200 epochs, base learning rate 0.03, weight decay 1e-4. Other methods use the optimiser that their
-class sets in `recipe`; imagenet_<method>.py has the full recipes of their papers. The images come
-from tensorflow-datasets, or from a folder <path>/<split>/<class>/<file>:
+Arguments: see `base_config`. The recipe is MoCo-v2's own (Chen et al., Improved Baselines with
+Momentum Contrastive Learning, 2020): batch 256, 200 epochs, base learning rate 0.03, weight decay
+1e-4. Other methods use the optimiser that their class sets in `recipe`; imagenet_<method>.py has
+the full recipes of their papers. The images come from tensorflow-datasets, or from a folder
+<path>/<split>/<class>/<file>:
 --config.data.source=folder --config.data.path=… --config.probe.test_split=val.
 """
 

@@ -2,12 +2,11 @@
 
 python -m cassle_jax.pretrain --config=configs/imagenet100.py --workdir=runs/imagenet100
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`.
-`--config=configs/imagenet100.py:follow=published` is the published command: MoCo-v2, batch 256, 500
-epochs, base learning rate 0.03, weight decay 1e-4, ω through an MLP of depth 6 and width 64,
-concatenated. The images come from the 100 classes of imagenet2012 in tensorflow-datasets, or from a
-folder <path>/<split>/<class>/<file>: --config.data.source=folder --config.data.path=…
---config.probe.test_split=val.
+Arguments: see `base_config`. `--config=configs/imagenet100.py:follow=published` is the published
+command: MoCo-v2, batch 256, 500 epochs, base learning rate 0.03, weight decay 1e-4, ω through an
+MLP of depth 6 and width 64, concatenated. The images come from the 100 classes of imagenet2012 in
+tensorflow-datasets, or from a folder <path>/<split>/<class>/<file>: --config.data.source=folder
+--config.data.path=… --config.probe.test_split=val.
 """
 
 from cassle_jax.config import base_config, imagenet

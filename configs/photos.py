@@ -3,8 +3,8 @@
 python -m cassle_jax.pretrain --config=configs/photos.py:method=simclr,conditioning=branched \\
     --config.data.path=photos --workdir=runs/photos
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`. The images need
-no labels and no splits. Larger runs take more steps and a wider encoder (`encoder.width`).
+Arguments: see `base_config`. The images need no labels and no splits. Larger runs take more steps
+and a wider encoder (`encoder.width`).
 """
 
 from cassle_jax.config import base_config, narrow_heads

@@ -2,9 +2,8 @@
 
 python -m cassle_jax.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`.
-`launch/quickstart.sh` trains the plain method and CASSLE, and compares how well both
-representations predict the motifs' factors.
+Arguments: see `base_config`. `launch/quickstart.sh` trains the plain method and CASSLE, and
+compares how well both representations predict the motifs' factors.
 """
 
 from cassle_jax.config import base_config, narrow_heads

@@ -2,10 +2,10 @@
 
 python -m cassle_jax.pretrain --config=configs/stl10.py --workdir=runs/stl10
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`.
-`--config=configs/stl10.py:follow=published` is the published command: MoCo-v2, batch 256, 200
-epochs, base learning rate 0.03, weight decay 5e-4. As published, pretraining uses the training and
-the unlabelled images; the k-NN probe classifies test images by training images.
+Arguments: see `base_config`. `--config=configs/stl10.py:follow=published` is the published command:
+MoCo-v2, batch 256, 200 epochs, base learning rate 0.03, weight decay 5e-4. As published,
+pretraining uses the training and the unlabelled images; the k-NN probe classifies test images by
+training images.
 """
 
 from cassle_jax.augment import STL10_MEAN, STL10_STD

@@ -3,10 +3,9 @@
 python -m cassle_jax.pretrain --config=configs/tiny_imagenet.py \\
     --config.data.path=/data/tiny_imagenet --workdir=runs/tiny_imagenet
 
-Arguments: method, conditioning, augself, equimod, essl, follow; see `base_config`. The recipe is
-that of the published CASSLE code for STL-10, at 64 pixels; the paper does not pretrain on
-Tiny-ImageNet. The images come from a folder with the splits train and val, as published or
-<path>/<split>/<class>/<file>.
+Arguments: see `base_config`. The recipe is that of the published CASSLE code for STL-10, at 64
+pixels; the paper does not pretrain on Tiny-ImageNet. The images come from a folder with the splits
+train and val, as published or <path>/<split>/<class>/<file>.
 """
 
 from cassle_jax.config import base_config

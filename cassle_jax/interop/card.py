@@ -11,14 +11,13 @@ from ml_collections import ConfigDict
 
 from cassle_jax.augment.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
 from cassle_jax.interop.architecture import Architecture
+from cassle_jax.methods import AUXILIARIES
 from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.versions import versions
 
 Card = dict[str, Any]
 # The metrics that a card shows, with their titles.
 METRICS = {"loss": "Training loss", "knn_accuracy": "k-NN accuracy", "rank_me": "RankMe"}
-# The groups of settings of the auxiliary objectives, with their titles.
-AUXILIARIES = {"augself": "AugSelf", "equimod": "EquiMod", "essl": "E-SSL"}
 # The assumed input of an encoder whose file says nothing about its images.
 ASSUMED_INPUT = {
     "size": 224,
@@ -180,7 +179,7 @@ def _of_run(card: Card) -> dict[str, str]:
     rows = {
         "Method": card["method"],
         "Conditioned on": f"{descriptors} ({_listed(conditioning)})" if descriptors else "nothing",
-        **{title: _auxiliary(card[n]) for n, title in AUXILIARIES.items() if n in card},
+        **{each.title: _auxiliary(card[n]) for n, each in AUXILIARIES.items() if n in card},
         "Network": card["network"],
         "Data": _listed(card["dataset"]),
         "Devices": card["devices"],

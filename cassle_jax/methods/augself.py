@@ -36,6 +36,7 @@ class AugSelf(Auxiliary):
     """
 
     name: ClassVar = "augself"
+    title: ClassVar = "AugSelf"
     named: ClassVar = {"none": {}, "main": {"crop": 0.5, "color": 0.5}}
 
     weights: Mapping[str, float]

@@ -76,6 +76,7 @@ class Auxiliary:
     Attributes:
       name: its group of settings and its config argument; the prefix of its heads' names and of
         what it logs.
+      title: its name for people.
       named: settings by value of the config argument, which may also be a weight.
       further: number of views that it adds to the method's.
       weights: weight of each of its losses, by name; empty where it is switched off.
@@ -83,6 +84,7 @@ class Auxiliary:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
     further: ClassVar[int] = 0
     weights: Mapping[str, float]

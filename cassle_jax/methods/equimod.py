@@ -33,6 +33,7 @@ class EquiMod(Auxiliary):
     """
 
     name: ClassVar = "equimod"
+    title: ClassVar = "EquiMod"
     named: ClassVar = {"none": {}, "main": {"weight": 1.0}}
     further: ClassVar = 1
 

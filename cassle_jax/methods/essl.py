@@ -35,6 +35,7 @@ class ESSL(Auxiliary):
     """
 
     name: ClassVar = "essl"
+    title: ClassVar = "E-SSL"
     named: ClassVar = {
         "none": {},
         "main": {"weight": 0.4},

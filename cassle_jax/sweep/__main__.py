@@ -2,10 +2,9 @@
 
 python -m cassle_jax.sweep --config=configs/cifar10.py --grid='seed=0,1,2;conditioning=none,cassle'
 
-A name is a setting, such as seed or optimizer.weight_decay, or an argument of the configuration:
-method, conditioning, augself, equimod, essl, follow. --grid forms all combinations, --zip pairs the
-first values of all names, then the second, …, and --random draws --draws times. Used together, they
-multiply:
+A name is a setting, such as seed or optimizer.weight_decay, or an argument of the configuration,
+such as method or conditioning. --grid forms all combinations, --zip pairs the first values of all
+names, then the second, …, and --random draws --draws times. Used together, they multiply:
 
   --grid='seed=0,1,2;augment.crop_area=(0.08,1.0),(0.2,1.0)'
   --zip='method=simclr,byol;epochs=100,200'

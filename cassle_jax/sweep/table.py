@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS, TABLES, find_file
+from cassle_jax.methods import AUXILIARIES
 from cassle_jax.sweep.space import RunSpec, Values, run_of
 
 # Settings of a toy-sized run, which takes seconds; a run ignores those that it does not have.
@@ -22,9 +23,7 @@ TOY = {
     "encoder.width": "8",
     "encoder.small_images": "True",
     "conditioning.width": "8",
-    "augself.hidden": "16",
-    "equimod.hidden": "16",
-    "essl.hidden": "16",
+    **{f"{name}.hidden": "16" for name in AUXILIARIES},
     "augment.size": "16",
     "data.source": "scenes",
     "data.name": "",

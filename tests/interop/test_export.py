@@ -24,7 +24,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_from_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
-from cassle_jax.methods import ViewBatch
+from cassle_jax.methods import AUXILIARIES, ViewBatch
 from cassle_jax.models import VisionTransformer
 from cassle_jax.parallel import REPLICATED, device_mesh
 from cassle_jax.subjects import open_subject
@@ -357,6 +357,7 @@ def test_a_card_lists_the_auxiliary_objectives():
     assert "color 0.5" in augself and "crop 0.5" in augself and "flip" not in augself
     assert "| EquiMod | none |" in text
     assert "| E-SSL | " in text and "weight 0.4" in text
+    assert all(f"| {each.title} | " in text for each in AUXILIARIES.values())
     before = {name: value for name, value in card.items() if name not in ("equimod", "essl")}
     assert "EquiMod" not in markdown(before, {})  # of an earlier version
 
