@@ -55,6 +55,8 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         weight.
         `essl`: `none` (default), `main` (weight 0.4 and small crops, the paper's for ImageNet;
         Dangovski et al. 2022), `cifar10` (its for CIFAR-10), or a weight.
+        `sie`: `none` (default), `main` (the paper's, whose method is `vicreg`; Garrido et al.
+        2023), or a factor of its weights.
         `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
         queue holds queries, SimCLR takes negatives from its own device, BYOL's momentum and the
         learning rate change once per epoch, and a batch shares one order of jitter operations.
@@ -72,6 +74,8 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     for name, auxiliary in AUXILIARIES.items():
         config[name] = ConfigDict(auxiliary.settings(chosen[name]))
     config.update_from_flattened_dict(method.recipe)
+    for name in (each for each in AUXILIARIES if chosen[each] != "none"):
+        config.update_from_flattened_dict(AUXILIARIES[name].recipes.get(chosen["method"], {}))
     if chosen["follow"] == "published":
         config.update_from_flattened_dict({**PUBLISHED, **method.published})
     config.lock()

@@ -6,7 +6,7 @@ import pytest
 
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.config import base_config, flat_settings
-from cassle_jax.methods import METHODS
+from cassle_jax.methods import AUXILIARIES, METHODS
 from cassle_jax.training.recorded import todays_settings
 from cassle_jax.training.run import view_specs
 from cassle_jax.training.saved_config import changes
@@ -102,16 +102,32 @@ def test_augself_names_weights(value, expected):
         ("equimod=0.25", {"equimod.weight": 0.25}),
         ("essl=main", {"essl.weight": 0.4}),
         ("essl=cifar10", {"essl.weight": 0.4, "essl.crop_area": [0.2, 1.0]}),
+        ("sie=main", {"sie.weight": 1.0}),
     ],
 )
-def test_equimod_and_essl_are_switched_on_by_their_weight(argument, settings):
+def test_the_other_objectives_are_switched_on_by_their_weight(argument, settings):
     assert changed(argument, "") == settings
+
+
+def test_sie_brings_its_papers_settings_of_vicreg():
+    """Garrido et al., 2023: weights 10, 10 and 1 over both halves, projectors of 1024 on each."""
+    expected = {
+        "sie.weight": 1.0,
+        "method.invariance_weight": 10.0,
+        "method.variance_weight": 5.0,
+        "method.covariance_weight": 0.5,
+        "method.projector_hidden": 1024,
+        "method.projector_out": 1024,
+    }
+    assert changed("method=vicreg,sie=main", "method=vicreg") == expected
+    assert changed("method=vicreg,sie=none", "method=vicreg") == {}
 
 
 def test_a_run_begun_before_there_was_equimod_continues():
     now = base_config("method=simclr,augself=main")
     before = base_config("method=simclr,augself=main").unlock()
-    del before["equimod"], before["essl"]
+    for name in AUXILIARIES.keys() - {"augself"}:
+        del before[name]
     assert changes(before, now) == {}
 
 
@@ -169,7 +185,7 @@ def test_arguments_go_together_in_any_order():
         (
             "simclr",
             r"'simclr' is unknown; use method=…, conditioning=…, augself=…, equimod=…, essl=…, "
-            r"follow=…",
+            r"sie=…, follow=…",
         ),
         ("methd=simclr", r"'methd=simclr' is unknown; use method=…"),
         ("method=simcrl", r"method='simcrl' .* moco_v2, .*; did you mean 'simclr'\?"),

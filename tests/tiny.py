@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from PIL import Image
 
 from cassle_jax.config import base_config, narrow_heads
+from cassle_jax.methods import AUXILIARIES
 from cassle_jax.models import BatchNorm
+
+# Arguments of a configuration with all auxiliary objectives.
+EVERY_AUXILIARY = ",".join(f"{name}=main" for name in AUXILIARIES)
 
 
 class TinyEncoder(nn.Module):
@@ -64,8 +68,9 @@ def tiny_config(arguments="method=simclr"):
     config.encoder.width = 24
     config.conditioning.depth = 2
     config.conditioning.width = 8
-    config.augself.hidden = config.equimod.hidden = config.essl.hidden = 16
-    config.equimod.out = 8
+    for name in AUXILIARIES:
+        config[name].hidden = 16
+    config.equimod.out = config.sie.out = 8
     config.augment.size = 16
     config.data.scenes = 64
     config.data.canvas = 24

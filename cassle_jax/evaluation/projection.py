@@ -42,7 +42,7 @@ def project(
 
     def projection(bound: Networks) -> Float[Array, "B D"]:
         y = bound.encode(view, train=False) if encoder_takes_omega(bound) else features
-        return bound.projector(y, view.descriptor, False)
+        return bound.projector(bound.seen(y), view.descriptor, False)
 
     return networks.apply(variables, method=projection)
 

@@ -19,6 +19,7 @@ from cassle_jax.methods.equimod import EquiMod
 from cassle_jax.methods.essl import ESSL
 from cassle_jax.methods.moco_v2 import MoCoV2
 from cassle_jax.methods.moco_v3 import MoCoV3
+from cassle_jax.methods.sie import SIE
 from cassle_jax.methods.simclr import SimCLR
 from cassle_jax.methods.simsiam import SimSiam
 from cassle_jax.methods.swav import SwAV
@@ -35,12 +36,15 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
 }
 
-AUXILIARIES: dict[str, type[Auxiliary]] = {each.name: each for each in (AugSelf, EquiMod, ESSL)}
+AUXILIARIES: dict[str, type[Auxiliary]] = {
+    each.name: each for each in (AugSelf, EquiMod, ESSL, SIE)
+}
 
 __all__ = [
     "AUXILIARIES",
     "ESSL",
     "METHODS",
+    "SIE",
     "AugSelf",
     "Auxiliary",
     "Canvases",

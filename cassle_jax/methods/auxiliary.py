@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from cassle_jax.augment import AugmentSpec, View
+from cassle_jax.augment import AugmentSpec, View, check_descriptors
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.methods.base import Networks, Passes, PyTree, Scalars
 
@@ -38,12 +38,15 @@ class Features(NamedTuple):
       target: the momentum encoder's features, by index of the view.
       descriptors: ω of every view.
       targets: as in `TrainingViews`.
+      projections: the method's embeddings of the first two views; the second one's of the momentum
+        networks if only those exist.
     """
 
     online: dict[int, Float[Array, "B F"]]
     target: dict[int, Float[Array, "B F"]]
     descriptors: tuple[Float[Array, "B D"], ...]
     targets: dict[str, PyTree]
+    projections: tuple[Float[Array, "B D"], ...] = ()
 
     @property
     def pair(self) -> tuple[Float[Array, "B F"], Float[Array, "B F"]]:
@@ -78,6 +81,8 @@ class Auxiliary:
         what it logs.
       title: its name for people.
       named: settings by value of the config argument, which may also be a weight.
+      recipes: settings of other groups that a configuration with the objective starts from, by the
+        method; those of the paper's experiment.
       further: number of views that it adds to the method's.
       weights: weight of each of its losses, by name; empty where it is switched off.
       descriptors: the descriptors that it needs drawn.
@@ -86,6 +91,7 @@ class Auxiliary:
     name: ClassVar[str]
     title: ClassVar[str]
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     further: ClassVar[int] = 0
     weights: Mapping[str, float]
     descriptors: Sequence[str] = ()
@@ -145,6 +151,11 @@ class Auxiliary:
         """
         return (*online, own) if own else online
 
+    def reserved(self, feature_width: int) -> int:
+        """Number of the encoder's last features that the method's heads do not see."""
+        del feature_width
+        return 0
+
     def heads(
         self, feature_width: int, *, axis_name: str | None, dtype: DTypeLike
     ) -> dict[str, Head]:
@@ -175,6 +186,12 @@ class Auxiliary:
     def total(self, losses: Scalars) -> Float[Array, ""]:
         """The weighted sum to add to the method's loss."""
         return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+
+
+def check_omega(name: str, descriptors: Sequence[str]) -> None:
+    """Raises ConfigError where an objective's descriptors are unknown or make up no ω."""
+    if not check_descriptors(descriptors, f"{name}."):
+        raise ConfigError(f"{name}.descriptors=() is no ω; use ('crop',) or more names")
 
 
 def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dict[str, float]:

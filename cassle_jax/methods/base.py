@@ -142,9 +142,11 @@ class Networks(nn.Module):
       factories: builds each module, by name. `encoder` and `projector` are required; `predictor`,
         `image_conditioner`, the plain branch's `plain_projector` and `plain_predictor`, and the
         heads of auxiliary objectives are optional.
+      reserved: number of the last features that the method's heads do not see.
     """
 
     factories: Mapping[str, Callable[[], nn.Module]]
+    reserved: int = 0
 
     def setup(self):
         """Builds the modules."""
@@ -158,7 +160,8 @@ class Networks(nn.Module):
         The branch "" has the conditioned heads, and `PLAIN`, where it exists, those without ω.
         """
         plain = branch_of(self.factories, PLAIN)
-        both = {"": Networks(branch_of(self.factories, "")), PLAIN: Networks(plain)}
+        conditioned = branch_of(self.factories, "")
+        both = {"": Networks(conditioned, self.reserved), PLAIN: Networks(plain, self.reserved)}
         return both if f"{PLAIN}projector" in self.factories else {"": self}
 
     def encode(self, view: ViewBatch, *, train: bool) -> Float[Array, "B F"]:
@@ -167,6 +170,10 @@ class Networks(nn.Module):
         if "image_conditioner" in self.factories:
             images = self.image_conditioner(images, view.descriptor, train)
         return self.encoder(images, train)
+
+    def seen(self, features: Float[Array, "B F"]) -> Float[Array, "B _"]:
+        """The features that the method's heads see: all but the reserved ones."""
+        return features[:, : features.shape[1] - self.reserved]
 
     def project(
         self,
@@ -177,7 +184,7 @@ class Networks(nn.Module):
         predict: bool = True,
     ) -> Encoded:
         """The conditioned projector and, if `predict`, the predictor where there is one."""
-        projection = self.projector(features, descriptor, train)
+        projection = self.projector(self.seen(features), descriptor, train)
         has_predictor = predict and "predictor" in self.factories
         prediction = self.predictor(projection, descriptor, train) if has_predictor else None
         return Encoded(features, projection, prediction)

@@ -198,10 +198,12 @@ def build_networks(
     Raises:
       ConfigError: a conditioning cannot work; the message names the setting.
     """
-    projector, predictor = method.projector(feature_width), method.predictor(feature_width)
+    reserved = sum(each.reserved(feature_width) for each in auxiliaries)
+    seen = feature_width - reserved
+    projector, predictor = method.projector(seen), method.predictor(seen)
     conditioned_heads = _conditioned_heads(method, conditioning, predictor)
     for name in conditioned_heads:
-        _check_fits(conditioning, feature_width if name == "projector" else projector.out)
+        _check_fits(conditioning, seen if name == "projector" else projector.out)
 
     placed = {"axis_name": axis_name, "dtype": dtype}
     factories = {"encoder": encoder}
@@ -225,7 +227,7 @@ def build_networks(
         )
     for each in auxiliaries:
         factories |= each.heads(feature_width, **placed)
-    return Networks(factories)
+    return Networks(factories, reserved)
 
 
 def _conditioned_heads(

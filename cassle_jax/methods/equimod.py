@@ -11,9 +11,9 @@ import optax
 from typing_extensions import override
 
 from cassle_jax import augment
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_positive
 from cassle_jax.methods import losses
-from cassle_jax.methods.auxiliary import Auxiliary, Head
+from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega
 from cassle_jax.models import MLP, ConditionedProjector
 
 
@@ -48,8 +48,7 @@ class EquiMod(Auxiliary):
         check_positive("equimod.temperature", self.temperature)
         check_at_least("equimod.hidden", self.hidden, 1)
         check_at_least("equimod.out", self.out, 1)
-        if not augment.check_descriptors(self.descriptors, "equimod."):
-            raise ConfigError("equimod.descriptors=() is no ω; use ('crop',) or more names")
+        check_omega(self.name, self.descriptors)
 
     @property
     @override

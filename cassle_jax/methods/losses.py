@@ -224,25 +224,50 @@ def variance_invariance_covariance(
       Bardes, Ponce and LeCun, VICReg: Variance-Invariance-Covariance Regularization for
       Self-Supervised Learning, 2022, eqs. 1 to 5.
     """
-    covariances = [_covariance(view, axis_name) for view in (first, second)]
-    deviations = jnp.sqrt(jnp.stack([jnp.diagonal(c) for c in covariances]) + 1e-4)
-    variance = jax.nn.relu(1 - deviations).mean()
+    covariances = [_covariance(view, view, axis_name) for view in (first, second)]
+    variance = _shortfall(jnp.stack([jnp.diagonal(c) for c in covariances]))
     invariance = jnp.square(first - second).mean()
     others = ~jnp.eye(first.shape[1], dtype=bool)
     covariance = sum(jnp.sum(jnp.square(c), where=others) for c in covariances) / first.shape[1]
     return variance, invariance, covariance
 
 
-def _covariance(embeddings: Float[Array, "B D"], axis_name: str | None) -> Float[Array, "D D"]:
-    """The unbiased covariance of the units over the global batch."""
+def variance_shortfall(embeddings: Float[Array, "B D"], axis_name: str | None) -> Float[Array, ""]:
+    """VICReg's variance term of one view, not weighted; its statistics are the global batch's."""
+    squares = jnp.square(_centred(embeddings, axis_name)).sum(0)
+    return _shortfall(_unbiased(squares, len(embeddings), axis_name))
 
-    def over_devices(value):
-        return value if axis_name is None else jax.lax.psum(value, axis_name)
 
-    count = over_devices(len(embeddings))
-    centred = embeddings - over_devices(embeddings.sum(0)) / count
-    products = jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
-    return agreed_mean(products, axis_name) * (count / len(embeddings) / (count - 1))
+def cross_covariance(
+    first: Float[Array, "B D"], second: Float[Array, "B E"], axis_name: str | None
+) -> Float[Array, ""]:
+    """Σ c_ij² over each unit of one embedding with each of another, over the global batch."""
+    return jnp.sum(jnp.square(_covariance(first, second, axis_name)))
+
+
+def _shortfall(variances: Float[Array, "*views D"]) -> Float[Array, ""]:
+    """The mean shortfall of standard deviations from 1."""
+    return jax.nn.relu(1 - jnp.sqrt(variances + 1e-4)).mean()
+
+
+def _covariance(
+    first: Float[Array, "B D"], second: Float[Array, "B E"], axis_name: str | None
+) -> Float[Array, "D E"]:
+    """The unbiased covariance of the units of two embeddings over the global batch."""
+    first, second = _centred(first, axis_name), _centred(second, axis_name)
+    products = jnp.matmul(first.T, second, precision=jax.lax.Precision.HIGHEST)
+    return _unbiased(products, len(first), axis_name)
+
+
+def _centred(embeddings: Float[Array, "B D"], axis_name: str | None) -> Float[Array, "B D"]:
+    """The embeddings minus their mean over the global batch."""
+    return embeddings - mean_over_devices(embeddings.mean(0), axis_name)
+
+
+def _unbiased(sums: Float[Array, "*shape"], count: int, axis_name: str | None) -> Array:
+    """Sums over the global batch divided by its size minus 1, from those over `count` samples."""
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    return agreed_mean(sums, axis_name) * (devices / (count * devices - 1))
 
 
 def sinkhorn_codes(

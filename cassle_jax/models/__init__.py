@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
+from cassle_jax.models.bilinear import Bilinear
 from cassle_jax.models.conditioning import (
     INJECTIONS,
     TREATMENTS,
@@ -109,6 +110,7 @@ __all__ = [
     "MLP",
     "TREATMENTS",
     "BatchNorm",
+    "Bilinear",
     "ConditionedProjector",
     "ConvNeXt",
     "ImageConditioner",

@@ -15,8 +15,6 @@ from cassle_jax.models.initializers import bias_uniform, fan_in_uniform
 class MLP(nn.Module):
     """(Linear without bias → BatchNorm → ReLU) × (depth − 1), then Linear.
 
-    The last Linear has a bias only if no BatchNorm follows it.
-
     Attributes:
         hidden: width of the hidden layers.
         out: width of the result.
@@ -24,6 +22,7 @@ class MLP(nn.Module):
         layer_norm: LayerNorm in place of BatchNorm between the layers.
         last_bn: end in a BatchNorm.
         last_bn_affine: give that last BatchNorm a scale and a shift.
+        last_bias: give the last Linear a bias, where no BatchNorm follows it.
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         dtype: dtype the layers compute in; parameters are float32.
     """
@@ -33,6 +32,7 @@ class MLP(nn.Module):
     depth: int
     last_bn: bool = False
     last_bn_affine: bool = True
+    last_bias: bool = True
     layer_norm: bool = False
     axis_name: str | None = None
     dtype: DTypeLike = jnp.float32
@@ -57,7 +57,7 @@ class MLP(nn.Module):
             x,
             self.out,
             last,
-            use_bias=not self.last_bn,
+            use_bias=self.last_bias and not self.last_bn,
             dtype=wide,
             dot_general=partial(_dot_of_narrow_factors, self.dtype, wide),
         )

@@ -52,7 +52,7 @@ class RecordedMethod(Method):
 
 def record_of(run: Run) -> dict[str, Any]:
     """`heads`, the shapes of the heads that are MLPs, and `views`, the first two augmentations."""
-    width = run.networks.factories["encoder"]().feature_width
+    width = run.networks.factories["encoder"]().feature_width - run.networks.reserved
     heads = {"projector": run.method.projector(width), "predictor": run.method.predictor(width)}
     shapes = {name: head for name, head in heads.items() if isinstance(head, HeadShape)}
     return {

@@ -60,7 +60,7 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
     def run_all(networks):
         features = networks.embed(view, train=True).features
         if f"{PLAIN}projector" in networks.factories:
-            projection = networks.plain_projector(features, view.descriptor, True)
+            projection = networks.plain_projector(networks.seen(features), view.descriptor, True)
             if f"{PLAIN}predictor" in networks.factories:
                 networks.plain_predictor(projection, view.descriptor, True)
         for name, factory in networks.factories.items():

@@ -215,6 +215,8 @@ class Update:
             weight = self.plain_branch if branch == PLAIN else 1.0 - self.plain_branch
             total += weight * loss
             losses |= parts
+        pair = self._step("", online[""], target[""], state).pair
+        features = features._replace(projections=tuple(each.projection for each in pair))
         for auxiliary, own in with_own_views(self.auxiliaries, len(features.descriptors)):
             (loss, parts), batch_stats = self._auxiliary_losses(
                 auxiliary, features, own, params, batch_stats

@@ -18,12 +18,25 @@ VARIANTS = {
         "EquiMod": "conditioning=none,equimod=main",
         "E-SSL": "conditioning=none,essl=cifar10",
     },
+    "VICReg": {
+        "plain": "conditioning=none",
+        "SIE": "conditioning=none,sie=main",
+    },
     "BYOL": {
         "plain": "conditioning=none",
         "CASSLE": "conditioning=cassle",
         "conditional": "conditioning=byol_conditional",
     },
 }
+
+# The widths of the quickstart's heads, for an encoder of 64 features.
+SLIM = (
+    "equimod.hidden=256",
+    "equimod.out=128",
+    "sie.hidden=256",
+    "sie.out=256",
+    "probe.every_epochs=0",
+)
 
 
 def get_table():
@@ -36,7 +49,7 @@ def get_table():
             Row(
                 f"{method}, {variant}",
                 f"configs/quickstart.py:method={method.lower()},{arguments}",
-                ("equimod.hidden=256", "equimod.out=128", "probe.every_epochs=0"),
+                SLIM,
             )
             for method, variants in VARIANTS.items()
             for variant, arguments in variants.items()

@@ -21,7 +21,7 @@ from cassle_jax.training.state import create_state
 from cassle_jax.training.step import Update, make_train_step
 from tests.everyday import everyday
 from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import EVERY_AUXILIARY, TinyEncoder, tiny_config
 
 SIZES = {"projector_hidden": 24, "projector_out": 8, "predictor_hidden": 8, "prototypes": 6}
 CONDITIONINGS = {
@@ -93,7 +93,8 @@ def test_a_step_of_every_method_goes_with_every_conditioning(pair):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
-    config = tiny_config(f"method={name},augself={'+'.join(PREDICTED)},equimod=main,essl=main")
+    predicted = "+".join(PREDICTED)
+    config = tiny_config(f"method={name},{EVERY_AUXILIARY},augself={predicted}")
     config.augment.update({"solarize": 0.5, "rotation": 0.5})
     mesh = device_mesh(jax.devices()[:1])
     run = build_run(config, mesh, 64)
@@ -107,8 +108,8 @@ def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
         lambda x: (x.shape, x.dtype), after
     )
     losses = {f"loss_augself_{each}" for each in PREDICTED}
-    losses |= {"loss_equimod_prediction", "loss_essl_rotation"}
-    assert losses | {"equimod_gain", "essl_accuracy"} <= metrics.keys()
+    losses |= {"loss_equimod_prediction", "loss_essl_rotation", "loss_sie_equivariance"}
+    assert losses | {"equimod_gain", "essl_accuracy", "sie_gain"} <= metrics.keys()
     assert all(metric.dtype == jnp.float32 for metric in metrics.values())
 
 

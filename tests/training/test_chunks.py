@@ -12,7 +12,7 @@ import pytest
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.methods import ESSL, METHODS, AugSelf, EquiMod, Features, Step
+from cassle_jax.methods import ESSL, METHODS, SIE, AugSelf, EquiMod, Features, Step
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer
 from cassle_jax.optimizer import learning_rate
@@ -24,12 +24,13 @@ from cassle_jax.training.step import Update, make_train_step
 from tests.everyday import everyday
 from tests.methods.one_device import CLOCK, SPEC, compiled, random_views
 from tests.methods.test_every_method import small
-from tests.tiny import TinyEncoder, cropped_only, tiny_config
+from tests.tiny import EVERY_AUXILIARY, TinyEncoder, cropped_only, tiny_config
 
 BATCH, CHUNKS = 16, 4
 AUGSELF = AugSelf({"crop": 0.5, "flip": 0.3}, hidden=8)
 EQUIMOD = EquiMod(0.5, ("crop", "flip"), hidden=8, out=6)
-EVERY_AUXILIARY = (AUGSELF, EQUIMOD, ESSL(0.4, hidden=8))
+SIE_TINY = SIE(1.0, ("crop", "flip"), hidden=8, out=6)
+TINY_AUXILIARIES = (AUGSELF, EQUIMOD, ESSL(0.4, hidden=8), SIE_TINY)
 CASSLE = Conditioning(depth=2, width=8)
 INTO_THE_IMAGE = Conditioning(injection="image", depth=2, width=8)
 CASES = {name: (name, CASSLE) for name in METHODS}
@@ -64,7 +65,7 @@ def batch_for(method, conditioning, auxiliaries):
     def part(seed):
         views = random_views(seed, conditioning.size, AUGSELF.descriptors, sizes)
         omegas = tuple(view.descriptor for view in random_views(seed, 5).views)
-        return views.replace(targets={**views.targets, "equimod": omegas})
+        return views.replace(targets={**views.targets, "equimod": omegas, "sie": omegas[0]})
 
     parts = [part(seed) for seed in range(BATCH // 4)]
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
@@ -185,9 +186,9 @@ def test_the_gradient_is_that_of_one_shot(case):
 
 
 def test_an_encoder_without_batch_norm_takes_the_ordinary_step():
-    method, networks, state, views = prepare("byol", CASSLE, TINY_VIT, EVERY_AUXILIARY)
-    whole, metrics = update_of(method, networks, 1, EVERY_AUXILIARY)(state, views)
-    after, metrics_in_chunks = update_of(method, networks, CHUNKS, EVERY_AUXILIARY)(state, views)
+    method, networks, state, views = prepare("byol", CASSLE, TINY_VIT, TINY_AUXILIARIES)
+    whole, metrics = update_of(method, networks, 1, TINY_AUXILIARIES)(state, views)
+    after, metrics_in_chunks = update_of(method, networks, CHUNKS, TINY_AUXILIARIES)(state, views)
     assert_close(after.opt_state.trace, whole.opt_state.trace)
     assert_close(after.params, whole.params)
     assert_close(after.batch_stats, whole.batch_stats)
@@ -205,7 +206,7 @@ def quick_config(arguments, chunk_size):
 
 def train(devices, chunk_size):
     """Losses and last state of two steps from the images on, with views drawn by the step."""
-    config = quick_config("method=moco_v2,augself=main,equimod=main,essl=main", chunk_size)
+    config = quick_config(f"method=moco_v2,{EVERY_AUXILIARY}", chunk_size)
     source = open_source(config.data, "train")
     mesh = device_mesh(jax.devices()[:devices])
     run = build_run(config, mesh, len(source))
@@ -254,7 +255,7 @@ def test_every_image_has_the_views_it_would_have_in_one_shot(monkeypatch):
 
 
 def test_what_a_state_is_made_of_stays_in_bfloat16_and_with_recomputed_blocks():
-    config = quick_config("method=byol,augself=main,equimod=main,essl=main", chunk_size=4)
+    config = quick_config(f"method=byol,{EVERY_AUXILIARY}", chunk_size=4)
     config.encoder.update({"name": "resnet18", "small_images": True, "remat": True, "width": 4})
     config.dtype = "bfloat16"
     mesh = device_mesh(jax.devices()[:2])

@@ -18,7 +18,7 @@ from cassle_jax.parallel import (
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step, update_of
 from tests.everyday import everyday
-from tests.tiny import tiny_config
+from tests.tiny import EVERY_AUXILIARY, tiny_config
 
 STEPS = 4
 ARGUMENTS = (*(f"method={name}" for name in METHODS), "method=moco_v2,follow=published")
@@ -86,7 +86,7 @@ def assert_eight_devices_are_one(arguments, steps_of):
 
 
 def test_a_whole_step_of_eight_devices_is_that_of_one():
-    assert_eight_devices_are_one("method=simclr,augself=main,equimod=main,essl=main", whole_steps)
+    assert_eight_devices_are_one(f"method=simclr,{EVERY_AUXILIARY}", whole_steps)
 
 
 @pytest.mark.parametrize("arguments", everyday(ARGUMENTS, "method=swav"))

@@ -79,6 +79,11 @@ REFUSED = [
         {"equimod.weight": 1.0, "equimod.descriptors": ("crop", "solarize")},
         r"^augment\.solarize=0 never draws what equimod names; .* leave solarize out$",
     ),
+    ({"sie.weight": -1.0}, r"^sie\.weight=-1\.0 must be at least 0$"),
+    (
+        {"sie.weight": 1.0, "sie.descriptors": ("crop", "solarize")},
+        r"^augment\.solarize=0 never draws what sie names; .* leave solarize out$",
+    ),
     (
         {"conditioning.descriptors": ("colour",)},
         r"^conditioning\.descriptors=\['colour'\] has the unknown name 'colour'; use any of blur,",

@@ -1,0 +1,32 @@
+"""The linear hypernetwork: a matrix for each sample, linear in a code."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cassle_jax.models.mlp import MLP
+
+
+class Bilinear(nn.Module):
+    """W(code) · x with W(code) = Σ_k code_k W_k, what a Linear without bias makes of a code.
+
+    The product is the same without the matrices: W applied to x ⊗ code, which takes as much memory
+    a sample as the code has entries for each of x, instead of the result's entries for each.
+
+    Attributes:
+        out: width of the result.
+        dtype: dtype of the product; parameters are float32.
+    """
+
+    out: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch inputs"], code: Float[Array, "batch code"], train: bool
+    ) -> Float[Array, "batch {self.out}"]:
+        """The product of each sample, float32; `train` changes nothing."""
+        products = jnp.einsum("bi,bk->bik", x, code).reshape(len(x), -1)
+        linear = MLP(self.out, self.out, 1, last_bias=False, dtype=self.dtype, name="hypernetwork")
+        return linear(products, train)
