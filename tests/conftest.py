@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import type_checks
+
+type_checks.install()
+
 # All of this is set before anything imports jax, and through the environment so that commands
 # started by a test inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
