@@ -57,6 +57,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
         Dangovski et al. 2022), `cifar10` (its for CIFAR-10), or a weight.
         `sie`: `none` (default), `main` (the paper's, whose method is `vicreg`; Garrido et al.
         2023), or a factor of its weights.
+        `stl`: `none` (default), `main` (weight 1, the paper's; Yu et al. 2024), or a weight.
         `follow`: `paper` (default), or `published` for the published CASSLE code. There, MoCo's
         queue holds queries, SimCLR takes negatives from its own device, BYOL's momentum and the
         learning rate change once per epoch, and a batch shares one order of jitter operations.

@@ -103,6 +103,7 @@ def test_augself_names_weights(value, expected):
         ("essl=main", {"essl.weight": 0.4}),
         ("essl=cifar10", {"essl.weight": 0.4, "essl.crop_area": [0.2, 1.0]}),
         ("sie=main", {"sie.weight": 1.0}),
+        ("stl=main", {"stl.weight": 1.0}),
     ],
 )
 def test_the_other_objectives_are_switched_on_by_their_weight(argument, settings):
@@ -185,7 +186,7 @@ def test_arguments_go_together_in_any_order():
         (
             "simclr",
             r"'simclr' is unknown; use method=…, conditioning=…, augself=…, equimod=…, essl=…, "
-            r"sie=…, follow=…",
+            r"sie=…, stl=…, follow=…",
         ),
         ("methd=simclr", r"'methd=simclr' is unknown; use method=…"),
         ("method=simcrl", r"method='simcrl' .* moco_v2, .*; did you mean 'simclr'\?"),

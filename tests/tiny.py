@@ -70,7 +70,7 @@ def tiny_config(arguments="method=simclr"):
     config.conditioning.width = 8
     for name in AUXILIARIES:
         config[name].hidden = 16
-    config.equimod.out = config.sie.out = 8
+    config.equimod.out = config.sie.out = config.stl.out = config.stl.code = 8
     config.augment.size = 16
     config.data.scenes = 64
     config.data.canvas = 24

@@ -22,6 +22,7 @@ from cassle_jax.methods.moco_v3 import MoCoV3
 from cassle_jax.methods.sie import SIE
 from cassle_jax.methods.simclr import SimCLR
 from cassle_jax.methods.simsiam import SimSiam
+from cassle_jax.methods.stl import STL
 from cassle_jax.methods.swav import SwAV
 from cassle_jax.methods.vicreg import VICReg
 
@@ -37,7 +38,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 AUXILIARIES: dict[str, type[Auxiliary]] = {
-    each.name: each for each in (AugSelf, EquiMod, ESSL, SIE)
+    each.name: each for each in (AugSelf, EquiMod, ESSL, SIE, STL)
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ESSL",
     "METHODS",
     "SIE",
+    "STL",
     "AugSelf",
     "Auxiliary",
     "Canvases",

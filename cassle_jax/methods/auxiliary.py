@@ -84,6 +84,7 @@ class Auxiliary:
       recipes: settings of other groups that a configuration with the objective starts from, by the
         method; those of the paper's experiment.
       further: number of views that it adds to the method's.
+      paired: whether images 2i and 2i + 1 of the batch need views of the same crop and colours.
       weights: weight of each of its losses, by name; empty where it is switched off.
       descriptors: the descriptors that it needs drawn.
     """
@@ -93,6 +94,7 @@ class Auxiliary:
     named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     further: ClassVar[int] = 0
+    paired: ClassVar[bool] = False
     weights: Mapping[str, float]
     descriptors: Sequence[str] = ()
 
@@ -119,6 +121,10 @@ class Auxiliary:
           ConfigError: a setting cannot work; the message names it.
         """
         return cls(**settings)
+
+    def check(self, global_batch: int, local_batch: int) -> None:
+        """Raises ConfigError, naming the setting, where it cannot work with these batch sizes."""
+        del global_batch, local_batch
 
     def sizes(self, spec: AugmentSpec) -> tuple[int, ...]:
         """Sides of the further views, in pixels, for a run that augments by `spec`."""

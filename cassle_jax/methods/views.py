@@ -14,6 +14,9 @@ from cassle_jax.methods.base import TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import batch_offset
 
+# The draws that paired images do not share; the others are those that STL's paper aligns.
+_UNPAIRED = ("flip", "blur", "sigma", "solarize", "solarize_threshold", "turns")
+
 
 def augmented_views(
     key: PRNGKeyArray,
@@ -23,6 +26,7 @@ def augmented_views(
     axis_name: str | None = None,
     *,
     positions: Int[Array, " B"] | None = None,
+    paired: bool = False,
 ) -> tuple[augment.View, ...]:
     """Augments every image once per entry of `specs`.
 
@@ -37,16 +41,26 @@ def augmented_views(
       axis_name: the devices that share the global batch; `None` for a single one.
       positions: positions of the images in the global batch; `None` where they are all that this
         device has of it.
+      paired: whether the images at positions 2i and 2i + 1 share the draws of crop, jitter and
+        grayscale, each within its own size.
     """
     if positions is None:
         positions = batch_positions(len(images), axis_name)
 
     def one_view(view_key, spec):
         image_key, order_key = jax.random.split(view_key)
-        image_keys = jax.vmap(partial(jax.random.fold_in, image_key))(positions)
-        make = partial(augment.augment, spec=spec, order_key=order_key)
-        return jax.vmap(lambda key, image, size: make(key, image, size=size))(
-            image_keys, images, sizes
+
+        def drawn(positions):
+            keys = jax.vmap(partial(jax.random.fold_in, image_key))(positions)
+            draw = partial(augment.draw, spec=spec, order_key=order_key)
+            return jax.vmap(draw)(keys, sizes)
+
+        params = drawn(positions)
+        if paired:
+            own = {name: getattr(params, name) for name in _UNPAIRED}
+            params = drawn(positions - positions % 2).replace(**own)
+        return jax.vmap(lambda image, params, size: augment.apply(image, params, spec, size))(
+            images, params, sizes
         )
 
     keys = jax.random.split(key, len(specs))

@@ -61,6 +61,11 @@ class Run:
         return any(getattr(spec, augmentation) > 0 for spec in self.views)
 
     @property
+    def paired(self) -> bool:
+        """Whether an auxiliary objective needs pairs of images with the same augmentation."""
+        return any(each.paired for each in self.auxiliaries)
+
+    @property
     def seed_words(self) -> UInt32[np.ndarray, "2"]:
         """The seed as an array, an argument of programs compiled once for all seeds."""
         return np.asarray(jax.random.key_data(jax.random.key(self.seed)))
@@ -93,6 +98,8 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     views = view_specs(config, method)
     conditioning = Conditioning(**config.conditioning.to_dict())
     auxiliaries = build_auxiliaries(config)
+    for each in auxiliaries:
+        each.check(config.batch_size, config.batch_size // mesh.size)
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()

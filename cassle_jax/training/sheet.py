@@ -49,7 +49,8 @@ def first_views(
 
     @jax.jit
     def draw(key, images, sizes):
-        views = augmented_views(jax.random.fold_in(key, 0), images, sizes, run.views)
+        step_key = jax.random.fold_in(key, 0)
+        views = augmented_views(step_key, images, sizes, run.views, paired=run.paired)
         return [
             (
                 jax.vmap(partial(denormalize, spec=spec))(view.image),

@@ -93,7 +93,7 @@ def views_of(
       canvases: the images.
     """
     images, sizes, positions = canvases
-    views = augmented_views(key, images, sizes, run.views, positions=positions)
+    views = augmented_views(key, images, sizes, run.views, positions=positions, paired=run.paired)
     given = run.conditioning.given(key, positions, epoch)
     further = further_images(run.auxiliaries, key, canvases, run.augment)
     return training_views(views, run.views, run.conditioning, run.auxiliaries, given, further)

@@ -17,6 +17,7 @@ VARIANTS = {
         "leak-free + plain branch": "conditioning=branched",
         "EquiMod": "conditioning=none,equimod=main",
         "E-SSL": "conditioning=none,essl=cifar10",
+        "STL": "conditioning=none,stl=main",
     },
     "VICReg": {
         "plain": "conditioning=none",
@@ -35,6 +36,7 @@ SLIM = (
     "equimod.out=128",
     "sie.hidden=256",
     "sie.out=256",
+    "stl.code=32",
     "probe.every_epochs=0",
 )
 

@@ -109,6 +109,7 @@ def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
     )
     losses = {f"loss_augself_{each}" for each in PREDICTED}
     losses |= {"loss_equimod_prediction", "loss_essl_rotation", "loss_sie_equivariance"}
+    losses |= {"loss_stl_equivariance", "loss_stl_transformation"}
     assert losses | {"equimod_gain", "essl_accuracy", "sie_gain"} <= metrics.keys()
     assert all(metric.dtype == jnp.float32 for metric in metrics.values())
 

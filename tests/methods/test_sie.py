@@ -10,11 +10,14 @@ import pytest
 
 from cassle_jax.augment import AugmentSpec, View, concatenate, difference, draw
 from cassle_jax.checks import ConfigError
+from cassle_jax.evaluation.projection import project as evaluated_projection
 from cassle_jax.methods import SIE, Encoded, Features, Progress, SimCLR, Step, TrainingViews, VICReg
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from cassle_jax.training.recorded import record_of
+from cassle_jax.training.run import build_run
 from tests.methods.one_device import BATCH, PLAIN, compiled, random_views, training
-from tests.tiny import TinyEncoder
+from tests.tiny import TinyEncoder, tiny_config
 
 SIE_TINY = SIE(weight=1.0, descriptors=("crop", "flip"), hidden=8, out=6)
 HALF, OMEGA = 12, 5
@@ -153,10 +156,20 @@ def test_the_method_sees_the_first_half_and_sie_the_last(vicreg):
     np.testing.assert_array_equal(found, same)
     assert state.params["projector"]["projector"]["linear_0"]["kernel"].shape[0] == HALF
     views = TrainingViews(random_views(6).views, {"sie": jnp.float32(omega[:BATCH])})
+    encoded = networks.apply(variables, views.views[0], train=False, method="embed")
+    evaluated = evaluated_projection(networks, variables, views.views[0], encoded.features)
+    np.testing.assert_allclose(evaluated, encoded.projection, rtol=1e-6)
     _, metrics = update(state, views)
     parts = {name: metrics[f"loss_sie_{name}"] for name in SIE_TINY.weights}
     total = metrics["loss_method"] + SIE_TINY.total(parts)
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-6)
+
+
+def test_evaluation_knows_the_projector_of_the_first_half():
+    config = tiny_config("method=simclr,sie=main")
+    config.encoder.update(name="resnet18", width=4)
+    run = build_run(config, device_mesh(), 64)
+    assert record_of(run)["heads"]["projector"]["hidden"] == 32 // 2
 
 
 def test_the_plain_branch_sees_the_first_half_too():

@@ -1,5 +1,6 @@
 """Two views of every image, the same on any number of devices, with ω in alphabetical order."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -179,3 +180,35 @@ def test_without_descriptors_omega_is_empty(drawn):
     views = training_views(drawn[0], (SPEC, SPEC), Conditioning(()))
     assert [view.descriptor.shape for view in views.views] == [(BATCH, 0)] * 2
     assert views.targets == {}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_paired_images_share_crop_and_colours_and_nothing_else(batch, devices):
+    images, _ = batch
+    sizes = jnp.full((BATCH, 2), CANVAS)
+    spec = dataclasses.replace(SPEC, jitter_order="image", flip=0.5, blur=0.5)
+
+    def params(key, images, sizes, paired):
+        views = augmented_views(key, images, sizes, (spec, spec), AXIS, paired=paired)
+        return [view.params for view in views]
+
+    found, alone = (
+        parallel(
+            partial(params, paired=paired),
+            device_mesh(jax.devices()[:devices]),
+            inputs=(REPLICATED, SHARDED, SHARDED),
+            outputs=SHARDED,
+        )(jax.random.key(0), images, sizes)
+        for paired in (True, False)
+    )
+    shared = "crop", "jitter_order", "brightness", "contrast", "saturation", "hue"
+    for view, unpaired in zip(found, alone, strict=True):
+        for name in (*shared, "jitter", "grayscale"):
+            values = np.asarray(getattr(view, name))
+            np.testing.assert_array_equal(values[::2], values[1::2])
+            np.testing.assert_array_equal(values[::2], getattr(unpaired, name)[::2])
+        assert len(np.unique(view.hue)) == BATCH // 2
+        for name in ("flip", "sigma", "blur", "turns", "solarize"):
+            np.testing.assert_array_equal(getattr(view, name), getattr(unpaired, name))
+        assert len(np.unique(view.sigma)) == BATCH
+    assert not np.isclose(found[0].hue, found[1].hue).any()

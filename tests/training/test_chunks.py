@@ -12,7 +12,7 @@ import pytest
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, open_source, training_batches
-from cassle_jax.methods import ESSL, METHODS, SIE, AugSelf, EquiMod, Features, Step
+from cassle_jax.methods import ESSL, METHODS, SIE, STL, AugSelf, EquiMod, Features, Step
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer
 from cassle_jax.optimizer import learning_rate
@@ -30,7 +30,8 @@ BATCH, CHUNKS = 16, 4
 AUGSELF = AugSelf({"crop": 0.5, "flip": 0.3}, hidden=8)
 EQUIMOD = EquiMod(0.5, ("crop", "flip"), hidden=8, out=6)
 SIE_TINY = SIE(1.0, ("crop", "flip"), hidden=8, out=6)
-TINY_AUXILIARIES = (AUGSELF, EQUIMOD, ESSL(0.4, hidden=8), SIE_TINY)
+STL_TINY = STL(1.0, hidden=8, out=6, code=5)
+TINY_AUXILIARIES = (AUGSELF, EQUIMOD, ESSL(0.4, hidden=8), SIE_TINY, STL_TINY)
 CASSLE = Conditioning(depth=2, width=8)
 INTO_THE_IMAGE = Conditioning(injection="image", depth=2, width=8)
 CASES = {name: (name, CASSLE) for name in METHODS}

@@ -79,6 +79,11 @@ REFUSED = [
         {"equimod.weight": 1.0, "equimod.descriptors": ("crop", "solarize")},
         r"^augment\.solarize=0 never draws what equimod names; .* leave solarize out$",
     ),
+    ({"stl.temperature": 0.0}, r"^stl\.temperature=0\.0 must be above 0$"),
+    (
+        {"stl.weight": 1.0, "batch_size": 24},
+        r"^batch_size=24 leaves 3 images to a device, which stl cannot pair; 32 would work$",
+    ),
     ({"sie.weight": -1.0}, r"^sie\.weight=-1\.0 must be at least 0$"),
     (
         {"sie.weight": 1.0, "sie.descriptors": ("crop", "solarize")},
