@@ -6,8 +6,6 @@ from typing import Literal
 import jax
 import numpy as np
 from jaxtyping import Array, Float
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from cassle_jax.data import Drawn
@@ -104,6 +102,8 @@ def group_means(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[
 
 
 def _standardised(train_features, test_features) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.preprocessing import StandardScaler  # commands start faster without scikit-learn
+
     train, test = (
         np.asarray(jax.device_get(features), np.float32)
         for features in (train_features, test_features)
@@ -150,6 +150,8 @@ class _Logistic:
     def predict(
         self, labels: np.ndarray, penalties: Sequence[float], rows: np.ndarray
     ) -> list[np.ndarray]:
+        from sklearn.linear_model import LogisticRegression
+
         # A gradient component below 1e-3 changes hardly any answer; this is ten times as quick.
         probe = LogisticRegression(warm_start=True, tol=1e-3, max_iter=1000)
         answers = []

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64
-from sklearn.metrics import r2_score
 
 from cassle_jax.checks import check_one_of
 from cassle_jax.data.landmarks import TargetSource
@@ -139,6 +138,8 @@ def _check_splits(splits: Mapping[str, Split]) -> None:
 
 
 def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import r2_score  # commands start faster without scikit-learn
+
     return float(r2_score(targets, predicted))
 
 
