@@ -180,7 +180,8 @@ def _begun_report(
     return GrowingReport(
         folder,
         f"{_summary(opened, extraction.limit)} Settings: {values}.",
-        {name: _facts(seeds) for name, seeds in subjects.items()},
+        {name: _facts(runs) for name, runs in subjects.items()},
+        seeds={name: seeds for name, runs in subjects.items() if (seeds := _seeds(runs))},
         writes=jax.process_index() == 0,
     )
 
@@ -331,6 +332,12 @@ def _facts(seeds: Sequence[Subject]) -> Mapping[str, object]:
     facts = {"fingerprint": ", ".join(seed.fingerprint() for seed in seeds)}
     known = ("encoder", "method", "network", "step", "dataset", "devices", "versions", "config")
     return facts | {name: seeds[0].facts[name] for name in known if name in seeds[0].facts}
+
+
+def _seeds(runs: Sequence[Subject]) -> list[int]:
+    """The seeds of a subject's runs; empty where a file does not say how it was trained."""
+    configs = [run.facts.get("config", {}) for run in runs]
+    return [config["seed"] for config in configs] if all("seed" in c for c in configs) else []
 
 
 def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:

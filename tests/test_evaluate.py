@@ -111,6 +111,11 @@ def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
     assert {name: len(one["runs"]) for name, one in held.items()} == {"a": 2, "b": 1}
 
 
+def test_subjects_of_the_same_seed_are_compared_with_the_plain_one(run, tmp_path):
+    page = evaluate(run, tmp_path, "knn", runs=[f"plain={run}", f"b={run}"]).read_text()
+    assert "difference to plain with the same seeds" in page and "+0.0" in page
+
+
 def fails(bench, settings):
     raise ValueError("in the second task")
 

@@ -366,7 +366,8 @@ def test_results_are_means_over_seeds_and_differences_to_the_first_row(ran):
     plain, cassle = (float(each["mean"]) for each in lines)
     assert float(lines[1]["difference"]) == pytest.approx(cassle - plain)
     page = (to / "report.html").read_text()
-    assert "Does it run?" in page and "difference to the baseline" in page
+    assert "Does it run?" in page and "Difference to the baseline" in page
+    assert "difference to plain with the same seeds" in page
 
 
 def test_a_finished_table_does_not_run_again_and_refuses_other_settings(ran):

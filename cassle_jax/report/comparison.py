@@ -22,10 +22,12 @@ class Estimate:
     Attributes:
       values: one value per seed, in the order of the seeds; a seed without the value is missing.
       own_interval: half the interval that the protocol reports; used with a single seed.
+      runs: the place of every value's run among the subject's runs.
     """
 
     values: tuple[float, ...]
     own_interval: float | None = None
+    runs: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -121,13 +123,13 @@ def check_subjects(subjects: FindingsBySubject) -> None:
 
 def tasks_of(subjects: FindingsBySubject) -> list[str]:
     """The tasks with results, in order of appearance."""
-    results = (each for _, each in _findings(subjects) if not isinstance(each, Failure))
+    results = (each for _, _, each in _findings(subjects) if not isinstance(each, Failure))
     return list(dict.fromkeys(finding.task for finding in results))
 
 
 def failures_of(subjects: FindingsBySubject) -> list[tuple[str, Failure]]:
     """The tasks that failed, each with its subject."""
-    return [(name, each) for name, each in _findings(subjects) if isinstance(each, Failure)]
+    return [(name, each) for name, _, each in _findings(subjects) if isinstance(each, Failure)]
 
 
 def rows_of(subjects: FindingsBySubject, task: str) -> list[Row]:
@@ -141,34 +143,37 @@ def rows_of(subjects: FindingsBySubject, task: str) -> list[Row]:
 
 def charts_of(subjects: FindingsBySubject, task: str) -> list[Comparison]:
     """The charts of a task, in order of appearance."""
-    return [_comparison(by_subject) for by_subject in _matched(subjects, task, Chart)]
+    return [
+        _comparison({name: list(of_runs.values()) for name, of_runs in by_subject.items()})
+        for by_subject in _matched(subjects, task, Chart)
+    ]
 
 
 def galleries_of(subjects: FindingsBySubject, task: str) -> list[Mapping[str, Gallery]]:
     """The galleries of a task by subject, from the first seed that has one."""
     return [
-        {subject: galleries[0] for subject, galleries in by_subject.items()}
+        {subject: next(iter(of_runs.values())) for subject, of_runs in by_subject.items()}
         for by_subject in _matched(subjects, task, Gallery)
     ]
 
 
 def _matched(
     subjects: FindingsBySubject, task: str, kind: type[Kind]
-) -> list[Mapping[str, list[Kind]]]:
-    """Groups findings of the same name, by subject, one per seed."""
-    matched: dict[tuple[str, ...], dict[str, list[Kind]]] = {}
-    for subject, finding in _findings(subjects):
+) -> list[Mapping[str, Mapping[int, Kind]]]:
+    """Groups findings of the same name, by subject and the place of the run."""
+    matched: dict[tuple[str, ...], dict[str, dict[int, Kind]]] = {}
+    for subject, run, finding in _findings(subjects):
         if isinstance(finding, kind) and finding.task == task:
-            matched.setdefault(_key(finding), {}).setdefault(subject, []).append(finding)
+            matched.setdefault(_key(finding), {}).setdefault(subject, {})[run] = finding
     return list(matched.values())
 
 
-def _findings(subjects: FindingsBySubject) -> Iterator[tuple[str, Finding]]:
-    """Yields every finding with its subject."""
+def _findings(subjects: FindingsBySubject) -> Iterator[tuple[str, int, Finding]]:
+    """Yields every finding with its subject and the place of its run."""
     for subject, runs in subjects.items():
-        for findings in runs:
+        for run, findings in enumerate(runs):
             for finding in findings:
-                yield subject, finding
+                yield subject, run, finding
 
 
 def _key(finding: Finding) -> tuple[str, ...]:
@@ -176,23 +181,23 @@ def _key(finding: Finding) -> tuple[str, ...]:
     return finding.task, finding.dataset, getattr(finding, names.get(type(finding), "title"))
 
 
-def _row(by_subject: Mapping[str, Sequence[Score]]) -> Row:
-    first = next(iter(by_subject.values()))[0]
+def _row(by_subject: Mapping[str, Mapping[int, Score]]) -> Row:
+    first = next(score for scores in by_subject.values() for score in scores.values())
     for subject, scores in by_subject.items():
-        for score in scores:
+        for score in scores.values():
             if score.higher_is_better != first.higher_is_better:
                 raise ValueError(
                     f"higher_is_better of {', '.join(_key(score))} is {score.higher_is_better} "
                     f"for {subject!r} and {first.higher_is_better} for {next(iter(by_subject))!r}"
                 )
-    estimates = {
-        subject: Estimate(
-            tuple(float(score.value) for score in scores),
-            None if scores[0].interval is None else float(scores[0].interval),
-        )
-        for subject, scores in by_subject.items()
-    }
+    estimates = {subject: _estimate(scores) for subject, scores in by_subject.items()}
     return Row(first.task, first.dataset, first.metric, first.higher_is_better, estimates)
+
+
+def _estimate(scores: Mapping[int, Score]) -> Estimate:
+    own = next(iter(scores.values())).interval
+    values = tuple(float(score.value) for score in scores.values())
+    return Estimate(values, None if own is None else float(own), tuple(scores))
 
 
 def _comparison(by_subject: Mapping[str, Sequence[Chart]]) -> Comparison:

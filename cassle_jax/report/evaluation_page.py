@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
@@ -27,8 +26,23 @@ from cassle_jax.report.comparison import (
 from cassle_jax.report.comparison_chart import chart_html, key_html
 from cassle_jax.report.former_names import renamed
 from cassle_jax.report.gallery import rows_html
+from cassle_jax.report.overview import (
+    Pairing,
+    difference_rows,
+    is_long,
+    named_baselines,
+    overviews_of,
+    shades_of,
+)
+from cassle_jax.report.overview_table import (
+    ARROWS,
+    STYLE,
+    interval_text,
+    overviews_html,
+    scroll_html,
+)
 from cassle_jax.report.page import html_page, paragraphs_html
-from cassle_jax.report.table import cell_text
+from cassle_jax.report.table import cell_text, decimals_of
 from cassle_jax.storage import write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
@@ -51,17 +65,22 @@ def write_report(
     *,
     title: str = "Evaluation",
     summary: str = "",
+    question: str = "",
     provenance: Facts | None = None,
+    pairing: Pairing | None = None,
     parts: Parts | None = None,
     complete: bool = True,
 ) -> Path:
     """Writes `report.html`, `report.json` and `report.csv` that compare subjects.
 
-    The page loads no other file and runs no script; it suits phones, print and dark screens. A
-    section per task has a table, charts and galleries. Tables give the mean over a subject's seeds
-    ± half the 95 % interval (Student's t), charts the mean and the range, galleries the pictures of
-    the first seed. Numbers are printed to three decimals, with all digits in a tooltip. A dash
-    marks a missing value; a red line at the top names a task that failed. All text is escaped.
+    The page loads no other file; it suits phones, print and dark screens. With several subjects it
+    begins with an overview: subjects as rows, datasets as columns, the mean rank, and differences
+    to the baseline with the same seeds; its only script sorts these tables. A section per task has
+    all metrics in a table, a heat map where they are many, charts and galleries. Tables give the
+    mean over a subject's seeds ± half the 95 % interval (Student's t), charts the mean and the
+    range, galleries the pictures of the first seed. Numbers are printed to three decimals, with all
+    digits in a tooltip. A dash marks a missing value; a red line at the top names a task that
+    failed. All text is escaped.
 
     The JSON holds everything; `read_report` reads it. The CSV has one row per score and run, in
     full precision.
@@ -71,9 +90,12 @@ def write_report(
         is written last, so the others exist where it does.
       subjects: Lists of findings by subject, one list per seed; the report keeps the order.
       title: The heading.
-      summary: Text under the heading; an empty line starts a new paragraph.
+      summary: Text under the heading, or under the overview; an empty line starts a new paragraph.
+      question: Text between the heading and the overview.
       provenance: Facts by subject, such as the weights' fingerprint, versions and the
         configuration; long facts are listed below the table.
+      pairing: Seeds and baselines; `None` for no seeds, and the subjects called `plain` as
+        baselines.
       parts: For `read_parts`.
       complete: Whether no results are to follow; see `read_complete`.
 
@@ -91,11 +113,14 @@ def write_report(
             raise ValueError(
                 f"provenance of {name!r}, which is not a subject; use one of {', '.join(subjects)}"
             )
-    page = _page(subjects, title, summary if complete else f"INCOMPLETE. {summary}", provenance)
+    pairing = pairing or Pairing(against=named_baselines(list(subjects)))
+    texts = (question if complete else f"INCOMPLETE. {question}".strip(), summary)
+    page = _page(subjects, title, texts, provenance, pairing)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / HTML, page)
     write_whole(folder / CSV, _csv(subjects))
+    summary = "\n\n".join(filter(None, (question, summary)))
     held = {"title": title, "summary": summary, "complete": complete}
     write_whole(folder / JSON, _json(held, subjects, provenance, parts or {}))
     return folder / HTML
@@ -215,18 +240,32 @@ def _csv_cells(score: Score) -> list[str]:
     return [score.task, score.dataset, score.metric, repr(float(score.value)), interval, better]
 
 
-def _page(subjects: FindingsBySubject, title: str, summary: str, facts: Facts) -> str:
-    sections = [(*_heading(task), _task_html(subjects, task)) for task in tasks_of(subjects)]
+def _page(
+    subjects: FindingsBySubject,
+    title: str,
+    texts: tuple[str, str],
+    facts: Facts,
+    pairing: Pairing,
+) -> str:
+    sections = [
+        (*_heading(task), _task_html(subjects, task, pairing)) for task in tasks_of(subjects)
+    ]
     if facts:
         sections.append(("Provenance", "", _provenance_html(list(subjects), facts)))
-    header = f"<header><h1>{escape(title)}</h1>{paragraphs_html(summary)}</header>"
+    header = f"<header><h1>{escape(title)}</h1>{paragraphs_html(texts[0])}</header>"
     names = [name for name, _, _ in sections]
-    parts = [header, _failures_html(subjects), _subjects_html(subjects), _contents_html(names)]
+    parts = [
+        header,
+        _failures_html(subjects),
+        _overview_html(subjects, pairing),
+        paragraphs_html(texts[1]),
+        _contents_html(names),
+    ]
     parts += [
         f'<section id="section-{index}"><h2>{escape(name)}{note}</h2>{body}</section>'
         for index, (name, note, body) in enumerate(sections)
     ]
-    return html_page(title, parts, _STYLE)
+    return html_page(title, parts, STYLE + _STYLE)
 
 
 def _heading(task: str) -> tuple[str, str]:
@@ -245,28 +284,42 @@ def _failures_html(subjects: FindingsBySubject) -> str:
     return f'<section class="failed"><h2>Failed</h2><ul>{lines}</ul></section>' if lines else ""
 
 
-def _subjects_html(subjects: FindingsBySubject) -> str:
-    """Lists the subjects with their colours, and explains the page's notation."""
-    items = "".join(
-        f"<li>{key_html(index)}<b>{escape(name)}</b> {_seeds(len(runs))}</li>"
-        for index, (name, runs) in enumerate(subjects.items())
-    )
-    notes = []
-    if any(len(runs) > 1 for runs in subjects.values()):
-        notes.append(
-            "± is half the 95 % interval of the mean: Student’s t over several seeds, otherwise "
-            "the interval of the protocol, if it has one. Bands and whiskers of charts give the "
-            "range over seeds."
+def _overview_html(subjects: FindingsBySubject, pairing: Pairing) -> str:
+    """Compares the subjects, and explains the page's notation; without scores, lists them."""
+    counts = {name: len(runs) for name, runs in subjects.items()}
+    overviews = overviews_of(subjects, pairing) if len(subjects) > 1 else []
+    tables = overviews_html(overviews, counts)
+    if not tables:
+        items = "".join(
+            f"<li>{key_html(index)}<b>{escape(name)}</b> {_seeds(count)}</li>"
+            for index, (name, count) in enumerate(counts.items())
         )
-    else:
-        notes.append("± is half the 95 % interval of the protocol, if it has one.")
-    if len(subjects) > 1:
+        tables = f'<ul class="keys">{items}</ul>'
+    compared = [name for overview in overviews for each in overview.differences for name in each]
+    baselines = list(dict.fromkeys(pairing.against[name] for name in compared))
+    return f'{tables}<p class="note">{escape(" ".join(_notes(counts, baselines)))}</p>'
+
+
+def _notes(counts: Mapping[str, int], baselines: Sequence[str]) -> list[str]:
+    """What the signs of the page mean, one sentence each."""
+    notes = ["± is half the 95 % interval of the protocol, if it has one."]
+    if any(count > 1 for count in counts.values()):
+        notes = [
+            "± is half the 95 % interval of the mean: Student’s t over several seeds, otherwise "
+            "the interval of the protocol, if it has one.",
+            "Bands and whiskers of charts give the range over seeds.",
+        ]
+    if len(counts) > 1:
         notes.append(
-            "Bold: the best value per row, values whose intervals overlap its interval, and values "
-            "between those; no bold where that is every value."
+            "Bold: the best value per dataset and metric, values whose intervals overlap its "
+            "interval, and values between those; no bold where that is every value."
+        )
+    if baselines:
+        notes.append(
+            f"Second line of a cell: difference to {' or '.join(baselines)} with the same seeds."
         )
     notes.append("↑ higher is better, ↓ lower is better; – not evaluated.")
-    return f'<ul class="keys">{items}</ul><p class="note">{" ".join(notes)}</p>'
+    return notes
 
 
 def _seeds(count: int) -> str:
@@ -284,10 +337,14 @@ def _contents_html(names: Sequence[str]) -> str:
     return f'<nav aria-label="Contents"><ol>{links}</ol></nav>'
 
 
-def _task_html(subjects: FindingsBySubject, task: str) -> str:
+def _task_html(subjects: FindingsBySubject, task: str, pairing: Pairing) -> str:
     names = list(subjects)
     rows, charts = rows_of(subjects, task), charts_of(subjects, task)
-    parts = [_scores_html(names, rows)] if rows else []
+    parts = [_scores_html(names, rows, title_of(task), pairing)] if rows else []
+    if changed := difference_rows(rows, pairing):
+        title = "Difference to the baseline, same seeds"
+        table = _scores_html(names, changed, f"{title_of(task)}: {title.lower()}")
+        parts.append(f"<details><summary>{title}</summary>{table}</details>")
     if charts:
         drawn = "".join(chart_html(names, chart) for chart in charts)
         parts.append(f'<div class="charts">{drawn}</div>')
@@ -295,50 +352,76 @@ def _task_html(subjects: FindingsBySubject, task: str) -> str:
     return "".join(parts)
 
 
-def _scores_html(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table with one row per dataset and metric, and columns of values and intervals."""
+def _scores_html(
+    names: Sequence[str], rows: Sequence[Row], name: str, pairing: Pairing | None = None
+) -> str:
+    """A table with one row per dataset and metric, and columns of values and intervals.
+
+    A heat map where the rows are many, of several subjects.
+    """
+    is_map = pairing is not None and len(names) > 1 and is_long(rows)
+    shades = shades_of(rows, pairing) if is_map else [{}] * len(rows)
     head = "".join(
-        f'<th scope="col" colspan="2">{key_html(index)}<br>{escape(name)}</th>'
-        for index, name in enumerate(names)
+        f'<th scope="col" colspan="2">{key_html(index)}<br>{escape(subject)}</th>'
+        for index, subject in enumerate(names)
     )
-    body = "".join(_row_html(names, row) for row in rows)
+    body = "".join(_row_html(names, *each) for each in zip(rows, shades, strict=True))
+    table = (
+        '<table class="scores"><thead><tr><th scope="col">dataset</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    return scroll_html(name, table) + (_shade_note(pairing) if is_map else "")
+
+
+def _shade_note(pairing: Pairing) -> str:
+    reference = "the baseline with the same seeds" if pairing.against else "the mean of the row"
     return (
-        '<div class="scroll"><table class="scores"><thead><tr><th scope="col">dataset</th>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="note"><span class="better" style="--shade:40%">Blue</span>: better than '
+        f'{reference}; <span class="worse" style="--shade:40%">orange</span>: worse; the stronger, '
+        "the larger the difference.</p>"
     )
 
 
-def _row_html(names: Sequence[str], row: Row) -> str:
-    arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
-    decimals = _decimals([estimate.mean for estimate in row.estimates.values()])
+def _row_html(names: Sequence[str], row: Row, shades: Mapping[str, float]) -> str:
+    decimals = decimals_of([estimate.mean for estimate in row.estimates.values()])
     cells = "".join(
-        _estimate_html(row.estimates.get(name), decimals, is_best=name in row.best)
+        _estimate_html(
+            row.estimates.get(name), decimals, _shade(shades.get(name, 0.0)), name in row.best
+        )
         for name in names
     )
     return (
         f'<tr><th scope="row"><span>{escape(row.dataset)}</span> '
-        f'<span class="metric">{escape(row.metric)}{arrow}</span></th>{cells}</tr>'
+        f'<span class="metric">{escape(row.metric)}{ARROWS[row.higher_is_better]}</span></th>'
+        f"{cells}</tr>"
     )
 
 
-def _decimals(values: Sequence[float]) -> int:
-    """Number of decimals: three, or enough for three digits of the largest value."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return 3 if largest == 0 or largest >= 0.01 else 2 - math.floor(math.log10(largest))
+def _shade(value: float) -> tuple[str, str]:
+    """Class and style of a cell that is as much better as the value, from -1 to 1."""
+    percent = round(40 * abs(value))
+    if not percent:
+        return "", ""
+    return " better" if value > 0 else " worse", f' style="--shade:{percent}%"'
 
 
-def _estimate_html(estimate: Estimate | None, decimals: int, *, is_best: bool) -> str:
+def _estimate_html(
+    estimate: Estimate | None, decimals: int, shade: tuple[str, str], is_best: bool
+) -> str:
     if estimate is None:
         return '<td class="number">–</td><td></td>'
     value = cell_text(estimate.mean, decimals)
     value = f"<strong>{value}</strong>" if is_best else value
-    title, spread = repr(estimate.mean), ""
-    if estimate.interval is not None:
+    title, spread = repr(estimate.mean), interval_text(estimate, decimals)
+    if spread:
         title += f" ± {estimate.interval!r}"
-        spread = f"± {cell_text(estimate.interval, decimals)}"
     if len(estimate.values) > 1:
         title += f"; {_seeds(len(estimate.values))}: {', '.join(map(repr, estimate.values))}"
-    return f'<td class="number" title="{title}">{value}</td><td class="spread">{spread}</td>'
+    kind, style = shade
+    return (
+        f'<td class="number{kind}"{style} title="{title}">{value}</td>'
+        f'<td class="spread{kind}"{style}>{spread}</td>'
+    )
 
 
 def _gallery_html(subjects: FindingsBySubject, by_subject: Mapping[str, Gallery]) -> str:
@@ -377,10 +460,10 @@ def _provenance_html(names: Sequence[str], facts: Facts) -> str:
         if fact not in long
     )
     table = (
-        '<div class="scroll"><table class="facts"><thead><tr><th scope="col">fact</th>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<table class="facts"><thead><tr><th scope="col">fact</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
     )
-    return (table if body else "") + "".join(
+    return (scroll_html("Provenance", table) if body else "") + "".join(
         f"<details><summary>{escape(fact)} of {escape(name)}</summary><pre>{escape(text)}</pre>"
         "</details>"
         for fact in every
@@ -433,6 +516,9 @@ min-width:9rem}
 .scores td,.scores th[scope=row]{vertical-align:baseline}
 .scores th[scope=row]{position:sticky;left:0;background:var(--paper)}
 .scores th[scope=row] span{display:inline-block;min-width:8.5rem}
+.scores .spread.better,.scores .spread.worse,.note>span{color:var(--ink)}
+.better{background:color-mix(in srgb,var(--run-0) var(--shade),var(--paper))}
+.worse{background:color-mix(in srgb,var(--run-1) var(--shade),var(--paper))}
 .metric{font-weight:400;color:var(--soft);font-size:.9em}
 .panels{display:grid;gap:.8rem 1.5rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr))}
@@ -466,5 +552,5 @@ tr{break-inside:avoid}h3,figcaption,.keys{break-after:avoid}
 .scores .spread{font-size:inherit}.scores .spread,.scores thead th{padding-right:.7rem}
 .charts{grid-template-columns:1fr 1fr}.wide .panels{grid-template-columns:repeat(3,1fr)}
 details::details-content{content-visibility:visible;display:block}
-.bar,.band{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+.bar,.band,.better,.worse{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

@@ -9,6 +9,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.report.comparison import check_subjects
 from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_report
+from cassle_jax.report.overview import Pairing, named_baselines
 
 LOG = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class GrowingReport:
       folder: of the report; what an earlier call left there is read.
       summary: see `write_report`.
       facts: of each subject, see `write_report`.
+      seeds: of each subject's runs, where they are known; see `Pairing`.
       writes: whether this process writes the files; one of several processes does.
     """
 
@@ -32,9 +34,11 @@ class GrowingReport:
         summary: str,
         facts: Mapping[str, Mapping[str, object]],
         *,
+        seeds: Mapping[str, Sequence[int]] | None = None,
         writes: bool = True,
     ):
         self._folder, self._summary, self._facts, self._writes = folder, summary, facts, writes
+        self._seeds = seeds or {}
         self._runs: dict[str, list[list[tuple[str, Sequence[Finding]]]]] = {}
         self._due = 0.0
         self._kept: dict[str, Sequence[Finding]] = {}
@@ -111,6 +115,7 @@ class GrowingReport:
             runs,
             summary=self._summary,
             provenance={name: self._facts[name] for name in runs},
+            pairing=Pairing(self._seeds, named_baselines(list(runs))),
             parts=parts,
             complete=complete,
         )

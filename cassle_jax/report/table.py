@@ -31,3 +31,9 @@ def cell_text(cell: str | Real, decimals: int = 3) -> str:
     if math.isnan(cell):
         return "NaN"
     return f"{cell:.{decimals}f}" if abs(cell) < 10_000 else f"{cell:.4g}"
+
+
+def decimals_of(values: Sequence[float]) -> int:
+    """Number of decimals: three, or enough for three digits of the largest value."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 3 if largest == 0 or largest >= 0.01 else 2 - math.floor(math.log10(largest))

@@ -1,13 +1,17 @@
 """Writes the page of a sweep: metrics and evaluation results, one column per setting."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cassle_jax.config import flat_settings
+from cassle_jax.config import ARGUMENTS, flat_settings
 from cassle_jax.evaluation.findings import Finding
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
-from cassle_jax.sweep.space import RunSpec
+from cassle_jax.report.overview import Pairing
+from cassle_jax.sweep.space import RunSpec, Values
 from cassle_jax.training.findings import pretraining_findings
+
+# Arguments that say what a run does with ω; none of it where all are "none".
+_VARIANT = tuple(name for name in ARGUMENTS if name not in ("method", "follow"))
 
 
 def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path | None) -> Path:
@@ -32,6 +36,25 @@ def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path 
             for pretrained, scores in zip(subjects[name], seeds, strict=True):
                 pretrained += scores
         facts |= known
-    seeds = ", ".join(f"{name}: {len(runs)}" for name, runs in subjects.items())
-    summary = f"Values are means over runs ± half the 95 % interval. Number of runs: {seeds}."
-    return write_report(folder, subjects, title="Sweep", summary=summary, provenance=facts)
+    return write_report(
+        folder, subjects, title="Sweep", provenance=facts, pairing=_pairing(list(workdirs))
+    )
+
+
+def _pairing(runs: Sequence[RunSpec]) -> Pairing:
+    """The seeds; the baseline of a run is the run without ω and all else the same."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.subject, []).append(run.config.seed)
+    named = {_others(run.values): run.subject for run in runs}
+    plain = {run.subject: named.get(_others(_plain(run.values)), "") for run in runs}
+    return Pairing(seeds, {name: other for name, other in plain.items() if other not in ("", name)})
+
+
+def _plain(values: Values) -> Values:
+    return values | {name: "none" for name in _VARIANT if name in values}
+
+
+def _others(values: Values) -> frozenset[tuple[str, str]]:
+    """The values but the seed."""
+    return frozenset((name, value) for name, value in values.items() if name != "seed")

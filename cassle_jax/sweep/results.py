@@ -10,6 +10,7 @@ from pathlib import Path
 from cassle_jax.evaluation.findings import Finding, Score
 from cassle_jax.report.comparison import Estimate
 from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.overview import MEAN_OF, Pairing, paired
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.table import Table
 
@@ -64,9 +65,9 @@ def write_results(
 ) -> Path:
     """Writes `results.json`, `results.csv` and the page of the finished runs.
 
-    A metric with several datasets gets a line for its mean over them. On the page, a section after
-    every task gives the difference of a row to its baseline: the mean over seeds that both rows
-    have, ± half the 95 % interval of the paired differences (Student's t).
+    A metric with several datasets gets a line for its mean over them. The difference of a row to
+    its baseline is the mean over seeds that both rows have, ± half the 95 % interval of the paired
+    differences (Student's t).
 
     Args:
       folder: folder of the files.
@@ -93,20 +94,18 @@ def write_results(
     write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False))
     write_whole(folder / CSV, _csv(lines))
     subjects = {subject: list(seeds.values()) for subject, seeds in found.items()}
-    for line in lines:
-        for seed, difference in line.differences.items():
-            place = list(found[line.row]).index(seed)
-            subjects[line.row][place] = [
-                *subjects[line.row][place],
-                dataclasses.replace(
-                    line.score,
-                    task=f"{line.score.task}: difference to the baseline",
-                    value=difference,
-                    interval=None,
-                ),
-            ]
-    summary = f"{_summary(table, found)} {note}".rstrip()
-    return write_report(folder, subjects, title=table.title, summary=summary, provenance=facts)
+    return write_report(
+        folder,
+        subjects,
+        title=table.title,
+        question=table.question,
+        summary=f"{_compared(table, found)} {note}".rstrip(),
+        provenance=facts,
+        pairing=Pairing(
+            {subject: list(seeds) for subject, seeds in found.items()},
+            {row.subject: other for row in table.rows if (other := table.against(row))},
+        ),
+    )
 
 
 def with_means(findings: Sequence[Finding]) -> list[Finding]:
@@ -117,7 +116,7 @@ def with_means(findings: Sequence[Finding]) -> list[Finding]:
             key = finding.task, finding.metric, finding.higher_is_better
             values.setdefault(key, []).append(float(finding.value))
     means = [
-        Score(task, f"mean of {len(own)}", metric, sum(own) / len(own), higher_is_better=better)
+        Score(task, f"{MEAN_OF}{len(own)}", metric, sum(own) / len(own), higher_is_better=better)
         for (task, metric, better), own in values.items()
         if len(own) > 1
     ]
@@ -132,13 +131,8 @@ def lines_of(table: Table, found: FindingsBySeed) -> Iterator[Line]:
         for key, scores in own.items():
             first = next(iter(scores.values()))
             other = {} if first.higher_is_better is None else theirs.get(key, {})
-            differences = {
-                seed: float(score.value) - float(other[seed].value)
-                for seed, score in scores.items()
-                if seed in other
-            }
-            values = {seed: float(score.value) for seed, score in scores.items()}
-            yield Line(row.subject, first, values, against, differences)
+            values, baseline = _values(scores), _values(other)
+            yield Line(row.subject, first, values, against, paired(values, baseline))
 
 
 def _by_metric(seeds: Mapping[int, Sequence[Finding]]) -> dict[Key, dict[int, Score]]:
@@ -149,6 +143,10 @@ def _by_metric(seeds: Mapping[int, Sequence[Finding]]) -> dict[Key, dict[int, Sc
                 key = finding.task, finding.dataset, finding.metric
                 scores.setdefault(key, {})[seed] = finding
     return scores
+
+
+def _values(scores: Mapping[int, Score]) -> dict[int, float]:
+    return {seed: float(score.value) for seed, score in scores.items()}
 
 
 def _estimated(
@@ -169,13 +167,9 @@ def _csv(lines: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def _summary(table: Table, found: FindingsBySeed) -> str:
+def _compared(table: Table, found: FindingsBySeed) -> str:
     against = {row.subject: table.against(row) for row in table.rows}
     compared = "; ".join(
         f"{row} with {other}" for row, other in against.items() if {row, other} <= found.keys()
     )
-    seeds = ", ".join(f"{subject}: {len(runs)}" for subject, runs in found.items())
-    return (
-        f"{table.question}\n\nNumber of seeds per row: {seeds}. Values are means ± half the 95 % "
-        f"interval. Comparisons, paired by seed: {compared or 'none'}."
-    )
+    return f"Comparisons, paired by seed: {compared or 'none'}."
