@@ -528,13 +528,13 @@ figure:not(.wide)>.panels{display:block}
 .panels h3{margin:.2rem 0;font-size:.9rem;font-weight:400}
 .gallery{margin-top:1.5rem;break-inside:auto}
 .strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(4.6rem,1fr));gap:.5rem;
-margin:0 0 .8rem!important;break-inside:avoid}
-.strip span{display:block;font-size:.78rem;line-height:1.25;margin-top:.15rem;
+margin:.2rem 0 .8rem;color:var(--soft);break-inside:avoid}
+.strip figcaption{font-weight:400;font-size:.78rem;line-height:1.25;margin:.15rem 0 0;
 overflow-wrap:anywhere}
 .strip img{border-radius:3px;aspect-ratio:1;object-fit:contain}
 .strip img.pixels{image-rendering:pixelated}
-.strip li:first-child img{outline:2px solid var(--ink);outline-offset:1px}
-.strip li:first-child span{color:var(--ink)}
+.strip figure:first-child img{outline:2px solid var(--ink);outline-offset:1px}
+.strip figure:first-child figcaption{color:var(--ink)}
 .facts thead th{vertical-align:bottom}.facts td{font-size:.9rem;min-width:9rem}
 details{margin:.6rem 0}summary{cursor:pointer}
 pre{font-size:.8rem;line-height:1.4;white-space:pre-wrap;overflow-wrap:anywhere}

@@ -26,9 +26,9 @@ def rows_html(rows: Sequence[Sequence[tuple[Pixels, str]]]) -> str:
         first picture of a row.
 
     Returns:
-      ``<ul class="strip">`` elements.
+      ``<div class="strip">`` elements.
     """
-    return "".join(f'<ul class="strip">{"".join(map(_item, row))}</ul>' for row in rows)
+    return "".join(f'<div class="strip">{"".join(map(_item, row))}</div>' for row in rows)
 
 
 def _item(picture: tuple[Pixels, str]) -> str:
@@ -42,6 +42,6 @@ def _item(picture: tuple[Pixels, str]) -> str:
     data = base64.b64encode(file.getvalue()).decode("ascii")
     text, marked = escape(caption), ' class="pixels"' if small else ""
     return (
-        f'<li><img{marked} alt="{text}" '
-        f'src="data:image/{kind};base64,{data}"><span>{text}</span></li>'
+        f'<figure><img{marked} alt="{text}" src="data:image/{kind};base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
     )

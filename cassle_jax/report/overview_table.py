@@ -195,8 +195,9 @@ outline-offset:2px}
 @media(max-width:40rem){.overview th[scope=row]{min-width:5.5rem;max-width:7.5rem}
 .overview th[scope=row] span{white-space:normal}
 .overview .key{display:none}}
-@media print{.overview{display:block}.overview table{font-size:8.5pt}
+@media print{.overview{display:block}.overview table{font-size:7.5pt}
+.overview thead th{font-size:1em}
 .overview th[scope=row]{position:static;min-width:0}.overview .key{display:none}
-.overview th,.overview td{padding-right:.5rem;white-space:normal}
+.overview th,.overview td{padding-right:.3rem;white-space:normal}
 .sortable button{text-decoration:none}}
 """
