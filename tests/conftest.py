@@ -64,6 +64,8 @@ def pytest_addoption(parser):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("pytorch"):
         pytest.importorskip("torch")
+    if item.get_closest_marker("browser"):
+        pytest.importorskip("axe_playwright_python")
 
 
 def pytest_configure(config):
