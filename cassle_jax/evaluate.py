@@ -1,5 +1,6 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -36,6 +37,7 @@ from cassle_jax.evaluation.protocols import (
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import Outage, retried
+from cassle_jax.lock import folder_held_for
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import check_writable, path_of
@@ -94,7 +96,6 @@ def evaluate_command(
     if not planned:
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
     _warn_of_unmet(planned)
-    report = _begun_report(to, opened, planned, extraction, subjects)
     stores = partial(
         FeatureStore,
         mesh=mesh,
@@ -103,7 +104,9 @@ def evaluate_command(
         cache_gib=cache_gib,
         limit=limit,
     )
-    page = _evaluate_all(subjects, planned, stores, report)
+    with _held(to):
+        report = _begun_report(to, opened, planned, extraction, subjects)
+        page = _evaluate_all(subjects, planned, stores, report)
     if report.failures:
         raise DataError(_failure_line(report.failures, page))
     return page
@@ -161,6 +164,16 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
         LOG.warning("%s; the rest is done", line)
 
 
+def _held(to: str) -> contextlib.AbstractContextManager:
+    """Holds the folder of the report in the first process: two at once would write one page."""
+    if not os.fspath(to):
+        raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
+    folder = Path(path_of(to))
+    check_writable("to", folder)
+    first = jax.process_index() == 0
+    return folder_held_for("evaluation", folder) if first else contextlib.nullcontext()
+
+
 def _begun_report(
     to: str,
     opened: Sequence[EvaluationData],
@@ -168,17 +181,13 @@ def _begun_report(
     extraction: Extraction,
     subjects: Mapping[str, Sequence[Subject]],
 ) -> GrowingReport:
-    """The report in the folder `to`, which is checked to be writable."""
-    if not os.fspath(to):
-        raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
-    folder = Path(path_of(to))
-    check_writable("to", folder)
+    """The report in the folder `to`, with what an earlier call left there."""
     chosen = {}
     for each in (*(each.settings for each in planned), extraction):
         chosen |= vars(each)
     values = ", ".join(f"{name} {value}" for name, value in chosen.items())
     return GrowingReport(
-        folder,
+        Path(path_of(to)),
         f"{_summary(opened, extraction.limit)} Settings: {values}.",
         {name: _facts(runs) for name, runs in subjects.items()},
         seeds={name: seeds for name, runs in subjects.items() if (seeds := _seeds(runs))},

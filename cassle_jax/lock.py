@@ -8,10 +8,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import IO
 
 from etils import epath
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.faults import retried
 from cassle_jax.storage import on_object_store
 
 try:
@@ -50,6 +53,38 @@ def folder_held(
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def folder_held_for(command: str, folder: epath.PathLike, *, setting: str = "to") -> Iterator[None]:
+    """Holds the folder that a command writes to, and waits while a fault may pass.
+
+    Args:
+      command: what holds it, for the message.
+      folder: see `folder_held`.
+      setting: see `folder_held`.
+
+    Raises:
+      ConfigError: another process of this host holds it.
+      OSError, Outage: the lock cannot be written, for good or for now.
+    """
+    with contextlib.ExitStack() as stack:
+        held = partial(folder_held, folder, setting=setting, holder=command)
+        retried(f"{setting}={folder}", lambda: stack.enter_context(held()))
+        yield
+
+
+def await_turn(file: IO) -> None:
+    """Waits until no other process holds the open file, and holds it until its last copy closes.
+
+    On file systems without locks, nothing is waited for.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        LOG.info("%s cannot be locked: %s", file.name, error.strerror)
 
 
 def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) -> None:

@@ -153,7 +153,8 @@ def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
     assert {each.task for each in findings} == {"knn", "factors"}
     evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])  # what failed is tried again
     assert 'class="failed"' not in (folder / "report.html").read_text()
-    assert sorted(path.suffix for path in folder.iterdir()) == [".csv", ".html", ".json"]
+    names = ["lock", "report.csv", "report.html", "report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch, caplog):

@@ -1,6 +1,5 @@
 """The story of a preparation: plan, write the shards on all CPUs, describe them for tfds."""
 
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -23,8 +22,8 @@ from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
 from cassle_jax.data.pipeline import usable_cpus
-from cassle_jax.faults import FULL, passing, retried
-from cassle_jax.lock import folder_held
+from cassle_jax.faults import FULL, passing
+from cassle_jax.lock import folder_held_for
 from cassle_jax.prepare.plan import PLAN, Preparation, Shard, lacking_bytes, plan_of, shards_of
 from cassle_jax.prepare.progress import PreparationProgress
 from cassle_jax.prepare.shards import (
@@ -78,26 +77,22 @@ def prepare(
     sources = {split: _opened(data, split) for split in splits}
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     check_writable("--to", folder)
-    with contextlib.ExitStack() as stack:
-        _hold(folder.parent, stack)
+    with folder_held_for("call", folder.parent, setting="--to"):
         plan = plan_of(sources, folder, preparation, data.max_pixels)
-        if not (folder / _INFO).exists():
-            _check_space(plan, folder)
-            write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-            written = _write_shards(sources, plan, folder, workers)
-            _check_unreadable(written, folder, max_bad_fraction)
-            _write_info(plan, written, folder)
+        try:
+            if not (folder / _INFO).exists():
+                _check_space(plan, folder)
+                write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+                written = _write_shards(sources, plan, folder, workers)
+                _check_unreadable(written, folder, max_bad_fraction)
+                _write_info(plan, written, folder)
+        except BaseException as error:
+            plain = _plain(error, folder)
+            if plain is None:
+                raise
+            raise plain from error
         remove_leftovers(folder)
     return folder
-
-
-def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Holds the folder for this call until the stack is left; another call is refused."""
-
-    def take() -> None:
-        stack.enter_context(folder_held(folder, setting="--to", holder="call"))
-
-    retried(f"--to={folder}", take)
 
 
 def _opened(data: ConfigDict, split: str) -> Source:
@@ -175,12 +170,9 @@ def _write_shards(
                 shard = futures[future]
                 written[shard.path] = future.result()
                 progress.add(len(shard.indices))
-        except BaseException as error:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            plain = _plain(error, folder)
-            if plain is None:
-                raise
-            raise plain from error
+            raise
     return {
         split: {shard.path: written[shard.path] for shard in shards if shard.split == split}
         for split in sources

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError, check_at_least, check_positive
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
+from cassle_jax.faults import retried
+from cassle_jax.lock import folder_held_for
 from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
 from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
@@ -87,7 +89,8 @@ def run_table(
       The path of the page.
 
     Raises:
-      ConfigError, DataError: invalid settings or missing data, before any run starts.
+      ConfigError, DataError: invalid settings or missing data, or another call executes a table in
+        this folder, before any run starts.
       Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
     check_at_least("parallel", parallel, 1)
@@ -100,26 +103,30 @@ def run_table(
     protocol = evaluation_of(
         table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy
     )
-    results = _Results(to, table, protocol)
-    pool = WorkerPool(parallel, 60 * call_minutes)
-    if plan := _plan(to, minutes, runs, protocol, pool, toy):
-        steps = min([plan.steps, *(run.config.steps for run in runs)])
-        runs = expanded((*overrides, f"steps={steps}"))
-    missing = [run for run in runs if results.is_missing(run)]
-    LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
-    others = [Path(path_of(folder)).resolve() for folder in weights_of]
-    same = {run.name: _same_run(run, others) for run in missing}
-    job = partial(Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy)
-    jobs = [
-        job(run.subject, run.arguments, results.workdir(run.name), weights=same[run.name])
-        for run in missing
-    ]
-    all_done = pool.run(jobs, results.on_end)
-    page = results.write_page()
-    if not all_done:
-        raise Stop(_RESUMABLE, EXIT_PREEMPTED)
-    check_finished([RunRecord(results.workdir(run.name)) for run in runs])
-    LOG.info("wrote %s", page)
+    check_writable("to", to)
+    with folder_held_for("table", to):
+        results = _Results(to, table, protocol)
+        pool = WorkerPool(parallel, 60 * call_minutes)
+        if plan := _plan(to, minutes, runs, protocol, pool, toy):
+            steps = min([plan.steps, *(run.config.steps for run in runs)])
+            runs = expanded((*overrides, f"steps={steps}"))
+        missing = [run for run in runs if results.is_missing(run)]
+        LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
+        others = [Path(path_of(folder)).resolve() for folder in weights_of]
+        same = {run.name: _same_run(run, others) for run in missing}
+        job = partial(
+            Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy
+        )
+        jobs = [
+            job(run.subject, run.arguments, results.workdir(run.name), weights=same[run.name])
+            for run in missing
+        ]
+        all_done = pool.run(jobs, results.on_end)
+        page = results.write_page()
+        if not all_done:
+            raise Stop(_RESUMABLE, EXIT_PREEMPTED)
+        check_finished([RunRecord(results.workdir(run.name)) for run in runs])
+        LOG.info("wrote %s", page)
     return page
 
 
@@ -186,7 +193,6 @@ class _Results:
     def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
         self._folder, self._table, self._evaluated = folder, table, bool(evaluation.datasets)
         self._written = time.monotonic()
-        check_writable("to", folder)
         facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
         path = folder / TABLE_FILE
         saved = kept_json(path) or facts
@@ -253,7 +259,10 @@ class _Results:
             return None
         lengths = " to ".join(map(str, sorted({min(steps), max(steps)})))
         note = f"Each run is pretrained for {lengths} steps."
-        return write_results(self._folder, self._table, found, facts, states, note)
+        return retried(
+            f"to={self._folder}",
+            lambda: write_results(self._folder, self._table, found, facts, states, note),
+        )
 
     def _seeds(self, subject: str) -> list[int]:
         """The seeds with a folder in `runs/`, for one row."""

@@ -1,6 +1,5 @@
 """Runs commands of this project as submitit jobs, on this machine or on SLURM."""
 
-import fcntl
 import json
 import logging
 import os
@@ -19,10 +18,11 @@ from submitit.helpers import DelayedSubmission
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.lock import await_turn
 from cassle_jax.storage import kept_json, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
 
-OUTCOME, LOG_FILE = "outcome.json", "log.txt"
+OUTCOME, LOG_FILE, JOB_LOCK = "outcome.json", "log.txt", "job.lock"
 
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
@@ -62,11 +62,11 @@ class Command:
         is_first = job.global_rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            (self.folder / "job.lock").open("w") as lock,
+            (self.folder / JOB_LOCK).open("w") as lock,
             (self.folder / LOG_FILE).open("a") as log,
         ):
             if is_first:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                await_turn(lock)
             code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             # It resumes in the requeued SLURM job, or here in the same job.
             while (pause := pause_before_restart(code, starts)) is not None:

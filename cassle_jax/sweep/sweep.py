@@ -10,6 +10,8 @@ from cassle_jax.checks import check_one_of
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_names, check_options
+from cassle_jax.faults import retried
+from cassle_jax.lock import folder_held_for
 from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
@@ -63,7 +65,7 @@ def sweep(
       The path of the page.
 
     Raises:
-      ConfigError: an invalid setting; nothing was submitted.
+      ConfigError: an invalid setting, or another sweep uses the folder; nothing was submitted.
       Stop: some runs failed, or Ctrl-C; the same sweep resumes.
     """
     evaluation = evaluation or EvaluationOptions()
@@ -73,23 +75,26 @@ def sweep(
     check_options(evaluation.options)
     folder = Path(path_of(folder)).resolve()
     check_writable("to", folder)
-    lines = _RunLines(folder, runs)
-    jobs = folder / "jobs"
-    executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
-    missing = [run for run in runs if lines.state(run) != FINISHED]
-    LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
-    write_surely(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
-    try:
-        lines.run(missing, executor)
-        workdirs = {run: lines.record(run).folder for run in runs if lines.state(run) == FINISHED}
-        if not workdirs:
-            raise Stop(f"no run finished; {lines.record(runs[0]).failure}", 1)
-        report = _evaluate(evaluation, workdirs, folder / "evaluation", executor)
-    except KeyboardInterrupt:
-        raise Stop("stopped; rerun the same sweep to resume", EXIT_PREEMPTED) from None
-    page = write_page(folder, workdirs, report)
-    LOG.info("wrote %s", page)
-    check_finished([lines.record(run) for run in runs])
+    with folder_held_for("sweep", folder):
+        lines = _RunLines(folder, runs)
+        jobs = folder / "jobs"
+        executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
+        missing = [run for run in runs if lines.state(run) != FINISHED]
+        LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
+        write_surely(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
+        try:
+            lines.run(missing, executor)
+            workdirs = {
+                run: lines.record(run).folder for run in runs if lines.state(run) == FINISHED
+            }
+            if not workdirs:
+                raise Stop(f"no run finished; {lines.record(runs[0]).failure}", 1)
+            report = _evaluate(evaluation, workdirs, folder / "evaluation", executor)
+        except KeyboardInterrupt:
+            raise Stop("stopped; rerun the same sweep to resume", EXIT_PREEMPTED) from None
+        page = retried(f"to={folder}", lambda: write_page(folder, workdirs, report))
+        LOG.info("wrote %s", page)
+        check_finished([lines.record(run) for run in runs])
     return page
 
 

@@ -12,17 +12,19 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import IO
 
 import jax
 
 from cassle_jax import command
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.export import export_command
-from cassle_jax.faults import Outage, hurry
+from cassle_jax.faults import Outage, hurry, retried
+from cassle_jax.lock import await_turn
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.sweep.evaluation import Evaluation
-from cassle_jax.sweep.jobs import LOG_FILE, write_outcome
+from cassle_jax.sweep.jobs import JOB_LOCK, LOG_FILE, outcome_of, write_outcome
 from cassle_jax.sweep.space import parsed
 from cassle_jax.training.saved_config import write_config
 
@@ -69,9 +71,10 @@ def work(job: Job, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    _log_to(job.workdir / LOG_FILE)
     code, line, start = 0, "", time.monotonic()
     try:
+        turn = retried(str(job.workdir), lambda: _opened(job.workdir))
+        await_turn(turn)  # the worker of a command that was killed may be saving still
         pretrain_and_evaluate(job)
     except command.Stop as stop:
         code, line = stop.code, str(stop)
@@ -90,6 +93,8 @@ def work(job: Job, environment: dict[str, str]) -> None:
             code, line = command.code_of(error) or 1, str(error)
     if code:
         command.say_error(line)
+    elif not job.keep_weights:  # what a killed process has recorded as done is not done again
+        shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
     hurry.set()  # Python waits for reading threads before it ends
     command.flush_log()
     sys.exit(code)
@@ -103,7 +108,8 @@ def pretrain_and_evaluate(job: Job) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
-    if not is_complete(report / JSON):
+    recorded = outcome_of(job.workdir)  # by the worker whose turn it was before
+    if not (recorded and recorded["exit_code"] == 0) and not is_complete(report / JSON):
         if job.weights:
             LOG.info("using the weights of %s", job.weights)
             write_config(config, job.workdir)
@@ -116,8 +122,6 @@ def pretrain_and_evaluate(job: Job) -> None:
             export_command(run=str(source), to=str(folder), formats=job.export)
         if job.evaluation.datasets:
             _evaluate(job, source, report)
-    if not job.keep_weights:
-        shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
 
 
 def _evaluate(job: Job, source: Path, report: Path) -> None:
@@ -132,13 +136,14 @@ def _evaluate(job: Job, source: Path, report: Path) -> None:
     )
 
 
-def _log_to(path: Path) -> None:
-    """Redirects the output of this process to the end of a file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+def _opened(workdir: Path) -> IO:
+    """Redirects the output of this process to the run's log; returns the file of its turn."""
+    file = os.open(workdir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
     command.set_up_logging()
+    return (workdir / JOB_LOCK).open("w")
 
 
 def _stop(*_) -> None:
