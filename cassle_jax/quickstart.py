@@ -32,6 +32,7 @@ from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
 from cassle_jax.training.sheet import first_views
 from cassle_jax.training.state import TrainState
+from cassle_jax.training.workdir import written
 
 LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __main__
 
@@ -74,13 +75,13 @@ def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
         LOG.info("pretraining %s, %s: %d steps", method, name, config.steps)
         scores[name] = factor_scores(config, pretrain_command(config, workdir / name))
     scores[UNTRAINED] = factor_scores(next(iter(configs.values())), None)
-    write_scores(workdir / "quickstart.json", method, seed, scores)
-    write_results(
-        f"What {METHODS[method].__name__} keeps of the images, {' and with '.join(RUNS)}",
-        workdir,
-        configs,
-        scores,
-    )
+    title = f"What {METHODS[method].__name__} keeps of the images, {' and with '.join(RUNS)}"
+
+    def write() -> None:
+        write_scores(workdir / "quickstart.json", method, seed, scores)
+        write_results(title, workdir, configs, scores)
+
+    written(workdir, write)
     return scores
 
 
@@ -219,8 +220,8 @@ def main(method: str, workdir: epath.Path, seed: int) -> None:
     for name, changed_by, *cells in [table.columns, *table.rows]:
         print(f"{name:31}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
     print(f"\n{headline(scores)}\n{EXPLANATION}\n")
-    for written in (HTML, "quickstart.png", "quickstart.json"):
-        print(workdir / written)
+    for file in (HTML, "quickstart.png", "quickstart.json"):
+        print(workdir / file)
     LOG.info("took %.0f s", time.monotonic() - start)
 
 

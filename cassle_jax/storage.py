@@ -154,7 +154,9 @@ def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a write does not name its file, as opening does
         partial.unlink(missing_ok=True)
         raise
     remove_dead_partials(Path(os.fspath(path)).parent, glob.escape(path.name))

@@ -1,27 +1,33 @@
 """Small files that are damaged, or out of reach for now, cost no results and no traceback."""
 
 import errno
+import fcntl
 import json
+import multiprocessing
 import os
+import resource
+import time
 from pathlib import Path
 
 import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from cassle_jax import evaluate, faults
+from cassle_jax import evaluate, faults, quickstart
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import load_weights
+from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.sweep import experiment
+from cassle_jax.storage import write_whole
+from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
-from cassle_jax.sweep.evaluation import evaluation_of
-from cassle_jax.sweep.jobs import OUTCOME, outcome_of, write_outcome
-from cassle_jax.sweep.records import MISSING, RunRecord, workdir_of
+from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
+from cassle_jax.sweep.jobs import JOB_LOCK, OUTCOME, outcome_of, write_outcome
+from cassle_jax.sweep.records import FINISHED, MISSING, RunRecord, workdir_of
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import _RunLines, sweep
 from cassle_jax.sweep.table import Row, Table, runs_of_table
@@ -192,3 +198,91 @@ def test_a_folder_that_takes_no_files_is_named_by_sweeps_and_tables(tmp_path):
         with pytest.raises(ConfigError, match=r"to=.*file cannot be written") as refused:
             run()
         assert code_of(refused.value) == EXIT_WRONG_SETTING
+
+
+# --- files that a command may write no longer
+
+
+def test_a_file_that_grows_no_further_is_named_in_one_line(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/page'") as raised:
+            write_whole(tmp_path / "page", bytes(20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code_of(raised.value) == EXIT_WRONG_SETTING
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_quickstarts_page_waits_for_room(tmp_path, monkeypatch):
+    for name in ("pretrain_command", "factor_scores", "write_results"):
+        monkeypatch.setattr(quickstart, name, lambda *_: {})
+    failed = failing(monkeypatch, quickstart, "write_whole", errno.ENOSPC, 2)
+    monkeypatch.setattr(quickstart, "group_means", lambda *_: {})
+    quickstart.quickstart("simclr", tmp_path)
+    assert len(failed) == 2 and (tmp_path / "quickstart.json").exists()
+
+
+def test_the_page_of_a_table_waits_for_room(tmp_path, monkeypatch):
+    row = Row("a", f"{CONFIG}:method=simclr", ("steps=1",))
+    table = Table("A", "?", (row,), seeds=(0,), datasets=("scenes",), tasks=("knn",))
+    finished(tmp_path, table)
+    results = experiment._Results(tmp_path, table, evaluation_of(table))
+    failed = failing(monkeypatch, experiment, "write_results", errno.ENOSPC, 2)
+    assert results.write_page().exists() and len(failed) == 2
+
+
+# --- two commands in one folder
+
+
+def test_a_second_command_is_refused_the_folder_of_the_first(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file(encoder_state("resnet18"), weights)
+    evaluated = {"runs": [str(weights)], "datasets": ["scenes"], "tasks": ["knn"], "size": 16}
+    table = Table("A", "?", (Row("a", f"{CONFIG}:method=simclr"),))
+    with folder_held(tmp_path):
+        for name, run in (
+            ("table", lambda: experiment.run_table(table, tmp_path)),
+            ("sweep", lambda: sweep(SweepRequest(CONFIG, grid="seed=0"), tmp_path)),
+            ("evaluation", lambda: evaluate.evaluate_command(to=str(tmp_path), **evaluated)),
+        ):
+            with pytest.raises(ConfigError, match=rf"in use by another {name} \(process \d+ on"):
+                run()
+    assert {each.name for each in tmp_path.iterdir()} == {"lock", weights.name}
+
+
+def _worked(job):
+    worker.pretrain_and_evaluate = lambda job: (job.workdir / "ran").touch()
+    worker.work(job, {})
+
+
+def test_the_worker_of_a_table_waits_for_that_of_a_killed_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    job = worker.Job("a", (), tmp_path, Evaluation(), keep_weights=False)
+    process = multiprocessing.get_context("spawn").Process(target=_worked, args=(job,))
+    with (tmp_path / JOB_LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process.start()
+        until = time.monotonic() + 60
+        while not (tmp_path / "log.txt").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.join(1)
+        assert process.is_alive() and not (tmp_path / "ran").exists()
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "ran").exists()
+    assert RunRecord(tmp_path).state == FINISHED and not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_worker_has_recorded_as_done_is_not_done_again(tmp_path, monkeypatch):
+    write_outcome(tmp_path, 0, "")
+    monkeypatch.setattr(worker, "pretrain_command", lambda *_: pytest.fail("it runs again"))
+    arguments = (f"--config={CONFIG}:method=simclr",)
+    worker.pretrain_and_evaluate(worker.Job("a", arguments, tmp_path, Evaluation(), False))
+
+
+def test_files_that_cannot_be_locked_are_used_all_the_same(tmp_path, monkeypatch):
+    with (tmp_path / JOB_LOCK).open("w") as file:
+        failing(monkeypatch, fcntl, "flock", errno.ENOSYS, 1)
+        await_turn(file)

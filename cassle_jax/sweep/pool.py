@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.faults import retried
 from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
 from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.worker import Job, work
@@ -84,7 +85,7 @@ class WorkerPool:
         self._stop_requested = True
 
     def _start(self, job: Job, environment: dict[str, str]):
-        job.workdir.mkdir(parents=True, exist_ok=True)
+        retried(str(job.workdir), lambda: job.workdir.mkdir(parents=True, exist_ok=True))
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
         process.start()

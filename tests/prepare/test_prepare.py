@@ -22,6 +22,7 @@ from cassle_jax.data import DataError, open_source
 from cassle_jax.data.decode import MAX_PIXELS
 from cassle_jax.faults import Outage
 from cassle_jax.prepare import Preparation, prepare
+from cassle_jax.prepare import dataset as dataset_module
 from cassle_jax.prepare import plan as plan_module
 from cassle_jax.prepare import shards as shards_module
 
@@ -197,6 +198,27 @@ def test_a_second_call_on_the_folder_is_refused_while_the_first_works(
     monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", meanwhile)
     folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     assert prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD) == folder
+
+
+@pytest.mark.parametrize("file", ["prepared.json", "unreadable.txt", "dataset_info.json"])
+def test_a_disk_that_is_full_beside_the_shards_is_said_and_the_same_command_continues(
+    images, tmp_path, monkeypatch, file
+):
+    write = dataset_module.write_whole
+
+    def full(path, content):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "write_whole", full)
+        with pytest.raises(
+            Stop, match="No space left on device; free some space; the same"
+        ) as stop:
+            prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert stop.value.code == EXIT_NOT_SAVED
+    assert prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD).is_dir()
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(images, tmp_path, monkeypatch):
