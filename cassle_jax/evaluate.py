@@ -40,7 +40,7 @@ from cassle_jax.faults import Outage, retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import check_writable, path_of
+from cassle_jax.storage import check_writable, is_there, path_of
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -290,7 +290,7 @@ def datasets_in(text: str) -> tuple[str, ...]:
 def named_path(described: str) -> tuple[str, str]:
     """Name and path of `name=path`; the name is empty where the whole is an existing path."""
     name, separator, path = described.partition("=")
-    if not separator or path_of(described).exists():
+    if not separator or retried(described, lambda: is_there(path_of(described))):
         return "", described
     return name, path
 

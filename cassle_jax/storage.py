@@ -61,6 +61,23 @@ def on_object_store(path: epath.PathLike) -> bool:
     return str(path).startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES))
 
 
+def is_there(path: epath.PathLike) -> bool:
+    """Whether there is a file or folder of this path.
+
+    The path's own `exists` also says no where storage is out of reach.
+
+    Raises:
+      OSError: it cannot be found out.
+    """
+    if on_object_store(path):
+        return epath.Path(path).exists()
+    try:
+        Path(os.fspath(path)).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
 

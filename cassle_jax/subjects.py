@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.subject import Subject
+from cassle_jax.faults import retried
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.weights import EXPORTED, Weights, load_weights
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import AXIS
-from cassle_jax.storage import path_of
+from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
@@ -42,7 +43,7 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
     path = path_of(path)
     # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
     name = name or (path.resolve().name if path.is_dir() else path.stem)
-    if not path.exists():
+    if not retried(str(path), lambda: is_there(path)):
         raise ConfigError(f"{path} does not exist; use the workdir of a run or a file of weights")
     try:
         weights = read_run(path, network=network) if path.is_dir() else load_weights(str(path))

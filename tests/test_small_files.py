@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from cassle_jax import evaluate, faults, quickstart
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
+from cassle_jax.data import DamagedLog
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import load_weights
@@ -23,6 +24,7 @@ from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import write_whole
+from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
 from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
@@ -32,8 +34,9 @@ from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import _RunLines, sweep
 from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import RESULT
-from cassle_jax.training.metrics import read_metrics
-from cassle_jax.training.saved_config import read_config, write_config
+from cassle_jax.training.metrics import JsonLines, append_line, read_metrics
+from cassle_jax.training.saved_config import holds_run, read_config, write_config
+from cassle_jax.training.workdir import written
 from tests.interop.states import encoder_state
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
@@ -198,6 +201,55 @@ def test_a_folder_that_takes_no_files_is_named_by_sweeps_and_tables(tmp_path):
         with pytest.raises(ConfigError, match=r"to=.*file cannot be written") as refused:
             run()
         assert code_of(refused.value) == EXIT_WRONG_SETTING
+
+
+def out_of_reach(monkeypatch, times, *names):
+    """Lets the first looks at the files of these names fail with ESTALE."""
+    look, failed = os.stat, []
+
+    def stat(path, *arguments, **settings):
+        known = isinstance(path, (str, os.PathLike)) and Path(path).name in names
+        if known and len(failed) < times:
+            failed.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return look(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
+    return failed
+
+
+def test_records_out_of_reach_are_not_taken_for_missing_and_begun_anew(tmp_path, monkeypatch):
+    """A path's own `exists` says that they are missing."""
+    lines = b'{"step": 1, "loss": 2.0}\n'
+    for name in ("metrics.jsonl", "starts.jsonl", "damaged-00000.txt"):
+        (tmp_path / name).write_bytes(lines)
+    failed = out_of_reach(monkeypatch, 1, "metrics.jsonl")
+    written(tmp_path, lambda: JsonLines(epath.Path(tmp_path / "metrics.jsonl"), 1)).close()
+    failed += out_of_reach(monkeypatch, 1, "starts.jsonl")
+    append_line(epath.Path(tmp_path / "starts.jsonl"), {"step": 3})
+    failed += out_of_reach(monkeypatch, 1, "damaged-00000.txt")
+    log = written(tmp_path, lambda: DamagedLog(9, 1.0, tmp_path))
+    log.add("b", "why")
+    assert len(failed) == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    assert (tmp_path / "starts.jsonl").read_bytes() == lines + b'{"step": 3}\n'
+    assert (tmp_path / "damaged-00000.txt").read_bytes() == lines + b"b\twhy\n"
+
+
+def test_a_run_out_of_reach_is_not_taken_for_missing(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    config = runs_of(SweepRequest(CONFIG, grid="seed=0"))[0].config
+    write_config(config, tmp_path)
+    for name in (tmp_path.name, "config.json"):
+        with monkeypatch.context() as patch:
+            failed = out_of_reach(patch, 2, name)
+            with pytest.raises(ConfigError, match="none of them can be read"):
+                open_subject(tmp_path)
+            assert failed
+    out_of_reach(monkeypatch, 1, "config.json")
+    with pytest.raises(OSError, match="Stale"):
+        holds_run(epath.Path(tmp_path))
+    assert holds_run(epath.Path(tmp_path))
 
 
 # --- files that a command may write no longer

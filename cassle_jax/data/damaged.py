@@ -7,7 +7,7 @@ import threading
 from etils import epath
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.storage import GrowingFile
+from cassle_jax.storage import GrowingFile, is_there
 
 LOG = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class DamagedLog:
             own = directory / f"damaged-{process_index:05d}.txt"
             for known in sorted(directory.glob("damaged-*.txt")):
                 self._remembered.update(_reasons_in(_whole_lines(known)))
-            self._file = GrowingFile(own, _whole_lines(own) if own.exists() else b"")
+            self._file = GrowingFile(own, _whole_lines(own) if is_there(own) else b"")
 
     def __len__(self) -> int:
         """Number of distinct damaged records that count."""

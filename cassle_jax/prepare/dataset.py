@@ -35,7 +35,14 @@ from cassle_jax.prepare.shards import (
     write_shard,
     written_shard,
 )
-from cassle_jax.storage import check_writable, is_utf8, on_object_store, path_of, write_whole
+from cassle_jax.storage import (
+    check_writable,
+    is_there,
+    is_utf8,
+    on_object_store,
+    path_of,
+    write_whole,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -80,7 +87,7 @@ def prepare(
     with folder_held_for("call", folder.parent, setting="--to"):
         plan = plan_of(sources, folder, preparation, data.max_pixels)
         try:
-            if not (folder / _INFO).exists():
+            if not is_there(folder / _INFO):
                 _check_space(plan, folder)
                 write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
                 written = _write_shards(sources, plan, folder, workers)

@@ -146,8 +146,6 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
       OSError, Outage: the file cannot be read, for good or for now.
       ConfigError: it is damaged.
     """
-    if not Path(path).exists():
-        return {}
     read: dict[str, list[Finding]] = {}
     try:
         for one in _held(path)["subjects"].values():
@@ -157,6 +155,8 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
                     if key:
                         read[key] = from_json(run[first : first + count])
                     first += count
+    except FileNotFoundError:
+        return {}
     except _DAMAGE as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return read

@@ -30,6 +30,7 @@ from cassle_jax.faults import Outage, hurry
 from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
+from cassle_jax.storage import is_there
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import MEASURED, OnlineProbe
@@ -303,8 +304,7 @@ def _take_workdir(
             workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
         )
         # A run with checkpoints keeps its settings until the checkpoints have proved to fit.
-        if not holds_run(workdir):
-            written(workdir, lambda: write_config(config, workdir))
+        written(workdir, lambda: holds_run(workdir) or write_config(config, workdir))
     agree({})  # the others continue when the first process has made it
     check_seen(workdir)
     return changes
@@ -313,9 +313,8 @@ def _take_workdir(
 def _open_checkpoints(
     config: ConfigDict, workdir: epath.Path, opened: contextlib.ExitStack
 ) -> Checkpoints:
-    checkpoints = Checkpoints(
-        workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
-    )
+    kept = {"keep": config.checkpoint.keep, "keep_every_steps": config.checkpoint.keep_every_steps}
+    checkpoints = written(workdir, lambda: Checkpoints(workdir, **kept))
     opened.callback(checkpoints.close)
     return checkpoints
 
@@ -438,7 +437,7 @@ def _mend_workdir(
 ) -> None:
     """Writes a run's records anew where its workdir was deleted; what was saved there is lost."""
     try:
-        if (workdir / "config.json").exists():
+        if is_there(workdir / "config.json"):
             return
         LOG.warning("workdir=%s was deleted; the run goes on and writes it anew", workdir)
         workdir.mkdir(parents=True, exist_ok=True)

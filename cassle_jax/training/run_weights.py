@@ -19,7 +19,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.pytorch import Variables, check_fit
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
-from cassle_jax.storage import path_of
+from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.checkpoints import check_sums, checksums_of
 from cassle_jax.training.metrics import read_metrics
@@ -104,7 +104,7 @@ def read_run(
         WeightsError: there is no such run, checkpoint or network.
     """
     workdir = path_of(workdir).resolve()
-    if not (workdir / "config.json").exists():
+    if not retried(str(workdir), lambda: is_there(workdir / "config.json")):
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
     with _of_damage(workdir):
         config = with_defaults(read_config(workdir))

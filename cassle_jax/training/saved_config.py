@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.faults import retried
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import is_there, write_whole
 
 # Settings that may differ when a run is continued: its results do not depend on them.
 FREE_TO_CHANGE = (
@@ -102,9 +102,9 @@ def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
 
 
 def holds_run(workdir: epath.Path) -> bool:
-    """Whether the workdir has a configuration and checkpoints."""
+    """Whether the workdir has a configuration and checkpoints; raises OSError out of reach."""
     saved = workdir / "checkpoints"
-    return (workdir / "config.json").exists() and saved.exists() and any(saved.iterdir())
+    return is_there(workdir / "config.json") and is_there(saved) and any(saved.iterdir())
 
 
 def shared_settings(config: ConfigDict) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     path = epath.Path(workdir, "config.json")
     content = json.dumps(config.to_dict(), indent=2).encode()
-    if not path.exists() or path.read_bytes() != content:
+    if not is_there(path) or path.read_bytes() != content:
         write_whole(path, content)
 
 
