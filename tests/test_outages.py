@@ -453,17 +453,24 @@ def test_too_many_open_files_are_no_wrong_setting(images, monkeypatch):
     assert code_of(ended.value) == EXIT_OUTAGE
 
 
-def test_a_folder_out_of_reach_is_not_missing(folder, monkeypatch):
-    fails, look = iter([True, True]), Path.is_dir
+@pytest.mark.parametrize("source", ["folder", "tfds", "webdataset"])
+def test_a_folder_out_of_reach_is_not_missing(folder, monkeypatch, source):
+    """Some paths' own `is_dir` says that it is no folder."""
+    fails, look = iter([True, True]), os.stat
 
-    def is_dir(path):
-        if path == folder and next(fails, False):
+    def stat(path, *arguments, **settings):
+        if not isinstance(path, int) and os.fspath(path) == str(folder) and next(fails, False):
             raise fault(errno.ESTALE)
-        return look(path)
+        return look(path, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "is_dir", is_dir)
-    settings = SimpleNamespace(source="folder", path=str(folder), classes="", max_pixels=10**8)
-    assert len(open_source(settings, "train")) == IMAGES
+    monkeypatch.setattr(os, "stat", stat)
+    names = {"name": "mnist", "path": str(folder), "classes": "", "max_pixels": 10**8}
+    settings = SimpleNamespace(source=source, **names)
+    if source == "folder":
+        assert len(open_source(settings, "train")) == IMAGES
+    else:
+        with pytest.raises(DataError, match=r"is not prepared|has no tar files"):
+            open_source(settings, "train")
     assert not next(fails, False)
 
 

@@ -19,6 +19,7 @@ from tensorflow_datasets.core import read_only_builder
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.listing import is_folder
 from cassle_jax.data.shards import Shards
 from cassle_jax.data.sources import (
     DAMAGED,
@@ -225,7 +226,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if not name:
         raise DataError("data.name='' names no tfds builder; give one, such as 'cifar10'")
     folder = path_of(data_dir) if data_dir else None
-    if folder and not folder.is_dir():
+    if folder and not is_folder(folder):
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
     try:
         # From files, not by tfds.builder: reads whichever version is prepared.

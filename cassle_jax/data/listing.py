@@ -4,11 +4,15 @@ import errno
 import logging
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
+
+from etils import epath
 
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
 from cassle_jax.faults import passing
+from cassle_jax.storage import on_object_store
 
 LOG = logging.getLogger(__name__)
 
@@ -100,14 +104,16 @@ def _images(
             skipped.note(kind, path)
 
 
-def is_folder(path: pathlib.Path) -> bool:
+def is_folder(path: epath.PathLike) -> bool:
     """Whether the path is a folder; False without permission to find out.
 
     Raises:
-      OSError: storage is out of reach, for now.
+      OSError: storage is out of reach, for now, which a path's own `is_dir` may not say.
     """
+    if on_object_store(path):
+        return epath.Path(path).is_dir()
     try:
-        return path.is_dir()
+        return stat.S_ISDIR(pathlib.Path(os.fspath(path)).stat().st_mode)
     except OSError as error:
         if passing(error):
             raise

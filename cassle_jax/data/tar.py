@@ -11,6 +11,7 @@ import numpy as np
 
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Record, content_of_files, digest_of
 from cassle_jax.storage import path_of
 
@@ -88,10 +89,10 @@ def open_tars(path: str, split: str) -> TarSource:
       DataError: there are no such files, or an error of `TarSource`.
     """
     folder = pathlib.Path(path_of(path))
-    if not path or not folder.is_dir():
+    if not path or not is_folder(folder):
         raise DataError(f"data.path={path!r} is not a folder; give the folder of the tar files")
     inside = folder / split
-    tars = _tars_in(inside) if inside.is_dir() else []
+    tars = _tars_in(inside) if is_folder(inside) else []
     tars = tars or [tar for tar in _tars_in(folder) if split in tar.name]
     if not tars:
         raise DataError(
