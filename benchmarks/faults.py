@@ -82,7 +82,7 @@ class Repetitions:
             return ""
         if code and (code := ended(self._config(), workdir)):
             return f"exit code {code} of the same command"
-        return differs(workdir, self._expected[fault.damages])
+        return differs(workdir, self._expected[fault.damages], metrics=not fault.forgets)
 
     def _stopped(self, workdir: Path) -> int:
         with MonkeyPatch.context() as patch:
@@ -105,24 +105,28 @@ class Repetitions:
         return config
 
 
-def ended(config: ConfigDict, workdir: Path) -> int | str:
-    """The exit code of a run, or an error that has none."""
+def ended(config: ConfigDict, workdir: Path) -> int:
+    """The exit code of a run."""
     try:
         pretrain_command(config, workdir)
     except command.Stop as stop:
         return stop.code
     except Exception as error:
-        return command.code_of(error) or repr(error)
+        print(repr(error), file=sys.stderr)
+        return command.code_of(error) or 1
     return 0
 
 
-def differs(workdir: Path, expected: Path) -> str:
+def differs(workdir: Path, expected: Path, *, metrics: bool = True) -> str:
     """What a run lacks of an undisturbed one; '' where it lacks nothing."""
     found, whole = saved_arrays(workdir), saved_arrays(expected)
     if found.keys() != whole.keys() or not all(map(np.array_equal, found.values(), whole.values())):
         return "other weights"
-    steps = [line["step"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line]
-    if steps != [line["step"] for line in read_lines(expected / "metrics.jsonl") if "loss" in line]:
+    steps, known = (
+        [line["step"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (workdir, expected)
+    )
+    if metrics and steps != known:
         return f"metrics of the steps {steps}"
     return "half a checkpoint" if list((workdir / "checkpoints").glob("*tmp*")) else ""
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.read_back import ReadBack
 
+_RECORDS = ("config.json", "metrics.jsonl", "starts.jsonl")
 ONE_FILE = 5  # index of the file that a fault of one file hits
 
 
@@ -93,6 +95,7 @@ class Fault:
       begun: whether the run was begun, and stopped at a random step, before.
       damages: whether one image is damaged: the run is compared with one without that file.
       continues: whether the same command continues afterwards.
+      forgets: whether the metrics before the fault are gone.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Fault:
     begun: bool = False
     damages: bool = False
     continues: bool = True
+    forgets: bool = False
 
 
 def _error(code: int) -> OSError:
@@ -176,6 +180,31 @@ def _locked_here(case: Case) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _other_images(case: Case) -> Iterator[None]:
+    """One image has another name, or is gone."""
+    image = case.images / "train" / "a" / f"{2 * ONE_FILE:02}.png"
+    other = image.with_name(random.choice(("99.png", "99.txt")))
+    image.rename(other)
+    yield
+    other.rename(image)
+
+
+@contextlib.contextmanager
+def _in_place_of(case: Case, put: Callable[[Path], Any], *names: str) -> Iterator[None]:
+    """One of the files gives way to something else."""
+    file = case.workdir / random.choice(names)
+    with _moved(file):
+        put(file)
+        yield
+        if file.is_dir():
+            file.rmdir()
+
+
+def _deleted(case: Case) -> None:
+    case.at_step(lambda: shutil.rmtree(case.workdir))
+
+
 def _newest_damaged(case: Case) -> None:
     newest = max((case.workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     for file in (newest / "state").rglob("*"):
@@ -217,6 +246,7 @@ FAULTS = (
     Fault("workdir at the start: not permitted, read-only, a file", _a_file_in_place, [2]),
     Fault("workdir locked by a run of another host", _locked_elsewhere, [69]),
     Fault("workdir locked by a run of this host", _locked_here, [2]),
+    Fault("other images than before", _other_images, [2], begun=True),
     Fault("the newest checkpoint fails to be read", _newest_damaged, begun=True),
     Fault(
         "no checkpoint can be read for now",
@@ -245,6 +275,24 @@ FAULTS = (
     ),
     Fault("the probe fails, or the run is killed in it", _no_probe),
     Fault("metrics cannot be written", _no_metrics),
+    Fault("the workdir is deleted during the run", _deleted, forgets=True),
+    Fault(
+        "any file: not permitted, read-only, a folder in its place",
+        lambda case: _in_place_of(case, Path.mkdir, *_RECORDS),
+        [2],
+        begun=True,
+    ),
+    Fault(
+        "settings, weights or results of a run: damaged",
+        lambda case: _in_place_of(case, Path.touch, "config.json"),
+        [2],
+        begun=True,
+    ),
+    Fault(
+        "a fault of the program",
+        lambda case: case.at_step(lambda: 1 / 0),
+        [1],
+    ),
     Fault(
         "SIGTERM, Ctrl-C",
         lambda case: case.at_step(lambda: signal.raise_signal(signal.SIGTERM)),
