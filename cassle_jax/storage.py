@@ -191,8 +191,9 @@ class GrowingFile:
     """A file of records that grows at its end; a failed write never ends the run.
 
     A record that cannot be written, as on a full disk, is kept and written with the next one; one
-    line in the log says so. No half record stays. On an object store, which cannot append, the file
-    is written anew with every record.
+    line in the log says so. No half record stays. A file that is deleted meanwhile is made anew,
+    with the records from then on. On an object store, which cannot append, the file is written anew
+    with every record.
 
     Args:
       path: of the file.
@@ -229,7 +230,9 @@ class GrowingFile:
 
     def _write(self) -> None:
         if self._appends:
+            self._path.parent.mkdir(exist_ok=True)  # where it was deleted meanwhile
             with self._path.open("ab") as file:
+                self._size = min(self._size, file.tell())  # else zeros would fill the gap
                 file.truncate(self._size)  # where a write failed, a part of it may be there
                 file.write(self._waiting)
         else:

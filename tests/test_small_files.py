@@ -6,6 +6,9 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import GrowingFile, write_whole
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -35,7 +38,7 @@ from cassle_jax.sweep.sweep import _RunLines, sweep
 from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import RESULT
 from cassle_jax.training.metrics import JsonLines, append_line, read_metrics
-from cassle_jax.training.saved_config import holds_run, read_config, write_config
+from cassle_jax.training.saved_config import changes, holds_run, read_config, write_config
 from cassle_jax.training.workdir import written
 from tests.interop.states import encoder_state
 
@@ -220,15 +223,16 @@ def out_of_reach(monkeypatch, times, *names):
 
 def test_records_out_of_reach_are_not_taken_for_missing_and_begun_anew(tmp_path, monkeypatch):
     """A path's own `exists` says that they are missing."""
+    workdir = epath.Path(tmp_path)
     lines = b'{"step": 1, "loss": 2.0}\n'
     for name in ("metrics.jsonl", "starts.jsonl", "damaged-00000.txt"):
         (tmp_path / name).write_bytes(lines)
     failed = out_of_reach(monkeypatch, 1, "metrics.jsonl")
-    written(tmp_path, lambda: JsonLines(epath.Path(tmp_path / "metrics.jsonl"), 1)).close()
+    written(workdir, lambda: JsonLines(workdir / "metrics.jsonl", 1)).close()
     failed += out_of_reach(monkeypatch, 1, "starts.jsonl")
-    append_line(epath.Path(tmp_path / "starts.jsonl"), {"step": 3})
+    append_line(workdir / "starts.jsonl", {"step": 3})
     failed += out_of_reach(monkeypatch, 1, "damaged-00000.txt")
-    log = written(tmp_path, lambda: DamagedLog(9, 1.0, tmp_path))
+    log = written(workdir, lambda: DamagedLog(9, 1.0, tmp_path))
     log.add("b", "why")
     assert len(failed) == 3
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
@@ -252,6 +256,16 @@ def test_a_run_out_of_reach_is_not_taken_for_missing(tmp_path, monkeypatch):
     assert holds_run(epath.Path(tmp_path))
 
 
+def test_settings_of_a_newer_version_are_said_to_be_unknown():
+    config = runs_of(SweepRequest(CONFIG, grid="seed=0"))[0].config
+    newer = config.copy_and_resolve_references()
+    with newer.unlocked():
+        newer.encoder.shiny = "yes"
+    assert changes(newer, config) == {
+        "encoder.shiny": "encoder.shiny, which is unknown here, was 'yes'"
+    }
+
+
 # --- files that a command may write no longer
 
 
@@ -265,6 +279,35 @@ def test_a_file_that_grows_no_further_is_named_in_one_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code_of(raised.value) == EXIT_WRONG_SETTING
     assert not list(tmp_path.iterdir())
+
+
+def test_a_growing_file_that_is_deleted_meanwhile_has_every_record_from_then_on(tmp_path):
+    file = GrowingFile(epath.Path(tmp_path / "inside" / "lines"), b"")
+    for number in range(3):
+        file.append(b"%d\n" % number)
+    shutil.rmtree(tmp_path / "inside")
+    file.append(b"3\n")
+    file.append(b"4\n")
+    assert (tmp_path / "inside" / "lines").read_bytes() == b"3\n4\n"
+
+
+def test_a_folder_too_deep_for_sockets_is_named_in_one_line(tmp_path):
+    deep = tmp_path / ("a" * 100)
+    deep.mkdir()
+    program = f"""
+import tempfile
+from pathlib import Path
+from cassle_jax.checks import ConfigError
+from cassle_jax.sweep.evaluation import Evaluation
+from cassle_jax.sweep.pool import WorkerPool
+from cassle_jax.sweep.worker import Job
+try:
+    WorkerPool(1).run([Job("a", (), Path({str(tmp_path / "run")!r}), Evaluation(), False)], print)
+except ConfigError as error:
+    assert {str(deep)!r} in str(error), error
+"""
+    environment = {**os.environ, "TMPDIR": str(deep)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
 
 
 def test_the_quickstarts_page_waits_for_room(tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def _plain(error: BaseException, folder: Path) -> Stop | None:
     """An error as a user reads it; `None` where it says itself what to do."""
     fault = passing(error)
     if fault is not None and fault.errno in FULL:
+        folder = fault.filename or folder  # such as the one for temporary files
         reason, code = f"{fault.strerror}; free some space", EXIT_NOT_SAVED
     elif isinstance(error, BrokenProcessPool):
         reason, code = "a worker was killed, for memory perhaps (--workers)", EXIT_OUTAGE

@@ -3,13 +3,15 @@
 import logging
 import multiprocessing
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_PREEMPTED
-from cassle_jax.faults import retried
+from cassle_jax.faults import Outage, retried
 from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
 from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.worker import Job, work
@@ -88,7 +90,18 @@ class WorkerPool:
         retried(str(job.workdir), lambda: job.workdir.mkdir(parents=True, exist_ok=True))
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
-        process.start()
+        try:
+            process.start()
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            raise ConfigError(
+                f"TMPDIR={tempfile.gettempdir()} is too long for the name of a socket in it; use "
+                "another, such as /tmp"
+            ) from error
+        except EOFError as error:
+            said = "the process that starts the runs was killed; the same command continues"
+            raise Outage(said) from error
         LOG.info("%s starts", job.workdir.name)
         return process
 

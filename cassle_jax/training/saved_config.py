@@ -95,7 +95,9 @@ def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
     earlier = {name: defaults[name] for name in defaults.keys() & after.keys()}
     earlier |= flat_settings(before)
     return {
-        name: f"{name}={after.get(name)!r} was {earlier.get(name)!r}"
+        name: f"{name}={after[name]!r} was {earlier.get(name)!r}"
+        if name in after
+        else f"{name}, which is unknown here, was {earlier[name]!r}"
         for name in sorted(earlier.keys() | after.keys())
         if earlier.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
     }
