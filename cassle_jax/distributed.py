@@ -242,6 +242,11 @@ def all_arrive(where: str) -> None:
         _group.all_arrive(where)
 
 
+def is_first_to(act: str) -> bool:
+    """Whether no other process has called this for the act, which one of them is to do."""
+    return _group is None or _group.is_first_to(act)
+
+
 def when_stopped(act: Callable[[], object]) -> None:
     """Calls `act`, in a thread, once SIGTERM has come to any of several processes.
 
@@ -310,6 +315,14 @@ class _ProcessGroup:
         """See `all_arrive`."""
         self._client.wait_at_barrier(f"cassle_jax/{where}", 1000 * _ARRIVE_SECONDS)
 
+    def is_first_to(self, act: str) -> bool:
+        """See `is_first_to`."""
+        try:
+            self._client.key_value_set(f"cassle_jax/first/{act}", str(self))
+        except jax.errors.JaxRuntimeError:  # there is one
+            return False
+        return True
+
     def when_stopped(self, act: Callable[[], object]) -> None:
         """See `when_stopped`."""
 
@@ -332,6 +345,8 @@ class _ProcessGroup:
 
         If another process has reported its failure, `_listen` ends this one during the wait.
         """
+        if self._ending.locked():  # by `_listen`, which ends this process: no news
+            self._ending.acquire()
         with contextlib.suppress(OSError):  # standard error may be a file on a full disk
             traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers, type_handlers
 
@@ -30,8 +32,6 @@ from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
-
-_ALONE = ocp.options.MultiprocessingOptions(active_processes={0})
 
 LOG = logging.getLogger(__name__)
 
@@ -72,25 +72,33 @@ class Checkpoints:
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(abandoned_reads_silenced())
         self._quiet.enter_context(_orbax_logs_errors_once())
-        self._leads = jax.process_index() == 0
+        self._leads = self._is_first = jax.process_index() == 0
         if self._leads:
+            self._open()
+
+    def take_over(self) -> None:
+        """Has this process save alone from now on: the others wait for its next step, forever."""
+        if not self._leads:
+            self._leads = True
             self._open()
 
     def _open(self) -> None:
         """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
+        this = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._preserve,
                 cleanup_tmp_directories=True,
                 create=False,
-                multiprocessing_options=_ALONE,
+                multiprocessing_options=alone,
             ),
             item_handlers={
-                "state": _whole_arrays(),
-                "data": ocp.JsonCheckpointHandler(multiprocessing_options=_ALONE),
+                "state": _whole_arrays(alone),
+                "data": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
             },
         )
         # Orbax would query a checkpoint's step from its own thread, which JAX takes for the step of
@@ -121,7 +129,7 @@ class Checkpoints:
         """Saves and waits until it is complete; retries for up to `seconds` where that fails.
 
         After a request to stop, `after_stop` seconds are left at most. All processes must call
-        this, and wait for the first one.
+        this, and wait for the first one; one that took over calls it alone.
 
         Raises:
           NotSaved: the checkpoint could not be written.
@@ -144,7 +152,8 @@ class Checkpoints:
             warned = True
             time.sleep(RETRY_SECONDS)
             left -= RETRY_SECONDS
-        first_says(step)  # the others wait until it is saved
+        if self._is_first or not self._leads:
+            first_says(step)  # the others wait until it is saved
 
     def _is_saved(self, step: int, state: TrainState, data_state: dict[str, Any]) -> bool:
         """Saves, and returns whether the checkpoint is complete.
@@ -254,7 +263,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
+                    state=ocp.args.PyTreeSave(_led_from_here(state)), data=ocp.args.JsonSave(data)
                 ),
                 force=True,
             )
@@ -444,14 +453,16 @@ def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else "×".join(str(each) for each in shape) or "a number"
 
 
-def _whole_arrays() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays whole from the first process: the default writes a part from each of them."""
-    handler = type_handlers.ArrayHandler(use_replica_parallel=False, array_metadata_store=Store())
+def _whole_arrays(alone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays whole from one process: the default writes a part from each of them."""
+    handler = type_handlers.ArrayHandler(
+        primary_host=alone.primary_host, use_replica_parallel=False, array_metadata_store=Store()
+    )
     registry = type_handlers.create_type_handler_registry((jax.Array, handler))
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry,
         array_metadata_validator=_OfOneProcess(),
-        multiprocessing_options=_ALONE,
+        multiprocessing_options=alone,
     )
 
 
@@ -465,6 +476,21 @@ class _OfOneProcess(Validator):
 def _on_one_device(state: TrainState) -> TrainState:
     """The state on a device of this process, which needs no other process to read it."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
+
+
+def _led_from_here(state: TrainState) -> TrainState:
+    """The state as arrays whose first copy is this process's: Orbax writes that one."""
+    if jax.process_index() == 0:
+        return state
+
+    def led(leaf: jax.Array) -> jax.Array:
+        devices = leaf.sharding.mesh.devices.ravel().tolist()
+        devices.sort(key=lambda device: device.process_index != jax.process_index())
+        copies = NamedSharding(Mesh(np.array(devices), "copy"), PartitionSpec())
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, copies, parts)
+
+    return jax.tree.map(led, state)
 
 
 def _bytes(state: TrainState) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from cassle_jax.data import (
     open_feed,
     open_source,
 )
-from cassle_jax.distributed import agree, all_arrive
+from cassle_jax.distributed import agree, all_arrive, is_first_to
 from cassle_jax.faults import Outage, hurry
 from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
@@ -90,7 +91,7 @@ def pretrain(
       Diverged: the loss or the update was not finite; the message names the step.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
       NotSaved: the final checkpoint could not be written.
-      Outage: storage did not come back in time; a single process saved what it could.
+      Outage: storage did not come back in time; one process has saved what it could.
     """
     workdir = known_path(workdir)
     mesh = device_mesh()
@@ -164,13 +165,30 @@ class _Loop:
         try:
             return self._steps(stop)
         except (DataError, Outage) as error:
-            # Other processes cannot save with this one: their next step waits for it.
-            if self.step > begun_at and jax.process_count() == 1:
-                try:
-                    self._save_surely(STOPPING_SAVE_SECONDS)
-                except NotSaved as unsaved:
-                    raise NotSaved(f"{error}; {unsaved}") from unsaved.__cause__
+            if self.step > begun_at:
+                self._save_alone(error)
             raise
+
+    def _save_alone(self, error: DataError | Outage) -> None:
+        """Saves in this process: the next step of the others waits for it.
+
+        Where several fail, the first one saves, and then ends the others. One that is ahead of them
+        has no state to save: its last step waits for theirs.
+        """
+        if jax.process_count() > 1:
+            until = time.monotonic() + STOPPING_SAVE_SECONDS
+            while not self.state.step.is_ready() and time.monotonic() < until:
+                time.sleep(0.1)
+            if not self.state.step.is_ready():
+                return
+        if not is_first_to("save"):
+            time.sleep(2 * STOPPING_SAVE_SECONDS)
+            return
+        try:
+            self.checkpoints.take_over()
+            self._save_surely(STOPPING_SAVE_SECONDS)
+        except NotSaved as unsaved:
+            raise NotSaved(f"{error}; {unsaved}") from unsaved.__cause__
 
     def _steps(self, stop: StopRequest) -> TrainState:
         in_flight: deque = deque()

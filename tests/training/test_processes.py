@@ -279,3 +279,21 @@ def test_a_task_of_slurm_takes_its_share_of_its_hosts_gpus(further, gpus):
 def test_variables_that_cannot_work_are_refused(environment, message):
     with pytest.raises(ConfigError, match=message):
         runtime_arguments(environment)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, failing):
+    """The others wait in their next step; it saves alone, and another number continues."""
+    settings = [*PROBED, "checkpoint.every_steps=1000"]
+    broken = lambda index: ["fails"] if index == failing else []  # noqa: E731
+    module = "tests.training.run_unreadable"
+    codes, errors = ends(start(tmp_path, 2, *settings, each=broken, module=module))
+    assert codes == [69, 69], errors
+    assert all("the same command continues" in each for each in errors)
+    assert not any("Traceback" in each for each in errors), errors
+    (step,) = steps_saved(tmp_path)
+    assert 20 < step < 60
+    codes, errors = ends(start(tmp_path, 1, *settings))
+    assert codes == [0], errors
+    assert_losses_equal(tmp_path, alone)
+    assert_same(tmp_path, alone)
