@@ -83,6 +83,8 @@ def _guarded(main: Callable[[], None]) -> None:
         main()
     except Stop as stop:
         _leave(stop)
+    except KeyboardInterrupt:
+        _leave(Stop("stopped; the same command continues", EXIT_PREEMPTED))
     except Exception as error:
         code = code_of(error)
         if code is None:

@@ -63,6 +63,16 @@ def refusal(run, capsys):
     return make
 
 
+def test_ctrl_c_is_one_line_and_the_code_of_what_continues(run, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run(SIMCLR, main=interrupted)
+    assert stopped.value.code == command.EXIT_PREEMPTED
+    assert capsys.readouterr().err == "error: stopped; the same command continues\n"
+
+
 def test_settings_reach_the_configuration(run):
     config = run(SIMCLR, "--config.method.negatives=local", "--config.optimizer.momentum=0.5")
     assert (config.method.name, config.method.negatives) == ("simclr", "local")
