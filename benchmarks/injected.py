@@ -202,7 +202,13 @@ def _in_place_of(case: Case, put: Callable[[Path], Any], *names: str) -> Iterato
 
 
 def _deleted(case: Case) -> None:
-    case.at_step(lambda: shutil.rmtree(case.workdir))
+    away = case.workdir.with_name("deleted")
+
+    def delete() -> None:
+        case.workdir.rename(away)  # while it is written to, deleting it may fail
+        shutil.rmtree(away, ignore_errors=True)
+
+    case.at_step(delete)
 
 
 def _newest_damaged(case: Case) -> None:

@@ -456,6 +456,7 @@ def test_too_many_open_files_are_no_wrong_setting(images, monkeypatch):
 @pytest.mark.parametrize("source", ["folder", "tfds", "webdataset"])
 def test_a_folder_out_of_reach_is_not_missing(folder, monkeypatch, source):
     """Some paths' own `is_dir` says that it is no folder."""
+    monkeypatch.setenv(faults.SECONDS, "60")
     fails, look = iter([True, True]), os.stat
 
     def stat(path, *arguments, **settings):

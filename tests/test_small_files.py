@@ -227,14 +227,14 @@ def test_records_out_of_reach_are_not_taken_for_missing_and_begun_anew(tmp_path,
     lines = b'{"step": 1, "loss": 2.0}\n'
     for name in ("metrics.jsonl", "starts.jsonl", "damaged-00000.txt"):
         (tmp_path / name).write_bytes(lines)
-    failed = out_of_reach(monkeypatch, 1, "metrics.jsonl")
+    failed = [out_of_reach(monkeypatch, 1, "metrics.jsonl")]
     written(workdir, lambda: JsonLines(workdir / "metrics.jsonl", 1)).close()
-    failed += out_of_reach(monkeypatch, 1, "starts.jsonl")
+    failed.append(out_of_reach(monkeypatch, 1, "starts.jsonl"))
     append_line(workdir / "starts.jsonl", {"step": 3})
-    failed += out_of_reach(monkeypatch, 1, "damaged-00000.txt")
+    failed.append(out_of_reach(monkeypatch, 1, "damaged-00000.txt"))
     log = written(workdir, lambda: DamagedLog(9, 1.0, tmp_path))
     log.add("b", "why")
-    assert len(failed) == 3
+    assert list(map(len, failed)) == [1, 1, 1]
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
     assert (tmp_path / "starts.jsonl").read_bytes() == lines + b'{"step": 3}\n'
     assert (tmp_path / "damaged-00000.txt").read_bytes() == lines + b"b\twhy\n"
