@@ -15,6 +15,7 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.folder import open_folder, split_there
 from cassle_jax.data.landmarks import CelebaSource, LandmarkFolder
 from cassle_jax.data.listing import is_folder
+from cassle_jax.data.objects import RenderedObjects
 from cassle_jax.data.sources import Source, closest
 from cassle_jax.data.splits import Joined, cut, cut_shots
 from cassle_jax.storage import path_of
@@ -49,6 +50,7 @@ class Entry:
       ten_crops: whether linear evaluation fits to ten crops per image.
       shots: number of images per class to learn from, over the training and validation parts
         together, see `cut_shots`; 0 for all.
+      opens: opens a split, from its folder's root and its name, where it is not an image folder.
     """
 
     builder: str
@@ -63,6 +65,7 @@ class Entry:
     folder_test: str = "test"
     ten_crops: bool = False
     shots: int = 0
+    opens: Callable[[str, str], Source] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,9 @@ _flowers = partial(Entry, "oxford_flowers102", 102, val="validation", metric=_ME
 _points = partial(Entry, val="validation", metric="r2", task="regression")
 
 DATASETS: dict[str, Entry] = {
+    "3diebench": Entry(
+        _FOLDER, 55, (1_886_400, 209_600, 527_600), folder_test="val", opens=RenderedObjects
+    ),
     "300w": _points(_FOLDER, 136, (180, 180, 240)),
     "aircraft": Entry(_FOLDER, 100, (3_334, 3_333, 3_333), val="validation", metric=_MEAN),
     "caltech101": Entry(
@@ -240,6 +246,8 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
 
 def _opener(entry: Entry, path: str, data_dir: str) -> Callable[[str], Source]:
     """Returns a function that opens a split by its name."""
+    if entry.opens:
+        return partial(entry.opens, path)
     if entry.task == "regression":
         if path:
             return partial(LandmarkFolder, path, numbers=entry.outputs)

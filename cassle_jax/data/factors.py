@@ -14,22 +14,23 @@ COLOUR, FORM, CONTENT = "colour", "contrast, place and sharpness", "content"
 
 
 class Factor(NamedTuple):
-    """A property of an image, determined by one number.
+    """A property of an image, determined by one number; a rotation by three.
 
     Attributes:
-      kind: kind of the values: class numbers, real numbers, or angles in radians of period 2π.
+      kind: kind of the values: class numbers, real numbers, angles in radians of period 2π, or
+        rotations as angles about the fixed axes x, y and z in turn, in radians.
       values: names of the classes, or ends of the range of the factor's uniform distribution.
       changed_by: augmentations that give a view another value than its image; empty for content.
       group: `COLOUR`, `FORM` or `CONTENT`.
     """
 
-    kind: Literal["class", "value", "angle"]
+    kind: Literal["class", "value", "angle", "rotation"]
     values: tuple[str, ...] | tuple[float, float]
     changed_by: str = ""
     group: str = CONTENT
 
     def of(self, draws: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
-        """The factor at draws in [0, 1): int64 for classes, float64 for the rest."""
+        """The factor at draws in [0, 1), no rotation: int64 for classes, float64 for the rest."""
         if self.kind == "class":
             return (draws * len(self.values)).astype(np.int64)
         low, high = self.values
@@ -41,7 +42,7 @@ class Drawn:
 
     Image i of a split is a function of (seed, split, i): more images only append. A subclass is a
     family of images. It defines its name, its factors, the number of draws per image and the factor
-    that is the label.
+    that is the label. With more than one view of each object, it is an `ObjectSource`.
     """
 
     FAMILY: ClassVar[str]
@@ -49,7 +50,9 @@ class Drawn:
     DRAWS: ClassVar[int]
     LABEL: ClassVar[str] = "shape"
 
-    def __init__(self, count: int, seed: int = 0, size: int = 64, split: str = "train"):
+    def __init__(
+        self, count: int, seed: int = 0, size: int = 64, split: str = "train", views: int = 1
+    ):
         """Draws the factors of `count` images; draws an image on access.
 
         Args:
@@ -57,12 +60,20 @@ class Drawn:
           seed: seed of the family's images, ≥ 0.
           size: side of an image in pixels, ≥ 8.
           split: any word; different splits are disjoint streams.
+          views: images in turn that show one object: all that no augmentation changes is theirs
+            together, all other factors are each image's own.
         """
-        self.name = f"{self.FAMILY} {split}"
+        self.name = f"{self.FAMILY} {split}" + (f", {views} views of each" if views > 1 else "")
+        self.views = views
         self.class_names = self.FACTORS[self.LABEL].values
-        self._arguments = (count, seed, size, split)
+        self._arguments = (count, seed, size, split, views)
         self._size = size
         self._draws = uniform_draws(seed, split, count, self.DRAWS)
+        if views > 1:
+            own = [place for place, name in enumerate(self.FACTORS) if name in self.changing]
+            first = self._draws[np.arange(count) // views * views]
+            first[:, own] = self._draws[:, own]
+            self._draws = first
 
     def __len__(self) -> int:
         return len(self._draws)
@@ -78,8 +89,22 @@ class Drawn:
     def __reduce__(self):
         return type(self), self._arguments
 
+    def in_views(self, images: int, views: int) -> "Drawn":
+        """The family's images of the same seed, size and split, with `views` of each object."""
+        _, *same, _ = self._arguments
+        return type(self)(images, *same, views)
+
     @property
-    def content(self) -> tuple[int, int, int, str]:
+    def changing(self) -> dict[str, Factor]:
+        """The factors in which views of an object differ: those that augmentations change."""
+        return {name: factor for name, factor in self.FACTORS.items() if factor.changed_by}
+
+    def factors_of(self, places: Int[np.ndarray, " images"]) -> dict[str, np.ndarray]:
+        """See `ObjectSource`."""
+        return {name: self.factors[name][places] for name in self.changing}
+
+    @property
+    def content(self) -> tuple[int, int, int, str, int]:
         """See `content_of`."""
         return self._arguments
 

@@ -95,6 +95,11 @@ def root_of(source: Source) -> str:
     return getattr(source, "root", "")
 
 
+def views_of(source: Source) -> int:
+    """Images in turn that show the same object; 1 where the source does not know of any."""
+    return getattr(source, "views", 1)
+
+
 def names_of(source: Source) -> str | None:
     """A digest of the images' names in their order, from a listing alone; `None` where drawn.
 

@@ -13,7 +13,8 @@ from jaxtyping import Float32, Int
 
 from cassle_jax.data.decode import ANY_SIDE, decode
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source, content_of, labels_of, root_of
+from cassle_jax.data.objects import ObjectSource
+from cassle_jax.data.sources import Record, Source, content_of, labels_of, root_of, views_of
 from cassle_jax.data.squares import CENTRE, PLACES, Square, check_short_side, squares_of
 
 
@@ -69,6 +70,33 @@ class Part:
         """See `content_of`."""
         places = np.asarray(self._indices, "<i8").tobytes()
         return content_of(self._source), hashlib.blake2b(places, digest_size=8).hexdigest()
+
+
+class ObjectPart(Part):
+    """Some objects of a source, each in all of its views, or in the first few."""
+
+    def __init__(
+        self,
+        source: ObjectSource,
+        objects: Int[np.ndarray, " objects"],
+        name: str,
+        views: int | None = None,
+    ):
+        """Reads nothing.
+
+        Args:
+          source: the whole source.
+          objects: numbers of the objects, from 0 in the source's order.
+          name: name of the part, as for `Part`.
+          views: number of views; `None` for all.
+        """
+        self.views, self.changing = views or source.views, source.changing
+        places = objects[:, None] * source.views + np.arange(self.views)
+        super().__init__(source, places.ravel(), name)
+
+    def factors_of(self, places: Int[np.ndarray, " images"]) -> dict[str, np.ndarray]:
+        """See `ObjectSource`."""
+        return self._source.factors_of(self._indices[places])
 
 
 class Joined:
@@ -158,28 +186,29 @@ class Crops:
 
 
 def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:
-    """Cuts a source in two by the rule of `held_out`.
+    """Cuts a source in two by the rule of `held_out`; the views of an object stay together.
 
     Args:
       source: the whole source.
       fraction: share of the images to cut off, above 0 and at most a half. It is rounded to whole
-        images, and at least one.
+        images (or objects), and at least one.
       key: key of the choice, see `held_out`.
 
     Returns:
       The kept part, and the part cut off.
 
     Raises:
-      DataError: the source has fewer than two images.
+      DataError: the source has fewer than two images (or objects).
     """
-    count = len(source)
+    kind, what = (ObjectPart, "object") if views_of(source) > 1 else (Part, "image")
+    count = len(source) // views_of(source)
     if count < 2:
         raise DataError(
-            f"{source.name} has {count} image; a validation part can be cut off 2 or more"
+            f"{source.name} has {count} {what}; a validation part can be cut off 2 or more"
         )
     held = held_out(count, max(1, round(fraction * count)), key)
     kept = np.delete(np.arange(count), held)
-    return Part(source, kept, "training"), Part(source, held, "validation")
+    return kind(source, kept, "training"), kind(source, held, "validation")
 
 
 def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
