@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from cassle_jax.data import Drawn
 from cassle_jax.data.datasets import EvaluationData, Task
+from cassle_jax.data.sources import views_of
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding
 from cassle_jax.evaluation.needs import Needs
@@ -13,6 +14,9 @@ from cassle_jax.evaluation.settings import Analysis, Settings, settings_of
 
 DRAWN = "drawn"
 """The kind of the embedded datasets, whose factors are known."""
+
+OBJECTS = "objects"
+"""The kind of datasets with several views of each object, whose differences are known."""
 
 ANY: tuple[str, ...] = get_args(Task)
 
@@ -28,7 +32,7 @@ class Protocol:
       title: heading of its section of the page.
       run: measures a subject on a dataset, with the settings; its findings have the name as their
         task.
-      takes: the kinds of dataset it suits: their tasks, or `DRAWN`.
+      takes: the kinds of dataset it suits: their tasks, `DRAWN` or `OBJECTS`.
       usual: the kinds that it runs on where no tasks are requested; `None` for all it suits.
       needs: the least that it needs of a dataset, or a function that returns this from the settings
         and the number of devices.
@@ -49,13 +53,14 @@ class Protocol:
                 f"name={self.name!r} of a protocol is not one word, such as 'few_shot'"
             )
         for kind in (*self.takes, *(self.usual or ())):
-            if kind not in (*ANY, DRAWN):
-                raise ValueError(f"{self.name} takes {kind!r}; use {', '.join((*ANY, DRAWN))}")
+            if kind not in (known := (*ANY, DRAWN, OBJECTS)):
+                raise ValueError(f"{self.name} takes {kind!r}; use {', '.join(known)}")
         settings_of([self.settings])
 
     def suits(self, data: EvaluationData, *, requested: bool) -> bool:
         """Whether the protocol runs on a dataset, by request or by default."""
         kinds = {data.task} | ({DRAWN} if isinstance(data.test, Drawn) else set())
+        kinds |= {OBJECTS} if views_of(data.test) > 1 else set()
         usual = self.takes if requested or self.usual is None else self.usual
         return not kinds.isdisjoint(usual)
 

@@ -6,6 +6,7 @@ from typing import Any
 from cassle_jax.checks import check_one_of
 from cassle_jax.evaluation import (
     augmentation_probes,
+    equivariance,
     factor_probes,
     few_shot,
     fine_tune,
@@ -33,6 +34,7 @@ PROTOCOLS: dict[str, Protocol] = {
         few_shot,
         regression,
         factor_probes,
+        equivariance,
         spectrum,
         neighbours,
         invariance,

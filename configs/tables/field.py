@@ -45,8 +45,8 @@ def get_table():
     return Table(
         title="The field",
         question="What does an encoder keep of the images, and which way of using ω keeps more of "
-        "it than the plain method? Factors by group; more where the difference to plain is above 0 "
-        "by more than its interval.",
+        "it than the plain method? Factors by group, and how features follow their change; more "
+        "where the difference to plain is above 0 by more than its interval.",
         rows=tuple(
             Row(
                 f"{method}, {variant}",
@@ -57,5 +57,5 @@ def get_table():
             for variant, arguments in variants.items()
         ),
         datasets=("motifs",),
-        tasks=("factors", "linear", "knn"),
+        tasks=("factors", "equivariance", "linear", "knn"),
     )

@@ -114,7 +114,7 @@ def test_a_file_of_a_protocol_ends_in_it_and_the_table_has_every_one():
 
 def test_what_a_protocol_finds_bears_its_name(bench):
     _, of_protocols = checked_settings({})
-    for name in ("knn", "neighbours", "factors", "spectrum"):
+    for name in ("knn", "neighbours", "factors", "spectrum", "equivariance"):
         findings = PROTOCOLS[name].run(bench, of_protocols[name])
         assert findings and {each.task for each in findings} == {name}
         assert {each.dataset for each in findings} == {"scenes"}

@@ -29,6 +29,7 @@ PUBLISHED = {
     "ways": 5,
     "episodes": 2000,
     "analysed": 2000,
+    "pairs": 1000,
     "probe_epochs": 100,
     "fractions": (0.01, 0.1, 1.0),
     "fine_tune_epochs": 0,

@@ -1,0 +1,316 @@
+"""Reads the difference of two views off their features, and finds a view by a known change."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial.transform import Rotation
+from sklearn.metrics import r2_score
+from threadpoolctl import threadpool_limits
+
+from cassle_jax.checks import check_at_least
+from cassle_jax.data import Drawn, Source
+from cassle_jax.data.objects import ObjectSource
+from cassle_jax.data.pipeline import evenly_spaced
+from cassle_jax.data.splits import ObjectPart
+from cassle_jax.evaluation.bench import Bench
+from cassle_jax.evaluation.factor_probes import group_means
+from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
+from cassle_jax.evaluation.needs import Needs
+from cassle_jax.evaluation.protocol import DRAWN, OBJECTS, Protocol
+from cassle_jax.evaluation.settings import Seeded, setting
+from cassle_jax.solvers.quadratic import fit_quadratic
+
+VIEWS = 16
+"""Views of each drawn object of the test part."""
+
+RETRIEVAL = ("MRR", "H@1", "H@5")
+_EQUAL = 1e-9  # cosines that differ by rounding alone
+RIGHT, WRONG, CHANCE = "right change", "another pair's change", "chance"
+
+Rows = Float[np.ndarray, "pairs _"]
+Change = Mapping[str, Rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class EquivarianceSettings(Seeded):
+    """Settings of the pairs."""
+
+    pairs: int = setting(1000, "Most pairs of views per part; time grows with its cube.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("pairs", self.pairs, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Frozen features of images that show objects in several views.
+
+    Attributes:
+      features: one row per image.
+      objects: the number of each image's object.
+      factors: the values in which views of an object differ, per image; [images, 3] for a rotation.
+    """
+
+    features: Float[np.ndarray, "images features"]
+    objects: Int[np.ndarray, " images"]
+    factors: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Equivariance:
+    """What features know of the difference of two views of an object.
+
+    Attributes:
+      read: R² of the change in each factor, read off the features of both views.
+      found: MRR, H@1 and H@5 of each test object's pairs, by what the predictor was given: `RIGHT`
+        or `WRONG`; `CHANCE` is those of a random order.
+    """
+
+    read: Mapping[str, float]
+    found: Mapping[str, Float[np.ndarray, "objects 3"]]
+
+    def findings(self, dataset: str, groups: Mapping[str, str]) -> list[Finding]:
+        """R² by factor, and how well the other view is found, as scores and as bars.
+
+        Args:
+          dataset: name of the dataset.
+          groups: the group of each factor.
+        """
+        score, chart = (partial(kind, PROTOCOL.name, dataset) for kind in (Score, Chart))
+        members = list(groups.values())
+        read = {
+            f"mean, {group}": mean
+            for group, mean in group_means(self.read, groups).items()
+            if members.count(group) > 1
+        } | dict(self.read)
+        scores = [score(f"R² of the change: {name}", value) for name, value in read.items()]
+        for place, metric in enumerate(RETRIEVAL):
+            for given, values in self.found.items():
+                shares = values[:, place]
+                interval = None if given == CHANCE or len(shares) < 2 else half_interval(shares)
+                better = True if given == RIGHT else None
+                scores.append(score(f"{metric}, {given}", float(shares.mean()), interval, better))
+        bars = {
+            given: tuple(zip(RETRIEVAL, values.mean(axis=0).tolist(), strict=True))
+            for given, values in self.found.items()
+        }
+        return [
+            *scores,
+            chart(
+                "How well the change between two views is read off their features",
+                "factor",
+                "R²",
+                {"features": tuple(self.read.items())},
+            ),
+            chart(
+                "How well a view is found among those of its object, from another one",
+                "measure",
+                "share",
+                bars,
+            ),
+        ]
+
+
+# On busy cores the threads of these small fits spend far longer waiting than working.
+@threadpool_limits.wrap(limits=1, user_api="blas")
+def equivariance(
+    train: Views, val: Views, test: Views, kinds: Mapping[str, str], *, seed: int = 0
+) -> Equivariance:
+    """Measures how well features tell, and follow, the difference of two views of an object.
+
+    Each image forms one pair with another image of its object, drawn at random. Two ridge
+    regressions with a kernel of degree 2 are fitted to the training pairs. One reads the change in
+    each factor off both features. The other predicts the second feature from the first one and all
+    changes; so it can be any map of the feature that is linear in the change, as the hypernetwork
+    of SIE (Garrido et al., 2023). The views of the object, the first one included, are then ordered
+    by the cosine of their standardised features with the prediction. MRR is the mean of 1/rank of
+    the second view, H@k the share of pairs whose second view is among the first k; of views of
+    equal cosine every order is as likely.
+
+    ========= ========================================= ============================
+    kind      change                                    R²
+    ========= ========================================= ============================
+    value     second − first                            of the number
+    angle     (sin, cos) of second − first              of both numbers together
+    rotation  quaternion (x, y, z, w) of first⁻¹·second of all four numbers together
+    ========= ========================================= ============================
+
+    Features are standardised with the training images' mean and deviation. The penalty, in units of
+    the mean loss, is the power of ten from 100 to 1e-5 that does best on the validation pairs, for
+    each factor and for the predictor; the regression is then fitted to both parts.
+
+    Args:
+      train: the images to fit.
+      val: images of other objects, which choose the penalties.
+      test: images of further objects, which are measured.
+      kinds: the kind of each factor: value, angle or rotation.
+      seed: seed of the pairs.
+
+    Raises:
+      ValueError: a part has no two views of an object.
+    """
+    centre, scale = train.features.mean(axis=0), train.features.std(axis=0)
+    scale = np.where(scale > 0, scale, 1)
+    parts = [
+        dataclasses.replace(part, features=((part.features - centre) / scale).astype(np.float64))
+        for part in (train, val, test)
+    ]
+    fitted, chosen, tested = (
+        _Pairs.of(part, kinds, seed + place) for place, part in enumerate(parts)
+    )
+    read = fit_quadratic(*((each.both(), each.changes) for each in (fitted, chosen)))
+    predict = fit_quadratic(*((each.given(), {"second": each.second}) for each in (fitted, chosen)))
+    predicted = {
+        RIGHT: predict(tested.given())["second"],
+        WRONG: predict(tested.with_another_change().given())["second"],
+        CHANCE: np.zeros_like(tested.second),
+    }
+    scores = {
+        name: float(r2_score(tested.changes[name], values, multioutput="variance_weighted"))
+        for name, values in read(tested.both()).items()
+    }
+    found = {name: _retrieved(parts[2], tested, each) for name, each in predicted.items()}
+    return Equivariance(scores, found)
+
+
+class _Pairs(NamedTuple):
+    """Pairs of views: rows, features, and the change from the first view to the second."""
+
+    rows: Int[np.ndarray, "pairs 2"]
+    first: Rows
+    second: Rows
+    changes: Change
+
+    @classmethod
+    def of(cls, views: Views, kinds: Mapping[str, str], seed: int) -> "_Pairs":
+        """One pair for each image with another view of its object."""
+        rows = pairs_of(views.objects, seed)
+        first, second = rows.T
+        changes = {
+            name: change_of(kind, views.factors[name][first], views.factors[name][second])
+            for name, kind in kinds.items()
+        }
+        features = views.features
+        return cls(rows, features[first], features[second], changes)
+
+    def both(self) -> list[Rows]:
+        """What a change is read off."""
+        return [self.first, self.second]
+
+    def given(self) -> list[Rows]:
+        """What the second feature is predicted from."""
+        return [self.first, np.concatenate(list(self.changes.values()), axis=1)]
+
+    def with_another_change(self) -> "_Pairs":
+        """The pairs, each with the change of the next one."""
+        rolled = {name: np.roll(each, 1, axis=0) for name, each in self.changes.items()}
+        return self._replace(changes=rolled)
+
+
+def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, "pairs 2"]:
+    """Rows of two views of an object: each image, and another one drawn at random.
+
+    Images without another view of their object are left out.
+
+    Raises:
+      ValueError: no image is left.
+    """
+    draw, pairs = np.random.default_rng(seed), []
+    for each in np.unique(objects):
+        rows = np.flatnonzero(objects == each)
+        if len(rows) > 1:
+            steps = draw.integers(1, len(rows), len(rows))
+            partners = rows[(np.arange(len(rows)) + steps) % len(rows)]
+            pairs.append(np.stack([rows, partners], axis=1))
+    if not pairs:
+        raise ValueError(f"none of the {len(objects)} images shows the same object as another one")
+    return np.concatenate(pairs)
+
+
+def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
+    """The change in a factor from the first view to the second one, as `equivariance` says."""
+    if kind == "rotation":
+        turns = [Rotation.from_euler("xyz", each) for each in (first, second)]
+        return (turns[0].inv() * turns[1]).as_quat()
+    if kind == "angle":
+        return np.stack([np.sin(second - first), np.cos(second - first)], axis=1)
+    if kind == "value":
+        return (second - first)[:, None]
+    raise ValueError(f"a factor of kind {kind!r} has no change; use value, angle or rotation")
+
+
+def _retrieved(views: Views, pairs: _Pairs, predicted: Rows) -> Float[np.ndarray, "objects 3"]:
+    """MRR, H@1 and H@5 of each object's pairs, of predicted second features."""
+    found = []
+    objects = views.objects[pairs.rows[:, 0]]
+    for each in np.unique(objects):
+        rows, own = np.flatnonzero(views.objects == each), np.flatnonzero(objects == each)
+        cosines = _directions(predicted[own]) @ _directions(views.features[rows]).T
+        right = np.searchsorted(rows, pairs.rows[own, 1])
+        ahead = cosines - np.take_along_axis(cosines, right[:, None], axis=1)
+        better, equal = np.sum(ahead > _EQUAL, axis=1), np.sum(np.abs(ahead) <= _EQUAL, axis=1)
+        found.append(retrieval(better, equal).mean(axis=0))
+    return np.stack(found)
+
+
+def retrieval(
+    better: Int[np.ndarray, " pairs"], equal: Int[np.ndarray, " pairs"]
+) -> Float[np.ndarray, "pairs 3"]:
+    """The mean reciprocal rank, and the shares of ranks up to 1 and up to 5, of right answers.
+
+    Args:
+      better: answers ahead of the right one.
+      equal: answers as good as the right one, itself included; every order of them is as likely.
+    """
+    harmonic = np.append(0, np.cumsum(1 / np.arange(1, (better + equal).max() + 1)))
+    mean = (harmonic[better + equal] - harmonic[better]) / equal
+    hits = [np.clip(most - better, 0, equal) / equal for most in (1, 5)]
+    return np.stack([mean, *hits], axis=1)
+
+
+def _directions(rows: Rows) -> Rows:
+    """Rows of length 1; rows of zeros as they are."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
+def _in_views(part: Source, images: int, most_views: int | None) -> ObjectSource:
+    """Objects of a part, in at most this many images and views each; drawn ones are drawn anew."""
+    images = min(images, len(part))
+    if isinstance(part, Drawn):
+        views = min(most_views or VIEWS, images)
+        return part.in_views(images // views * views, views)
+    views = min(most_views or part.views, part.views)
+    objects = evenly_spaced(len(part) // part.views, max(1, images // views))
+    return ObjectPart(part, objects, f"{views} views of {len(objects)} objects", views)
+
+
+def _run(bench: Bench, settings: EquivarianceSettings) -> list[Finding]:
+    def views(part: Source, most_views: int | None) -> Views:
+        images = min(settings.pairs, bench.store.limit or settings.pairs)
+        source = _in_views(part, images, most_views)
+        found = bench.store(source)
+        factors = source.factors_of(found.places)
+        return Views(found.features, found.places // source.views, factors)
+
+    data, known = bench.data, bench.data.test.changing
+    kinds = {name: factor.kind for name, factor in known.items()}
+    groups = {name: factor.group for name, factor in known.items()}
+    # Two views each are fitted, so that there are many objects; a view is found among all.
+    parts = views(data.train, 2), views(data.val, 2), views(data.test, None)
+    return equivariance(*parts, kinds, seed=settings.seed).findings(data.name, groups)
+
+
+PROTOCOL = Protocol(
+    "equivariance",
+    title="Equivariance",
+    takes=(DRAWN, OBJECTS),
+    needs=Needs(train=10, val=2, test=2),
+    settings=EquivarianceSettings,
+    run=_run,
+)
