@@ -75,8 +75,9 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
     for name, auxiliary in AUXILIARIES.items():
         config[name] = ConfigDict(auxiliary.settings(chosen[name]))
     config.update_from_flattened_dict(method.recipe)
-    for name in (each for each in AUXILIARIES if chosen[each] != "none"):
-        config.update_from_flattened_dict(AUXILIARIES[name].recipes.get(chosen["method"], {}))
+    for name, auxiliary in AUXILIARIES.items():
+        if auxiliary.of(config[name].to_dict()).weights:
+            config.update_from_flattened_dict(auxiliary.recipes.get(chosen["method"], {}))
     if chosen["follow"] == "published":
         config.update_from_flattened_dict({**PUBLISHED, **method.published})
     config.lock()

@@ -243,7 +243,7 @@ def all_arrive(where: str) -> None:
 
 
 def is_first_to(act: str) -> bool:
-    """Whether no other process has called this for the act, which one of them is to do."""
+    """Whether this process is the first to call this for an act that one process does."""
     return _group is None or _group.is_first_to(act)
 
 
@@ -319,7 +319,9 @@ class _ProcessGroup:
         """See `is_first_to`."""
         try:
             self._client.key_value_set(f"cassle_jax/first/{act}", str(self))
-        except jax.errors.JaxRuntimeError:  # there is one
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
             return False
         return True
 

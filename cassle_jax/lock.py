@@ -77,12 +77,16 @@ def folder_held_for(command: str, folder: epath.PathLike, *, setting: str = "to"
 def await_turn(file: IO) -> None:
     """Waits until no other process holds the open file, and holds it until its last copy closes.
 
-    On file systems without locks, nothing is waited for.
+    Returns at once on file systems without locks.
     """
     if fcntl is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOG.info("%s is in use; waiting for its end", file.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         LOG.info("%s cannot be locked: %s", file.name, error.strerror)
 

@@ -238,3 +238,9 @@ def test_settings_have_full_names():
     assert settings["optimizer.weight_decay"] == 1e-4
     assert settings["method.negatives"] == "global"
     assert not {"optimizer", "method.enqueue", "weight_decay"} & settings.keys()
+
+
+def test_an_auxiliary_that_is_off_brings_no_settings_of_the_method():
+    plain = base_config("method=vicreg").method.to_dict()
+    assert base_config("method=vicreg,sie=0").method.to_dict() == plain
+    assert base_config("method=vicreg,sie=main").method.to_dict() != plain

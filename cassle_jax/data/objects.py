@@ -14,7 +14,7 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Record, Source, content_of_files, digest_of
-from cassle_jax.storage import path_of
+from cassle_jax.storage import is_there, path_of
 
 LATENTS = 7
 """Numbers per image: angles about x, y and z, floor hue, light θ, light φ, light hue."""
@@ -160,7 +160,7 @@ def _array_of(path: pathlib.Path, wanted: str) -> np.ndarray:
 
 def _count_views(folder: pathlib.Path) -> int:
     views = 0
-    while (folder / f"image_{views}.jpg").is_file():
+    while is_there(folder / f"image_{views}.jpg"):
         views += 1
     if views < 2:
         raise DataError(

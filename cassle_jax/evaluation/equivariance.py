@@ -82,13 +82,9 @@ class Equivariance:
           groups: the group of each factor.
         """
         score, chart = (partial(kind, PROTOCOL.name, dataset) for kind in (Score, Chart))
-        members = list(groups.values())
-        read = {
-            f"mean, {group}": mean
-            for group, mean in group_means(self.read, groups).items()
-            if members.count(group) > 1
-        } | dict(self.read)
-        scores = [score(f"R² of the change: {name}", value) for name, value in read.items()]
+        means = group_means(self.read, groups)
+        read = {f"mean, {group}": mean for group, mean in means.items()} | dict(self.read)
+        scores = [score(f"{name}: R² of the change", value) for name, value in read.items()]
         for place, metric in enumerate(RETRIEVAL):
             for given, values in self.found.items():
                 shares = values[:, place]
@@ -207,7 +203,7 @@ class _Pairs(NamedTuple):
         return [self.first, np.concatenate(list(self.changes.values()), axis=1)]
 
     def with_another_change(self) -> "_Pairs":
-        """The pairs, each with the change of the next one."""
+        """The pairs, each with the change of the pair before."""
         rolled = {name: np.roll(each, 1, axis=0) for name, each in self.changes.items()}
         return self._replace(changes=rolled)
 

@@ -78,7 +78,7 @@ class STL(Auxiliary):
 
     @override
     def losses(self, networks, features, own, axis_name):
-        """`cosine` is that of z and its prediction; `gain` is how much the views' own is below."""
+        """`cosine` is that of z and its prediction; `gain` is `cosine` minus that of the views."""
         first, second = pair = features.pair
         there, back = (networks.stl_code(jnp.hstack(views), True) for views in (pair, pair[::-1]))
         partner = jnp.arange(len(first)) ^ 1

@@ -11,8 +11,8 @@ from cassle_jax.models.mlp import MLP
 class Bilinear(nn.Module):
     """W(code) · x with W(code) = Σ_k code_k W_k, what a Linear without bias makes of a code.
 
-    The product is the same without the matrices: W applied to x ⊗ code, which takes as much memory
-    a sample as the code has entries for each of x, instead of the result's entries for each.
+    Applies W to x ⊗ code, which holds inputs × code numbers a sample; the matrices would hold
+    inputs × out.
 
     Attributes:
         out: width of the result.

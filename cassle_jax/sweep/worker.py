@@ -71,11 +71,13 @@ def work(job: Job, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    code, line, start = 0, "", time.monotonic()
+    code, line, start, done = 0, "", time.monotonic(), False
     try:
         turn = retried(str(job.workdir), lambda: _opened(job.workdir))
         await_turn(turn)  # the worker of a command that was killed may be saving still
-        pretrain_and_evaluate(job)
+        start, done = time.monotonic(), _is_done(job)
+        if not done:
+            pretrain_and_evaluate(job)
     except command.Stop as stop:
         code, line = stop.code, str(stop)
     except KeyboardInterrupt:
@@ -86,7 +88,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
             with contextlib.suppress(OSError):  # the log may be on a full disk
                 traceback.print_exc()
             code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]
-    if code != command.EXIT_PREEMPTED:
+    if code != command.EXIT_PREEMPTED and not done:
         try:
             write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)
         except (OSError, Outage) as error:
@@ -100,6 +102,12 @@ def work(job: Job, environment: dict[str, str]) -> None:
     sys.exit(code)
 
 
+def _is_done(job: Job) -> bool:
+    """Whether the worker whose turn it was before has finished the run."""
+    recorded = outcome_of(job.workdir)
+    return recorded is not None and recorded["exit_code"] == 0
+
+
 def pretrain_and_evaluate(job: Job) -> None:
     """Pretrains, exports and evaluates a run; skips the parts that are done already."""
     config, report = parsed(job.arguments), job.workdir / RESULT
@@ -108,8 +116,7 @@ def pretrain_and_evaluate(job: Job) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
-    recorded = outcome_of(job.workdir)  # by the worker whose turn it was before
-    if not (recorded and recorded["exit_code"] == 0) and not is_complete(report / JSON):
+    if not is_complete(report / JSON):
         if job.weights:
             LOG.info("using the weights of %s", job.weights)
             write_config(config, job.workdir)

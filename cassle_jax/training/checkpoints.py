@@ -32,6 +32,7 @@ from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
+WRITING_SECONDS = 30.0
 
 LOG = logging.getLogger(__name__)
 
@@ -77,10 +78,17 @@ class Checkpoints:
             self._open()
 
     def take_over(self) -> None:
-        """Has this process save alone from now on: the others wait for its next step, forever."""
+        """Saves from this process from now on; the others wait for its next step."""
         if not self._leads:
+            self._await_writers()
             self._leads = True
             self._open()
+
+    def _await_writers(self) -> None:
+        """Waits, for a time, while the first process writes: opening deletes incomplete saves."""
+        until = time.monotonic() + WRITING_SECONDS
+        while any(self._folder.glob("*.orbax-checkpoint-tmp*")) and time.monotonic() < until:
+            time.sleep(0.1)
 
     def _open(self) -> None:
         """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
@@ -237,8 +245,12 @@ class Checkpoints:
             self._quiet.close()  # writes of a failed save may end later
 
     def newest(self) -> int | None:
-        """The newest complete checkpoint's step, or `None`; all processes must call this."""
-        return first_says(self._newest() if self._leads else None)
+        """The newest complete checkpoint's step, or `None`.
+
+        All processes must call this; one that took over calls it alone.
+        """
+        newest = self._newest() if self._leads else None
+        return newest if self._leads and not self._is_first else first_says(newest)
 
     def _newest(self) -> int | None:
         complete = (each for each in self._manager.all_steps() if each != self._saving)

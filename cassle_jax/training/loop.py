@@ -176,13 +176,14 @@ class _Loop:
         has no state to save: its last step waits for theirs.
         """
         if jax.process_count() > 1:
-            until = time.monotonic() + STOPPING_SAVE_SECONDS
+            seconds = STOPPING_SAVE_SECONDS if hurry.is_set() else LAST_SAVE_SECONDS
+            until = time.monotonic() + seconds
             while not self.state.step.is_ready() and time.monotonic() < until:
                 time.sleep(0.1)
             if not self.state.step.is_ready():
                 return
         if not is_first_to("save"):
-            time.sleep(2 * STOPPING_SAVE_SECONDS)
+            time.sleep(LAST_SAVE_SECONDS)  # the first one ends this process
             return
         try:
             self.checkpoints.take_over()

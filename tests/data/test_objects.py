@@ -118,8 +118,8 @@ def test_what_its_images_show_is_read_and_followed(rendered):
     found = {
         each.metric: each.value for each in protocol.run(bench, settings) if isinstance(each, Score)
     }
-    read = {name: found[f"R² of the change: {name}"] for name in data.test.changing}
-    assert min(read["floor hue"], read["light hue"], found["R² of the change: mean, colour"]) > 0.9
+    read = {name: found[f"{name}: R² of the change"] for name in data.test.changing}
+    assert min(read["floor hue"], read["light hue"], found["mean, colour: R² of the change"]) > 0.9
     assert max(read["rotation"], read["light phi"]) < 0.5
     # By direction alone, two numbers do not single a view out.
     assert found[f"MRR, {RIGHT}"] > found["MRR, chance"] + 0.15

@@ -108,11 +108,13 @@ def test_the_findings_are_by_factor_and_by_group():
     )
     findings = result.findings("drawn", groups)
     read = {
-        each.metric.removeprefix("R² of the change: "): each.value
+        each.metric.removesuffix(": R² of the change"): each.value
         for each in findings
-        if isinstance(each, Score) and each.metric.startswith("R²")
+        if isinstance(each, Score) and each.metric.endswith("R² of the change")
     }
-    assert read == pytest.approx({"mean, form": 0.3, "place": 0.5, "hue": 0.2, "pose": 0.1})
+    assert read == pytest.approx(
+        {"mean, form": 0.3, "mean, colour": 0.2, "place": 0.5, "hue": 0.2, "pose": 0.1}
+    )
     charts = [each for each in findings if isinstance(each, Chart)]
     assert [list(each.series) for each in charts] == [["features"], [RIGHT, WRONG, CHANCE]]
     assert all(each.is_bars for each in charts)
