@@ -7,9 +7,10 @@ in another at each call of the other, which takes milliseconds: most of the inpu
 import inspect
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 _wrap = jaxtyping.jaxtyped
+_check_types = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def install() -> None:
@@ -26,7 +27,7 @@ def _jaxtyped(*, typechecker):
     def decorate(function):
         if inspect.isclass(function) or _has_shapes(function):
             return _wrap(function, typechecker=typechecker)
-        return function if "<locals>" in function.__qualname__ else beartype(function)
+        return function if "<locals>" in function.__qualname__ else _check_types(function)
 
     return decorate
 

@@ -61,4 +61,3 @@ def test_a_row_of_it_runs_at_toy_size(name, tasks, tmp_path, monkeypatch):
     assert set(tasks) <= {finding.task for finding in findings}
     wanted = {"run": str(tmp_path), "to": str(tmp_path / EXPORTED), "formats": table.export}
     assert exports == ([wanted] if table.export else [])
-    assert not (tmp_path / "checkpoints").exists()
