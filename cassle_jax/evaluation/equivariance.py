@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.transform import Rotation
-from sklearn.metrics import r2_score
 from threadpoolctl import threadpool_limits
 
 from cassle_jax.checks import check_at_least
@@ -150,6 +149,8 @@ def equivariance(
     Raises:
       ValueError: a part has no two views of an object.
     """
+    from sklearn.metrics import r2_score  # commands start faster without scikit-learn
+
     centre, scale = train.features.mean(axis=0), train.features.std(axis=0)
     scale = np.where(scale > 0, scale, 1)
     parts = [

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.kernel_ridge import KernelRidge
 
 PENALTIES = tuple(np.logspace(2, -5, 8))
 
@@ -72,6 +71,8 @@ def _kernel(first: Rows, second: Rows) -> Rows:
 
 def _predictor(kernel: Rows, targets: Targets, penalty: float) -> Callable[[Rows], dict[str, Rows]]:
     """A ridge regression, as a function of the kernel between other rows and the fitted ones."""
+    from sklearn.kernel_ridge import KernelRidge  # commands start faster without scikit-learn
+
     together = np.concatenate(list(targets.values()), axis=1)
     ends = np.cumsum([each.shape[1] for each in targets.values()])[:-1]
     mean = together.mean(axis=0)
