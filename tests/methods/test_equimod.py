@@ -15,6 +15,7 @@ from cassle_jax.methods.build import build_networks
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from cassle_jax.training.run import build_run
 from tests.methods.one_device import BATCH, PIXELS, PLAIN, compiled, random_views, training
+from tests.methods.reference import cosines, naive_nt_xent
 from tests.tiny import TinyEncoder, tiny_config
 
 EQUIMOD = EquiMod(weight=0.5, descriptors=("crop", "flip"), temperature=0.2, hidden=8, out=6)
@@ -42,22 +43,6 @@ def predictor(params, plain, omega):
     return batch_norm(linear(params["projector"], np.hstack([plain, embedded]), 0))
 
 
-def cosines(first, second):
-    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second))
-    return first @ second.T
-
-
-def nt_xent(first, second, temperature):
-    """Equation 3 of the paper, term by term."""
-    both = np.concatenate([first, second])
-    similarity = np.exp(cosines(both, both) / temperature)
-    n, terms = len(first), []
-    for i in range(2 * n):
-        others = sum(similarity[i, k] for k in range(2 * n) if k != i)
-        terms.append(-np.log(similarity[i, (i + n) % (2 * n)] / others))
-    return np.mean(terms)
-
-
 def expected(params, plain, views, omegas):
     """Loss, cosine and gain on features of the unaugmented images and of the views seen."""
     n = len(plain)
@@ -65,7 +50,7 @@ def expected(params, plain, views, omegas):
     plain, views = np.tile(rows[:n], (len(views), 1)), rows[n:]
     predicted = predictor(params["equimod_predictor"], plain, np.concatenate(omegas))
     cosine, without = (np.diag(cosines(views, each)).mean() for each in (predicted, plain))
-    return nt_xent(views, predicted, EQUIMOD.temperature), cosine, cosine - without
+    return naive_nt_xent(views, predicted, EQUIMOD.temperature), cosine, cosine - without
 
 
 def random_features(seed, views=(0, 1)):

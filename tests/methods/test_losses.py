@@ -9,10 +9,13 @@ import pytest
 
 from cassle_jax.methods import SimCLR, losses
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
+from tests.methods import reference
 
 BATCH, WIDTH, QUEUE = 8, 3, 5
 TEMPERATURE = 0.3
 DEVICES = 4
+
+naive_nt_xent = partial(reference.naive_nt_xent, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +29,6 @@ def embeddings():
 
 def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
-
-
-def naive_nt_xent(first, second):
-    """SimCLR's equation 1: every embedding finds its partner among all but itself."""
-    rows = np.concatenate([first, second]).astype(np.float64)
-    count, total = len(rows), 0.0
-    for i in range(count):
-        others = [np.exp(cosine(rows[i], rows[k]) / TEMPERATURE) for k in range(count) if k != i]
-        partner = (i + count // 2) % count
-        total -= np.log(np.exp(cosine(rows[i], rows[partner]) / TEMPERATURE) / sum(others))
-    return total / count
 
 
 def naive_info_nce(queries, keys, queue):

@@ -13,6 +13,7 @@ from cassle_jax.methods import STL, Features, SimCLR
 from cassle_jax.methods.build import build_networks
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
 from tests.methods.one_device import BATCH, PLAIN, compiled, random_views, training
+from tests.methods.reference import cosines, naive_nt_xent
 from tests.tiny import TinyEncoder
 
 STL_TINY = STL(weight=0.5, transformation_weight=0.3, hidden=8, out=6, code=5)
@@ -37,22 +38,6 @@ def moved(params, y, codes):
     return np.array([row @ matrix for row, matrix in zip(y, matrices, strict=True)])
 
 
-def cosines(first, second):
-    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (first, second))
-    return first @ second.T
-
-
-def contrast(first, second, temperature=0.2):
-    """Equation 1 of SimCLR, term by term."""
-    both = np.concatenate([first, second])
-    similarity = np.exp(cosines(both, both) / temperature)
-    n, terms = len(first), []
-    for i in range(2 * n):
-        others = sum(similarity[i, k] for k in range(2 * n) if k != i)
-        terms.append(-np.log(similarity[i, (i + n) % (2 * n)] / others))
-    return np.mean(terms)
-
-
 def expected(params, first, second):
     """Equivariance, transformation, cosine and gain, image by image and partner by partner."""
     codes_12 = mlp(params["stl_code"], np.hstack([first, second]))
@@ -69,6 +54,7 @@ def expected(params, first, second):
         for k in (0, 1)
     )
     cosine, without = np.diag(cosines(z, found)).mean(), np.diag(cosines(z_1, z_2)).mean()
+    contrast = partial(naive_nt_xent, temperature=0.2)
     return contrast(z, found), contrast(even, odd), cosine, cosine - without
 
 
