@@ -193,8 +193,8 @@ def test_a_command_without_its_extra_names_it(command, tmp_path):
     ("command", "further"),
     [
         ("pretrain", {"matplotlib", "scipy", "submitit"}),
-        ("evaluate", {"submitit"}),
-        ("tables", set()),
+        ("evaluate", {"scipy", "submitit"}),
+        ("tables", {"scipy"}),
     ],
 )
 def test_a_command_starts_without_what_it_needs_later_or_never(command, further, tmp_path):

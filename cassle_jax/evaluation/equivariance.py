@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.spatial.transform import Rotation
 from threadpoolctl import threadpool_limits
 
 from cassle_jax.checks import check_at_least
@@ -21,6 +20,7 @@ from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import DRAWN, OBJECTS, Protocol
 from cassle_jax.evaluation.settings import Seeded, setting
+from cassle_jax.evaluation.spectrum import unit_rows
 from cassle_jax.solvers.quadratic import fit_quadratic
 
 VIEWS = 16
@@ -232,6 +232,8 @@ def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, 
 def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
     """The change in a factor from the first view to the second one, as `equivariance` says."""
     if kind == "rotation":
+        from scipy.spatial.transform import Rotation  # commands start faster without SciPy
+
         turns = [Rotation.from_euler("xyz", each) for each in (first, second)]
         return (turns[0].inv() * turns[1]).as_quat()
     if kind == "angle":
@@ -247,7 +249,7 @@ def _retrieved(views: Views, pairs: _Pairs, predicted: Rows) -> Float[np.ndarray
     objects = views.objects[pairs.rows[:, 0]]
     for each in np.unique(objects):
         rows, own = np.flatnonzero(views.objects == each), np.flatnonzero(objects == each)
-        cosines = _directions(predicted[own]) @ _directions(views.features[rows]).T
+        cosines = unit_rows(predicted[own]) @ unit_rows(views.features[rows]).T
         right = np.searchsorted(rows, pairs.rows[own, 1])
         ahead = cosines - np.take_along_axis(cosines, right[:, None], axis=1)
         better, equal = np.sum(ahead > _EQUAL, axis=1), np.sum(np.abs(ahead) <= _EQUAL, axis=1)
@@ -268,12 +270,6 @@ def retrieval(
     mean = (harmonic[better + equal] - harmonic[better]) / equal
     hits = [np.clip(most - better, 0, equal) / equal for most in (1, 5)]
     return np.stack([mean, *hits], axis=1)
-
-
-def _directions(rows: Rows) -> Rows:
-    """Rows of length 1; rows of zeros as they are."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1)
 
 
 def _in_views(part: Source, images: int, most_views: int | None) -> ObjectSource:

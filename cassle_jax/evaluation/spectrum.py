@@ -215,8 +215,8 @@ def alignment_and_uniformity(
     """
     if len(features_1) < 2:
         raise ValueError(f"uniformity compares different images; {len(features_1)} row is too few")
-    first = _normalised(_finite(features_1, "features_1"))
-    second = _normalised(_finite(features_2, "features_2"))
+    first = unit_rows(_finite(features_1, "features_1"))
+    second = unit_rows(_finite(features_2, "features_2"))
     alignment = np.mean(np.sum((first - second) ** 2, axis=1))
     return float(alignment), (_uniformity(first) + _uniformity(second)) / 2
 
@@ -261,7 +261,8 @@ def _finite(features: Array | np.ndarray, name: str) -> np.ndarray:
     return matrix
 
 
-def _normalised(matrix: np.ndarray) -> np.ndarray:
+def unit_rows(matrix: np.ndarray) -> np.ndarray:
+    """Rows of length 1; rows of zeros as they are."""
     norm = np.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / np.where(norm == 0, 1, norm)
 
