@@ -146,7 +146,7 @@ def shades_of(rows: Sequence[Row], pairing: Pairing) -> list[dict[str, float]]:
 
 
 def _main(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Of every dataset the first metric in which there is a better, and those of its kind."""
+    """The first metric per dataset that says which value is better, and the others of its kind."""
     kinds: dict[str, str] = {}
     chosen = []
     for row in rows:
