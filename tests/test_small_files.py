@@ -370,11 +370,15 @@ def test_the_worker_of_a_table_waits_for_that_of_a_killed_one(tmp_path):
     assert RunRecord(tmp_path).state == FINISHED and not (tmp_path / "checkpoints").exists()
 
 
-def test_what_a_worker_has_recorded_as_done_is_not_done_again(tmp_path, monkeypatch):
-    write_outcome(tmp_path, 0, "")
-    monkeypatch.setattr(worker, "pretrain_command", lambda *_: pytest.fail("it runs again"))
-    arguments = (f"--config={CONFIG}:method=simclr",)
-    worker.pretrain_and_evaluate(worker.Job("a", arguments, tmp_path, Evaluation(), False))
+def test_what_a_worker_has_recorded_as_done_is_not_done_again(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    write_outcome(tmp_path, 0, "", seconds=7.0)
+    job = worker.Job("a", (), tmp_path, Evaluation(), keep_weights=False)
+    process = multiprocessing.get_context("spawn").Process(target=_worked, args=(job,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and not (tmp_path / "ran").exists()
+    assert outcome_of(tmp_path)["seconds"] == 7 and not (tmp_path / "checkpoints").exists()
 
 
 def test_files_that_cannot_be_locked_are_used_all_the_same(tmp_path, monkeypatch):
