@@ -37,6 +37,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "vit_small": partial(VisionTransformer, width=384, depth=12, heads=12),
     "vit_base": partial(VisionTransformer, width=768, depth=12, heads=12),
     "vit_large": partial(VisionTransformer, width=1024, depth=24, heads=16),
+    "vit_huge": partial(VisionTransformer, width=1280, depth=32, heads=16),
+    "vit_giant": partial(VisionTransformer, width=1536, depth=40, heads=24),
 }
 
 
@@ -47,6 +49,9 @@ def make_encoder(
     small_images: bool = False,
     patch_size: int = 16,
     heads: int = 0,
+    registers: int = 0,
+    layer_scale: float = 0.0,
+    swiglu: bool = False,
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
     remat: bool = False,
@@ -61,6 +66,9 @@ def make_encoder(
         small_images: gives a ResNet a stem for images of about 32 pixels.
         patch_size: side of a Vision Transformer's patch, in pixels.
         heads: attention heads of a Vision Transformer; 0 for the architecture's own.
+        registers: further learnt tokens of a Vision Transformer.
+        layer_scale: initial layer scale of a Vision Transformer; 0 for none.
+        swiglu: gives a Vision Transformer gated feed-forward networks.
         dtype: dtype the layers compute in.
         axis_name: mapped axis over which a ResNet's BatchNorm is synchronised.
         remat: recompute activations in the backward pass instead of storing them.
@@ -77,8 +85,13 @@ def make_encoder(
     if width:
         settings["width"] = width
     vit = name.startswith("vit")
-    if heads and not vit:
-        raise ConfigError(f"encoder.heads={heads} does not go with encoder.name={name!r}; use 0")
+    of_vit = {"heads": heads, "registers": registers, "layer_scale": layer_scale, "swiglu": swiglu}
+    for setting, value in of_vit.items():
+        if value and not vit:
+            raise ConfigError(
+                f"encoder.{setting}={value} does not go with encoder.name={name!r}; "
+                f"use {type(value)()}"
+            )
     if small_images and (vit or name.startswith("convnext")):
         instead = "encoder.patch_size=4" if vit else "a ResNet"
         raise ConfigError(
@@ -89,8 +102,7 @@ def make_encoder(
         return ENCODERS[name](**settings)
     if not vit:
         return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
-    if heads:
-        settings["heads"] = heads
+    settings |= {setting: value for setting, value in of_vit.items() if value}
     return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
 
 

@@ -1,4 +1,4 @@
-"""The Vision Transformer of MoCo-v3, with timm's layout and names."""
+"""The Vision Transformer of MoCo-v3, with timm's layout and names, and the options of DINOv2's."""
 
 import math
 from functools import partial
@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
@@ -40,12 +41,22 @@ def sin_cos_positions(side: int, width: int) -> Float32[Array, "patches {width}"
 
 
 def resize_positions(
-    positions: Float32[Array, "1 positions channels"], height: int, width: int
+    positions: Float32[Array, "1 positions channels"],
+    height: int,
+    width: int,
+    offset: float | None = None,
 ) -> Float32[Array, "1 {height*width+1} channels"]:
     """Resizes a square grid's positions, the class token's first, to a height×width grid.
 
-    They are interpolated bicubically, antialiased where the grid shrinks, as in timm; the class
-    token's position is unchanged.
+    They are interpolated bicubically; the class token's position is unchanged.
+
+    Args:
+        positions: the positions.
+        height: rows of the new grid.
+        width: its columns.
+        offset: `None` for timm's interpolation, which antialiases where the grid shrinks; a number
+            for PyTorch's, which does not, to a grid that much larger, as DINOv2's first models have
+            it (0.1).
 
     Raises:
         ValueError: if the given positions are not those of a square grid.
@@ -60,8 +71,28 @@ def resize_positions(
     if (height, width) == (side, side):
         return positions
     grid = positions[:, 1:].reshape(1, side, side, -1)
-    grid = jax.image.resize(grid, (1, height, width, grid.shape[-1]), "cubic")
+    if offset is None:
+        grid = jax.image.resize(grid, (1, height, width, grid.shape[-1]), "cubic")
+    else:
+        rows, columns = (_bicubic(side, size, offset) for size in (height, width))
+        grid = jnp.einsum("yr,xc,brcd->byxd", rows, columns, grid, precision="highest")
     return jnp.concatenate([positions[:, :1], grid.reshape(1, height * width, -1)], axis=1)
+
+
+def _bicubic(side: int, size: int, offset: float) -> Float32[np.ndarray, "size side"]:
+    """The weights of a line's `side` values in each of `size` ones, as PyTorch interpolates.
+
+    Its cubic has the parameter −3/4. Beyond the ends, the values of the ends go on.
+    """
+    places = (np.arange(size) + 0.5) * side / (size + offset) - 0.5
+    near = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)
+    d = np.abs(places[:, None] - near)
+    inner = (1.25 * d - 2.25) * d**2 + 1
+    outer = ((-0.75 * d + 3.75) * d - 6) * d + 3
+    weights = np.zeros((size, side), np.float32)
+    rows = np.broadcast_to(np.arange(size)[:, None], near.shape)
+    np.add.at(weights, (rows, near.clip(0, side - 1)), np.where(d <= 1, inner, outer))
+    return weights
 
 
 class PatchEmbedding(nn.Module):
@@ -109,26 +140,63 @@ class Attention(nn.Module):
         return linear(width, kernel_init=xavier_uniform, name="proj")(attended.reshape(x.shape))
 
 
+def swiglu_width(width: int) -> int:
+    """Width of each half of a gated feed-forward network on tokens of `width`."""
+    return -(-int(MLP_RATIO * width * 2 / 3) // 8) * 8
+
+
 class FeedForward(nn.Module):
-    """Linear → GELU (exact) → Linear on each token, four times as wide in between."""
+    """Linear → GELU (exact) → Linear on each token, four times as wide in between.
+
+    With `swiglu`, the first layer's two halves are a and b, and SiLU(a)·b enters the last one. Each
+    is 8/3 times as wide as a token, rounded up to a multiple of 8.
+    """
 
     dtype: DTypeLike
+    swiglu: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Maps each token separately."""
         width = x.shape[-1]
         linear = partial(nn.Dense, dtype=self.dtype, kernel_init=xavier_uniform)
+        if self.swiglu:
+            a, b = jnp.split(linear(2 * swiglu_width(width), name="fc1")(x), 2, axis=-1)
+            return linear(width, name="fc2")(jax.nn.silu(a) * b)
         y = linear(MLP_RATIO * width, name="fc1")(x)
         return linear(width, name="fc2")(jax.nn.gelu(y, approximate=False))
 
 
+class LayerScale(nn.Module):
+    """A factor of each channel, `gamma`, which begins as `initial`; as it is where that is 0."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        """Scales each token."""
+        if not self.initial:
+            return x
+        initial = nn.initializers.constant(self.initial)
+        return x * self.param("gamma", initial, (x.shape[-1],), jnp.float32)
+
+
 class Block(nn.Module):
-    """Attention and a feed-forward network, each with a LayerNorm before and a shortcut around."""
+    """Attention and a feed-forward network, each with a LayerNorm before and a shortcut around.
+
+    Attributes:
+        heads: number of attention heads.
+        dtype: dtype the matrix products compute in.
+        flash: see `attend`.
+        layer_scale: initial value of the factors of what is added to the shortcut; 0 for none.
+        swiglu: see `FeedForward`.
+    """
 
     heads: int
     dtype: DTypeLike
     flash: bool = True
+    layer_scale: float = 0.0
+    swiglu: bool = False
 
     @nn.compact
     def __call__(
@@ -136,9 +204,11 @@ class Block(nn.Module):
     ) -> Float32[Array, "batch tokens width"]:
         """Maps `x`; the sums stay in float32, as under PyTorch's mixed precision."""
         norm = partial(layer_norm, dtype=self.dtype)
+        scale = partial(LayerScale, self.layer_scale)
         attention = Attention(self.heads, self.dtype, self.flash, name="attn")
-        x = x + attention(norm(name="norm1")(x))
-        return x + FeedForward(self.dtype, name="mlp")(norm(name="norm2")(x))
+        x = x + scale(name="ls1")(attention(norm(name="norm1")(x)))
+        feed_forward = FeedForward(self.dtype, self.swiglu, name="mlp")
+        return x + scale(name="ls2")(feed_forward(norm(name="norm2")(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -149,7 +219,7 @@ class VisionTransformer(nn.Module):
     included. The module sows the outputs that evaluation reads in the collection `intermediates`,
     at no cost unless the caller makes it mutable: `stem` (the patches as they enter the blocks),
     `layer1` … `layer4` (the patches after each quarter of the blocks, rounded up), both as feature
-    maps without the class token, and `features`.
+    maps without the other tokens, and `features`.
 
     Attributes:
         width: width of the tokens and features, a multiple of 4 and of `heads`.
@@ -160,11 +230,16 @@ class VisionTransformer(nn.Module):
             and the sums along the blocks are float32.
         remat: recompute each block's activations in the backward pass instead of storing them.
         flash_attention: use cuDNN's flash attention where the devices have it, see `attend`.
+        registers: number of further learnt tokens, without positions, as DINOv2 has them.
+        layer_scale: initial value of a factor of each block's every output; 0 for no such factors.
+        swiglu: gated feed-forward networks, see `FeedForward`.
+        position_offset: how positions are interpolated, see `resize_positions`.
         frozen_parameters: names, at the top level of the parameters, that are never trained.
 
     References:
         Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021,
-        section 4 and appendix. Dosovitskiy et al., An Image is Worth 16x16 Words, 2021.
+        section 4 and appendix. Dosovitskiy et al., An Image is Worth 16x16 Words, 2021. Oquab et
+        al., DINOv2, 2023. Darcet et al., Vision Transformers Need Registers, 2024.
     """
 
     width: int
@@ -174,6 +249,10 @@ class VisionTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     flash_attention: bool = True
+    registers: int = 0
+    layer_scale: float = 0.0
+    swiglu: bool = False
+    position_offset: float | None = None
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed")
 
@@ -182,6 +261,8 @@ class VisionTransformer(nn.Module):
         check_at_least("encoder.depth", self.depth, 1)
         check_at_least("encoder.heads", self.heads, 1)
         check_at_least("encoder.patch_size", self.patch_size, 1)
+        check_at_least("encoder.registers", self.registers, 0)
+        check_at_least("encoder.layer_scale", self.layer_scale, 0)
         if self.width % 4:
             raise ConfigError(
                 f"encoder.width={self.width} is not a multiple of 4, as sin-cos positions need; "
@@ -234,11 +315,18 @@ class VisionTransformer(nn.Module):
         x, grid = self._tokens(images)
         self.sow("intermediates", "stem", _feature_map(x, grid))
 
-        block = nn.remat(Block) if self.remat else Block
+        block = partial(
+            nn.remat(Block) if self.remat else Block,
+            self.heads,
+            self.dtype,
+            self.flash_attention,
+            self.layer_scale,
+            self.swiglu,
+        )
         ends = [math.ceil(stage * self.depth / STAGES) for stage in range(STAGES + 1)]
         for stage in range(STAGES):
             for index in range(ends[stage], ends[stage + 1]):
-                x = block(self.heads, self.dtype, self.flash_attention, name=f"blocks_{index}")(x)
+                x = block(name=f"blocks_{index}")(x)
             self.sow("intermediates", f"layer{stage + 1}", _feature_map(x, grid))
 
         features = layer_norm(name="norm")(x[:, 0])
@@ -246,23 +334,27 @@ class VisionTransformer(nn.Module):
         return features
 
     def _tokens(self, images):
-        """Class token and patches with their positions, and the grid's height and width."""
+        """Class token, registers and patches, and the grid's height and width."""
         for size in images.shape[1:3]:
             self.check_image_size(size)
         patches = PatchEmbedding(self.width, self.patch_size, self.dtype, name="patch_embed")(
             images
         )
         batch, *grid, width = patches.shape
-        token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, width), jnp.float32)
-        tokens = jnp.concatenate(
-            [
-                jnp.broadcast_to(token, (batch, 1, width)),
-                patches.reshape(batch, -1, width).astype(jnp.float32),
-            ],
-            axis=1,
-        )
+        patches = patches.reshape(batch, -1, width).astype(jnp.float32)
+        tokens = jnp.concatenate([self._learnt("cls_token", 1, batch), patches], axis=1)
         positions = jax.lax.stop_gradient(self._stored_positions(*grid))
-        return tokens + resize_positions(positions, *grid), grid
+        tokens += resize_positions(positions, *grid, self.position_offset)
+        if self.registers:
+            registers = self._learnt("reg_token", self.registers, batch)
+            tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
+        return tokens, grid
+
+    def _learnt(self, name, count, batch):
+        """Tokens that are parameters, the same for each image."""
+        shape = (1, count, self.width)
+        tokens = self.param(name, nn.initializers.normal(1e-6), shape, jnp.float32)
+        return jnp.broadcast_to(tokens, (batch, *shape[1:]))
 
     def _stored_positions(self, height, width):
         # `param` would refuse positions of another grid than the images'.
@@ -279,4 +371,4 @@ class VisionTransformer(nn.Module):
 
 def _feature_map(tokens, grid):
     """The patches' tokens, arranged as in the image."""
-    return tokens[:, 1:].reshape(len(tokens), *grid, -1)
+    return tokens[:, -math.prod(grid) :].reshape(len(tokens), *grid, -1)

@@ -280,6 +280,8 @@ def test_positions_start_from_square_images():
         ({"depth": 0}, r"encoder\.depth=0 must be at least 1"),
         ({"heads": 0}, r"encoder\.heads=0 must be at least 1"),
         ({"patch_size": 0}, r"encoder\.patch_size=0 must be at least 1"),
+        ({"registers": -1}, r"encoder\.registers=-1 must be at least 0"),
+        ({"layer_scale": -1e-5}, r"encoder\.layer_scale=-1e-05 must be at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -292,3 +294,43 @@ def test_a_vit_may_have_other_heads_than_the_default():
     assert make_encoder("vit_small", heads=6).heads == 6
     with pytest.raises(ConfigError, match=r"encoder\.heads=7 does not divide encoder\.width=384"):
         make_encoder("vit_small", heads=7)
+
+
+def test_dinov2s_options_add_parameters_and_change_no_others(tiny, images):
+    encoder = TINY(registers=2, layer_scale=0.5, swiglu=True)
+    init = jax.jit(lambda x: encoder.init(jax.random.key(0), x, True))
+    params = traverse_util.flatten_dict(init(images)["params"], sep="/")
+    plain = traverse_util.flatten_dict(tiny["params"], sep="/")
+    scales = {f"blocks_{block}/ls{n}/gamma" for block in range(3) for n in (1, 2)}
+    assert params.keys() - plain.keys() == scales | {"reg_token"}
+    assert plain.keys() < params.keys()
+    for name in scales:
+        np.testing.assert_array_equal(params[name], np.full(16, 0.5))
+    assert params["reg_token"].shape == (1, 2, 16)
+    # Two halves of 48, 8/3 of 16 rounded up to a multiple of 8.
+    assert params["blocks_0/mlp/fc1/kernel"].shape == (16, 96)
+    assert params["blocks_0/mlp/fc2/kernel"].shape == (48, 16)
+    for name in plain.keys() - {name for name in plain if "/mlp/" in name}:
+        np.testing.assert_array_equal(params[name], plain[name])
+
+
+def test_maps_of_the_patches_hold_no_register(tiny, images):
+    """Registers that nothing attends to leave the first maps as they are."""
+    params = tiny["params"] | {"reg_token": jnp.full((1, 2, 16), 7.0)}
+    _, seen = TINY(registers=2).apply({"params": params}, images, False, mutable=["intermediates"])
+    _, plain = TINY().apply(tiny, images, False, mutable=["intermediates"])
+    stem, expected = (each["intermediates"]["stem"][0] for each in (seen, plain))
+    np.testing.assert_array_equal(stem, expected)
+    assert seen["intermediates"]["layer4"][0].shape == (3, 4, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "use"),
+    [("registers", 4, "0"), ("layer_scale", 1e-5, "0.0"), ("swiglu", True, "False")],
+)
+def test_dinov2s_options_are_for_vits(setting, value, use):
+    with pytest.raises(ConfigError) as error:
+        make_encoder("resnet18", **{setting: value})
+    assert str(error.value) == (
+        f"encoder.{setting}={value} does not go with encoder.name='resnet18'; use {use}"
+    )
