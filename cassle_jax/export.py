@@ -61,6 +61,8 @@ def export_command(
     try:
         if run:
             read = read_run(run, network=network, step=step).in_pytorch()
+            if read.ignored:
+                LOG.warning("left out: %s", ", ".join(read.ignored))
         else:
             read = load_weights(weights, heads)
             read = dataclasses.replace(read, card=file_card(Path(path_of(weights)), read.card))
@@ -77,9 +79,7 @@ def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
       WeightsError: an encoder that is not known, a format it cannot be written in, or a folder that
         cannot be written or has files of another export.
     """
-    if weights.ignored:
-        LOG.warning("left out: %s", ", ".join(weights.ignored))
-    architecture = architecture_of(weights.encoder, weights.heads)
+    architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)
     card = with_encoder(weights.card, architecture, [*weights.networks])

@@ -74,7 +74,7 @@ def _of_run(name: str, weights: Weights | RunWeights) -> Subject:
 
 
 def _of_encoder(name: str, weights: Weights) -> Subject:
-    architecture = architecture_of(weights.encoder, weights.heads)
+    architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     networks = Networks({"encoder": partial(architecture.encoder, AXIS)})
     given = weights.card.get("input", {})
     size = getattr(architecture, "image_size", None) or given.get("size", IMAGE_SIZE)

@@ -69,10 +69,10 @@ class Subject:
 
     def _digest(self, counts: Callable[[str], bool], described: str = "") -> str:
         digest = hashlib.blake2b(described.encode(), digest_size=8)
-        # A ViT's arrays do not depend on its number of heads; its features do.
-        heads = getattr(self.networks.factories["encoder"](), "heads", None)
-        if heads is not None:
-            digest.update(f"heads={heads}".encode())
+        encoder = self.networks.factories["encoder"]()
+        for setting in ("heads", "position_offset"):  # its arrays do not depend on a ViT's
+            if (value := getattr(encoder, setting, None)) is not None:
+                digest.update(f"{setting}={value}".encode())
         for collection in ("params", "batch_stats"):
             networks = self.variables.get(collection, {})
             counted = {name: tree for name, tree in networks.items() if counts(name)}

@@ -9,14 +9,33 @@ import jax
 import jax.numpy as jnp
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import is_convnext, is_vit
+from cassle_jax.interop.naming import has_swiglu, is_convnext, is_vit
 from cassle_jax.interop.pytorch import State, check_encoder
 from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
-from cassle_jax.models.vit import VisionTransformer
+from cassle_jax.models.vit import VisionTransformer, swiglu_width
 
-VIT_HEADS = {768: 12, 1024: 16}  # by width, where every project has the same number
-VIT_NAMES = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}  # by width
+# By width, where every project has the same number; the second ones are of ViTs with layer scale.
+VIT_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 24}
+SCALED_VIT_HEADS = {384: 6, **VIT_HEADS}
+VIT_NAMES = {  # by width
+    192: "vit_tiny",
+    384: "vit_small",
+    768: "vit_base",
+    1024: "vit_large",
+    1280: "vit_huge",
+    1536: "vit_giant",
+}
+# What ViTs of others have in addition, by a pattern of its arrays.
+UNKNOWN_OF_VITS = {
+    r"rope|storage_tokens": "rotary position embeddings, as DINOv3 has",
+    r".*\.gamma_[12]": "a layer scale that is not called ls1.gamma, as BEiT's",
+    r"dist_token": "a distillation token, as DeiT has",
+    r"norm_pre\.": "a LayerNorm before the blocks, as CLIP has",
+    r"fc_norm\.": "a mean of patches as features (fc_norm)",
+    r".*\.[qk]_norm\.": "normalised queries and keys",
+    r".*(rel_pos|relative_position)": "relative positions, as BEiT has",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +140,10 @@ class ViTArchitecture:
         patch_size: side of a patch, pixels.
         image_size: side of the images that its positions are made for, pixels.
         channels: channels of the images.
+        registers: number of register tokens.
+        layer_scale: whether each block's outputs are scaled.
+        swiglu: whether its feed-forward networks are gated.
+        position_offset: how its positions are interpolated, which arrays do not show either.
     """
 
     width: int
@@ -129,6 +152,10 @@ class ViTArchitecture:
     patch_size: int
     image_size: int
     channels: int
+    registers: int = 0
+    layer_scale: bool = False
+    swiglu: bool = False
+    position_offset: float | None = None
 
     @property
     def name(self) -> str:
@@ -143,7 +170,41 @@ class ViTArchitecture:
     def encoder(self, axis_name: str | None = None) -> VisionTransformer:
         """This project's module of the architecture, float32."""
         del axis_name  # it has no BatchNorm to synchronise
-        return VisionTransformer(self.width, self.depth, self.heads, self.patch_size)
+        return VisionTransformer(
+            self.width,
+            self.depth,
+            self.heads,
+            self.patch_size,
+            registers=self.registers,
+            layer_scale=float(self.layer_scale),
+            swiglu=self.swiglu,
+            position_offset=self.position_offset,
+        )
+
+    def check_torchvision(self) -> None:
+        """Raises WeightsError where torchvision has no such ViT."""
+        options = {"registers": self.registers, "layer scale": self.layer_scale}
+        lacks = [name for name, has in {**options, "SwiGLU": self.swiglu}.items() if has]
+        if lacks:
+            raise WeightsError(
+                f"torchvision's ViTs have no {', '.join(lacks)}; use the format timm or dinov2"
+            )
+
+    def dinov2_lines(self) -> list[str]:
+        """Lines of Python that build it with DINOv2's code as `model`."""
+        plain = self.position_offset is not None
+        return [
+            "model = DinoVisionTransformer(",
+            f"    img_size={self.image_size}, patch_size={self.patch_size}, "
+            f"in_chans={self.channels}, embed_dim={self.width},",
+            f"    depth={self.depth}, num_heads={self.heads}, "
+            f"init_values={1.0 if self.layer_scale else None}, block_chunks=0,",
+            f'    ffn_layer="{"swiglufused" if self.swiglu else "mlp"}", '
+            f"num_register_tokens={self.registers},",
+            f"    interpolate_antialias={not plain}, "
+            f"interpolate_offset={self.position_offset or 0.0},",
+            ")",
+        ]
 
     def torchvision_lines(self) -> list[str]:
         """Lines of Python that build it, without a classifier, as `model`."""
@@ -171,8 +232,17 @@ class ViTArchitecture:
             "patch_size": self.patch_size,
             "img_size": self.image_size,
         }
+        architecture = f"{self.name}_patch16_224"
+        if self.layer_scale:
+            arguments["init_values"] = 1e-5
+        if self.registers:
+            arguments |= {"reg_tokens": self.registers, "no_embed_class": True}
+        if self.swiglu:  # a class, which timm gives this model alone
+            architecture = "vit_giant_patch14_dinov2"
+            # timm rounds down the width of both halves.
+            arguments["mlp_ratio"] = (2 * swiglu_width(self.width) + 0.5) / self.width
         return {
-            "architecture": f"{self.name}_patch16_224",
+            "architecture": architecture,
             "global_pool": "token",
             "model_args": arguments | ({} if self.channels == 3 else {"in_chans": self.channels}),
             "pretrained_cfg": {
@@ -258,12 +328,15 @@ class ConvNeXtArchitecture:
 Architecture = ResNetArchitecture | ViTArchitecture | ConvNeXtArchitecture
 
 
-def architecture_of(state: State, heads: int | None = None) -> Architecture:
+def architecture_of(
+    state: State, heads: int | None = None, position_offset: float | None = None
+) -> Architecture:
     """The architecture of an encoder's state, in this project's names.
 
     Args:
         state: the arrays; only their names and a few shapes are read, see `check_arrays`.
         heads: number of a ViT's attention heads, which its arrays do not show; `None` if unknown.
+        position_offset: a ViT's, see `resize_positions`.
 
     Raises:
         WeightsError: this project lacks the architecture, or a ViT's number of heads is unknown.
@@ -271,7 +344,7 @@ def architecture_of(state: State, heads: int | None = None) -> Architecture:
     try:
         if is_convnext(state):
             return _convnext(state)
-        return _vit(state, heads) if is_vit(state) else _resnet(state)
+        return _vit(state, heads, position_offset) if is_vit(state) else _resnet(state)
     except (KeyError, ValueError, IndexError) as error:
         if isinstance(error, WeightsError):
             raise
@@ -311,10 +384,16 @@ def _resnet(state: State) -> ResNetArchitecture:
     raise WeightsError(f"a ResNet of {stages} blocks is not known here; known are {depths}")
 
 
-def _vit(state: State, heads: int | None) -> ViTArchitecture:
+def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTArchitecture:
+    for pattern, what in UNKNOWN_OF_VITS.items():
+        if any(re.match(pattern, name) for name in state):
+            raise WeightsError(f"its ViT has {what}; ViTs here have none")
+    if "pos_embed" not in state:
+        raise WeightsError("its ViT has no pos_embed; rotary position embeddings are not read")
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = VIT_HEADS.get(width) if heads is None else heads
+    scaled = "blocks.0.ls1.gamma" in state
+    heads = (SCALED_VIT_HEADS if scaled else VIT_HEADS).get(width) if heads is None else heads
     if heads is None:
         raise WeightsError(
             f"the arrays of a ViT of width {width} do not show its number of heads; "
@@ -323,7 +402,19 @@ def _vit(state: State, heads: int | None) -> ViTArchitecture:
     if heads < 1 or width % heads:
         raise WeightsError(f"heads={heads} does not divide the ViT's width of {width}")
     image_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
-    return ViTArchitecture(width, depth, heads, patch_size, image_size, channels)
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    return ViTArchitecture(
+        width,
+        depth,
+        heads,
+        patch_size,
+        image_size,
+        channels,
+        registers,
+        scaled,
+        has_swiglu(state),
+        position_offset,
+    )
 
 
 def _convnext(state: State) -> ConvNeXtArchitecture:

@@ -16,7 +16,7 @@ from cassle_jax.interop.architecture import (
     ViTArchitecture,
 )
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import to_detectron2, to_torchvision
+from cassle_jax.interop.naming import to_detectron2, to_dinov2, to_timm, to_torchvision
 from cassle_jax.interop.pytorch import State
 from cassle_jax.interop.torch_file import write_detectron2
 from cassle_jax.interop.weights import Weights
@@ -79,9 +79,13 @@ def _write_torchvision(weights: Weights, _: Architecture, card: Card, folder: Pa
 
 def _write_timm(weights: Weights, architecture: Architecture, card: Card, folder: Path) -> None:
     (folder / "timm").mkdir(exist_ok=True)
-    save_safetensors(weights.encoder, folder / "timm" / "model.safetensors", card)
+    save_safetensors(to_timm(weights.encoder), folder / "timm" / "model.safetensors", card)
     config = json.dumps(timm_config(architecture, card), indent=2)
     write_whole(folder / "timm" / "config.json", config)
+
+
+def _write_dinov2(weights: Weights, _: Architecture, card: Card, folder: Path) -> None:
+    save_safetensors(to_dinov2(weights.encoder), folder / "dinov2.safetensors", card)
 
 
 def _write_detectron2(weights: Weights, _: Architecture, card: Card, folder: Path) -> None:
@@ -107,6 +111,19 @@ def _check_timm(architecture: Architecture) -> None:
     architecture.timm_config()
 
 
+def _check_torchvision(architecture: Architecture) -> None:
+    if isinstance(architecture, ViTArchitecture):
+        architecture.check_torchvision()
+
+
+def _check_dinov2(architecture: Architecture) -> None:
+    if not isinstance(architecture, ViTArchitecture):
+        raise WeightsError(
+            f"DINOv2's format has names for ViTs only, not for {architecture.name}; use the format "
+            "torchvision or timm"
+        )
+
+
 def _check_detectron2(architecture: Architecture) -> None:
     if not isinstance(architecture, ResNetArchitecture):
         raise WeightsError(
@@ -122,6 +139,7 @@ def _check_detectron2(architecture: Architecture) -> None:
 
 
 def _check_torch(architecture: Architecture) -> None:
+    _check_torchvision(architecture)
     if isinstance(architecture, ViTArchitecture):
         usual = VIT_HEADS.get(architecture.width, architecture.heads)
         if architecture.heads != usual:
@@ -175,6 +193,17 @@ def _load_timm(*_) -> tuple[str, list[str]]:
     ]
 
 
+def _load_dinov2(architecture: ViTArchitecture, _: Card) -> tuple[str, list[str]]:
+    return "python", [
+        "from dinov2.models.vision_transformer import DinoVisionTransformer",
+        "from safetensors.torch import load_file",
+        "",
+        *architecture.dinov2_lines(),
+        "# All but mask_token, which features do not use.",
+        'model.load_state_dict(load_file("dinov2.safetensors"), strict=False)',
+    ]
+
+
 def _load_detectron2(architecture: Architecture, card: Card) -> tuple[str, list[str]]:
     """The settings of detectron2 that make its ResNet this one."""
     mean, std = ([round(255 * v, 3) for v in card["input"][name]] for name in ("mean", "std"))
@@ -204,7 +233,7 @@ FORMATS = {
     "torchvision": Format(
         "torchvision",
         ("torchvision.safetensors",),
-        _check_nothing,
+        _check_torchvision,
         _write_torchvision,
         _load_torchvision,
     ),
@@ -214,6 +243,13 @@ FORMATS = {
         _check_timm,
         _write_timm,
         _load_timm,
+    ),
+    "dinov2": Format(
+        "DINOv2",
+        ("dinov2.safetensors",),
+        _check_dinov2,
+        _write_dinov2,
+        _load_dinov2,
     ),
     "detectron2": Format(
         "detectron2",

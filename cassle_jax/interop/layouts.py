@@ -7,13 +7,20 @@ in DINO's `teacher`, `backbone.…`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import from_torchvision, is_convnext, is_vit
+from cassle_jax.interop.naming import (
+    from_dinov2,
+    from_hugging_face,
+    from_timm,
+    from_torchvision,
+    is_convnext,
+    is_vit,
+)
 from cassle_jax.interop.pytorch import State
 
 # Prefixes that DataParallel, torch.compile, FSDP, activation checkpointing and Fabric add to names.
@@ -28,6 +35,8 @@ WRAPPERS = {
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
+OF_TRAINING = ("mask_token", "decoder_")  # of DINOv2 and MAE, beside the encoder's own
+BESIDE = HEADS + OF_TRAINING
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
 # An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.
 STEM = re.compile(
@@ -38,9 +47,13 @@ IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
 MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
 KNOWN = (
-    "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, VISSL, Lightly and "
-    "solo-learn and models of torchvision and timm"
+    "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, DINOv2, MAE, VISSL, "
+    "Lightly and solo-learn and models of torchvision and timm"
 )
+# What layouts tell of a ViT that its arrays do not, by the attribute of `Weights`. DINOv2's models
+# without registers interpolate positions in another way, and on Hugging Face in a third one.
+MOCO_V3 = {"heads": 12}
+DINOV2, HUGGING_FACE = {"position_offset": 0.1}, {"position_offset": 0.0}
 
 
 def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
@@ -71,15 +84,17 @@ def _joined(path: str, name: str) -> str:
     return ".".join([path, *parts] if path else parts)
 
 
-def networks_in(content: Mapping[Any, Any]) -> tuple[dict[str, State], tuple[str, ...], bool]:
+def networks_in(
+    content: Mapping[Any, Any],
+) -> tuple[dict[str, State], tuple[str, ...], dict[str, Any]]:
     """The encoder and, where they exist, its `projector`, `predictor` and `image_conditioner`.
 
     Args:
         content: content of the file: a state dict, or dicts that hold some.
 
     Returns:
-        The networks' states by name; the names of everything else beside them; and whether the file
-        is MoCo-v3's.
+        The networks' states by name; the names of everything else beside them; and further
+        attributes of `Weights` that the layout tells.
 
     Raises:
         WeightsError: there is no encoder, or more than one and no way to choose.
@@ -90,7 +105,8 @@ def networks_in(content: Mapping[Any, Any]) -> tuple[dict[str, State], tuple[str
         for name, value in flat.items()
         if isinstance(value, np.ndarray) and not name.endswith("num_batches_tracked")
     }
-    arrays = _with_named_stages(arrays)
+    named = _with_named_stages(arrays)
+    arrays = from_hugging_face(named)
     prefix = _prefix(arrays)
     parent, _, called = prefix.removesuffix(".").rpartition(".")
     parent = f"{parent}." if parent else ""
@@ -110,7 +126,12 @@ def networks_in(content: Mapping[Any, Any]) -> tuple[dict[str, State], tuple[str
         networks["projector"] = _projector_names(networks["projector"])
     taken = {called, *(networks.keys() - {"encoder"})}
     beside = dict.fromkeys(name.split(".")[0] for name in _under(flat, parent)) if prefix else {}
-    return networks, (*heads, *(name for name in beside if name not in taken)), is_moco_v3
+    told = {}
+    if is_moco_v3 and is_vit(encoder):
+        told = MOCO_V3
+    elif "mask_token" in heads and "blocks.0.ls1.gamma" in encoder and "reg_token" not in encoder:
+        told = DINOV2 if arrays is named else HUGGING_FACE
+    return networks, (*_summed(heads), *(name for name in beside if name not in taken)), told
 
 
 PUBLISHED_HEADS = ("projector", "predictor", "image_conditioner")
@@ -182,16 +203,25 @@ def _check_stem(first_stage: int, kernel: np.ndarray) -> None:
     )
 
 
+def _summed(names: Iterable[str]) -> dict[str, None]:
+    """The names, those of a decoder by their first parts."""
+    return dict.fromkeys(
+        name.split(".")[0] if name.startswith(OF_TRAINING) else name for name in names
+    )
+
+
 def _without_heads(state: State) -> tuple[State, State]:
     """An encoder's arrays in this project's names, and the arrays of heads among them."""
     state = {
         re.sub(r"\bshortcut\.(?=\d)", "downsample.", name): array
         for name, array in from_torchvision(state).items()
     }
+    if is_vit(state):
+        state = from_timm(from_dinov2(state))
     heads = {
         name: array
         for name, array in state.items()
-        if name.startswith(HEADS) and not (is_convnext(state) and name.startswith(OWN))
+        if name.startswith(BESIDE) and not (is_convnext(state) and name.startswith(OWN))
     }
     return {name: state[name] for name in state if name not in heads}, heads
 

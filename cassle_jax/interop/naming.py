@@ -1,9 +1,11 @@
-"""Translates names: torchvision's for ViTs and ConvNeXts, and detectron2's for ResNets.
+"""Translates names: torchvision's for ViTs and ConvNeXts, DINOv2's, and detectron2's for ResNets.
 
 This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
-for ViTs and ConvNeXts.
+for ViTs and ConvNeXts. A ViT's `pos_embed` begins with the class token's position; where timm's has
+registers, it has none for that.
 """
 
+import math
 import re
 
 import numpy as np
@@ -25,6 +27,24 @@ VIT_BLOCK_ARRAYS = {
 }
 
 
+# Of a SwiGLU, which timm calls as other networks; and the registers.
+DINOV2 = {"reg_token": "register_tokens"}
+DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
+# Of the Hugging Face's Dinov2Model, which has queries, keys and values apart.
+HUGGING_FACE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "encoder.layer": "blocks",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "attention.output.dense": "attn.proj",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "layernorm": "norm",
+}
 # Of a ConvNeXt's block; the place in torchvision's `Sequential`.
 CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
@@ -60,6 +80,79 @@ def from_torchvision(state: State) -> State:
     }
     ours = {theirs: ours for ours, theirs in _torchvision_vit_names(renewed).items()}
     return {ours.get(name, name): array for name, array in renewed.items()}
+
+
+def has_swiglu(state: State) -> bool:
+    """Whether a ViT's state in this project's names has gated feed-forward networks."""
+    first, last = (state.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
+    return first is not None and last is not None and first.shape[0] == 2 * last.shape[1]
+
+
+def to_timm(state: State) -> State:
+    """An encoder's arrays as timm's: a ViT with registers has positions of the patches alone."""
+    if "reg_token" not in state:
+        return state
+    own, *patches = np.split(state["pos_embed"], [1], axis=1)
+    return {**state, "cls_token": state["cls_token"] + own, "pos_embed": patches[0]}
+
+
+def from_timm(state: State) -> State:
+    """The reverse of `to_timm`, also for positions that the registers share."""
+    positions, registers = state.get("pos_embed"), state.get("reg_token", np.zeros((1, 0, 0)))
+    if positions is None or positions.ndim != 3:
+        return state
+    if _is_square(positions.shape[1]):
+        return {**state, "pos_embed": np.pad(positions, ((0, 0), (1, 0), (0, 0)))}
+    count = registers.shape[1]
+    if _is_square(positions.shape[1] - 1) or not _is_square(positions.shape[1] - 1 - count):
+        return state
+    own, of_registers, patches = np.split(positions, [1, 1 + count], axis=1)
+    positions = np.concatenate([own, patches], axis=1)
+    return {**state, "reg_token": registers + of_registers, "pos_embed": positions}
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def to_dinov2(state: State) -> State:
+    """A ViT's arrays under DINOv2's names."""
+    names = DINOV2 | (DINOV2_SWIGLU if has_swiglu(state) else {})
+    return {_replaced(name, names): array for name, array in state.items()}
+
+
+def from_dinov2(state: State) -> State:
+    """The reverse of `to_dinov2`, also for the blocks of its training, which are in chunks."""
+    names = {theirs: ours for ours, theirs in (DINOV2 | DINOV2_SWIGLU).items()}
+    return {
+        re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", _replaced(name, names)): array
+        for name, array in state.items()
+    }
+
+
+def _replaced(name: str, names: dict[str, str]) -> str:
+    """A name whose whole parts are replaced."""
+    for old, new in names.items():
+        name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
+    return name
+
+
+def from_hugging_face(state: State) -> State:
+    """The arrays of Hugging Face's Dinov2Model in this project's names; others are unchanged."""
+    if not any(name.endswith(".layer_scale1.lambda1") for name in state):
+        return state
+    renamed = {_replaced(name, HUGGING_FACE): array for name, array in state.items()}
+    joined = {}
+    for name, array in renamed.items():
+        query = re.fullmatch(r"(.+)\.attention\.attention\.query\.(.+)", name)
+        if query:
+            others = (f"{query[1]}.attention.attention.{n}.{query[2]}" for n in ("key", "value"))
+            joined[f"{query[1]}.attn.qkv.{query[2]}"] = np.concatenate(
+                [array, *(renamed[other] for other in others if other in renamed)]
+            )
+        elif ".attention.attention." not in name:
+            joined[name] = array
+    return joined
 
 
 def to_detectron2(state: State) -> State:

@@ -54,13 +54,16 @@ def encoder_from_pytorch(state: Mapping[str, np.ndarray], variables: Variables) 
         WeightsError: an array is missing, unexpected, of another shape or not finite, or variances
             are below 0; the message names each.
     """
-    return _from_pytorch(_at_image_size(state, variables), variables, _encoder_module)
+    return _from_pytorch(at_image_size(state, variables), variables, _encoder_module)
 
 
-def _at_image_size(
-    state: Mapping[str, np.ndarray], variables: Variables
+def at_image_size(
+    state: Mapping[str, np.ndarray], variables: Variables, offset: float | None = None
 ) -> Mapping[str, np.ndarray]:
-    """The state with its positions resized to the grid that `variables` have, where they differ."""
+    """The state with its positions resized to the grid that `variables` have, where they differ.
+
+    `offset` is that of `resize_positions`.
+    """
     target, positions = variables.get("params", {}).get("pos_embed"), state.get("pos_embed")
     if target is None or positions is None or positions.ndim != 3:
         return state
@@ -68,7 +71,7 @@ def _at_image_size(
         return state
     side = math.isqrt(target.shape[1] - 1)
     try:
-        resized = resize_positions(jnp.asarray(positions, jnp.float32), side, side)
+        resized = resize_positions(jnp.asarray(positions, jnp.float32), side, side, offset)
     except ValueError as error:
         raise WeightsError(str(error)) from error
     LOG.info(

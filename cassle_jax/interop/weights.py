@@ -20,6 +20,7 @@ from cassle_jax.interop.naming import from_detectron2, is_vit
 from cassle_jax.interop.pytorch import (
     State,
     Variables,
+    at_image_size,
     encoder_from_pytorch,
     encoder_to_pytorch,
     not_weights,
@@ -46,7 +47,6 @@ TO_PYTORCH = {
     "image_conditioner": projector_to_pytorch,
 }
 EXPORTED = tuple(TO_PYTORCH)  # the networks that files of weights hold, and evaluation uses
-MOCO_V3_HEADS = 12  # of each of its published ViTs
 # The published checkpoints' name of the encoder.
 PUBLISHED = {"encoder": "backbone"}
 
@@ -61,12 +61,14 @@ class Weights:
         ignored: names of everything else in the file.
         card: the origin of the weights as a model card describes it; empty where it is unknown.
         heads: number of attention heads of a ViT encoder; `None` where it is unknown.
+        position_offset: how a ViT encoder's positions are interpolated, see `resize_positions`.
     """
 
     networks: Mapping[str, State]
     ignored: tuple[str, ...] = ()
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     heads: int | None = None
+    position_offset: float | None = None
 
     def __post_init__(self):
         if not self.networks.get("encoder"):
@@ -111,6 +113,8 @@ class Weights:
                 )
             of_network = _of_network(variables, name)
             try:
+                if name == "encoder":
+                    state = at_image_size(state, of_network, self.position_offset)
                 loaded = FROM_PYTORCH[name](state, of_network)
             except WeightsError as error:
                 raise WeightsError(f"weights of the {name}: {error}") from error
@@ -166,12 +170,18 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     content, card = retried(str(path), partial(_read, path))
     try:
         weights = _weights(content)
-        recorded = weights.heads or _recorded_heads(card)
+        recorded = weights.heads or _recorded(card, "heads", int)
+        offset = weights.position_offset
+        if offset is None:
+            offset = _recorded(card, "position_offset", float)
         if None not in (heads, recorded) and heads != recorded:
             raise WeightsError(f"heads={heads} differs from the {recorded} that it was made with")
         if heads is not None and not is_vit(weights.encoder):
             raise WeightsError(f"heads={heads} is for ViTs, and its encoder is none")
-        return dataclasses.replace(weights, card=card, heads=recorded or heads)
+        if weights.ignored:
+            LOG.info("of %s, not read: %s", path, ", ".join(weights.ignored))
+        heads = recorded or heads
+        return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -215,10 +225,11 @@ def _card(path: Path, text: str) -> dict[str, Any]:
     return {}
 
 
-def _recorded_heads(card: Mapping[str, Any]) -> int | None:
+def _recorded(card: Mapping[str, Any], name: str, kind: type) -> Any:
+    """What a card's architecture says of `name`; `None` where it says nothing of that kind."""
     architecture = card.get("architecture")
-    heads = architecture.get("heads") if isinstance(architecture, Mapping) else None
-    return heads if isinstance(heads, int) else None
+    value = architecture.get(name) if isinstance(architecture, Mapping) else None
+    return value if isinstance(value, kind) else None
 
 
 def _weights(content: Any) -> Weights:
@@ -227,9 +238,8 @@ def _weights(content: Any) -> Weights:
         raise WeightsError(f"it holds a {type(content).__name__}, not a state dict")
     if "__author__" in content:
         return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
-    networks, ignored, is_moco_v3 = networks_in(content)
-    heads = MOCO_V3_HEADS if is_moco_v3 and is_vit(networks["encoder"]) else None
-    return Weights(networks, ignored, heads=heads)
+    networks, ignored, told = networks_in(content)
+    return Weights(networks, ignored, **told)
 
 
 def _detectron2_arrays(state: Any) -> State:

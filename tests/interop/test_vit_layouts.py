@@ -1,0 +1,346 @@
+"""DINOv2's and MAE's ViTs compute here what their papers' equations say, and leave as they came."""
+
+import dataclasses
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cassle_jax.export import export
+from cassle_jax.interop.architecture import architecture_of
+from cassle_jax.interop.errors import WeightsError
+from cassle_jax.interop.weights import load_weights
+from cassle_jax.subjects import open_subject
+from tests.interop.states import assert_same, encoder_variables
+
+WIDTH, HEADS, DEPTH, PATCH, SIDE = 24, 2, 2, 14, 3
+SIZE = SIDE * PATCH
+KINDS = {
+    "dinov2": {},
+    "dinov2_reg4": {"registers": 4},
+    "dinov2_giant": {"swiglu": True},
+    "dinov2_giant_reg4": {"registers": 4, "swiglu": True},
+}
+CARD = {
+    "input": {"size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3},
+    "versions": {},
+    "converted_from": {"file": "", "sha256": ""},
+}
+
+
+def published(registers=0, swiglu=False, scale=True):
+    """A small DINOv2 ViT's arrays in the published names."""
+    random = np.random.default_rng(registers + swiglu)
+    hidden = (int(4 * WIDTH * 2 / 3) + 7) // 8 * 8
+    feed_forward = {"w12": (WIDTH, 2 * hidden), "w3": (hidden, WIDTH)}
+    if not swiglu:
+        feed_forward = {"fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
+    linear = {"attn.qkv": (WIDTH, 3 * WIDTH), "attn.proj": (WIDTH, WIDTH)}
+    linear |= {f"mlp.{name}": shape for name, shape in feed_forward.items()}
+    shapes = {
+        "cls_token": (1, 1, WIDTH),
+        "pos_embed": (1, 1 + SIDE**2, WIDTH),
+        "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (WIDTH,),
+    }
+    if scale:
+        shapes["mask_token"] = (1, WIDTH)
+    if registers:
+        shapes["register_tokens"] = (1, registers, WIDTH)
+    norms = ["norm"]
+    for block in (f"blocks.{index}" for index in range(DEPTH)):
+        norms += [f"{block}.norm1", f"{block}.norm2"]
+        for name, (inputs, outputs) in linear.items():
+            shapes[f"{block}.{name}.weight"] = (outputs, inputs)
+            shapes[f"{block}.{name}.bias"] = (outputs,)
+        if scale:
+            shapes |= {f"{block}.ls{n}.gamma": (WIDTH,) for n in (1, 2)}
+    shapes |= {f"{norm}.{leaf}": (WIDTH,) for norm in norms for leaf in ("weight", "bias")}
+    return {
+        name: (random.standard_normal(shape) / math.sqrt(np.prod(shape[1:]) or 1)).astype("f4")
+        for name, shape in shapes.items()
+    }
+
+
+def images(size):
+    return np.random.default_rng(size).standard_normal((2, size, size, 3))
+
+
+def features(state, pixels, positions):
+    """The class token after the blocks, by the papers' equations in float64 (N×H×W×3 images).
+
+    `positions` are those of the class token and of each patch.
+    """
+    w = {name: array.astype(np.float64) for name, array in state.items()}
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attention(x, block):
+        q, k, v = np.split(linear(x, f"{block}.attn.qkv"), 3, axis=-1)
+        out = np.empty_like(q)
+        of_head = WIDTH // HEADS
+        for head in range(HEADS):
+            own = slice(head * of_head, (head + 1) * of_head)
+            scores = np.exp(q[..., own] @ k[..., own].transpose(0, 2, 1) / math.sqrt(of_head))
+            out[..., own] = scores / scores.sum(-1, keepdims=True) @ v[..., own]
+        return linear(out, f"{block}.attn.proj")
+
+    def feed_forward(x, block):
+        if f"{block}.mlp.w12.weight" in w:
+            gate, value = np.split(linear(x, f"{block}.mlp.w12"), 2, axis=-1)
+            return linear(gate / (1 + np.exp(-gate)) * value, f"{block}.mlp.w3")
+        x = linear(x, f"{block}.mlp.fc1")
+        return linear(x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, f"{block}.mlp.fc2")
+
+    side = pixels.shape[1] // PATCH
+    patches = np.empty((len(pixels), side, side, WIDTH))
+    for row in range(side):
+        for column in range(side):
+            part = pixels[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
+            patches[:, row, column] = np.einsum("nyxc,dcyx->nd", part, w["patch_embed.proj.weight"])
+    patches = patches.reshape(len(pixels), -1, WIDTH) + w["patch_embed.proj.bias"]
+    every = np.ones((len(pixels), 1, 1))
+    x = np.concatenate([every * w["cls_token"], patches], axis=1) + positions
+    if "register_tokens" in w:
+        x = np.concatenate([x[:, :1], every * w["register_tokens"], x[:, 1:]], axis=1)
+    for block in (f"blocks.{index}" for index in range(DEPTH)):
+        x = x + attention(norm(x, f"{block}.norm1"), block) * w.get(f"{block}.ls1.gamma", 1.0)
+        x = x + feed_forward(norm(x, f"{block}.norm2"), block) * w.get(f"{block}.ls2.gamma", 1.0)
+    return norm(x, "norm")[:, 0]
+
+
+def cubic(distance, a):
+    d = abs(distance)
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+
+def resized(positions, side, offset):
+    """The positions of side×side patches; antialiased (Pillow's filter) where `offset` is None."""
+    grid = positions.astype(np.float64)[0, 1:].reshape(SIDE, SIDE, WIDTH)
+    weights = np.zeros((side, SIDE))
+    for place in range(side):
+        if offset is None:
+            scale = max(SIDE / side, 1)
+            centre = (place + 0.5) * SIDE / side - 0.5
+            for old in range(SIDE):
+                weights[place, old] = cubic((old - centre) / scale, -0.5)
+            weights[place] /= weights[place].sum()
+        else:
+            centre = (place + 0.5) / ((side + offset) / SIDE) - 0.5
+            first = math.floor(centre) - 1
+            for old in range(first, first + 4):
+                weights[place, min(max(old, 0), SIDE - 1)] += cubic(old - centre, -0.75)
+    grid = np.einsum("yr,xc,rcd->yxd", weights, weights, grid).reshape(1, -1, WIDTH)
+    return np.concatenate([positions[:, :1].astype(np.float64), grid], axis=1)
+
+
+def opened(state, tmp_path, made_for=SIZE):
+    """The weights in a file, their encoder, and its variables for images of a size."""
+    save_file(state, tmp_path / "vit.safetensors")
+    weights = load_weights(tmp_path / "vit.safetensors", heads=HEADS)
+    architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
+    encoder = architecture.encoder()
+    shapes = {
+        name: {"encoder": tree} for name, tree in encoder_variables(encoder, made_for).items()
+    }
+    return weights, encoder, {"params": weights.into(shapes)["params"]["encoder"]}
+
+
+def computed(encoder, variables, pixels):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(encoder.apply, static_argnums=2)(
+            variables, jnp.asarray(pixels, jnp.float32), False
+        )
+
+
+def assert_equal(ours, theirs):
+    assert np.abs(ours - theirs).max() < 1e-5 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("size", [SIZE, 2 * PATCH, 5 * PATCH])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dinov2s_features_are_the_published_equations(tmp_path, kind, size):
+    """At the size of its positions, and where the model or the loading interpolates them."""
+    state = published(**KINDS[kind])
+    offset = None if "register_tokens" in state else 0.1
+    positions = state["pos_embed"]
+    if size != SIZE:
+        positions = resized(positions, size // PATCH, offset)
+    expected = features(state, images(size), positions)
+    for made_for in {SIZE, size}:
+        _, encoder, variables = opened(state, tmp_path, made_for)
+        assert_equal(computed(encoder, variables, images(size)), expected)
+
+
+def test_maes_encoder_is_read_and_its_decoder_left_out_with_a_line(tmp_path, caplog):
+    state = published(scale=False)
+    decoder = {name: np.ones(4, np.float32) for name in ("decoder_pos_embed", "mask_token")}
+    decoder |= {f"decoder_blocks.{n}.norm1.weight": np.ones(4, np.float32) for n in range(3)}
+    with caplog.at_level(logging.INFO):
+        weights, encoder, variables = opened({**state, **decoder}, tmp_path)
+    assert weights.ignored == ("decoder_blocks", "decoder_pos_embed", "mask_token")
+    assert "not read: decoder_blocks, decoder_pos_embed, mask_token" in caplog.text
+    expected = features(state, images(SIZE), state["pos_embed"])
+    assert_equal(computed(encoder, variables, images(SIZE)), expected)
+
+
+def in_timm(state):
+    """timm's DINOv2: registers and class token have no positions of their own."""
+    state = {name.replace("w12", "fc1").replace("w3", "fc2"): state[name] for name in state}
+    del state["mask_token"]
+    state["reg_token"] = state.pop("register_tokens")
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
+@pytest.mark.parametrize("kind", ["dinov2_reg4", "dinov2_giant_reg4"])
+def test_timms_vits_with_registers_are_read_and_written_as_they_are(tmp_path, kind):
+    of_dinov2 = published(**KINDS[kind])
+    state = in_timm(of_dinov2)
+    weights, encoder, variables = opened(state, tmp_path)
+    without = np.pad(state["pos_embed"], ((0, 0), (1, 0), (0, 0)))
+    expected = features(of_dinov2, images(SIZE), without)
+    assert_equal(computed(encoder, variables, images(SIZE)), expected)
+    export(with_card(weights), tmp_path, ["timm"])
+    assert_same(load_file(tmp_path / "timm" / "model.safetensors"), state)
+    arguments = json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]
+    assert arguments["reg_tokens"] == 4
+    assert arguments["no_embed_class"]
+    assert arguments["init_values"] > 0
+    if "giant" in kind:
+        assert int(WIDTH * arguments["mlp_ratio"]) == state["blocks.0.mlp.fc1.bias"].size
+
+
+def test_positions_that_registers_share_are_added_to_them(tmp_path):
+    of_dinov2 = published(registers=4)
+    state, shared = in_timm(of_dinov2), np.ones((1, 4, WIDTH), np.float32)
+    own = of_dinov2["pos_embed"][:, :1]
+    state["pos_embed"] = np.concatenate([own, shared, state["pos_embed"]], axis=1)
+    of_dinov2["register_tokens"] = of_dinov2["register_tokens"] + shared
+    _, encoder, variables = opened(state, tmp_path)
+    expected = features(of_dinov2, images(SIZE), of_dinov2["pos_embed"])
+    assert_equal(computed(encoder, variables, images(SIZE)), expected)
+
+
+def in_hugging_face(state):
+    names = {
+        "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
+        "register_tokens": "embeddings.register_tokens",
+        "pos_embed": "embeddings.position_embeddings",
+    }
+    parts = [
+        ("blocks.", "encoder.layer."),
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        ("ls1.gamma", "layer_scale1.lambda1"),
+        ("ls2.gamma", "layer_scale2.lambda1"),
+        ("attn.proj", "attention.output.dense"),
+        ("mlp.w12", "mlp.weights_in"),
+        ("mlp.w3", "mlp.weights_out"),
+    ]
+    renamed = {}
+    for name, array in state.items():
+        if ".attn.qkv." in name:
+            block, leaf = name.removeprefix("blocks.").split(".attn.qkv.")
+            for part, each in zip(("query", "key", "value"), np.split(array, 3), strict=True):
+                renamed[f"encoder.layer.{block}.attention.attention.{part}.{leaf}"] = each
+            continue
+        theirs = "layernorm" + name.removeprefix("norm") if name.startswith("norm.") else name
+        for old, new in parts:
+            theirs = theirs.replace(old, new)
+        renamed[names.get(name, theirs)] = array
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "dinov2."])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_giant_reg4"])
+def test_hugging_faces_dinov2_is_the_same(tmp_path, kind, prefix):
+    state = published(**KINDS[kind])
+    theirs = {prefix + name: array for name, array in in_hugging_face(state).items()}
+    weights, *_ = opened(theirs, tmp_path)
+    assert weights.position_offset == (0.0 if kind == "dinov2" else None)
+    expected, *_ = opened(state, tmp_path)
+    assert_same(weights.encoder, expected.encoder)
+
+
+def with_card(weights):
+    return type(weights)(weights.networks, (), CARD, HEADS, weights.position_offset)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dinov2s_format_has_every_array_as_published(tmp_path, kind):
+    state = published(**KINDS[kind])
+    weights, *_ = opened(state, tmp_path)
+    export(with_card(weights), tmp_path, ["dinov2", "cassle"])
+    del state["mask_token"]
+    assert_same(load_file(tmp_path / "dinov2.safetensors"), state)
+    for name in ("dinov2.safetensors", "cassle.safetensors"):
+        again = load_weights(tmp_path / name)
+        assert_same(again.encoder, weights.encoder)
+        assert (again.heads, again.position_offset) == (HEADS, weights.position_offset)
+
+
+def test_blocks_in_the_chunks_of_dinov2s_training_are_read(tmp_path):
+    state = published()
+    weights, *_ = opened(state, tmp_path)
+    chunked = {name.replace("blocks.", "blocks.0."): array for name, array in state.items()}
+    assert_same(opened(chunked, tmp_path)[0].encoder, weights.encoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rope_embed.periods", "its ViT has rotary position embeddings, as DINOv3 has"),
+        ("storage_tokens", "its ViT has rotary position embeddings, as DINOv3 has"),
+        ("fc_norm.weight", r"its ViT has a mean of patches as features \(fc_norm\)"),
+        ("norm_pre.weight", "its ViT has a LayerNorm before the blocks, as CLIP has"),
+        ("dist_token", "its ViT has a distillation token, as DeiT has"),
+        ("blocks.1.gamma_1", "its ViT has a layer scale that is not called ls1.gamma"),
+        ("blocks.1.attn.q_norm.weight", "its ViT has normalised queries and keys"),
+    ],
+)
+def test_what_is_missing_here_is_named(tmp_path, name, message):
+    state = published() | {name: np.ones(4, np.float32)}
+    with pytest.raises(WeightsError, match=message):
+        opened(state, tmp_path)
+
+
+def test_a_vit_without_positions_is_refused(tmp_path):
+    state = published()
+    del state["pos_embed"]
+    with pytest.raises(WeightsError, match=r"no pos_embed; rotary position embeddings are not"):
+        opened(state, tmp_path)
+
+
+def test_torchvision_has_no_such_vit(tmp_path):
+    weights, *_ = opened(published(registers=4, swiglu=True), tmp_path)
+    lacks = r"ViTs have no registers, layer scale, SwiGLU; use the format timm or dinov2"
+    with pytest.raises(WeightsError, match=lacks):
+        export(with_card(weights), tmp_path, ["torchvision"])
+    export(with_card(weights), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"cassle.safetensors", "timm"}
+    assert not (tmp_path / "torchvision.safetensors").exists()
+
+
+def test_features_are_cached_by_how_positions_are_interpolated(tmp_path):
+    weights, *_ = opened(published(), tmp_path)
+    prints = []
+    for offset in (weights.position_offset, None):
+        folder = tmp_path / str(offset)
+        export(with_card(dataclasses.replace(weights, position_offset=offset)), folder, ["cassle"])
+        subject = open_subject(folder / "cassle.safetensors")
+        prints.append(subject.with_images(size=2 * PATCH).fingerprint())
+    assert prints[0] != prints[1]
