@@ -343,8 +343,8 @@ def _newest_state(
 ) -> tuple[TrainState, dict | None]:
     """The newest checkpoint's state and place in the images; a new run's state, and `None`."""
     state = on_every_device(run.initial_state, mesh, run.seed_words)
-    heads = getattr(run.networks.factories["encoder"](), "heads", None)
-    return checkpoints.restore(state) or (warm_started(state, config.weights, heads), None)
+    encoder = run.networks.factories["encoder"]()
+    return checkpoints.restore(state) or (warm_started(state, config.weights, encoder), None)
 
 
 def _continued_images(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,10 +13,13 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
 from cassle_jax.interop.pytorch import Variables
 from cassle_jax.interop.weights import Weights, load_weights
+from cassle_jax.models import VisionTransformer
 from cassle_jax.training.state import TrainState, target_copies
 
 
-def warm_started(state: TrainState, settings: ConfigDict, heads: int | None = None) -> TrainState:
+def warm_started(
+    state: TrainState, settings: ConfigDict, encoder: nn.Module | None = None
+) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
     Networks that the file lacks are unchanged; without a path, so is everything.
@@ -23,7 +27,7 @@ def warm_started(state: TrainState, settings: ConfigDict, heads: int | None = No
     Args:
       state: the first state of the run.
       settings: the `weights` settings of the configuration.
-      heads: attention heads of the run's encoder, where it is a ViT.
+      encoder: the run's encoder, by which a ViT's settings are named that do not fit the file's.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -33,7 +37,8 @@ def warm_started(state: TrainState, settings: ConfigDict, heads: int | None = No
         return state
     try:
         weights = load_weights(settings.path)
-        _check_heads(weights, heads)
+        if is_vit(weights.encoder):
+            _check_vit(weights, encoder)
         if settings.networks == "encoder":
             weights = weights.encoder_alone()
         loaded = _loaded(weights, {"params": state.params, "batch_stats": state.batch_stats})
@@ -62,15 +67,23 @@ def warm_started(state: TrainState, settings: ConfigDict, heads: int | None = No
     )
 
 
-def _check_heads(weights: Weights, expected: int | None) -> None:
-    """Refuses a ViT with another number of heads, whose arrays would fit all the same."""
-    if not is_vit(weights.encoder):
+def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
+    """Refuses a ViT of other options, or of other heads, whose arrays would fit all the same."""
+    theirs = architecture_of(weights.encoder, weights.heads)
+    if not isinstance(encoder, VisionTransformer):
         return
-    heads = architecture_of(weights.encoder, weights.heads).heads
-    if expected not in (heads, None):
+    fitting = {name: getattr(theirs, name) for name in ("patch_size", "registers", "swiglu")}
+    other = {name: value for name, value in fitting.items() if getattr(encoder, name) != value}
+    if bool(encoder.layer_scale) != theirs.layer_scale:
+        other["layer_scale"] = 1e-5 if theirs.layer_scale else 0.0
+    if other:
+        use = ", ".join(f"encoder.{name}={value}" for name, value in other.items())
+        raise WeightsError(f"its ViT is of another kind than the run's; use {use}")
+    if encoder.heads != theirs.heads:
         taken = "has" if weights.heads else "does not record its heads and is taken to have"
         raise WeightsError(
-            f"its ViT {taken} {heads} heads, not {expected}; use encoder.heads={heads}"
+            f"its ViT {taken} {theirs.heads} heads, not {encoder.heads}; "
+            f"use encoder.heads={theirs.heads}"
         )
 
 

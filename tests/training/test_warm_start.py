@@ -8,12 +8,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.interop.naming import to_dinov2
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import weights_of
+from cassle_jax.models import make_encoder
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.training.run import build_run
 from cassle_jax.training.warm_start import warm_started
-from tests.interop.states import encoder_state, filled
+from tests.interop.states import assert_same, encoder_state, filled
 from tests.tiny import tiny_config
 
 
@@ -124,4 +126,33 @@ def test_a_vit_of_other_heads_is_refused_though_its_arrays_fit(tmp_path, card, m
     path = tmp_path / "vit.safetensors"
     save_file(encoder_to_pytorch(encoder), path, {"card": json.dumps(card)})
     with pytest.raises(ConfigError, match=message):
-        warm_started(state, config_of(path=str(path)).weights, heads=12)
+        warm_started(state, config_of(path=str(path)).weights, make_encoder(**config.encoder))
+
+
+def test_a_vit_of_other_options_is_refused_with_the_settings_that_fit(tmp_path):
+    """A DINOv2 ViT for a run with the defaults; with what the line says, it starts the run."""
+    config = config_of()
+    config.encoder.update(name="vit_small", width=24, small_images=False, heads=2)
+    usual = {"patch_size": 8, "registers": 0, "layer_scale": 0.0, "swiglu": False}
+    options = {"patch_size": 4, "registers": 4, "layer_scale": 1e-5, "swiglu": True}
+    mesh = device_mesh(jax.devices()[:1])
+
+    def first_state(**encoder):
+        config.encoder.update(usual | encoder)
+        return jax.eval_shape(build_run(config, mesh, 64).initial_state)
+
+    encoder = filled({"params": first_state(**options).params["encoder"]})
+    weights = to_dinov2(encoder_to_pytorch(encoder))
+    card = {"card": json.dumps({"architecture": {"heads": 2}})}
+    save_file(weights, tmp_path / "vit.safetensors", card)
+    settings = config_of(path=str(tmp_path / "vit.safetensors")).weights
+    use = r"kind than the run's; use encoder\.patch_size=4, encoder\.registers=4, "
+    use += r"encoder\.swiglu=True, encoder\.layer_scale=1e-05$"
+    with pytest.raises(ConfigError, match=use):
+        warm_started(first_state(), settings, make_encoder(**config.encoder))
+    first_state(**options)
+    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    started = warm_started(state, settings, make_encoder(**config.encoder))
+    assert_same(
+        encoder_to_pytorch({"params": started.params["encoder"]}), encoder_to_pytorch(encoder)
+    )
