@@ -109,6 +109,7 @@ def workdir(example, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.exhaustive
 def test_the_command_trains_it_with_cassle(workdir):
     metrics = read_metrics(workdir)
     losses, terms = metrics["loss"], (metrics["loss_alignment"], metrics["loss_uniformity"])
@@ -119,6 +120,7 @@ def test_the_command_trains_it_with_cassle(workdir):
         np.testing.assert_allclose(loss, sum(value for _, value in parts), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_it_is_exported_and_evaluated_where_nobody_registers_it(workdir, tmp_path):
     assert "align_uniform" not in METHODS
     subject = open_subject(workdir)

@@ -52,6 +52,7 @@ def evaluated(folder, *further):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_command_runs_it_and_its_name_is_in_the_csv(folder):
     ran = evaluated(folder, "--shrinkage=0")
     assert ran.returncode == 0, ran.stderr

@@ -51,6 +51,7 @@ def evaluate(run, folder, *tasks, **settings):
     )
 
 
+@pytest.mark.exhaustive
 def test_protocols_read_features_that_are_extracted_once(run, tmp_path, caplog):
     cache = str(tmp_path / "features")
     with caplog.at_level("INFO", logger="cassle_jax"):
@@ -70,6 +71,7 @@ def test_protocols_read_features_that_are_extracted_once(run, tmp_path, caplog):
     assert (tmp_path / "report" / "report.csv").read_text().startswith("subject,")
 
 
+@pytest.mark.exhaustive
 def test_images_may_be_prepared_otherwise_than_in_training(run, tmp_path):
     cache = tmp_path / "features"
     chosen = {"size": 40, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 1.0)}
@@ -105,6 +107,7 @@ def test_protocols_that_train_are_run_when_asked_for(run, tmp_path):
     assert len({finding.task for finding in findings}) == 2
 
 
+@pytest.mark.exhaustive
 def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
     evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={run}", f"b={run}"])
     held = json.loads((tmp_path / "report" / "report.json").read_text())["subjects"]
@@ -131,8 +134,12 @@ def runs_out_of_memory(bench, settings):
 @pytest.mark.parametrize(
     ("runs_badly", "reason"),
     [
-        (fails, "in the second task"),
-        (says_it_twice, "two findings for spectrum, scenes, RankMe"),
+        pytest.param(fails, "in the second task", marks=pytest.mark.exhaustive),
+        pytest.param(
+            says_it_twice,
+            "two findings for spectrum, scenes, RankMe",
+            marks=pytest.mark.exhaustive,
+        ),
         (runs_out_of_memory, "RESOURCE_EXHAUSTED: out of memory"),
     ],
 )
@@ -294,6 +301,7 @@ def test_weights_and_features_that_are_not_finite_are_refused(tmp_path, value, e
         evaluate(run, tmp_path, "knn")
 
 
+@pytest.mark.exhaustive
 def test_images_that_were_replaced_are_not_read_from_the_cache(run, tmp_path):
     def fill(seed):
         random = np.random.default_rng(seed)

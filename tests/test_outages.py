@@ -32,6 +32,7 @@ from cassle_jax.training import loop as loop_module
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter
+from tests.everyday import everyday
 from tests.tiny import TinyEncoder, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
@@ -282,6 +283,7 @@ def config(folder):
     return config
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_images_vanish_saves_and_the_same_command_continues(
     config, folder, tmp_path, monkeypatch
 ):
@@ -304,6 +306,7 @@ def test_a_run_whose_images_vanish_saves_and_the_same_command_continues(
     jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
 
 
+@pytest.mark.exhaustive
 def test_a_stop_while_the_images_are_gone_is_heard_at_once(config, folder, tmp_path, monkeypatch):
     monkeypatch.setenv(faults.SECONDS, "60")
     config.steps = 10**6
@@ -345,7 +348,7 @@ command.run(main)
     assert ended.returncode == 3
 
 
-@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("passes", everyday([True, False], False))
 def test_no_space_at_the_start_is_waited_for(config, tmp_path, monkeypatch, passes):
     write, fails = loop_module.write_config, iter([True] * (2 if passes else 1000))
 

@@ -27,6 +27,7 @@ from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
+from tests.everyday import everyday
 from tests.tiny import TinyEncoder, tiny_config
 
 FLOAT = 4  # bytes
@@ -77,7 +78,7 @@ def scaled(pair, times):
     return pair[0] * times, pair[1] * times
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", everyday([2, 4, 8], 2))
 def test_moco_exchanges_gradients_statistics_keys_and_metrics(devices):
     collectives, state = compiled("method=moco_v2", devices)
     similarities = FLOAT * (2 * EMBEDDING + 1)
@@ -116,6 +117,7 @@ def test_simclr_gathers_both_views_and_scatters_their_gradients():
     assert found[GRADIENTS, "all-reduce"] == count_and_bytes(state.params)
 
 
+@pytest.mark.exhaustive
 def test_barlow_twins_averages_its_correlations_and_gathers_nothing():
     collectives, _ = compiled("method=barlow_twins", 8)
     found = by_purpose(collectives)
@@ -130,6 +132,7 @@ def test_a_batch_of_65536_has_more_pairs_than_an_int32_counts():
     assert found["negative_similarity"].dtype == "float32"
 
 
+@pytest.mark.exhaustive
 def test_the_work_of_a_step_is_counted_for_one_device():
     config = tiny_config("method=simclr,follow=published")  # contrasts within each device
     alone = work(lower_step(config, device_mesh(jax.devices()[:1])))

@@ -45,6 +45,7 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.exhaustive
 def test_a_run_and_its_export_are_one_subject(run, tmp_path):
     workdir, state = run
     subject = open_subject(workdir)

@@ -370,6 +370,7 @@ def test_results_are_means_over_seeds_and_differences_to_the_first_row(ran):
     assert "difference to plain with the same seeds" in page
 
 
+@pytest.mark.exhaustive
 def test_a_finished_table_does_not_run_again_and_refuses_other_settings(ran):
     to, file, *_ = ran
     ends = {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
@@ -382,6 +383,7 @@ def test_a_finished_table_does_not_run_again_and_refuses_other_settings(ran):
     assert code == 2 and "neighbours=5 was 1" in output
 
 
+@pytest.mark.exhaustive
 def test_a_budget_measures_a_step_first_and_keeps_its_plan(tmp_path):
     file, to = tmp_path / "tiny.py", tmp_path / "out"
     file.write_text(TABLE)
@@ -395,6 +397,7 @@ def test_a_budget_measures_a_step_first_and_keeps_its_plan(tmp_path):
     assert code == 2 and "minutes=700 was 600" in output
 
 
+@pytest.mark.exhaustive
 def test_weights_of_the_same_run_in_another_table_are_reused(tmp_path):
     file, first, second = tmp_path / "tiny.py", tmp_path / "first", tmp_path / "second"
     file.write_text(TABLE)

@@ -110,18 +110,10 @@ def run_table(
         if plan := _plan(to, minutes, runs, protocol, pool, toy):
             steps = min([plan.steps, *(run.config.steps for run in runs)])
             runs = expanded((*overrides, f"steps={steps}"))
-        missing = [run for run in runs if results.is_missing(run)]
-        LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
-        others = [Path(path_of(folder)).resolve() for folder in weights_of]
-        same = {run.name: _same_run(run, others) for run in missing}
         job = partial(
             Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy
         )
-        jobs = [
-            job(run.subject, run.arguments, results.workdir(run.name), weights=same[run.name])
-            for run in missing
-        ]
-        all_done = pool.run(jobs, results.on_end)
+        all_done = pool.run(_missing_jobs(runs, results, weights_of, job), results.on_end)
         page = results.write_page()
         if not all_done:
             raise Stop(_RESUMABLE, EXIT_PREEMPTED)
@@ -164,6 +156,24 @@ def _plan(
     plan = make_plan(to, minutes, runs, chosen, pool.parallel)
     shutil.rmtree(to / MEASURED)
     return plan
+
+
+def _missing_jobs(
+    runs: Sequence[RunSpec], results: "_Results", weights_of: Sequence[str], job: Callable[..., Job]
+) -> list[Job]:
+    """The jobs of the runs without results; `job` makes one of subject, arguments and workdir."""
+    missing = [run for run in runs if results.is_missing(run)]
+    LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
+    folders = [Path(path_of(folder)).resolve() for folder in weights_of]
+    return [
+        job(
+            run.subject,
+            run.arguments,
+            results.workdir(run.name),
+            weights=_same_run(run, folders),
+        )
+        for run in missing
+    ]
 
 
 def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:

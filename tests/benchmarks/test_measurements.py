@@ -83,6 +83,7 @@ def ours(rows):
     return [row for row in rows if row.values]
 
 
+@pytest.mark.exhaustive
 def test_augmentation_and_input(work):
     (row, *_) = ours(augmentation.measure(work))
     assert row.unit == "views/s" and row.values[0] > 0
@@ -201,22 +202,24 @@ def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
         first_step.seconds_to_first_step(bad, tmp_path / "compiled", tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only=augmentations"], "only='augmentations' is unknown"),
-        (["--batch=1"], "batch=1 must be at least 2"),
-        (["--canvas=10"], "canvas=10 must be at least 224"),
-        (["--only=input", "--data=/nowhere"], "data=/nowhere has no .jpg or .jpeg files"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_line(arguments, message):
-    command = [sys.executable, "-m", "benchmarks", *arguments]
+MISTAKES = {
+    "--only=augmentations": "only='augmentations' is unknown",
+    "--batch=1": "batch=1 must be at least 2",
+    "--canvas=10": "canvas=10 must be at least 224",
+    "--only=input --data=/nowhere": "data=/nowhere has no .jpg or .jpeg files",
+}
+
+
+@pytest.mark.parametrize("arguments", everyday(MISTAKES, "--only=augmentations"))
+def test_what_cannot_be_measured_is_one_line(arguments):
+    message = MISTAKES[arguments]
+    command = [sys.executable, "-m", "benchmarks", *arguments.split()]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1]
     assert len(ended.stderr.splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 def test_all_that_was_measured_is_written(tmp_path):
     to = tmp_path / "all.json"
     draw_jpegs(tmp_path, 4)

@@ -351,7 +351,8 @@ def test_a_few_shots_are_as_many_of_each_class(tmp_path):
     for split, each in (("train", 5), ("val", 6), ("test", 1)):
         with_test(tmp_path, classes, split, each)
     whole = open_dataset("flowers102", path=str(tmp_path))
-    pool = [(part, index) for part in (whole.train, whole.val) for index in range(len(part))]
+    pool = [*records(whole.train), *records(whole.val)]
+    labels = [*labels_of(whole.train), *labels_of(whole.val)]
     chosen = {}
     for shots in (5, 10):
         data = open_dataset(f"flowers102_{shots}shot", path=str(tmp_path))
@@ -360,21 +361,14 @@ def test_a_few_shots_are_as_many_of_each_class(tmp_path):
         assert set(np.bincount(labels_of(data.val))) == {shots // 5}
         expected = {}
         for label, name in enumerate(classes):
-            places = [
-                place for place, (part, index) in enumerate(pool) if labels_of(part)[index] == label
-            ]
+            places = [place for place, each in enumerate(labels) if each == label]
             places.sort(key=lambda place: hashlib.blake2b(b"%d" % place, digest_size=8).digest())
-            expected[name] = {record_of(pool[place]).name for place in places[:shots]}
-            held = {record_of(pool[place]).name for place in places[: shots // 5]}
+            expected[name] = {pool[place].name for place in places[:shots]}
+            held = {pool[place].name for place in places[: shots // 5]}
             assert held <= {each.name for each in records(data.val)}
         chosen[shots] = {each.name for part in (data.train, data.val) for each in records(part)}
         assert chosen[shots] == set().union(*expected.values())
     assert chosen[5] < chosen[10]
-
-
-def record_of(place):
-    part, index = place
-    return part[index]
 
 
 def records(source) -> list[Record]:

@@ -169,6 +169,7 @@ def test_edges_are_antialiased(monkeypatch):
         assert len(values) > 10
 
 
+@pytest.mark.exhaustive
 def test_mean_colour_does_not_give_the_hue_away():
     """A linear map of the mean pixel explains little of the object's hue."""
     scenes = Scenes(900, size=32)

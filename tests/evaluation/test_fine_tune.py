@@ -61,6 +61,7 @@ def trained(subject, count, *, steps=4, encoder_rate=0.05):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_encoder_moves_alike_on_any_number_of_devices():
     subject = tiny_subject()
     before = jax.tree.map(np.copy, subject.variables)
@@ -93,6 +94,7 @@ def test_what_takes_the_descriptor_into_the_image_stays_as_it_is():
         )
 
 
+@pytest.mark.exhaustive
 def test_features_that_leave_classes_mixed_up_are_mended():
     subject = tiny_subject(width=3)
     train, test = (Plain(*colours(count, CLASSES, seed=count, spread=6)) for count in (64, 200))

@@ -37,6 +37,7 @@ CLASSES = 3
 SCENES = Scenes(40, size=16, split="train")
 
 
+@pytest.mark.exhaustive
 def test_the_optimum_of_colours_that_overlap_is_scikit_learns():
     train, test = colours(48, CLASSES), colours(300, CLASSES, seed=1)
     result = sgd_probe(
@@ -191,6 +192,7 @@ def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(conditioning):
     assert_equal(subject.variables, before)
 
 
+@pytest.mark.exhaustive
 def test_the_devices_and_a_second_run_change_nothing():
     subject, classes = tiny_subject(), len(SCENES.class_names)
     training = Training({"head": dropping(1.0, 6)}, steps=6, batch=8)

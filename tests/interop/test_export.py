@@ -268,6 +268,7 @@ def test_a_vit_of_unknown_heads_is_refused(tmp_path, heads, message):
         )
 
 
+@pytest.mark.exhaustive
 def test_a_vits_run_records_its_heads(tmp_path):
     config = tiny_config("method=simclr")
     config.encoder.update(name="vit_small", width=24, patch_size=8)
@@ -411,6 +412,7 @@ def test_a_note_of_a_start_without_a_step_is_passed_over(tmp_path):
     assert last_start_record(tmp_path, 5) == {"step": 3, "images": 8}
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_heard_of_a_failed_restore_afterwards(run, tmp_path, monkeypatch, caplog):
     """The arrays that Orbax was still reading end when nobody waits for them any more."""
     shutil.copytree(run[0], tmp_path / "run")

@@ -134,6 +134,7 @@ def test_a_missing_cluster_and_indivisible_gpus_are_refused(tmp_path, monkeypatc
         Slurm(tmp_path, 1, "")
 
 
+@pytest.mark.exhaustive
 def test_a_command_resumes_after_the_signal_of_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "run"
@@ -306,6 +307,7 @@ def swept(tmp_path_factory):
     return folder, grid
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_writes_one_line_per_run(swept):
     folder, _ = swept
     found = lines(folder)
@@ -332,6 +334,7 @@ def test_the_page_merges_seeds(swept):
     assert "±" in (folder / "report.html").read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_repeated_sweep_runs_only_what_failed(swept):
     folder, grid = swept
     starts = {path: path.stat().st_mtime for path in folder.glob("runs/*/" + OUTCOME)}
@@ -388,6 +391,7 @@ def test_a_finished_run_with_other_settings_is_refused(swept):
     assert ended.returncode == 2 and "steps=4 was 3" in ended.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_failed_run_is_reported_with_its_reason(tmp_path):
     ended = sweep(tmp_path, "--grid=batch_size=1")
     assert ended.returncode == 1

@@ -183,6 +183,7 @@ def test_the_plain_branch_sees_the_first_half_too():
     assert networks.branches["plain_"].reserved == HALF
 
 
+@pytest.mark.exhaustive
 def test_omega_is_the_second_view_relative_to_the_first():
     spec = AugmentSpec(8, kernel_size=3)
     keys = jax.random.split(jax.random.key(0), (2, 3))

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.everyday import everyday
 from tests.parity.comparison import Comparison
 from tests.parity.files import compare_file, files_of
 
+LONG = {"augment_ops.npz", "backbone_features.npz"}
+
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("file", files_of(Path(metafunc.config.getoption("golden"))))
+    files = files_of(Path(metafunc.config.getoption("golden")))
+    metafunc.parametrize("file", everyday(files, *set(files) - LONG))
 
 
 def test_file(file, pytestconfig, record_property):

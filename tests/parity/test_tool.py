@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.everyday import everyday
 from tests.parity import backbones
 from tests.parity.comparison import Comparison
 from tests.parity.files import COMPARE, compare_file, files_of
@@ -188,7 +189,7 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "1")])
+@pytest.mark.parametrize("processes", everyday([(), ("-n", "1")], ()))
 def test_a_run_ends_with_a_line_for_every_file(folder, processes):
     with_another_shape(folder / "backbone_shapes.json")
     (folder / "notes.txt").touch()

@@ -153,6 +153,7 @@ def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monke
     assert len(written) == 3 + 5 - len([1, 1])  # the first two shards are not written again
 
 
+@pytest.mark.exhaustive
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     root = tmp_path / "images"
     (root / "train" / "a").mkdir(parents=True)

@@ -186,6 +186,7 @@ def test_the_gradient_is_that_of_one_shot(case):
     assert_close((after.batch_stats, after.target_batch_stats), statistics)
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_without_batch_norm_takes_the_ordinary_step():
     method, networks, state, views = prepare("byol", CASSLE, TINY_VIT, TINY_AUXILIARIES)
     whole, metrics = update_of(method, networks, 1, TINY_AUXILIARIES)(state, views)
@@ -247,6 +248,7 @@ def test_a_chunk_has_the_same_images_on_any_number_of_devices():
     assert_same_run(train(devices=4, chunk_size=8), train(devices=1, chunk_size=8))
 
 
+@pytest.mark.exhaustive
 def test_every_image_has_the_views_it_would_have_in_one_shot(monkeypatch):
     def vit(small_images, axis_name, **settings):
         return VisionTransformer(depth=1, heads=2, patch_size=4, **settings)
@@ -255,6 +257,7 @@ def test_every_image_has_the_views_it_would_have_in_one_shot(monkeypatch):
     assert_same_run(train(devices=2, chunk_size=4), train(devices=1, chunk_size=0))
 
 
+@pytest.mark.exhaustive
 def test_what_a_state_is_made_of_stays_in_bfloat16_and_with_recomputed_blocks():
     config = quick_config(f"method=byol,{EVERY_AUXILIARY}", chunk_size=4)
     config.encoder.update({"name": "resnet18", "small_images": True, "remat": True, "width": 4})

@@ -91,6 +91,7 @@ def test_sigterm_saves_and_the_same_call_continues(uninterrupted, tmp_path, monk
     assert dict(read_metrics(tmp_path)["loss"]) == losses
 
 
+@pytest.mark.exhaustive
 def test_a_run_continues_with_an_optimiser_of_optax_and_its_settings(tmp_path):
     config = tiny_config("method=simclr,conditioning=none")
     cropped_only(config)
@@ -119,6 +120,7 @@ def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets, m
         assert picture.width > 8 * config.augment.size
 
 
+@pytest.mark.exhaustive
 def test_a_learning_rate_that_explodes_stops_the_run_and_saves_nothing(tmp_path):
     config = tiny_config("method=simclr")
     cropped_only(config)
@@ -211,6 +213,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, tmp_pat
     assert_identical(values(state), expected)
 
 
+@pytest.mark.exhaustive
 def test_an_update_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     """A finite loss with an infinite gradient would leave a checkpoint nobody can continue."""
     config = tiny_config("method=simclr")

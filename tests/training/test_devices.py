@@ -85,6 +85,7 @@ def assert_eight_devices_are_one(arguments, steps_of):
     assert losses[0] != losses[-1]
 
 
+@pytest.mark.exhaustive
 def test_a_whole_step_of_eight_devices_is_that_of_one():
     assert_eight_devices_are_one(f"method=simclr,{EVERY_AUXILIARY}", whole_steps)
 
@@ -94,6 +95,7 @@ def test_every_method_makes_the_same_update_of_the_same_views(arguments):
     assert_eight_devices_are_one(arguments, updates)
 
 
+@pytest.mark.exhaustive
 def test_local_negatives_depend_on_the_devices():
     config = "method=simclr,follow=published"
     assert abs(train(config, 1, updates)[0][0] - train(config, 8, updates)[0][0]) > 0.1

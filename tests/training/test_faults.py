@@ -447,6 +447,7 @@ def test_the_probe_of_a_run_that_was_killed_in_it_is_run_when_it_continues(
 # --- changed settings
 
 
+@pytest.mark.exhaustive
 def test_changes_are_accepted_where_asked_for_and_noted(config, run, tmp_path, caplog):
     changed = config.copy_and_resolve_references()
     changed.steps, changed.optimizer.weight_decay = 30, 0.5

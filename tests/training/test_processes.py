@@ -64,6 +64,7 @@ def test_several_processes_are_one(alone, tmp_path, count):
     assert not any("error" in error or "Traceback" in error for error in errors)
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(alone, tmp_path):
     for repeat in range(REPEATS):
         workdir = tmp_path / str(repeat)
@@ -82,6 +83,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(al
         assert_same(workdir, alone)
 
 
+@pytest.mark.exhaustive
 def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_path):
     for repeat in range(REPEATS):
         workdir, victim = tmp_path / str(repeat), random.randrange(2)
@@ -115,6 +117,7 @@ def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_fails_costs_one_checkpoint_and_at_the_end_ends_all(alone, tmp_path):
     codes, errors = ends(start(tmp_path, 2, *PROBED, module="tests.training.run_unsaved"))
     assert codes == [69, 69], errors
@@ -132,6 +135,7 @@ def test_a_disk_that_fails_costs_one_checkpoint_and_at_the_end_ends_all(alone, t
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.exhaustive
 def test_a_stop_while_the_images_are_gone_is_heard_at_once(tmp_path):
     root = tmp_path / "images"
     for index in range(64):
@@ -281,6 +285,7 @@ def test_variables_that_cannot_work_are_refused(environment, message):
         runtime_arguments(environment)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("failing", [0, 1])
 def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, failing):
     """The others wait in their next step; it saves alone, and another number continues."""
