@@ -41,6 +41,7 @@ from tests.training.processes import ends, saved_arrays, start
 
 STEPS, IMAGES = 16, 32
 _BEGINS = range(1, 7)  # steps at which a fault begins: some batches more have been read by then
+_STOPS = range(5, STEPS)  # steps at which a run may stop: it has two checkpoints by then
 _KILLED = ("steps=60", "checkpoint.every_steps=1", "log.every_steps=1")
 
 
@@ -86,7 +87,7 @@ class Repetitions:
 
     def _stopped(self, workdir: Path) -> int:
         with MonkeyPatch.context() as patch:
-            case = Case(self._config(), self._images, workdir, patch, random.randrange(4, STEPS))
+            case = Case(self._config(), self._images, workdir, patch, random.choice(_STOPS))
             case.at_step(lambda: signal.raise_signal(signal.SIGTERM))
             return ended(case.config, workdir)
 
