@@ -6,7 +6,9 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
+# By module: what is of a package without `__init__.py` lasts until the session ends, and all tests
+# after these would be compiled with optimisations, for minutes.
+@pytest.fixture(scope="module", autouse=True)
 def _optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
