@@ -41,6 +41,7 @@ from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 LOG = logging.getLogger(__name__)
 
 FEATURES, RIGHT, WRONG, NONE = "features", "right ω", "wrong ω", "no ω"
+PROJECTED = "what the projector sees"  # where that is an earlier stage's features
 MEAN, ANOTHER = "ω alone (mean features)", "ω alone (another image's features)"
 CHANCE = "chance"
 
@@ -172,7 +173,8 @@ class ViewMatcher:
         )
         check_two(len(index))
         if conditioned and not encoder_takes_omega(self._networks):
-            for name, features in _replaced(pairs[FEATURES], circle_key, index).items():
+            projected = pairs.get(PROJECTED, pairs[FEATURES])
+            for name, features in _replaced(projected, circle_key, index).items():
                 rows = _batches_of({"features": features, "omega": omega}, self._mesh)
                 pairs[name] = of_all_images(partial(self._project, variables), rows, self._mesh)
         agreements = {
@@ -203,10 +205,11 @@ class ViewMatcher:
             wrong = batch["wrong"][:, 0], batch["wrong"][:, 1]
             omegas = {RIGHT: right, WRONG: wrong, NONE: (neutral, neutral)}
         views = {name: ViewBatch(images, jnp.concatenate(each)) for name, each in omegas.items()}
-        features = self._networks.apply(
-            variables, next(iter(views.values())), train=False, method="encode"
+        by_stage = self._networks.apply(
+            variables, next(iter(views.values())), train=False, method="encode_stages"
         )
-        embeddings = {FEATURES: features}
+        features, stage = by_stage[0], self._networks.stage
+        embeddings = {FEATURES: features} | ({PROJECTED: by_stage[stage]} if stage else {})
         if has_projector(variables):
             for name, view in views.items():
                 embeddings[name] = project(self._networks, variables, view, features)

@@ -37,12 +37,14 @@ def project(
       networks: the run's networks.
       variables: `params` and `batch_stats`.
       view: images and ω.
-      features: the images' features; recomputed only where the encoder takes ω too.
+      features: the images' features; recomputed only where the encoder takes ω too, or where the
+        projector sees those of an earlier stage.
     """
 
     def projection(bound: Networks) -> Float[Array, "B D"]:
-        y = bound.encode(view, train=False) if encoder_takes_omega(bound) else features
-        return bound.projector(bound.seen(y), view.descriptor, False)
+        if encoder_takes_omega(bound) or bound.stage:
+            return bound.embed(view, train=False, predict=False).projection
+        return bound.projector(bound.seen(features), view.descriptor, False)
 
     return networks.apply(variables, method=projection)
 

@@ -33,6 +33,7 @@ class AugSelf(Auxiliary):
     Attributes:
       weights: weight of each predicted difference, by name; empty for no AugSelf.
       hidden: width of each head's hidden layers.
+      stage: the stage of the encoder whose features the heads see; 0 for the last one.
     """
 
     name: ClassVar = "augself"
@@ -41,6 +42,7 @@ class AugSelf(Auxiliary):
 
     weights: Mapping[str, float]
     hidden: int = 512
+    stage: int = 0
 
     def __post_init__(self):
         check_at_least("augself.hidden", self.hidden, 1)
@@ -59,7 +61,7 @@ class AugSelf(Auxiliary):
     @classmethod
     @override
     def settings(cls, argument="none"):
-        none = {"hidden": cls.hidden, **dict.fromkeys(PREDICTED, 0.0)}
+        none = {"hidden": cls.hidden, "stage": cls.stage, **dict.fromkeys(PREDICTED, 0.0)}
         if argument in cls.named:
             return none | cls.named[argument]
         return none | parsed_weights("augself", argument, PREDICTED)
@@ -67,8 +69,9 @@ class AugSelf(Auxiliary):
     @classmethod
     @override
     def of(cls, settings):
-        weights = {name: w for name, w in settings.items() if name != "hidden" and w != 0}
-        return cls(weights, settings["hidden"])
+        others = {name: settings[name] for name in ("hidden", "stage") if name in settings}
+        weights = {name: w for name, w in settings.items() if name not in others and w != 0}
+        return cls(weights, **others)
 
     @override
     def heads(self, feature_width, *, axis_name, dtype):

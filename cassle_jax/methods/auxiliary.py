@@ -40,6 +40,7 @@ class Features(NamedTuple):
       targets: as in `TrainingViews`.
       projections: the method's embeddings of the first two views; the second one's of the momentum
         networks if only those exist.
+      earlier: `online` and `target` of the earlier stages that are needed, by stage.
     """
 
     online: dict[int, Float[Array, "B F"]]
@@ -47,6 +48,14 @@ class Features(NamedTuple):
     descriptors: tuple[Float[Array, "B D"], ...]
     targets: dict[str, PyTree]
     projections: tuple[Float[Array, "B D"], ...] = ()
+    earlier: dict[int, tuple[dict[int, Float[Array, "B _"]], ...]] = {}  # noqa: RUF012
+
+    def at(self, stage: int) -> "Features":
+        """The same with the features of an earlier stage, or of the last one, in their place."""
+        if stage not in self.earlier:
+            return self
+        online, target = self.earlier[stage]
+        return self._replace(online=online, target=target)
 
     @property
     def pair(self) -> tuple[Float[Array, "B F"], Float[Array, "B F"]]:
@@ -87,6 +96,7 @@ class Auxiliary:
       paired: whether images 2i and 2i + 1 of the batch need views of the same crop and colours.
       weights: weight of each of its losses, by name; empty where it is switched off.
       descriptors: the descriptors that it needs drawn.
+      stage: the stage of the encoder whose features it sees; 0 for the last one, the encoder's own.
     """
 
     name: ClassVar[str]
@@ -97,6 +107,7 @@ class Auxiliary:
     paired: ClassVar[bool] = False
     weights: Mapping[str, float]
     descriptors: Sequence[str] = ()
+    stage: int = 0
 
     @classmethod
     def settings(cls, argument: str = "none") -> dict[str, Any]:
@@ -168,7 +179,7 @@ class Auxiliary:
         """The heads, by their names among the networks.
 
         Args:
-          feature_width: width of the encoder's features.
+          feature_width: width of the features that it sees.
           axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
           dtype: dtype of matrix products.
         """
@@ -183,7 +194,7 @@ class Auxiliary:
 
         Args:
           networks: bound networks that have the heads.
-          features: the encoded views.
+          features: the encoded views, at its stage.
           own: indices of the further views.
           axis_name: the devices that share the global batch; `None` for a single one.
         """

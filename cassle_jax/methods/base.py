@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError, check_at_least
+from cassle_jax.models import features_by_stage
 
 PyTree = Any
 Schedule = Callable[[Array], Array]
@@ -62,7 +63,7 @@ class Encoded:
     """The networks' outputs for one view; all float32.
 
     Attributes:
-      features: the encoder's output y.
+      features: the encoder's output y, or that of the stage that the heads see.
       projection: the projector's output z.
       prediction: the predictor's output p, where the method has one.
     """
@@ -143,10 +144,15 @@ class Networks(nn.Module):
         `image_conditioner`, the plain branch's `plain_projector` and `plain_predictor`, and the
         heads of auxiliary objectives are optional.
       reserved: number of the last features that the method's heads do not see.
+      stage: the earlier stage of the encoder whose features the conditioned heads see; 0 for the
+        encoder's own. The plain branch's heads see the encoder's own.
+      stages: every earlier stage whose features are needed.
     """
 
     factories: Mapping[str, Callable[[], nn.Module]]
     reserved: int = 0
+    stage: int = 0
+    stages: tuple[int, ...] = ()
 
     def setup(self):
         """Builds the modules."""
@@ -161,15 +167,25 @@ class Networks(nn.Module):
         """
         plain = branch_of(self.factories, PLAIN)
         conditioned = branch_of(self.factories, "")
-        both = {"": Networks(conditioned, self.reserved), PLAIN: Networks(plain, self.reserved)}
+        both = {
+            "": Networks(conditioned, self.reserved, self.stage, self.stages),
+            PLAIN: Networks(plain, self.reserved, stages=self.stages),
+        }
         return both if f"{PLAIN}projector" in self.factories else {"": self}
 
     def encode(self, view: ViewBatch, *, train: bool) -> Float[Array, "B F"]:
         """The encoder's features y of a view."""
+        return self._encode(view, (), train)[0]
+
+    def encode_stages(self, view: ViewBatch, *, train: bool) -> dict[int, Float[Array, "B _"]]:
+        """The features of a view by stage, those of `stages` and, by 0, the encoder's own."""
+        return self._encode(view, self.stages, train)
+
+    def _encode(self, view, stages, train):
         images = view.images
         if "image_conditioner" in self.factories:
             images = self.image_conditioner(images, view.descriptor, train)
-        return self.encoder(images, train)
+        return features_by_stage(self.encoder, images, train, stages)
 
     def seen(self, features: Float[Array, "B F"]) -> Float[Array, "B _"]:
         """The features that the method's heads see: all but the reserved ones."""
@@ -191,23 +207,24 @@ class Networks(nn.Module):
 
     def embed(self, view: ViewBatch, *, train: bool, predict: bool = True) -> Encoded:
         """Encoder and heads on one view."""
-        features = self.encode(view, train=train)
+        features = self.encode_stages(view, train=train)[self.stage]
         return self.project(features, view.descriptor, train=train, predict=predict)
 
     def encode_passes(
         self, views: Sequence[ViewBatch], passes: Passes
-    ) -> dict[int, Float[Array, "B F"]]:
-        """Training features of the views that `passes` names, by view index.
+    ) -> dict[int, dict[int, Float[Array, "B _"]]]:
+        """Training features of the views that `passes` names, by stage and view index.
 
         Args:
           views: the views of the batch.
           passes: view indices; the views of one pass go through the encoder as one batch, and share
             BatchNorm's statistics.
         """
-        features = {}
+        features = {stage: {} for stage in (0, *self.stages)}
         for indices in passes:
             batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_each(views, indices))
-            features |= _split(self.encode(batch, train=True), indices)
+            for stage, rows in self.encode_stages(batch, train=True).items():
+                features[stage] |= _split(rows, indices)
         return features
 
     def project_passes(

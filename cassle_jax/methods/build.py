@@ -25,7 +25,13 @@ from cassle_jax.augment import (
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_share
 from cassle_jax.methods.auxiliary import Auxiliary
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
-from cassle_jax.models import ConditionedProjector, ImageConditioner, check_conditioning
+from cassle_jax.models import (
+    ConditionedProjector,
+    ImageConditioner,
+    check_conditioning,
+    earlier_stage,
+    width_at,
+)
 from cassle_jax.models.conditioning import is_conditioned
 
 # Folded into a step's key for the draws of `Conditioning.given`; views use small numbers.
@@ -54,6 +60,9 @@ class Conditioning:
       plain_branch: weight, from 0 to below 1, of the loss of a second projector (and predictor)
         without ω on the same encoder; the loss with ω has the remaining weight. 0 for no such
         branch, as in the paper.
+      stage: the stage of the encoder whose features the conditioned heads see, from 1 (of a ViT, a
+        block); 0 for the last one, as in the paper. An earlier one needs `plain_branch`, whose
+        heads see the last one.
     """
 
     descriptors: Sequence[str] = CASSLE_DESCRIPTORS
@@ -68,6 +77,7 @@ class Conditioning:
     start_epoch: float = 0.0
     ramp_epochs: float = 0.0
     plain_branch: float = 0.0
+    stage: int = 0
 
     def __post_init__(self):
         check_at_least("conditioning.depth", self.depth, 1)
@@ -199,23 +209,18 @@ def build_networks(
       ConfigError: a conditioning cannot work; the message names the setting.
     """
     reserved = sum(each.reserved(feature_width) for each in auxiliaries)
-    seen = feature_width - reserved
-    projector, predictor = method.projector(seen), method.predictor(seen)
-    conditioned_heads = _conditioned_heads(method, conditioning, predictor)
-    for name in conditioned_heads:
-        _check_fits(conditioning, seen if name == "projector" else projector.out)
-
+    made = encoder()
+    stage = _conditioned_stage(conditioning, made, reserved)
+    stages = [earlier_stage(made, each.stage, f"{each.name}.stage") for each in auxiliaries]
+    widths = {each: width_at(made, each) for each in {stage, *stages} - {0}} | {0: feature_width}
     placed = {"axis_name": axis_name, "dtype": dtype}
     factories = {"encoder": encoder}
-    for branch in ("", PLAIN) if conditioning.plain_branch else ("",):
-        for name, shape in (("projector", projector), ("predictor", predictor)):
-            if isinstance(shape, HeadShape):
-                conditioned = name in conditioned_heads and branch != PLAIN
-                head = _head(shape, conditioning, conditioned=conditioned)
-                factories[branch + name] = partial(head, **placed)
-            elif shape is not None:
-                factories[branch + name] = shape
-    if conditioned_heads and conditioning.injection == "image":
+    seen = {"": widths[stage] - reserved, PLAIN: feature_width - reserved}
+    for branch in seen if conditioning.plain_branch else ("",):
+        conditioned = branch != PLAIN
+        heads = _branch(method, conditioning, seen[branch], placed, conditioned=conditioned)
+        factories |= {branch + name: head for name, head in heads.items()}
+    if conditioning.injection == "image" and conditioning.descriptors:
         _check_passes(method, auxiliaries)
         factories["image_conditioner"] = partial(
             ImageConditioner,
@@ -225,9 +230,44 @@ def build_networks(
             optional=conditioning.optional,
             **placed,
         )
-    for each in auxiliaries:
-        factories |= each.heads(feature_width, **placed)
-    return Networks(factories, reserved)
+    for each, its_stage in zip(auxiliaries, stages, strict=True):
+        factories |= each.heads(widths[its_stage], **placed)
+    return Networks(factories, reserved, stage, tuple(sorted(widths.keys() - {0})))
+
+
+def _branch(
+    method: Method, conditioning: Conditioning, width: int, placed: dict, *, conditioned: bool
+) -> dict[str, Callable[[], nn.Module]]:
+    """The projector and, where the method has one, the predictor on features of a width."""
+    projector, predictor = method.projector(width), method.predictor(width)
+    names = _conditioned_heads(method, conditioning, predictor) if conditioned else ()
+    for name in names:
+        _check_fits(conditioning, width if name == "projector" else projector.out)
+    heads = {}
+    for name, shape in (("projector", projector), ("predictor", predictor)):
+        if isinstance(shape, HeadShape):
+            head = _head(shape, conditioning, conditioned=name in names)
+            heads[name] = partial(head, **placed)
+        elif shape is not None:
+            heads[name] = shape
+    return heads
+
+
+def _conditioned_stage(conditioning: Conditioning, encoder: nn.Module, reserved: int) -> int:
+    """The earlier stage that conditioned heads see; 0 for the last one."""
+    setting = "conditioning.stage"
+    stage = earlier_stage(encoder, conditioning.stage, setting)
+    if stage and not conditioning.plain_branch:
+        raise ConfigError(
+            f"{setting}={stage} leaves the stages behind it without a loss; use "
+            "conditioning.plain_branch=0.5 as well"
+        )
+    if stage and reserved:
+        raise ConfigError(
+            f"{setting}={stage} cannot go with sie, which keeps half of the last stage's features "
+            "from all heads; use conditioning.stage=0"
+        )
+    return stage
 
 
 def _conditioned_heads(

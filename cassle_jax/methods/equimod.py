@@ -30,6 +30,7 @@ class EquiMod(Auxiliary):
       descriptors: names of the descriptors that make up ω.
       temperature: temperature of the softmax over similarities.
       hidden, out: widths of the projector's hidden layers, and of z' and the embedded ω.
+      stage: the stage of the encoder whose features the projector sees; 0 for the last one.
     """
 
     name: ClassVar = "equimod"
@@ -42,6 +43,7 @@ class EquiMod(Auxiliary):
     temperature: float = 0.2
     hidden: int = 2048
     out: int = 128
+    stage: int = 0
 
     def __post_init__(self):
         check_at_least("equimod.weight", self.weight, 0)

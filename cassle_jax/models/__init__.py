@@ -20,6 +20,7 @@ from cassle_jax.models.conditioning import (
 from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.mlp import MLP
 from cassle_jax.models.resnet import ResNet
+from cassle_jax.models.stages import earlier_stage, features_by_stage, width_at
 from cassle_jax.models.vit import VisionTransformer
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
@@ -130,5 +131,8 @@ __all__ = [
     "VisionTransformer",
     "check_conditioning",
     "check_image_size",
+    "earlier_stage",
+    "features_by_stage",
     "make_encoder",
+    "width_at",
 ]

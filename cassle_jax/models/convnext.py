@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.models.stages import WithStages
 
 KERNEL = 7
 MLP_RATIO = 4
@@ -75,7 +76,12 @@ class ConvNeXt(nn.Module):
     @property
     def feature_width(self) -> int:
         """Width of the features."""
-        return self.width * 2 ** (len(self.depths) - 1)
+        return self.stage_widths[-1]
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Width of the pooled features of each stage."""
+        return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     def check_image_size(self, size: int, setting: str = "augment.size") -> None:
         """Refuses images whose sides (`size` pixels, by `setting`) are too small.
@@ -90,13 +96,17 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], train: bool
-    ) -> Float32[Array, "batch {self.feature_width}"]:
+        self,
+        images: Float[Array, "batch height width channels"],
+        train: bool,
+        stages: tuple[int, ...] = (),
+    ) -> Float32[Array, "batch {self.feature_width}"] | WithStages:
         """Features of normalised images with any number of channels.
 
         Args:
             images: one view of the batch, with sides of at least 32 pixels.
             train: has no effect; every encoder takes it.
+            stages: stages, from 1, whose outputs' means over all places are returned as well.
 
         Raises:
             ConfigError: for smaller images.
@@ -107,6 +117,7 @@ class ConvNeXt(nn.Module):
         block = nn.remat(Block) if self.remat else Block
         x = norm(name="stem_1")(self._shrink(images, self.width, 4, "stem_0"))
         self.sow("intermediates", "stem", x)
+        earlier = {}
         for stage, depth in enumerate(self.depths):
             if stage > 0:
                 name = f"stages_{stage}_downsample"
@@ -115,9 +126,11 @@ class ConvNeXt(nn.Module):
             for index in range(depth):
                 x = block(self.dtype, name=f"stages_{stage}_blocks_{index}")(x)
             self.sow("intermediates", f"layer{stage + 1}", x)
+            if stage + 1 in stages:
+                earlier[stage + 1] = x.mean(axis=(1, 2))
         features = norm(name="head_norm")(x.mean(axis=(1, 2)))
         self.sow("intermediates", "features", features)
-        return features
+        return (features, earlier) if stages else features
 
     def _shrink(self, x, channels, factor, name):
         """A convolution of patches that do not overlap."""

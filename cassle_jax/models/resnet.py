@@ -12,6 +12,7 @@ from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.convolve import convolve
 from cassle_jax.models.initializers import fan_in_uniform
 from cassle_jax.models.pooling import max_pool
+from cassle_jax.models.stages import WithStages
 
 
 def convolution(features: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
@@ -138,28 +139,38 @@ class ResNet(nn.Module):
     @property
     def feature_width(self) -> int:
         """Width of the features."""
+        return self.stage_widths[-1]
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Width of the pooled features of each stage."""
         block, stages = ARCHITECTURES[self.depth]
-        return self.width * 2 ** (len(stages) - 1) * block.expansion
+        return tuple(self.width * 2**stage * block.expansion for stage in range(len(stages)))
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], train: bool
-    ) -> Float32[Array, "batch {self.feature_width}"]:
+        self,
+        images: Float[Array, "batch height width channels"],
+        train: bool,
+        stages: tuple[int, ...] = (),
+    ) -> Float32[Array, "batch {self.feature_width}"] | WithStages:
         """Features of normalised images with any number of channels.
 
         Args:
             images: one view of the batch.
             train: normalise by the batch's statistics, and record them.
+            stages: stages, from 1, whose outputs' means over all places are returned as well.
         """
         x = self._stem(images, train)
         self.sow("intermediates", "stem", x)
 
-        block, stages = ARCHITECTURES[self.depth]
+        block, numbers = ARCHITECTURES[self.depth]
         if self.remat:
             block = nn.remat(block, static_argnums=(2,))
         if self.widening != 1:
             block = partial(block, widening=self.widening)
-        for stage, blocks in enumerate(stages):
+        earlier = {}
+        for stage, blocks in enumerate(numbers):
             for index in range(blocks):
                 x = block(
                     width=self.width * 2**stage,
@@ -169,10 +180,12 @@ class ResNet(nn.Module):
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
             self.sow("intermediates", f"layer{stage + 1}", x)
+            if stage + 1 in stages:
+                earlier[stage + 1] = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         self.sow("intermediates", "features", features)
-        return features
+        return (features, earlier) if stages else features
 
     def _stem(self, images, train):
         size, stride = (3, 1) if self.small_images else (7, 2)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 
 from cassle_jax.checks import ConfigError, check_at_least
 from cassle_jax.models.attention import attend
+from cassle_jax.models.stages import WithStages
 
 MLP_RATIO = 4
 TEMPERATURE = 10_000.0
@@ -281,6 +282,11 @@ class VisionTransformer(nn.Module):
         """Width of the features."""
         return self.width
 
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Width of the class token after each block."""
+        return (self.width,) * self.depth
+
     def check_image_size(self, size: int, setting: str = "augment.size") -> None:
         """Refuses images with sides (`size` pixels, by `setting`) of no whole number of patches.
 
@@ -297,8 +303,11 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], train: bool
-    ) -> Float32[Array, "batch {self.feature_width}"]:
+        self,
+        images: Float[Array, "batch height width channels"],
+        train: bool,
+        stages: tuple[int, ...] = (),
+    ) -> Float32[Array, "batch {self.feature_width}"] | WithStages:
         """Features of normalised images with any number of channels.
 
         Positions are those of the image size the parameters were initialised with, resized to the
@@ -307,6 +316,7 @@ class VisionTransformer(nn.Module):
         Args:
             images: one view of the batch, its sides multiples of the patch size.
             train: has no effect; every encoder takes it.
+            stages: blocks, from 1, after which the class token is returned as well.
 
         Raises:
             ValueError: for sides that are not such multiples, or initial images that are oblong.
@@ -323,15 +333,18 @@ class VisionTransformer(nn.Module):
             self.layer_scale,
             self.swiglu,
         )
+        earlier = {}
         ends = [math.ceil(stage * self.depth / STAGES) for stage in range(STAGES + 1)]
         for stage in range(STAGES):
             for index in range(ends[stage], ends[stage + 1]):
                 x = block(name=f"blocks_{index}")(x)
+                if index + 1 in stages:
+                    earlier[index + 1] = x[:, 0]
             self.sow("intermediates", f"layer{stage + 1}", _feature_map(x, grid))
 
         features = layer_norm(name="norm")(x[:, 0])
         self.sow("intermediates", "features", features)
-        return features
+        return (features, earlier) if stages else features
 
     def _tokens(self, images):
         """Class token, registers and patches, and the grid's height and width."""

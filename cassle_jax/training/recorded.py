@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.config import OPEN, base_config
 from cassle_jax.methods import METHODS, HeadShape, Method
+from cassle_jax.models import width_at
 from cassle_jax.training.run import Run, build_method
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class RecordedMethod(Method):
 
 def record_of(run: Run) -> dict[str, Any]:
     """`heads`, the shapes of the heads that are MLPs, and `views`, the first two augmentations."""
-    width = run.networks.factories["encoder"]().feature_width - run.networks.reserved
+    encoder, networks = run.networks.factories["encoder"](), run.networks
+    width = width_at(encoder, networks.stage) - networks.reserved
     heads = {"projector": run.method.projector(width), "predictor": run.method.predictor(width)}
     shapes = {name: head for name, head in heads.items() if isinstance(head, HeadShape)}
     return {

@@ -58,7 +58,9 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
     """
 
     def run_all(networks):
-        features = networks.embed(view, train=True).features
+        by_stage = networks.encode_stages(view, train=True)
+        networks.project(by_stage[networks.stage], view.descriptor, train=True)
+        features = by_stage[0]
         if f"{PLAIN}projector" in networks.factories:
             projection = networks.plain_projector(networks.seen(features), view.descriptor, True)
             if f"{PLAIN}predictor" in networks.factories:

@@ -243,7 +243,8 @@ class Update:
             self.method.target_passes, target_params, state.target_batch_stats
         )
         descriptors = tuple(view.descriptor for view in views.views)
-        kept = Features(online, target, descriptors, views.targets)
+        earlier = {stage: (online[stage], target[stage]) for stage in self.networks.stages}
+        kept = Features(online[0], target[0], descriptors, views.targets, earlier=earlier)
         return kept, (batch_stats, target_batch_stats)
 
     def _project_target(self, features: Features, target_params: PyTree, batch_stats: PyTree):
@@ -251,7 +252,10 @@ class Update:
 
         def project(networks: Networks):
             return networks.project_passes(
-                features.target, features.descriptors, self.method.target_passes, predict=False
+                features.at(networks.stage).target,
+                features.descriptors,
+                self.method.target_passes,
+                predict=False,
             )
 
         target = {}
@@ -265,7 +269,9 @@ class Update:
 
         def losses(networks: Networks):
             online = networks.project_passes(
-                features.online, features.descriptors, method.head_passes or method.online_passes
+                features.at(networks.stage).online,
+                features.descriptors,
+                method.head_passes or method.online_passes,
             )
             return online, method.loss(self._step(branch, online, target, state), networks)
 
@@ -291,7 +297,8 @@ class Update:
         """An auxiliary objective's weighted loss and what is logged, and running statistics."""
 
         def losses(networks: Networks):
-            losses, metrics = auxiliary.losses(networks, features, own, self.axis_name)
+            seen = features.at(auxiliary.stage)
+            losses, metrics = auxiliary.losses(networks, seen, own, self.axis_name)
             parts = {f"loss_{auxiliary.name}_{name}": value for name, value in losses.items()}
             parts |= {f"{auxiliary.name}_{name}": value for name, value in metrics.items()}
             return auxiliary.total(losses), parts

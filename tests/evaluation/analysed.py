@@ -42,12 +42,12 @@ class Linear(Method):
         return HeadShape(3, 3, depth=1)
 
 
-def colour_networks(conditioning=PLAIN):
+def colour_networks(conditioning=PLAIN, encoder=Colour):
     """Networks whose projector adds what it is told, ω, to the mean colour, and their variables.
 
     Told `color_diff`, it undoes what the jitter did to the mean colour: π(f(t(x)) | ω) = f(x).
     """
-    networks = build_networks(Linear(), Colour, 3, conditioning)
+    networks = build_networks(Linear(), encoder, 3, conditioning)
     view = ViewBatch(jnp.zeros((2, PIXELS, PIXELS, 3)), jnp.zeros((2, conditioning.size)))
     shapes = jax.eval_shape(
         lambda: networks.init(jax.random.key(0), view, train=False, method="embed")

@@ -129,7 +129,7 @@ def test_a_step_encodes_the_unaugmented_images_in_one_batch_with_the_views(metho
     _, metrics = update(state, inputs)
     seen = (0,) if isinstance(method, MoCoV2) else (0, 1)
     encode = nn.apply(
-        lambda networks: networks.encode_passes(inputs.views, ((*seen, 2),)),
+        lambda networks: networks.encode_passes(inputs.views, ((*seen, 2),))[0],
         networks,
         mutable=["batch_stats"],
     )

@@ -70,7 +70,7 @@ def test_a_step_encodes_the_four_rotations_as_one_batch(simclr):
     inputs = random_views(5, sizes=(PIXELS,) * 6)
     _, metrics = update(state, inputs)
     encode = nn.apply(
-        lambda networks: networks.encode_passes(inputs.views, (OWN,)),
+        lambda networks: networks.encode_passes(inputs.views, (OWN,))[0],
         networks,
         mutable=["batch_stats"],
     )

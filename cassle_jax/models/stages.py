@@ -1,0 +1,52 @@
+"""The features of an encoder's earlier stages, pooled, beside its own."""
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32
+
+from cassle_jax.checks import ConfigError
+
+WithStages = tuple[Float32[Array, "batch _"], dict[int, Float32[Array, "batch _"]]]
+"""An encoder's features, and those of the earlier stages that it was asked for."""
+
+
+def features_by_stage(
+    encoder: nn.Module,
+    images: Float[Array, "batch height width channels"],
+    train: bool,
+    stages: Sequence[int],
+) -> dict[int, Float[Array, "batch _"]]:
+    """The features of the stages, from one pass through the encoder; 0 stands for its own.
+
+    Args:
+        encoder: the encoder, bound; it takes the stages as a third argument if it has any.
+        images: one view of the batch.
+        train: as the encoder takes it.
+        stages: the earlier stages, counted from 1; one of a ViT is a block.
+    """
+    if not stages:
+        return {0: encoder(images, train)}
+    features, earlier = encoder(images, train, tuple(stages))
+    return {0: features, **earlier}
+
+
+def earlier_stage(encoder: nn.Module, stage: int, setting: str) -> int:
+    """The stage that a setting names, and 0 for the last one, whose features are the encoder's own.
+
+    Raises:
+        ConfigError: the encoder has no such stage; the message names the setting.
+    """
+    if stage == 0:
+        return 0
+    last = len(getattr(encoder, "stage_widths", ())) or 1
+    if stage not in range(1, last + 1):
+        raise ConfigError(
+            f"{setting}={stage} is no stage of this encoder; use 1 to {last}, or 0 for the last one"
+        )
+    return stage % last
+
+
+def width_at(encoder: nn.Module, stage: int) -> int:
+    """Width of the features of an earlier stage, or of the encoder's own for 0."""
+    return encoder.stage_widths[stage - 1] if stage else encoder.feature_width
