@@ -116,10 +116,12 @@ def _defaults() -> ConfigDict:
             # MoCo-v3, 6 in DINO and timm
             "heads": 0,
             # Vision Transformers, as DINOv2's: further learnt tokens (4 there); the initial factor
-            # of each block's output (1e-5 there; 0: none); gated feed-forward networks
+            # of each block's output (1e-5 there; 0: none); gated feed-forward networks. As
+            # DINOv3's: rotary positions
             "registers": 0,
             "layer_scale": 0.0,
             "swiglu": False,
+            "rotary": False,
             "remat": False,  # recompute activations in the backward pass, to save memory
             # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's
             "flash_attention": True,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.naming import has_swiglu, is_convnext, is_vit
+from cassle_jax.interop.naming import has_swiglu, is_convnext, is_rotary, is_vit
 from cassle_jax.interop.pytorch import State, check_encoder
 from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
@@ -28,8 +28,10 @@ VIT_NAMES = {  # by width
 }
 # What ViTs of others have in addition, by a pattern of its arrays.
 UNKNOWN_OF_VITS = {
-    r"rope|storage_tokens": "rotary position embeddings, as DINOv3 has",
-    r".*\.gamma_[12]": "a layer scale that is not called ls1.gamma, as BEiT's",
+    r"rope": "rotary position embeddings of another kind than DINOv3's",
+    r".*\.mlp\.w1\.": "a SwiGLU of two matrices, as DINOv3's larger models have",
+    r"cls_norm\.": "a LayerNorm of the class token alone",
+    r".*\.gamma_[12]": "a layer scale that is not called ls1.gamma, as BEiT's and timm's DINOv3's",
     r"dist_token": "a distillation token, as DeiT has",
     r"norm_pre\.": "a LayerNorm before the blocks, as CLIP has",
     r"fc_norm\.": "a mean of patches as features (fc_norm)",
@@ -138,24 +140,26 @@ class ViTArchitecture:
         depth: number of blocks.
         heads: number of attention heads.
         patch_size: side of a patch, pixels.
-        image_size: side of the images that its positions are made for, pixels.
+        image_size: side of the images that its positions are made for, pixels; `None` for any.
         channels: channels of the images.
         registers: number of register tokens.
         layer_scale: whether each block's outputs are scaled.
         swiglu: whether its feed-forward networks are gated.
         position_offset: how its positions are interpolated, which arrays do not show either.
+        rotary: whether its positions are DINOv3's, of images of any size.
     """
 
     width: int
     depth: int
     heads: int
     patch_size: int
-    image_size: int
+    image_size: int | None
     channels: int
     registers: int = 0
     layer_scale: bool = False
     swiglu: bool = False
     position_offset: float | None = None
+    rotary: bool = False
 
     @property
     def name(self) -> str:
@@ -179,10 +183,12 @@ class ViTArchitecture:
             layer_scale=float(self.layer_scale),
             swiglu=self.swiglu,
             position_offset=self.position_offset,
+            rotary=self.rotary,
         )
 
     def check_torchvision(self) -> None:
         """Raises WeightsError where torchvision has no such ViT."""
+        self.check_positions()
         options = {"registers": self.registers, "layer scale": self.layer_scale}
         lacks = [name for name, has in {**options, "SwiGLU": self.swiglu}.items() if has]
         if lacks:
@@ -223,8 +229,21 @@ class ViTArchitecture:
             )
         return lines
 
+    def check_positions(self) -> None:
+        """Raises WeightsError for rotary positions, which other formats have under other names."""
+        if self.rotary:
+            raise WeightsError(
+                "a ViT with rotary positions is written for this project alone; use the format "
+                "cassle"
+            )
+
     def timm_config(self) -> dict[str, Any]:
-        """The architecture's part of timm's `config.json`."""
+        """The architecture's part of timm's `config.json`.
+
+        Raises:
+            WeightsError: it has rotary positions.
+        """
+        self.check_positions()
         arguments = {
             "embed_dim": self.width,
             "depth": self.depth,
@@ -360,6 +379,7 @@ def check_arrays(state: State, architecture: Architecture) -> None:
         WeightsError: the message names each array that is missing, unexpected or of another shape.
     """
     encoder, size = architecture.encoder(), getattr(architecture, "image_size", 32)
+    size = size or architecture.patch_size
     images = jax.ShapeDtypeStruct((1, size, size, architecture.channels), jnp.float32)
     try:
         variables = jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False), images)
@@ -389,7 +409,7 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
         if any(re.match(pattern, name) for name in state):
             raise WeightsError(f"its ViT has {what}; ViTs here have none")
     if "pos_embed" not in state:
-        raise WeightsError("its ViT has no pos_embed; rotary position embeddings are not read")
+        raise WeightsError("its ViT has no pos_embed, and ViTs here need one")
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     scaled = "blocks.0.ls1.gamma" in state
@@ -401,7 +421,8 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
         )
     if heads < 1 or width % heads:
         raise WeightsError(f"heads={heads} does not divide the ViT's width of {width}")
-    image_size = math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
+    rotary = is_rotary(state)
+    image_size = None if rotary else math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     return ViTArchitecture(
         width,
@@ -414,6 +435,7 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
         scaled,
         has_swiglu(state),
         position_offset,
+        rotary,
     )
 
 

@@ -89,7 +89,8 @@ def with_encoder(
     card: Mapping[str, Any], architecture: Architecture, networks: Sequence[str]
 ) -> Card:
     """Adds the encoder's architecture, the networks and today's date to a card."""
-    size = getattr(architecture, "image_size", card["input"]["size"])  # a ViT's positions show it
+    # A ViT's positions show it, if they are not rotary.
+    size = getattr(architecture, "image_size", None) or card["input"]["size"]
     return {
         **card,
         "input": {**card["input"], "size": size},

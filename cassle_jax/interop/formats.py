@@ -122,6 +122,7 @@ def _check_dinov2(architecture: Architecture) -> None:
             f"DINOv2's format has names for ViTs only, not for {architecture.name}; use the format "
             "torchvision or timm"
         )
+    architecture.check_positions()
 
 
 def _check_detectron2(architecture: Architecture) -> None:

@@ -35,7 +35,7 @@ WRAPPERS = {
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
-OF_TRAINING = ("mask_token", "decoder_")  # of DINOv2 and MAE, beside the encoder's own
+OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_")  # of DINOv2, DINOv3 and MAE
 BESIDE = HEADS + OF_TRAINING
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
 # An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.
@@ -47,8 +47,8 @@ IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
 MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
 KNOWN = (
-    "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, DINOv2, MAE, VISSL, "
-    "Lightly and solo-learn and models of torchvision and timm"
+    "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, DINOv2, DINOv3, MAE, "
+    "VISSL, Lightly and solo-learn and models of torchvision and timm"
 )
 # What layouts tell of a ViT that its arrays do not, by the attribute of `Weights`. DINOv2's models
 # without registers interpolate positions in another way, and on Hugging Face in a third one.
@@ -100,12 +100,7 @@ def networks_in(
         WeightsError: there is no encoder, or more than one and no way to choose.
     """
     flat = flat_names(content)
-    arrays = {
-        name: value
-        for name, value in flat.items()
-        if isinstance(value, np.ndarray) and not name.endswith("num_batches_tracked")
-    }
-    named = _with_named_stages(arrays)
+    named = _with_named_stages(_arrays_in(flat))
     arrays = from_hugging_face(named)
     prefix = _prefix(arrays)
     parent, _, called = prefix.removesuffix(".").rpartition(".")
@@ -126,12 +121,21 @@ def networks_in(
         networks["projector"] = _projector_names(networks["projector"])
     taken = {called, *(networks.keys() - {"encoder"})}
     beside = dict.fromkeys(name.split(".")[0] for name in _under(flat, parent)) if prefix else {}
-    told = {}
+    unread = (*_summed(heads), *(name for name in beside if name not in taken))
     if is_moco_v3 and is_vit(encoder):
-        told = MOCO_V3
-    elif "mask_token" in heads and "blocks.0.ls1.gamma" in encoder and "reg_token" not in encoder:
-        told = DINOV2 if arrays is named else HUGGING_FACE
-    return networks, (*_summed(heads), *(name for name in beside if name not in taken)), told
+        return networks, unread, MOCO_V3
+    if "mask_token" in heads and "blocks.0.ls1.gamma" in encoder and "reg_token" not in encoder:
+        return networks, unread, DINOV2 if arrays is named else HUGGING_FACE
+    return networks, unread, {}
+
+
+def _arrays_in(flat: Mapping[str, Any]) -> State:
+    """The arrays but the counters that nothing depends on."""
+    return {
+        name: value
+        for name, value in flat.items()
+        if isinstance(value, np.ndarray) and not name.endswith("num_batches_tracked")
+    }
 
 
 PUBLISHED_HEADS = ("projector", "predictor", "image_conditioner")
@@ -206,7 +210,7 @@ def _check_stem(first_stage: int, kernel: np.ndarray) -> None:
 def _summed(names: Iterable[str]) -> dict[str, None]:
     """The names, those of a decoder by their first parts."""
     return dict.fromkeys(
-        name.split(".")[0] if name.startswith(OF_TRAINING) else name for name in names
+        name.split(".")[0] if name.startswith("decoder_") else name for name in names
     )
 
 

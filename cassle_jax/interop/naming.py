@@ -2,7 +2,7 @@
 
 This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
 for ViTs and ConvNeXts. A ViT's `pos_embed` begins with the class token's position; where timm's has
-registers, it has none for that.
+registers, it has none for that. Where its positions are rotary, `pos_embed` has their periods.
 """
 
 import math
@@ -29,6 +29,7 @@ VIT_BLOCK_ARRAYS = {
 
 # Of a SwiGLU, which timm calls as other networks; and the registers.
 DINOV2 = {"reg_token": "register_tokens"}
+DINOV3 = {"storage_tokens": "reg_token", "rope_embed.periods": "pos_embed"}
 DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
 # Of the Hugging Face's Dinov2Model, which has queries, keys and values apart.
 HUGGING_FACE = {
@@ -82,6 +83,11 @@ def from_torchvision(state: State) -> State:
     return {ours.get(name, name): array for name, array in renewed.items()}
 
 
+def is_rotary(state: State) -> bool:
+    """Whether a ViT's state in this project's names has rotary positions."""
+    return state["pos_embed"].ndim == 1
+
+
 def has_swiglu(state: State) -> bool:
     """Whether a ViT's state in this project's names has gated feed-forward networks."""
     first, last = (state.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
@@ -122,12 +128,19 @@ def to_dinov2(state: State) -> State:
 
 
 def from_dinov2(state: State) -> State:
-    """The reverse of `to_dinov2`, also for the blocks of its training, which are in chunks."""
+    """The reverse of `to_dinov2`, also for the blocks of its training, which are in chunks.
+
+    Of DINOv3, too, whose keys have no bias: a mask says so.
+    """
     names = {theirs: ours for ours, theirs in (DINOV2 | DINOV2_SWIGLU).items()}
-    return {
+    names |= DINOV3
+    renamed = {
         re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", _replaced(name, names)): array
         for name, array in state.items()
     }
+    for bias in [name for name in renamed if f"{name}_mask" in renamed]:
+        renamed[bias] = np.where(renamed.pop(f"{bias}_mask") == 0, 0, renamed[bias])
+    return renamed
 
 
 def _replaced(name: str, names: dict[str, str]) -> str:

@@ -65,7 +65,7 @@ def at_image_size(
     `offset` is that of `resize_positions`.
     """
     target, positions = variables.get("params", {}).get("pos_embed"), state.get("pos_embed")
-    if target is None or positions is None or positions.ndim != 3:
+    if target is None or positions is None or not len(target.shape) == positions.ndim == 3:
         return state
     if target.shape[1] == positions.shape[1]:
         return state

@@ -53,6 +53,7 @@ def make_encoder(
     registers: int = 0,
     layer_scale: float = 0.0,
     swiglu: bool = False,
+    rotary: bool = False,
     dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
     remat: bool = False,
@@ -70,6 +71,7 @@ def make_encoder(
         registers: further learnt tokens of a Vision Transformer.
         layer_scale: initial layer scale of a Vision Transformer; 0 for none.
         swiglu: gives a Vision Transformer gated feed-forward networks.
+        rotary: gives a Vision Transformer rotary positions.
         dtype: dtype the layers compute in.
         axis_name: mapped axis over which a ResNet's BatchNorm is synchronised.
         remat: recompute activations in the backward pass instead of storing them.
@@ -86,13 +88,14 @@ def make_encoder(
     if width:
         settings["width"] = width
     vit = name.startswith("vit")
-    of_vit = {"heads": heads, "registers": registers, "layer_scale": layer_scale, "swiglu": swiglu}
-    for setting, value in of_vit.items():
-        if value and not vit:
-            raise ConfigError(
-                f"encoder.{setting}={value} does not go with encoder.name={name!r}; "
-                f"use {type(value)()}"
-            )
+    of_vit = {"heads": heads, "registers": registers, "layer_scale": layer_scale}
+    of_vit |= {"swiglu": swiglu, "rotary": rotary}
+    of_vit = {setting: value for setting, value in of_vit.items() if value}
+    if of_vit and not vit:
+        setting, value = next(iter(of_vit.items()))
+        raise ConfigError(
+            f"encoder.{setting}={value} does not go with encoder.name={name!r}; use {type(value)()}"
+        )
     if small_images and (vit or name.startswith("convnext")):
         instead = "encoder.patch_size=4" if vit else "a ResNet"
         raise ConfigError(
@@ -103,7 +106,7 @@ def make_encoder(
         return ENCODERS[name](**settings)
     if not vit:
         return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
-    settings |= {setting: value for setting, value in of_vit.items() if value}
+    settings |= of_vit
     return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
 
 

@@ -19,7 +19,8 @@ MLP_RATIO = 4
 TEMPERATURE = 10_000.0
 STAGES = 4
 
-layer_norm = partial(nn.LayerNorm, epsilon=1e-6)
+EPSILON, ROTARY_EPSILON = 1e-6, 1e-5  # of LayerNorm; DINOv3's is the other one
+LONGEST_PERIOD = 100.0
 xavier_uniform = nn.initializers.xavier_uniform()
 # Queries, keys and values are three square matrices, each xavier-uniform: ±√(6/(2·width)).
 qkv_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -96,6 +97,29 @@ def _bicubic(side: int, size: int, offset: float) -> Float32[np.ndarray, "size s
     return weights
 
 
+def rotary_angles(
+    height: int, width: int, periods: Float32[Array, " periods"]
+) -> Float32[Array, "{height*width} half_head"]:
+    """Angles by which DINOv3 rotates the queries and keys of height×width patches, row after row.
+
+    The centres of the patches are in (−1, 1) along each axis. The first half of the angles is of
+    the row, the second of the column.
+    """
+    rows, columns = (2 * (jnp.arange(n) + 0.5) / n - 1 for n in (height, width))
+    places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    return (2 * jnp.pi * places / periods).reshape(len(places), -1)
+
+
+def rotated(
+    x: Float[Array, "batch tokens heads of_head"], angles: Float32[Array, "tokens half_head"]
+) -> Float[Array, "batch tokens heads of_head"]:
+    """Rotates each pair of entries n and n + of_head/2 by the token's n-th angle, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
 class PatchEmbedding(nn.Module):
     """A frozen linear map of each patch: its parameters get no gradient, the images do.
 
@@ -131,13 +155,20 @@ class Attention(nn.Module):
     flash: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Lets every token attend to all tokens."""
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        angles: Float32[Array, "tokens half_head"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        """Lets every token attend to all tokens, queries and keys rotated by `angles`."""
         width = x.shape[-1]
         linear = partial(nn.Dense, dtype=self.dtype)
         qkv = linear(3 * width, kernel_init=qkv_uniform, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-        attended = attend(*jnp.unstack(qkv, axis=2), flash=self.flash)
+        queries, keys, values = jnp.unstack(qkv, axis=2)
+        if angles is not None:
+            queries, keys = rotated(queries, angles), rotated(keys, angles)
+        attended = attend(queries, keys, values, flash=self.flash)
         return linear(width, kernel_init=xavier_uniform, name="proj")(attended.reshape(x.shape))
 
 
@@ -191,6 +222,7 @@ class Block(nn.Module):
         flash: see `attend`.
         layer_scale: initial value of the factors of what is added to the shortcut; 0 for none.
         swiglu: see `FeedForward`.
+        epsilon: LayerNorm's.
     """
 
     heads: int
@@ -198,16 +230,22 @@ class Block(nn.Module):
     flash: bool = True
     layer_scale: float = 0.0
     swiglu: bool = False
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(
-        self, x: Float32[Array, "batch tokens width"]
+        self,
+        x: Float32[Array, "batch tokens width"],
+        angles: Float32[Array, "tokens half_head"] | None = None,
     ) -> Float32[Array, "batch tokens width"]:
-        """Maps `x`; the sums stay in float32, as under PyTorch's mixed precision."""
-        norm = partial(layer_norm, dtype=self.dtype)
+        """Maps `x`; the sums stay in float32, as under PyTorch's mixed precision.
+
+        `angles` are those of `Attention`.
+        """
+        norm = partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         scale = partial(LayerScale, self.layer_scale)
         attention = Attention(self.heads, self.dtype, self.flash, name="attn")
-        x = x + scale(name="ls1")(attention(norm(name="norm1")(x)))
+        x = x + scale(name="ls1")(attention(norm(name="norm1")(x), angles))
         feed_forward = FeedForward(self.dtype, self.swiglu, name="mlp")
         return x + scale(name="ls2")(feed_forward(norm(name="norm2")(x)))
 
@@ -235,6 +273,8 @@ class VisionTransformer(nn.Module):
         layer_scale: initial value of a factor of each block's every output; 0 for no such factors.
         swiglu: gated feed-forward networks, see `FeedForward`.
         position_offset: how positions are interpolated, see `resize_positions`.
+        rotary: rotate queries and keys by the patches' places instead of adding positions, and give
+            LayerNorm an ε of 1e-5, as DINOv3 does. `pos_embed` is then the rotations' periods.
         frozen_parameters: names, at the top level of the parameters, that are never trained.
 
     References:
@@ -254,6 +294,7 @@ class VisionTransformer(nn.Module):
     layer_scale: float = 0.0
     swiglu: bool = False
     position_offset: float | None = None
+    rotary: bool = False
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ("patch_embed", "pos_embed")
 
@@ -274,6 +315,11 @@ class VisionTransformer(nn.Module):
             raise ConfigError(
                 f"encoder.heads={self.heads} does not divide encoder.width={self.width}; "
                 f"use one of {divisors}"
+            )
+        if self.rotary and self.width // self.heads % 4:
+            raise ConfigError(
+                f"encoder.rotary=True needs heads of a multiple of 4 entries, and "
+                f"encoder.heads={self.heads} makes some of {self.width // self.heads}"
             )
         super().__post_init__()
 
@@ -322,7 +368,8 @@ class VisionTransformer(nn.Module):
             ValueError: for sides that are not such multiples, or initial images that are oblong.
         """
         del train
-        x, grid = self._tokens(images)
+        x, grid, angles = self._tokens(images)
+        epsilon = ROTARY_EPSILON if self.rotary else EPSILON
         self.sow("intermediates", "stem", _feature_map(x, grid))
 
         block = partial(
@@ -332,22 +379,23 @@ class VisionTransformer(nn.Module):
             self.flash_attention,
             self.layer_scale,
             self.swiglu,
+            epsilon,
         )
         earlier = {}
         ends = [math.ceil(stage * self.depth / STAGES) for stage in range(STAGES + 1)]
         for stage in range(STAGES):
             for index in range(ends[stage], ends[stage + 1]):
-                x = block(name=f"blocks_{index}")(x)
+                x = block(name=f"blocks_{index}")(x, angles)
                 if index + 1 in stages:
                     earlier[index + 1] = x[:, 0]
             self.sow("intermediates", f"layer{stage + 1}", _feature_map(x, grid))
 
-        features = layer_norm(name="norm")(x[:, 0])
+        features = nn.LayerNorm(epsilon=epsilon, name="norm")(x[:, 0])
         self.sow("intermediates", "features", features)
         return (features, earlier) if stages else features
 
     def _tokens(self, images):
-        """Class token, registers and patches, and the grid's height and width."""
+        """Class token, registers and patches; the grid's height and width; angles, if `rotary`."""
         for size in images.shape[1:3]:
             self.check_image_size(size)
         patches = PatchEmbedding(self.width, self.patch_size, self.dtype, name="patch_embed")(
@@ -356,12 +404,20 @@ class VisionTransformer(nn.Module):
         batch, *grid, width = patches.shape
         patches = patches.reshape(batch, -1, width).astype(jnp.float32)
         tokens = jnp.concatenate([self._learnt("cls_token", 1, batch), patches], axis=1)
-        positions = jax.lax.stop_gradient(self._stored_positions(*grid))
-        tokens += resize_positions(positions, *grid, self.position_offset)
+        angles = None
+        if self.rotary:  # only patches have a place
+            count = self.width // self.heads // 4
+            initial = LONGEST_PERIOD ** (jnp.arange(count) / count)
+            periods = jax.lax.stop_gradient(self.param("pos_embed", lambda _: initial))
+            angles = rotary_angles(*grid, periods)
+            angles = jnp.pad(angles, ((1 + self.registers, 0), (0, 0)))
+        else:
+            positions = jax.lax.stop_gradient(self._stored_positions(*grid))
+            tokens += resize_positions(positions, *grid, self.position_offset)
         if self.registers:
             registers = self._learnt("reg_token", self.registers, batch)
             tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
-        return tokens, grid
+        return tokens, grid, angles
 
     def _learnt(self, name, count, batch):
         """Tokens that are parameters, the same for each image."""

@@ -72,7 +72,9 @@ def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
     theirs = architecture_of(weights.encoder, weights.heads)
     if not isinstance(encoder, VisionTransformer):
         return
-    fitting = {name: getattr(theirs, name) for name in ("patch_size", "registers", "swiglu")}
+    fitting = {
+        name: getattr(theirs, name) for name in ("patch_size", "registers", "swiglu", "rotary")
+    }
     other = {name: value for name, value in fitting.items() if getattr(encoder, name) != value}
     if bool(encoder.layer_scale) != theirs.layer_scale:
         other["layer_scale"] = 1e-5 if theirs.layer_scale else 0.0

@@ -1,4 +1,4 @@
-"""DINOv2's and MAE's ViTs compute here what their papers' equations say, and leave as they came."""
+"""DINOv2's, DINOv3's and MAE's ViTs compute here what their papers say, and leave as they came."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from cassle_jax.export import export
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.weights import load_weights
+from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.subjects import open_subject
-from tests.interop.states import assert_same, encoder_variables
+from tests.interop.states import assert_same, encoder_state, encoder_variables
 
 WIDTH, HEADS, DEPTH, PATCH, SIDE = 24, 2, 2, 14, 3
 SIZE = SIDE * PATCH
@@ -67,6 +67,30 @@ def published(registers=0, swiglu=False, scale=True):
     }
 
 
+def published_v3():
+    """A small DINOv3 ViT's arrays; the periods are rounded, as bfloat16 would."""
+    state = published(registers=4)
+    del state["pos_embed"]
+    state["storage_tokens"] = state.pop("register_tokens")
+    state["rope_embed.periods"] = np.float32([1, 4.625, 21.5])
+    mask = np.repeat([1, 0, 1], WIDTH).astype(np.float32)
+    return state | {f"blocks.{block}.attn.qkv.bias_mask": mask for block in range(DEPTH)}
+
+
+def turned(x, side, periods):
+    """Queries or keys [batch, tokens, of_head], those of patches as complex numbers turned."""
+    half = x.shape[-1] // 2
+    x, first = x.copy(), x.shape[1] - side**2
+    for row in range(side):
+        for column in range(side):
+            places = [(2 * at + 1) / side - 1 for at in (row, column)]
+            angle = np.concatenate([2 * np.pi * place / periods for place in places])
+            patch = x[:, first + row * side + column]
+            pairs = (patch[:, :half] + 1j * patch[:, half:]) * np.exp(1j * angle)
+            patch[:] = np.concatenate([pairs.real, pairs.imag], axis=1)
+    return x
+
+
 def images(size):
     return np.random.default_rng(size).standard_normal((2, size, size, 3))
 
@@ -77,22 +101,28 @@ def features(state, pixels, positions):
     `positions` are those of the class token and of each patch.
     """
     w = {name: array.astype(np.float64) for name, array in state.items()}
+    w |= {"register_tokens": w["storage_tokens"]} if "storage_tokens" in w else {}
+    periods, side = w.get("rope_embed.periods"), pixels.shape[1] // PATCH
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + (1e-6 if periods is None else 1e-5))
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def attention(x, block):
-        q, k, v = np.split(linear(x, f"{block}.attn.qkv"), 3, axis=-1)
+        bias = w[f"{block}.attn.qkv.bias"] * w.get(f"{block}.attn.qkv.bias_mask", 1.0)
+        q, k, v = np.split(x @ w[f"{block}.attn.qkv.weight"].T + bias, 3, axis=-1)
         out = np.empty_like(q)
         of_head = WIDTH // HEADS
         for head in range(HEADS):
             own = slice(head * of_head, (head + 1) * of_head)
-            scores = np.exp(q[..., own] @ k[..., own].transpose(0, 2, 1) / math.sqrt(of_head))
+            queries, keys = q[..., own], k[..., own]
+            if periods is not None:
+                queries, keys = (turned(each, side, periods) for each in (queries, keys))
+            scores = np.exp(queries @ keys.transpose(0, 2, 1) / math.sqrt(of_head))
             out[..., own] = scores / scores.sum(-1, keepdims=True) @ v[..., own]
         return linear(out, f"{block}.attn.proj")
 
@@ -103,7 +133,6 @@ def features(state, pixels, positions):
         x = linear(x, f"{block}.mlp.fc1")
         return linear(x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2, f"{block}.mlp.fc2")
 
-    side = pixels.shape[1] // PATCH
     patches = np.empty((len(pixels), side, side, WIDTH))
     for row in range(side):
         for column in range(side):
@@ -183,6 +212,25 @@ def test_dinov2s_features_are_the_published_equations(tmp_path, kind, size):
     for made_for in {SIZE, size}:
         _, encoder, variables = opened(state, tmp_path, made_for)
         assert_equal(computed(encoder, variables, images(size)), expected)
+
+
+@pytest.mark.parametrize("size", [SIZE, 2 * PATCH])
+def test_dinov3s_features_are_the_published_equations(tmp_path, size):
+    state = published_v3()
+    weights, encoder, variables = opened(state, tmp_path)
+    assert_equal(computed(encoder, variables, images(size)), features(state, images(size), 0.0))
+    assert weights.ignored == ("mask_token",)
+
+
+def test_dinov3s_are_written_for_this_project_alone(tmp_path):
+    weights, *_ = opened(published_v3(), tmp_path)
+    export(with_card(weights), tmp_path / "cassle", ["cassle"])
+    assert_same(load_weights(tmp_path / "cassle" / "cassle.safetensors").encoder, weights.encoder)
+    subject = open_subject(tmp_path / "cassle" / "cassle.safetensors")
+    assert subject.spec.size == SIZE
+    for other in ("timm", "torchvision", "dinov2"):
+        with pytest.raises(WeightsError, match=r"rotary positions .* use the format cassle"):
+            export(with_card(weights), tmp_path, [other])
 
 
 def test_maes_encoder_is_read_and_its_decoder_left_out_with_a_line(tmp_path, caplog):
@@ -277,7 +325,7 @@ def test_hugging_faces_dinov2_is_the_same(tmp_path, kind, prefix):
 
 
 def with_card(weights):
-    return type(weights)(weights.networks, (), CARD, HEADS, weights.position_offset)
+    return Weights(weights.networks, (), CARD, HEADS, weights.position_offset)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,6 +341,12 @@ def test_dinov2s_format_has_every_array_as_published(tmp_path, kind):
         assert (again.heads, again.position_offset) == (HEADS, weights.position_offset)
 
 
+def test_dinov2s_format_is_for_vits(tmp_path):
+    weights = Weights({"encoder": encoder_state("resnet18")}, card=CARD)
+    with pytest.raises(WeightsError, match="DINOv2's format has names for ViTs only, not for resn"):
+        export(weights, tmp_path, ["dinov2"])
+
+
 def test_blocks_in_the_chunks_of_dinov2s_training_are_read(tmp_path):
     state = published()
     weights, *_ = opened(state, tmp_path)
@@ -303,8 +357,8 @@ def test_blocks_in_the_chunks_of_dinov2s_training_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rope_embed.periods", "its ViT has rotary position embeddings, as DINOv3 has"),
-        ("storage_tokens", "its ViT has rotary position embeddings, as DINOv3 has"),
+        ("rope.freqs", "its ViT has rotary position embeddings of another kind than DINOv3's"),
+        ("blocks.0.mlp.w1.weight", "its ViT has a SwiGLU of two matrices, as DINOv3's larger"),
         ("fc_norm.weight", r"its ViT has a mean of patches as features \(fc_norm\)"),
         ("norm_pre.weight", "its ViT has a LayerNorm before the blocks, as CLIP has"),
         ("dist_token", "its ViT has a distillation token, as DeiT has"),
@@ -321,7 +375,7 @@ def test_what_is_missing_here_is_named(tmp_path, name, message):
 def test_a_vit_without_positions_is_refused(tmp_path):
     state = published()
     del state["pos_embed"]
-    with pytest.raises(WeightsError, match=r"no pos_embed; rotary position embeddings are not"):
+    with pytest.raises(WeightsError, match=r"its ViT has no pos_embed, and ViTs here need"):
         opened(state, tmp_path)
 
 

@@ -314,6 +314,15 @@ def test_dinov2s_options_add_parameters_and_change_no_others(tiny, images):
         np.testing.assert_array_equal(params[name], plain[name])
 
 
+def test_rotary_positions_have_the_published_periods_and_no_others(images):
+    encoder = TINY(width=32, rotary=True)
+    params = jax.jit(lambda x: encoder.init(jax.random.key(0), x, True))(images)["params"]
+    # From 1 to 100, excluded, in steps of one factor: a quarter of a head's eight entries.
+    np.testing.assert_allclose(params["pos_embed"], [1, 10], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"rotary=True needs heads .* encoder\.heads=8 .* of 2"):
+        TINY(heads=8, rotary=True)
+
+
 def test_maps_of_the_patches_hold_no_register(tiny, images):
     """Registers that nothing attends to leave the first maps as they are."""
     params = tiny["params"] | {"reg_token": jnp.full((1, 2, 16), 7.0)}
@@ -326,7 +335,12 @@ def test_maps_of_the_patches_hold_no_register(tiny, images):
 
 @pytest.mark.parametrize(
     ("setting", "value", "use"),
-    [("registers", 4, "0"), ("layer_scale", 1e-5, "0.0"), ("swiglu", True, "False")],
+    [
+        ("registers", 4, "0"),
+        ("layer_scale", 1e-5, "0.0"),
+        ("swiglu", True, "False"),
+        ("rotary", True, "False"),
+    ],
 )
 def test_dinov2s_options_are_for_vits(setting, value, use):
     with pytest.raises(ConfigError) as error:
