@@ -40,6 +40,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16"
 REFUSED = (pickle.PERSID, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
 LARGEST_KEY = 2**63  # bound of a dict's integer keys
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_BEGIN = 32  # bytes of a file that a message quotes
 RESAVE = "load it with PyTorch and save its state_dict() anew with torch.save"
 
 
@@ -52,9 +53,10 @@ def read_torch_file(path: str | Path) -> Any:
     Raises:
         WeightsError: the file names something other than arrays, is damaged, or is of another kind.
     """
-    path = Path(path)
+    path, begin = Path(path), b""
     try:
         with path.open("rb") as file:
+            begin = file.read(_BEGIN)
             if zipfile.is_zipfile(file):
                 return _read_zip(file)
             file.seek(0)
@@ -65,7 +67,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # A damaged pickle raises any type, depending on its bytes.
         raise WeightsError(
-            f"{path} is damaged or no PyTorch file ({type(error).__name__}: {error})"
+            f"{path} is damaged or no PyTorch file ({type(error).__name__}): it begins with {begin}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -153,8 +154,8 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     """Reads a file of weights without running anything in it.
 
     The file may come from `cassle_jax.export`, hold a ResNet or ViT of torchvision or timm, or be a
-    checkpoint of the projects that `layouts.KNOWN` names. It is a safetensors or a PyTorch file, of
-    a model or of its `DataParallel` or compiled module.
+    checkpoint of the projects that `layouts.KNOWN` names. It is a safetensors or a PyTorch file,
+    whatever its name, of a model or of its `DataParallel` or compiled module.
 
     Args:
         path: path of the file.
@@ -187,7 +188,19 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    return _read_safetensors(path) if path.suffix == ".safetensors" else (read_torch_file(path), {})
+    if _is_safetensors(path) or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return read_torch_file(path), {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            size, begin = os.fstat(file.fileno()).st_size, file.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:

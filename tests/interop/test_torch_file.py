@@ -418,12 +418,22 @@ def test_other_archives_are_told_apart(tmp_path, extra, message):
         read_torch_file(tmp_path / "file.pth")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02}", b"PK\x03\x04torn"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"\x80\x02}", b"PK\x03\x04torn", b"<!DOCTYPE html>"]
+)
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, content):
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"file\.pth is damaged or no PyTorch file") as raised:
         read_torch_file(tmp_path / "file.pth")
     assert "\n" not in str(raised.value)
+    assert repr(content[:32]) in str(raised.value)
+
+
+def test_what_a_large_file_holds_is_not_all_said(tmp_path):
+    (tmp_path / "file.pth").write_bytes(b"I" + b"x" * 100_000)  # an integer, in a pickle's words
+    with pytest.raises(WeightsError, match="it begins with b'Ixxx") as raised:
+        read_torch_file(tmp_path / "file.pth")
+    assert len(str(raised.value)) < 200 + len(str(tmp_path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

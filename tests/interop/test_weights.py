@@ -231,6 +231,20 @@ def test_a_damaged_safetensors_file_is_told_in_one_line(tmp_path):
         load_weights(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("name", ["weights.SAFETENSORS", "pytorch_model.bin", "file.pth", "0a1b"])
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name):
+    state = encoder_state("resnet18")
+    loaded = load_weights(saved(tmp_path / name, state))
+    assert loaded.encoder.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["folder.safetensors", "folder.pth"])
+def test_a_folder_is_no_file_of_weights(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(WeightsError, match="cannot be read: Is a directory"):
+        load_weights(tmp_path / name)
+
+
 def test_the_card_in_a_file_is_read(tmp_path):
     path = tmp_path / "file.safetensors"
     save_file(encoder_state("resnet18"), path, {"card": json.dumps({"step": 7})})
