@@ -12,7 +12,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.distributed import all_processes
 from cassle_jax.faults import FULL, passing
-from cassle_jax.storage import is_utf8, path_of
+from cassle_jax.storage import cache_folder, is_utf8, path_of
 from cassle_jax.training.checkpoints import NotSaved
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
@@ -49,10 +49,8 @@ def set_up_devices(config: ConfigDict) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if config.compilation_cache:
-        cache = path_of(config.compilation_cache)
-        if config.compilation_cache == "auto":
-            home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-            cache = path_of(home) / "cassle_jax" / "compiled"
+        chosen = config.compilation_cache
+        cache = cache_folder() / "compiled" if chosen == "auto" else path_of(chosen)
         if not is_utf8(cache):
             raise ConfigError(
                 f"compilation_cache={str(cache)!r} has bytes that are not UTF-8; use another, "

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -28,9 +29,40 @@ _DEAD_AFTER = 3600.0  # seconds without a new byte after which the writer counts
 
 
 def path_of(written: epath.PathLike) -> epath.Path:
-    """The path that a setting or flag gives, with a leading `~` replaced by the home folder."""
+    """The path that a setting or flag gives, with a leading `~` replaced by the home folder.
+
+    Raises:
+      ConfigError: there is no home folder, a scheme that is unknown, or a null character.
+    """
     # pathlib's own raises where `~name` is a file of that name and no user.
-    return epath.Path(os.path.expanduser(written))  # noqa: PTH111
+    path = os.path.expanduser(os.fspath(written))  # noqa: PTH111
+    if re.match("~(/|$)", path):
+        raise ConfigError(
+            f"{path} is in no folder: no home is known; set HOME, or write it in full"
+        )
+    if "\0" in path:
+        raise ConfigError(f"{path!r} is no path: it has a null character")
+    if "://" in path and not on_object_store(path):  # epath's own is a KeyError
+        raise ConfigError(
+            f"{path} has a scheme that is unknown; use a local path, gs://… or s3://…"
+        )
+    return epath.Path(path)
+
+
+def local_folder(flag: str, written: epath.PathLike) -> Path:
+    """The local folder that a flag gives, to write to.
+
+    Raises:
+      ConfigError: it is empty or on an object store, or see `path_of`.
+    """
+    if not os.fspath(written) or on_object_store(written):
+        raise ConfigError(f"{flag}={written} is no local folder; give the one to write to")
+    return Path(path_of(written))
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/cassle_jax`; in `~/.cache` where the variable is not set."""
+    return Path(path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "cassle_jax"
 
 
 def is_utf8(path: epath.PathLike) -> bool:

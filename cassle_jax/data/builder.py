@@ -5,7 +5,6 @@ import functools
 import glob
 import hashlib
 import logging
-import os
 import pathlib
 import re
 import time
@@ -26,10 +25,9 @@ from cassle_jax.data.sources import (
     Record,
     check_classes,
     closest,
-    content_of_files,
     read_class_list,
 )
-from cassle_jax.storage import path_of, written_whole
+from cassle_jax.storage import cache_folder, path_of, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -112,7 +110,7 @@ class TfdsSource:
     @property
     def content(self) -> str:
         """See `content_of`."""
-        return content_of_files(self._shards.paths)
+        return self._shards.content
 
     def _reopen(self) -> None:
         """Opens new readers, as these have failed; reads of other threads with these continue."""
@@ -218,8 +216,7 @@ def label_cache_folder() -> pathlib.Path:
     It holds one .npy file of labels or landmarks per dataset, version and split that needed them.
     It is safe to delete: the numbers are then read again.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "cassle_jax" / "labels"
+    return cache_folder() / "labels"
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -338,7 +335,7 @@ def _cached_numbers(
         numbers = np.load(cache_file, allow_pickle=False)
         if numbers.shape == shape:
             return numbers
-    except (OSError, ValueError, EOFError):
+    except Exception:  # A damaged file raises any type, depending on its bytes.
         pass
     LOG.info("Reading the labels of %d records once; kept in %s", shape[0], cache_file)
     numbers = np.empty(shape, np.int32)

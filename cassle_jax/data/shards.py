@@ -10,7 +10,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import digest_of
+from cassle_jax.data.sources import content_of_files, digest_of
 from cassle_jax.faults import passing
 
 # A missing file or a failing disk, as array_record reports them.
@@ -29,6 +29,7 @@ class Shards:
 
     Attributes:
       paths: paths of the files, in the split's order.
+      content: see `content_of`.
 
     Raises:
       DataError: a local file is missing or must not be read.
@@ -38,6 +39,9 @@ class Shards:
     def __init__(self, name: str, instructions: Sequence[Any]):
         self._name = name
         self.paths = [os.fspath(each.filename) for each in instructions]
+        # As the files are before they are opened, and never later: numbers of the former records
+        # would be kept as those of the files that replace them.
+        self.content = content_of_files(self.paths)
         self._records = [each.examples_in_shard for each in instructions]
         self._ends = np.cumsum([each.take for each in instructions])
         for path in self.paths:

@@ -27,6 +27,13 @@ class TarSource:
 
     Members whose names differ in their extension alone belong together: one is the image, and
     `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on.
+
+    Attributes:
+      name: name of the source.
+      root: folder in which the files lie, see `root_of`.
+      labels: class of every image; -1 for none.
+      class_names: names by label; empty without labels.
+      content: see `content_of`.
     """
 
     def __init__(self, name: str, paths: Sequence[str], root: str = ""):
@@ -42,6 +49,10 @@ class TarSource:
         """
         self.name, self.root = name, root
         self._tars = [os.fspath(path) for path in paths]
+        # As the files are before their index is read, and never later: features of the former
+        # images would be kept as those of the files that replace them.
+        self.content = content_of_files(self._tars)
+        self._seen = [content_of_files([tar]) for tar in self._tars]
         found = [(number, *each) for number, tar in enumerate(self._tars) for each in _images(tar)]
         if not found:
             raise DataError(f"data.path: the tar files of {name} hold no images")
@@ -67,6 +78,7 @@ class TarSource:
         with pathlib.Path(self._tars[tar]).open("rb") as file:
             file.seek(offset)
             image = file.read(size)
+        self._check_same(tar)
         return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
 
     @property
@@ -76,10 +88,25 @@ class TarSource:
         listed = "\0".join((*files, *self._members)).encode(errors="surrogateescape")
         return digest_of(listed, self._places[:, 0].tobytes())
 
-    @property
-    def content(self) -> str:
-        """See `content_of`."""
-        return content_of_files(self._tars)
+    def _check_same(self, number: int) -> None:
+        """Raises DataError where a file was written anew, with its images elsewhere in it.
+
+        What stands at the former places is no image, or another one, with the former's label.
+        """
+        tar = self._tars[number]
+        found = content_of_files([tar])
+        if found == self._seen[number]:
+            return
+        mine = [
+            (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
+            for index in np.flatnonzero(self._places[:, 0] == number)
+        ]
+        if list(_images(tar)) != mine:
+            raise DataError(
+                f"data.path: {tar} was written anew, with other images, since it was opened; the "
+                "same command reads what is there now"
+            )
+        self._seen[number] = found
 
 
 def open_tars(path: str, split: str) -> TarSource:

@@ -175,8 +175,9 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
         with pytest.raises(AssertionError, match="scanned again"):
             open_source(config, "train[:50%]")
 
-    cached.write_bytes(b"torn by a kill")
-    assert len(open_source(config, "train")) == len(first)
+    for content in (b"torn by a kill", b"", b"PK\x05\x06" + bytes(18)):  # the last: an empty zip
+        cached.write_bytes(content)
+        assert len(open_source(config, "train")) == len(first)
 
 
 def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
@@ -198,6 +199,25 @@ def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
     assert before == after and its_content != other_content
     (kept,) = builder_module.label_cache_folder().iterdir()  # what nobody can read has gone
     assert "tiny_animals-1.2.0-train" in kept.name
+
+
+def test_labels_read_while_a_builder_is_rebuilt_are_not_those_of_the_new_one(
+    tiny, tmp_path, image_bytes
+):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("bee\n")
+    root = tmp_path / "tfds"
+    build_animals(root, image_bytes, 0)
+    before = open_source(tiny(path=str(root)), "train")
+    assert before[0].image  # its file is open, and stays the former one
+    shutil.rmtree(root)
+    build_animals(root, image_bytes, 1)
+    assert len(labels_of(before)) == TRAIN
+    after = open_source(tiny(path=str(root)), "train")
+    expected = [after[index].label for index in range(TRAIN)]
+    assert labels_of(after).tolist() == expected != labels_of(before).tolist()
+    bees = open_source(tiny(path=str(root), classes=str(listed)), "train")
+    assert len(bees) == expected.count(1)
 
 
 def test_labels_are_those_of_the_records(tiny, tmp_path):

@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 
 from cassle_jax.data import DataError, open_source
+from cassle_jax.data.sources import content_of
 
 
 def write_tar(path, members, mode="w"):
@@ -85,3 +87,31 @@ def test_classes_and_a_missing_split_are_refused(tars, settings):
         open_source(settings(source="webdataset", path=str(tars)), "val")
     with pytest.raises(DataError, match=r"data\.classes='0' chooses classes by name"):
         open_source(settings(source="webdataset", path=str(tars), classes="0"), "train")
+
+
+def test_a_tar_that_is_written_anew_meanwhile_gives_no_image_another_label(
+    tmp_path, settings, image_bytes
+):
+    images = [image_bytes(number, form="BMP") for number in range(3)]  # all of the same size
+    path = tmp_path / "train.tar"
+
+    def written(*order):
+        members = {}
+        for number in order:
+            members |= {f"{number}.bmp": images[number], f"{number}.cls": str(number).encode()}
+        write_tar(path, members)
+        os.utime(path, ns=(len(order), 10**9 + order[0]))
+
+    written(0, 1, 2)
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    content = content_of(source)
+    assert [source[index].image for index in range(3)] == images
+    path.touch()  # the same images
+    assert [source[index].image for index in range(3)] == images
+    written(2, 1, 0)
+    for index in range(3):
+        with pytest.raises(DataError, match=r"train\.tar was written anew, .* the same command"):
+            source[index]
+    assert content_of(source) == content  # so no cache takes its features for the new images'
+    written(0, 1, 2)
+    assert [source[index].image for index in range(3)] == images
