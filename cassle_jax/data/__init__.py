@@ -4,6 +4,7 @@ from cassle_jax.data.damaged import DamagedLog, TooManyDamaged
 from cassle_jax.data.decode import DamagedImage, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, CONTENT, FORM, Drawn, Factor
+from cassle_jax.data.folder import check_outside
 from cassle_jax.data.motifs import Motifs
 from cassle_jax.data.opening import Feed, open_feed, open_source
 from cassle_jax.data.pipeline import (
@@ -31,6 +32,7 @@ __all__ = [
     "Scenes",
     "Source",
     "TooManyDamaged",
+    "check_outside",
     "decode",
     "evaluation_batches",
     "names_of",

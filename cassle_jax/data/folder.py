@@ -8,19 +8,22 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import Skipped, is_folder, list_folders, list_images
 from cassle_jax.data.sources import (
     Record,
+    Source,
     check_classes,
     closest,
     content_of_files,
     digest_of,
     read_class_list,
 )
-from cassle_jax.storage import path_of
+from cassle_jax.storage import on_object_store, path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -132,6 +135,24 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
         source = FolderSource(root, files, np.full(len(files), -1, np.int32), ())
     skipped.log(source.name)
     return source
+
+
+def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
+    """Refuses a folder among a source's images, since images written there would be its own.
+
+    Args:
+      setting: setting or flag that names the folder, for the message.
+      folder: what is to be written to; need not exist.
+      source: any source; others than image folders may have anything beside their files.
+
+    Raises:
+      ConfigError: it lies there.
+    """
+    if not isinstance(source, FolderSource) or on_object_store(folder):
+        return
+    root = pathlib.Path(source.root)
+    if pathlib.Path(path_of(folder)).resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"{setting}={folder} lies among the images of {root}; use another folder")
 
 
 def split_there(path: str, split: str) -> str:

@@ -21,6 +21,7 @@ from cassle_jax.checks import ConfigError, check_fraction
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
+from cassle_jax.data.folder import check_outside
 from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.faults import FULL, passing
 from cassle_jax.lock import folder_held_for
@@ -39,7 +40,7 @@ from cassle_jax.storage import (
     check_writable,
     is_there,
     is_utf8,
-    on_object_store,
+    local_folder,
     path_of,
     write_whole,
 )
@@ -80,8 +81,9 @@ def prepare(
       Stop: the disk is or would become full, a worker was killed, or the user stopped the call.
     """
     _check(splits, to, preparation, workers, max_bad_fraction)
-    _check_outside(data, splits, to)
     sources = {split: _opened(data, split) for split in splits}
+    for source in sources.values():
+        check_outside("--to", to, source)
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     check_writable("--to", folder)
     with folder_held_for("call", folder.parent, setting="--to"):
@@ -113,8 +115,7 @@ def _opened(data: ConfigDict, split: str) -> Source:
 def _check(
     splits: Sequence[str], to: str, preparation: Preparation, workers: int, bad: float
 ) -> None:
-    if not to or on_object_store(to):
-        raise ConfigError(f"--to={to} is no local folder; give the one to write to")
+    local_folder("--to", to)
     check_fraction("--max_bad_fraction", bad, usual=0.01)
     if not is_utf8(path_of(to)):
         raise ConfigError(f"--to={str(to)!r} has bytes that are not UTF-8; use another")
@@ -135,15 +136,6 @@ def _check(
     ):
         if not least <= value <= most:
             raise ConfigError(f"--{flag}={value} is out of range; use {least} to {most}")
-
-
-def _check_outside(data: ConfigDict, splits: Sequence[str], to: str) -> None:
-    """Raises ConfigError for a folder inside a split, which would become a class of it."""
-    target = Path(path_of(to)).resolve()
-    for split in splits:
-        folder = Path(path_of(data.path)).resolve() / split
-        if data.source == "folder" and data.path and target.is_relative_to(folder):
-            raise ConfigError(f"--to={to} lies among the images of {folder}; use another folder")
 
 
 def _check_space(plan: Mapping[str, Any], folder: Path) -> None:

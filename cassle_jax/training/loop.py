@@ -22,6 +22,7 @@ from cassle_jax.data import (
     DataError,
     Feed,
     Source,
+    check_outside,
     names_of,
     open_feed,
     open_source,
@@ -52,7 +53,7 @@ from cassle_jax.training.stopping import StopRequest
 from cassle_jax.training.trackers import Tracking
 from cassle_jax.training.warm_start import warm_started
 from cassle_jax.training.window import Window
-from cassle_jax.training.workdir import check_seen, known_path, written
+from cassle_jax.training.workdir import check_seen, known_path, workdir_held, written
 
 # Steps the host may be ahead of the devices: enough to hide its work, few enough to stop quickly.
 STEPS_AHEAD = 2
@@ -97,6 +98,7 @@ def pretrain(
     mesh = device_mesh()
     _check_devices(mesh)
     source = open_source(config.data, config.data.train_split)
+    check_outside("workdir", workdir, source)
     agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
@@ -317,8 +319,7 @@ def _take_workdir(
     """
     changes: list[str] = []
     if jax.process_index() == 0:
-        written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
-        written(workdir, lambda: opened.enter_context(folder_held(workdir)))
+        opened.enter_context(workdir_held(workdir, "run"))
         changes = written(
             workdir, lambda: check_unchanged(config, workdir, accept_changes=accept_changes)
         )

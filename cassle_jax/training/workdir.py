@@ -1,9 +1,10 @@
 """Checks that a run can use its folder, and that all its processes see the same one."""
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from etils import epath
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import retried
+from cassle_jax.lock import folder_held
 from cassle_jax.storage import is_utf8, on_object_store, path_of
 
 # The longest time until one host sees what another has written to a shared folder.
@@ -43,6 +45,24 @@ def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
         raise ConfigError(
             f"workdir={workdir} cannot be written: {error.strerror or error}"
         ) from error
+
+
+@contextlib.contextmanager
+def workdir_held(workdir: epath.Path, holder: str) -> Iterator[None]:
+    """Makes a workdir, and holds it while entered.
+
+    Args:
+      workdir: the folder.
+      holder: what holds it, such as a run, for the message.
+
+    Raises:
+      ConfigError: it cannot be written, or another process of this host holds it.
+      Outage: it cannot be written for now.
+    """
+    with contextlib.ExitStack() as held:
+        written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
+        written(workdir, lambda: held.enter_context(folder_held(workdir, holder=holder)))
+        yield
 
 
 def check_seen(workdir: epath.Path) -> None:
