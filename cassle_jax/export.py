@@ -17,7 +17,8 @@ from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
-from cassle_jax.storage import path_of, write_whole
+from cassle_jax.lock import folder_held_for
+from cassle_jax.storage import local_folder, path_of, write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
 LOG = logging.getLogger("cassle_jax.export")  # also where this is the main module
@@ -53,8 +54,7 @@ def export_command(
         raise ConfigError("--network and --step choose within a run; use them with --run=WORKDIR")
     if run and heads is not None:
         raise ConfigError("--heads is for a file; use it with --weights=FILE")
-    if not to:
-        raise ConfigError("--to is empty; give the folder to write to")
+    folder = local_folder("to", to)
     check_one_of("network", network, NETWORKS)
     for name in formats:
         check_one_of("formats", name, FORMATS)
@@ -66,7 +66,7 @@ def export_command(
         else:
             read = load_weights(weights, heads)
             read = dataclasses.replace(read, card=file_card(Path(path_of(weights)), read.card))
-        export(read, Path(path_of(to)), formats)
+        export(read, folder, formats)
     except WeightsError as error:
         where = "" if not run or str(run) in str(error) else f"run={run}: "
         raise ConfigError(f"{where}{error}") from error
@@ -87,14 +87,15 @@ def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
 
     def write() -> None:
         _check_renewed(folder, formats)
-        folder.mkdir(parents=True, exist_ok=True)
         for name in formats:
             FORMATS[name].write(weights, architecture, card, folder)
         write_whole(folder / "model_card.json", json.dumps(card, indent=2))
         write_whole(folder / "model_card.md", markdown(card, loading))
 
     try:
-        retried(f"to={folder}", write)
+        retried(f"to={folder}", lambda: folder.mkdir(parents=True, exist_ok=True))
+        with folder_held_for("export", folder, leaves_file=False):
+            retried(f"to={folder}", write)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error

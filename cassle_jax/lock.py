@@ -27,9 +27,13 @@ LOG = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def folder_held(
-    folder: epath.PathLike, *, setting: str = "workdir", holder: str = "run"
+    folder: epath.PathLike,
+    *,
+    setting: str = "workdir",
+    holder: str = "run",
+    leaves_file: bool = True,
 ) -> Iterator[None]:
-    """Holds `<folder>/lock` while entered.
+    """Holds `<folder>/lock`, or the folder itself, while entered.
 
     The kernel locks the open file: the lock ends with the process in every case, never expires, and
     also holds between the hosts of a shared file system. Reading needs no lock. On object stores
@@ -39,6 +43,7 @@ def folder_held(
       folder: what is held, such as the workdir of a run; must exist.
       setting: setting or flag that names the folder, for the message.
       holder: what holds it, for the message.
+      leaves_file: False for a folder that is handed on: it holds without a file that names it.
 
     Raises:
       ConfigError: another process of this host holds it; the message names it and its start.
@@ -47,7 +52,10 @@ def folder_held(
     if fcntl is None or on_object_store(folder):
         yield
         return
-    descriptor = os.open(epath.Path(folder) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path, how = os.fspath(folder), os.O_RDONLY
+    if leaves_file:
+        path, how = epath.Path(folder) / "lock", os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, how | os.O_CLOEXEC, 0o666)
     try:
         _take(descriptor, folder, setting, holder)
         yield
@@ -56,20 +64,25 @@ def folder_held(
 
 
 @contextlib.contextmanager
-def folder_held_for(command: str, folder: epath.PathLike, *, setting: str = "to") -> Iterator[None]:
+def folder_held_for(
+    command: str, folder: epath.PathLike, *, setting: str = "to", leaves_file: bool = True
+) -> Iterator[None]:
     """Holds the folder that a command writes to, and waits while a fault may pass.
 
     Args:
       command: what holds it, for the message.
       folder: see `folder_held`.
       setting: see `folder_held`.
+      leaves_file: see `folder_held`.
 
     Raises:
       ConfigError: another process of this host holds it.
       OSError, Outage: the lock cannot be written, for good or for now.
     """
     with contextlib.ExitStack() as stack:
-        held = partial(folder_held, folder, setting=setting, holder=command)
+        held = partial(
+            folder_held, folder, setting=setting, holder=command, leaves_file=leaves_file
+        )
         retried(f"{setting}={folder}", lambda: stack.enter_context(held()))
         yield
 

@@ -25,14 +25,14 @@ from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.evaluation_page import HTML, write_report
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.table import Table, cell_text
-from cassle_jax.storage import path_of, write_whole
+from cassle_jax.storage import write_whole
 from cassle_jax.training.findings import TASK, pretraining_findings
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import FeatureReader
 from cassle_jax.training.run import build_run
 from cassle_jax.training.sheet import first_views
 from cassle_jax.training.state import TrainState
-from cassle_jax.training.workdir import written
+from cassle_jax.training.workdir import known_path, workdir_held, written
 
 LOG = logging.getLogger("cassle_jax.quickstart")  # its name as a command is __main__
 
@@ -67,8 +67,18 @@ def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
 
     Returns:
       The score of each factor with every run's features and with an untrained encoder's.
+
+    Raises:
+      ConfigError: the workdir cannot be written, or another quickstart writes to it.
+      Outage: storage did not come back in time.
+      Stop: see `pretrain_command`.
     """
-    workdir = path_of(workdir)
+    workdir = known_path(workdir)
+    with workdir_held(workdir, "quickstart"):
+        return _quickstart(method, workdir, seed)
+
+
+def _quickstart(method: str, workdir: epath.Path, seed: int) -> Scores:
     configs = {name: _config(method, arguments, seed) for name, arguments in RUNS.items()}
     scores = {}
     for name, config in configs.items():
@@ -229,4 +239,4 @@ if __name__ == "__main__":
     method_flag = flags.DEFINE_enum("method", "simclr", sorted(METHODS), "Method to pretrain.")
     workdir_flag = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of runs and page.")
     seed_flag = flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentations.", 0)
-    command.run(lambda: main(method_flag.value, path_of(workdir_flag.value), seed_flag.value))
+    command.run(lambda: main(method_flag.value, known_path(workdir_flag.value), seed_flag.value))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from cassle_jax import quickstart
+from cassle_jax.checks import ConfigError
 from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.report.evaluation_page import read_report
 from tests.tiny import TinyEncoder, tiny_config
@@ -34,6 +36,16 @@ def result(tmp_path_factory):
         patch.setattr(quickstart, "get_config", get_config)
         patch.setattr(quickstart, "_PROBED", 300)
         yield quickstart.quickstart("simclr", workdir, SEED), workdir
+
+
+def test_a_second_quickstart_in_a_folder_is_refused_before_it_pretrains(tmp_path):
+    """The first one may be between its runs, when it holds none of them."""
+    with (
+        folder_held(tmp_path, holder="quickstart"),
+        pytest.raises(ConfigError, match=r"workdir=.* is in use by another quickstart"),
+    ):
+        quickstart.quickstart("simclr", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_every_factor_has_a_score_for_either_run_and_for_an_untrained_encoder(result):

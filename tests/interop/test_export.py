@@ -24,6 +24,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_from_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
+from cassle_jax.lock import folder_held
 from cassle_jax.methods import AUXILIARIES, ViewBatch
 from cassle_jax.models import VisionTransformer
 from cassle_jax.parallel import REPLICATED, device_mesh
@@ -378,7 +379,7 @@ def test_files_of_another_export_do_not_stay_beside_a_new_card(run, tmp_path):
     [
         ("file", r"to=.*file cannot be written: File exists"),
         ("file/out", r"to=.*out cannot be written: Not a directory"),
-        ("", "--to is empty"),
+        ("", "to= is no local folder"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, to, message):
@@ -388,6 +389,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, to, message):
         export_command(
             weights=str(tmp_path / "file.safetensors"), to=str(tmp_path / to) if to else ""
         )
+
+
+def test_a_second_export_into_a_folder_is_refused_and_leaves_no_file_of_its_own(tmp_path):
+    """Two at once would leave the weights of one beside the card of the other."""
+    folder = converted(tmp_path, "resnet18", "cassle")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name for path in before} == {
+        "cassle.safetensors",
+        "model_card.json",
+        "model_card.md",
+    }
+    with (
+        folder_held(folder, leaves_file=False),
+        pytest.raises(ConfigError, match="in use by another export"),
+    ):
+        converted(tmp_path, "resnet18", "cassle")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
