@@ -62,7 +62,7 @@ def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in known:
         raise ConfigError(
             f"{name}={value!r} is unknown; use one of {', '.join(known)}"
-            + did_you_mean(value, known)
+            + did_you_mean(str(value), known)
         )
 
 

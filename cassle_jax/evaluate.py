@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,7 +39,7 @@ from cassle_jax.faults import Outage, retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import check_writable, is_there, path_of
+from cassle_jax.storage import check_writable, is_there, local_folder, on_object_store, path_of
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -100,7 +99,7 @@ def evaluate_command(
         FeatureStore,
         mesh=mesh,
         batch=extraction.batch,
-        folder=Path(path_of(cache)) if cache else None,
+        folder=local_folder("cache", cache) if cache else None,
         cache_gib=cache_gib,
         limit=limit,
     )
@@ -166,9 +165,7 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
 
 def _held(to: str) -> contextlib.AbstractContextManager:
     """Holds the folder of the report in the first process: two at once would write one page."""
-    if not os.fspath(to):
-        raise ConfigError("to='' names no folder; give one, as in --to=runs/evaluation")
-    folder = Path(path_of(to))
+    folder = local_folder("to", to)
     check_writable("to", folder)
     first = jax.process_index() == 0
     return folder_held_for("evaluation", folder) if first else contextlib.nullcontext()
@@ -290,6 +287,8 @@ def datasets_in(text: str) -> tuple[str, ...]:
 def named_path(described: str) -> tuple[str, str]:
     """Name and path of `name=path`; the name is empty where the whole is an existing path."""
     name, separator, path = described.partition("=")
+    if separator and on_object_store(path):
+        return name, path
     if not separator or retried(described, lambda: is_there(path_of(described))):
         return "", described
     return name, path

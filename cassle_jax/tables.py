@@ -87,7 +87,7 @@ if __name__ == "__main__":
             return
         run_table(
             table,
-            Path(to_flag.value or f"runs/{Path(table_flag.value).stem}"),
+            to_flag.value or f"runs/{Path(table_flag.value).stem}",
             **selection,
             datasets=datasets_in(datasets_flag.value),
             data_dir=data_dir_flag.value,

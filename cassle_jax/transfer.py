@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from cassle_jax import command
 from cassle_jax.checks import check_at_least, check_one_of, check_positive
@@ -21,7 +22,7 @@ from cassle_jax.sweep.table import find_table
 
 
 def transfer(
-    to: Path,
+    to: epath.PathLike,
     *,
     minutes: float,
     datasets: Sequence[str] = (),
@@ -107,7 +108,7 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["minutes", "data"])
     command.run(
         lambda: transfer(
-            Path(to_flag.value),
+            to_flag.value,
             minutes=minutes_flag.value,
             datasets=datasets_in(datasets_flag.value),
             data=data_flag.value,

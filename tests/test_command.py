@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "configs" / "cifar10.py")
 SIMCLR_FILE = f"{FILE}:method=simclr"
 SIMCLR = f"--config={SIMCLR_FILE}"
+QUICKSTART = "--config=quickstart:method=simclr"
 
 
 @pytest.fixture
@@ -212,6 +213,8 @@ def test_a_log_on_a_full_disk_leaves_the_exit_code(main, code):
     [
         ([SIMCLR, "--config.batch_sise=8"], "config.batch_sise is not a setting"),
         (["--config=configs/none.py"], "configs/none.py"),
+        ([QUICKSTART, "--config.log.to=(1,)"], "log.to=1 is unknown"),
+        ([QUICKSTART, "--config.conditioning.descriptors=(1,)"], "the unknown name '1'"),
     ],
 )
 def test_the_pretraining_command_ends_with_one_line(arguments, message, tmp_path):

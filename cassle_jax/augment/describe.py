@@ -196,7 +196,7 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
         raise ConfigError(
             f"{prefix}descriptors={names!r} is one name; give a tuple of them, ({names!r},)"
         )
-    names = sorted(names)
+    names = sorted(map(str, names))
     for name in names:
         descriptor, dot, _ = name.partition(".")
         known = list(DESCRIPTORS)

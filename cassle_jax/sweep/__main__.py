@@ -19,7 +19,6 @@ seeds. The same command executes missing and failed runs again; new values add r
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -92,7 +91,7 @@ if __name__ == "__main__":
                 draws=draws_flag.value,
                 draw_seed=draw_seed_flag.value,
             ),
-            Path(to_flag.value),
+            to_flag.value,
             where=where_flag.value,
             parallel=parallel_flag.value or {"slurm": 256}.get(where_flag.value, 1),
             slurm=slurm_flag.value,

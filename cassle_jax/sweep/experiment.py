@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError, check_at_least, check_positive
@@ -17,7 +18,7 @@ from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
-from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
+from cassle_jax.storage import check_writable, kept_json, local_folder, path_of, write_surely
 from cassle_jax.sweep.budget import (
     MEASURED,
     MEASURED_RUN,
@@ -47,7 +48,7 @@ _RESUMABLE = "the time of this call is over; rerun the same command to resume"
 
 def run_table(
     table: Table,
-    to: Path,
+    to: epath.PathLike,
     *,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
@@ -96,7 +97,7 @@ def run_table(
     check_at_least("parallel", parallel, 1)
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
-    to = Path(path_of(to)).resolve()
+    to = local_folder("to", to).resolve()
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from etils import epath
+
 from cassle_jax.checks import check_one_of
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
@@ -13,7 +15,7 @@ from cassle_jax.evaluate import check_names, check_options
 from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.evaluation_page import JSON, is_complete
-from cassle_jax.storage import check_writable, kept_json, path_of, write_surely
+from cassle_jax.storage import check_writable, kept_json, local_folder, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
@@ -39,7 +41,7 @@ class EvaluationOptions:
 
 def sweep(
     request: SweepRequest,
-    folder: Path,
+    folder: epath.PathLike,
     *,
     where: str = "local",
     parallel: int = 1,
@@ -73,7 +75,7 @@ def sweep(
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
-    folder = Path(path_of(folder)).resolve()
+    folder = local_folder("to", folder).resolve()
     check_writable("to", folder)
     with folder_held_for("sweep", folder):
         lines = _RunLines(folder, runs)

@@ -7,20 +7,29 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
+from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import DamagedLog, open_source
-from cassle_jax.evaluate import datasets_in, named_path
+from cassle_jax.evaluate import _held, datasets_in, named_path
+from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
-from cassle_jax.storage import path_of
+from cassle_jax.storage import cache_folder, path_of
+from cassle_jax.subjects import open_subject
+from cassle_jax.sweep.experiment import run_table
+from cassle_jax.sweep.space import SweepRequest
+from cassle_jax.sweep.sweep import sweep
+from cassle_jax.sweep.table import Row, Table
 from cassle_jax.training import checkpoints as checkpoints_module
 from cassle_jax.training.checkpoints import checksums_of
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.read_back import ReadBack, host_checksum
 from cassle_jax.training.run_weights import read_run
+from cassle_jax.transfer import transfer
 from tests.tiny import TinyEncoder, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
@@ -60,6 +69,25 @@ def test_a_leading_tilde_is_the_home_folder(config, tmp_path, monkeypatch):
     assert str(path_of("gs://bucket/~/x")) == "gs://bucket/~/x"
 
 
+def test_without_a_home_no_folder_is_called_tilde(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # HOME unset, an unknown user
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for takes_a_path in (lambda: pretrain(config, "~/run"), cache_folder):
+        with pytest.raises(ConfigError, match=r"^~/.* no home is known; set HOME, or write it in"):
+            takes_a_path()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_null_character_is_told_in_one_line(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"run\\x00' is no path: it has a null character"):
+        pretrain(config, f"{tmp_path}/run\0")
+    config = config.copy_and_resolve_references()
+    config.data.update({"source": "folder", "path": f"{tmp_path}/\0"})
+    with pytest.raises(ConfigError, match="null character"):
+        open_source(config.data, "train")
+
+
 @pytest.mark.parametrize("name", ["a\\b", "a\udcffb"])
 def test_what_arrays_cannot_be_written_to_is_refused_before_the_first_step(config, tmp_path, name):
     with pytest.raises(ConfigError, match=r"workdir='.*' has a backslash or bytes .* not UTF-8"):
@@ -84,6 +112,22 @@ def test_images_and_class_lists_lie_in_a_folder_of_any_name(config, tmp_path, na
     assert DamagedLog(10, 0.5, root / "damaged").remembered == ("1.png",)
 
 
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_run_among_its_images_is_refused_before_it_adds_its_own(config, tmp_path, split):
+    """Its sheet of views would be one more image: the same command could not continue it."""
+    (tmp_path / split / "a").mkdir(parents=True)
+    for number in range(16):
+        Image.new("RGB", (20, 20)).save(tmp_path / split / "a" / f"{number}.png")
+    config = config.copy_and_resolve_references()
+    config.data.update({"source": "folder", "path": str(tmp_path), "train_split": split})
+    for place in (tmp_path / split / "run", tmp_path / "link" / "run"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / split)
+        with pytest.raises(ConfigError, match=f"workdir=.*run lies among the images of {tmp_path}"):
+            pretrain(config, place)
+        assert not place.exists()
+
+
 def test_a_list_of_datasets_holds_paths_with_commas():
     listed = "motifs, cifar10=/a,b=c/[1],folder:/x y,z,food101"
     wanted = ("motifs", "cifar10=/a,b=c/[1]", "folder:/x y,z", "food101")
@@ -97,6 +141,31 @@ def test_a_path_with_an_equals_sign_is_no_name(tmp_path):
     assert named_path(f"{tmp_path}/lr=0.1") == ("", f"{tmp_path}/lr=0.1")
     assert named_path(f"cassle={tmp_path}/lr=0.1") == ("cassle", f"{tmp_path}/lr=0.1")
     assert named_path("runs/plain") == ("", "runs/plain")
+    assert named_path("cassle=gs://bucket/lr=0.1") == ("cassle", "gs://bucket/lr=0.1")
+
+
+@pytest.mark.parametrize("written", ["https://host/moco_v2.pth", "runs/hdfs://x", "name=file:///x"])
+def test_a_scheme_that_is_unknown_is_told_in_one_line(written):
+    """As in a link to weights that somebody copied."""
+    with pytest.raises(ConfigError, match="has a scheme that is unknown; use a local path, gs://"):
+        named_path(written), open_subject(written)
+
+
+@pytest.mark.parametrize("to", ["", "gs://bucket/x"])
+def test_what_is_written_to_a_local_folder_names_one(to, tmp_path, monkeypatch):
+    """`gs://bucket/x` would be `gs:/bucket/x` in the folder where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    table = Table("t", "q", (Row("plain", f"{CONFIGS}/quickstart.py:method=simclr"),))
+    for command in (
+        lambda: sweep(SweepRequest(f"{CONFIGS}/quickstart.py", grid="seed=0"), to),
+        lambda: run_table(table, to, toy=True),
+        lambda: transfer(to, minutes=1.0),
+        lambda: export_command(run="run", to=to),
+        lambda: _held(to),
+    ):
+        with pytest.raises(ConfigError, match=f"^to={to} is no local folder; give the one"):
+            command()
+    assert not list(tmp_path.iterdir())
 
 
 # --- the first checkpoint is read back
