@@ -1,5 +1,6 @@
 """A user's mistake ends a command with exit code 2 and one line that says what to mend."""
 
+import os
 import re
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def test_a_run_that_stops_early_says_why_by_its_exit_code(run, monkeypatch, caps
 def test_a_log_on_a_full_disk_leaves_the_exit_code(main, code):
     program = f"from cassle_jax import command\ndef main():\n    {main}\ncommand.run(main)"
     with Path("/dev/full").open("w") as log:
-        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=log, check=False)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # what cannot be written waits
+        start = [sys.executable, "-c", program]
+        ended = subprocess.run(start, cwd=ROOT, env=buffered, stderr=log, check=False)
     assert ended.returncode == code
 
 

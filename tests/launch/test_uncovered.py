@@ -1,6 +1,9 @@
 """launch/coverage.sh's list: what it excuses, and what it names."""
 
+import os
 import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -35,15 +38,15 @@ def test_an_excuse_without_need_is_named_in_the_folder_of_interest():
 
 
 def test_lines_that_no_test_reaches_are_named_with_their_text(tmp_path, monkeypatch):
-    coverage = pytest.importorskip("coverage")
+    pytest.importorskip("coverage")
     source = tmp_path / "half.py"
-    source.write_text("def half(x):\n    if x:\n        return 1\n    return 2\n")
+    source.write_text("def half(x):\n    if x:\n        return 1\n    return 2\n\n\nhalf(True)\n")
     monkeypatch.setenv("COVERAGE_FILE", str(tmp_path / "lines"))
-    measured = coverage.Coverage(data_file=str(tmp_path / "lines"), include=[str(source)])
-    measured.start()
-    runpy.run_path(str(source))["half"](True)
-    measured.stop()
-    measured.save()
+    # A process that coverage.sh's own measurement, where there is one, neither enters nor follows.
+    outer = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
+    alone = {name: value for name, value in os.environ.items() if name not in outer}
+    measure = [sys.executable, "-m", "coverage", "run", f"--include={source}", str(source)]
+    subprocess.run(measure, cwd=tmp_path, env=alone, check=True)
     assert list(UNCOVERED["missing_lines"](str(tmp_path))) == [f"{source}:4: return 2"]
 
 
