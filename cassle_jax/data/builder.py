@@ -94,11 +94,7 @@ class TfdsSource:
             if image is None:  # an empty record: its file was cut short while it was open
                 raise ValueError("it is empty")
         except _CORRUPT as error:
-            try:
-                self._shards.check(position, error)
-            except OSError:
-                self._reopen()  # a reader that failed once fails again
-                raise
+            self._check_file(position, error)
             raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
         return Record(image, self._label(example), f"{self.name} #{position}")
 
@@ -112,11 +108,18 @@ class TfdsSource:
         """See `content_of`."""
         return self._shards.content
 
-    def _reopen(self) -> None:
-        """Opens new readers, as these have failed; reads of other threads with these continue."""
-        records = copy.copy(self._records)
-        records.data_source = copy.copy(self._records.data_source)
-        self._records = records
+    def _check_file(self, position: int, error: Exception) -> None:
+        """See `Shards.check`; an outage leaves new readers, as one that failed once fails again.
+
+        Reads of other threads continue with the old ones.
+        """
+        try:
+            self._shards.check(position, error)
+        except OSError:
+            records = copy.copy(self._records)
+            records.data_source = copy.copy(self._records.data_source)
+            self._records = records
+            raise
 
     @functools.cached_property
     def labels(self) -> Int[np.ndarray, " images"]:
@@ -183,7 +186,7 @@ class TfdsSource:
             try:
                 return read([place])[0]
             except _CORRUPT as error:
-                self._shards.check(place, error)
+                self._check_file(place, error)
                 return [DAMAGED] * len(paths)
 
         for start in range(0, len(self._records), _SCAN_CHUNK):

@@ -1,12 +1,14 @@
 """Reading tfds builders: tiny ones are generated as array_record, without TensorFlow."""
 
 import io
+import itertools
 import json
 import pickle
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +123,9 @@ def test_records_are_what_was_written(tiny, image_bytes):
     assert {r.image: r.label for r in records} == stored("train", TRAIN, image_bytes)
     assert len({r.name for r in records}) == TRAIN
     assert all("tiny_animals" in r.name for r in records)
+    for outside in (-1, TRAIN):
+        with pytest.raises(IndexError):
+            source[outside]
 
 
 def test_splits_are_tfds_expressions(tiny, image_bytes):
@@ -245,6 +250,76 @@ def test_labels_are_read_around_corrupt_records_and_not_kept(tiny, monkeypatch):
         patched.setattr(type(stored), "__getitems__", torn)
         assert labels_of(source).tolist() == [*expected[:3], DAMAGED, *expected[4:]]
     assert labels_of(open_source(tiny(), "train")).tolist() == expected
+
+
+def test_readers_that_failed_while_storage_was_out_of_reach_are_opened_anew(tiny, monkeypatch):
+    """One that failed once fails again, also once storage is back."""
+    expected = labels_of(open_source(tiny(), "train")).tolist()
+    monkeypatch.setattr(builder_module, "_cached_numbers", lambda scan, *_: np.vstack([*scan()]))
+    source = open_source(tiny(), "train")
+    stored, kind = source._records.data_source, type(source._records.data_source)
+    failed, reads = (
+        [stored],
+        {name: getattr(kind, name) for name in ("__getitem__", "__getitems__")},
+    )
+
+    def failing(name):
+        def read(self, place):
+            if any(self is each for each in failed):
+                raise RuntimeError("pread() failed: Input/output error; reading records")
+            return reads[name](self, place)
+
+        return read
+
+    for name in reads:
+        monkeypatch.setattr(kind, name, failing(name))
+    with pytest.raises(OSError, match="Input/output error"):
+        source[3]
+    assert source[3].label == expected[3]
+    failed.append(source._records.data_source)
+    with pytest.raises(OSError, match="Input/output error"):
+        labels_of(source)
+    assert labels_of(source).tolist() == expected
+
+
+def test_a_long_scan_says_how_far_it_is(tiny, monkeypatch, caplog):
+    clock = itertools.count(0, 31)
+    monkeypatch.setattr(builder_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(builder_module, "_SCAN_CHUNK", 20)
+    with caplog.at_level("INFO", logger="cassle_jax"):
+        labels_of(open_source(tiny(), "train"))
+    said = [each for each in caplog.messages if "labels read" in each]
+    assert said == ["20 of 30 labels read", "30 of 30 labels read"]
+
+
+@pytest.fixture
+def unlabelled(data_dir, tmp_path):
+    """The same builder, as if its records had no class."""
+    shutil.copytree(data_dir / "tiny_animals", tmp_path / "bare" / "tiny_animals")
+    file = tmp_path / "bare" / "tiny_animals" / "1.2.0" / "features.json"
+    features = json.loads(file.read_text())
+    del features["featuresDict"]["features"]["kind"]
+    file.write_text(json.dumps(features))
+    return tmp_path / "bare"
+
+
+def test_records_without_a_class_have_no_label(tiny, unlabelled, tmp_path):
+    source = open_source(tiny(path=str(unlabelled)), "train")
+    assert source.class_names == () and source[0].label == -1
+    assert labels_of(source).tolist() == [-1] * TRAIN
+    listed = tmp_path / "classes.txt"
+    listed.write_text("bee\n")
+    with pytest.raises(DataError, match=r"data\.classes='.*' needs labels, and .* has none"):
+        open_source(tiny(path=str(unlabelled), classes=str(listed)), "train")
+    with pytest.raises(DataError, match=r"data\.classes leaves no image of .* unlabelled"):
+        open_source(tiny(classes=str(listed)), "unlabelled")
+
+
+def test_a_builder_whose_description_is_damaged_is_one_line(tiny, unlabelled):
+    (unlabelled / "tiny_animals" / "1.2.0" / "features.json").write_text("{")
+    with pytest.raises(DataError, match=r"^data\.name='tiny_animals' cannot be opened: ") as caught:
+        open_source(tiny(path=str(unlabelled)), "train")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unwritable_cache_only_costs_time(tiny, tmp_path, monkeypatch):
