@@ -1,5 +1,6 @@
 """Draws a chart of several subjects as HTML, in one panel or in a panel per series."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 from numbers import Real
@@ -124,7 +125,8 @@ def _bars(
     chart = comparison.chart
     groups = list(dict.fromkeys(str(x) for x, _ in _estimates(comparison)))
     values = _values(comparison)
-    x_axis = axis([0.0, *values], to_ticks=True, intervals=4) if values else None
+    shown = any(map(math.isfinite, values))
+    x_axis = axis([0.0, *values], to_ticks=True, intervals=4) if shown else None
     is_single = len(subjects) == 1
     return [
         bars_svg(

@@ -144,10 +144,11 @@ def test_values_that_are_no_numbers_do_not_stop_charts(tmp_path):
     chart = Chart("i", "d", "t", "x", "y", {"s": [(1, NAN), (2, 0.5)]})
     empty = Chart("i", "d", "none", "x", "y", {"s": [(1, NAN)]})
     stages = Chart("i", "d", "b", "x", "y", {"s": [("stem", NAN), ("features", 1.0)]})
-    page_of(tmp_path, {"a": [[chart, empty, stages]], "b": [[chart, stages]]})
+    without = Chart("i", "d", "no bars", "x", "y", {"s": [("stem", NAN)]})
+    page_of(tmp_path, {"a": [[chart, empty, stages, without]], "b": [[chart, stages]]})
     drawn = drawings(tmp_path / "deep" / "report.html")
-    assert [len(paths(svg, "dot")) for svg in drawn] == [2, 0, 0]
-    assert "".join(drawn[1].itertext()) == "no values"
+    assert [len(paths(svg, "dot")) for svg in drawn] == [2, 0, 0, 0]
+    assert ["".join(drawn[number].itertext()) for number in (1, 3)] == ["no values"] * 2
     assert [text.text for text in paths(drawn[2], "left") if "value" in text.get("class")] == [
         "NaN", "NaN", "1.000", "1.000"
     ]  # fmt: skip

@@ -165,6 +165,38 @@ def test_many_metrics_are_a_heat_map_with_its_numbers(tmp_path):
     assert page.rows[1][1::2] == ["0.500", "1.000", "0.250"]
 
 
+def test_without_baselines_shades_are_differences_to_the_mean(tmp_path):
+    probes = [f"R² of {i}" for i in range(14)]
+    values = {"plain": 0.5, "CASSLE": 0.875, "AugSelf": 0.375}  # of mean 7/12
+    subjects = {
+        name: [[score("d", value, metric, True, "probes") for metric in probes]]
+        for name, value in values.items()
+    }
+    pairing = Pairing({name: [0] for name in values})
+    page = Page(write_report(tmp_path, subjects, pairing=pairing).read_text())
+    cells = [a for tag, a in page.elements if tag == "td" and "number" in a.get("class", "")][:3]
+    shades = [(each["class"].split()[1:], each.get("style")) for each in cells]
+    assert [kind for kind, _ in shades] == [["worse"], ["better"], ["worse"]]
+    depths = [int(re.search(r"\d+", style)[0]) for _, style in shades]
+    assert depths[1] == max(depths) and depths[0] / depths[1] == pytest.approx(2 / 7, abs=0.02)
+    assert depths[2] / depths[1] == pytest.approx(5 / 7, abs=0.02)
+
+
+def test_a_subject_without_what_is_ranked_has_a_dash(tmp_path):
+    subjects = single([(0.1, 0.2), (0.3, 0.4)]) | {"not evaluated": [[]]}
+    _, (heads, *rows) = table_of(tmp_path, subjects)
+    assert heads[-1] == "mean rank"
+    assert [row[-1] for row in rows] == ["2.0", "1.0", "–"]
+
+
+def test_a_report_that_another_process_writes_is_none(tmp_path):
+    report = GrowingReport(tmp_path, "", {}, writes=False)
+    report.begin("a")
+    report.add([score("d", 0.5)])
+    assert report.write(complete=True) == tmp_path / "report.html"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_single_subject_has_no_overview_and_no_script(tmp_path):
     text = write_report(tmp_path, {"a": [[score("d", 0.5)]]}).read_text()
     assert "script" not in text and "mean rank" not in text
