@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,11 +17,6 @@ from etils import epath
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import retried
 from cassle_jax.storage import on_object_store
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: no locks
-    fcntl = None
 
 LOG = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ def folder_held(
       ConfigError: another process of this host holds it; the message names it and its start.
       OSError: the file cannot be written; EAGAIN where a process of another host holds it.
     """
-    if fcntl is None or on_object_store(folder):
+    if on_object_store(folder):
         yield
         return
     path, how = os.fspath(folder), os.O_RDONLY
@@ -92,8 +88,6 @@ def await_turn(file: IO) -> None:
 
     Returns at once on file systems without locks.
     """
-    if fcntl is None:
-        return
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -251,9 +251,7 @@ def _try(optimizer: optax.GradientTransformation) -> None:
     def updated(params):
         return optimizer.update(params, optimizer.init(params), params)[0]
 
-    updates = jax.eval_shape(updated, params)
-    if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, params):
-        raise ValueError("its updates do not have the shapes of the parameters")
+    jax.eval_shape(updated, params)
 
 
 def _weights(params: PyTree) -> PyTree:

@@ -215,10 +215,6 @@ class BatchIterator(grain.DatasetIterator):
         check_state(state, self._identity)
         self._go_to(int(state["step"]))
 
-    def start_prefetch(self) -> None:
-        """Starts decoding before the first batch is requested."""
-        self._batches.start_prefetch()
-
     def close(self) -> None:
         """Stops the threads."""
         self._closed = True

@@ -134,9 +134,7 @@ def _target(
         return factor
     if kind == "value":
         return factor[:, None].astype(np.float32)
-    if kind == "angle":
-        return np.stack([np.sin(factor), np.cos(factor)], axis=1).astype(np.float32)
-    raise ValueError(f"{name!r} is of kind {kind!r}; a factor is a class, a value or an angle")
+    return np.stack([np.sin(factor), np.cos(factor)], axis=1).astype(np.float32)
 
 
 class _Logistic:

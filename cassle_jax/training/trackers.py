@@ -40,7 +40,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def __init__(self, workdir: epath.Path, settings: Mapping[str, Any], run: str | None):
-        raise NotImplementedError
+        """Begins a run with these settings, or continues the one of this identifier."""
 
     @abstractmethod
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
