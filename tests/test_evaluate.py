@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from cassle_jax.augment import IMAGENET_STD
 from cassle_jax.checks import ConfigError
@@ -14,12 +15,15 @@ from cassle_jax.data import DataError
 from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.findings import Failure, Score
 from cassle_jax.evaluation.protocols import PROTOCOLS
+from cassle_jax.faults import Outage
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.report.evaluation_page import is_complete, read_report
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
+from tests.commands import run_command
+from tests.interop.states import encoder_state
 from tests.tiny import tiny_config
 
 SMALL = {"analysed": 32}
@@ -268,6 +272,8 @@ def test_names_of_any_bytes_reach_the_page(run, tmp_path):
         ({"tasks": ["linar"]}, r"tasks='linar' is unknown.*did you mean 'linear'"),
         ({"tasks": ["regression"]}, r"tasks=regression suit none of scenes"),
         ({"runs": []}, r"evaluate needs --run=WORKDIR"),
+        ({"to": ""}, r"^to='' names no folder; give one, as in --to="),
+        ({"datasets": ["scenes", "scenes"]}, r"^dataset 'scenes' is named twice"),
         ({"batch": 30}, r"batch=30 cannot be split over 8 devices"),
         ({"size": -8}, r"^size=-8 is not valid; use an integer >= 1"),
         ({"mean": (0.5,)}, r"^mean=\(0\.5,\) does not have 3 values"),
@@ -281,6 +287,50 @@ def test_what_cannot_work_is_one_line(run, tmp_path, settings, message):
         evaluate(run, tmp_path, **{"tasks": ["knn"], **settings})
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "report").exists()
+
+
+def test_the_command_without_a_run_is_one_line(tmp_path, capsys):
+    assert run_command("evaluate", f"--to={tmp_path}/report", "--tasks=knn") == 2
+    assert capsys.readouterr().err.startswith("error: evaluate needs --run=WORKDIR")
+    assert not (tmp_path / "report").exists()
+
+
+def test_two_runs_of_one_name_need_names(run, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^run=.* would be a seed of another run called '.*'; give"
+    ):
+        evaluate(run, tmp_path, "knn", runs=[run, run])
+
+
+def test_a_size_that_an_encoder_does_not_take_is_refused_with_the_runs_name(tmp_path):
+    path = tmp_path / "vit.safetensors"
+    save_file(encoder_state("vit"), path, {"card": json.dumps({"architecture": {"heads": 3}})})
+    with pytest.raises(ConfigError, match=r"^vit: size=30 "):
+        evaluate(str(path), tmp_path, "knn", size=30)
+
+
+def test_an_outage_ends_the_command_and_no_task_waits_for_it_again(run, tmp_path, monkeypatch):
+    def unmounts(bench, settings):
+        raise Outage("scenes: Stale file handle, for 300 s; the same command continues")
+
+    broken = dataclasses.replace(PROTOCOLS["knn"], run=unmounts)
+    monkeypatch.setitem(PROTOCOLS, "knn", broken)
+    waits = dataclasses.replace(PROTOCOLS["spectrum"], run=lambda *_: pytest.fail("it waits again"))
+    monkeypatch.setitem(PROTOCOLS, "spectrum", waits)
+    with pytest.raises(Outage, match="Stale file handle"):
+        evaluate(run, tmp_path, "knn", "spectrum")
+    assert not is_complete(tmp_path / "report" / "report.json")
+
+
+def test_a_page_that_cannot_be_written_is_told_while_it_grows_and_at_its_end(
+    run, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "report" / "report.html" / "a file").mkdir(parents=True)
+    quick = dataclasses.replace(PROTOCOLS["knn"], run=lambda *_: [Score("knn", "scenes", "k", 0.5)])
+    monkeypatch.setitem(PROTOCOLS, "knn", quick)
+    with pytest.raises(ConfigError, match=r"^the report cannot be written: .*irectory"):
+        evaluate(run, tmp_path, "knn")
+    assert "report cannot be written for now: " in caplog.text
 
 
 @pytest.mark.parametrize(

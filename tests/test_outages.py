@@ -23,6 +23,7 @@ from cassle_jax import faults
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, RESTARTABLE, code_of
 from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
+from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.shards import Shards
 from cassle_jax.faults import Outage, passing, retried
@@ -267,6 +268,49 @@ def test_a_file_of_records_that_is_out_of_reach_is_told_from_a_damaged_one(tmp_p
         shards.check(0, RuntimeError("pread() failed: Input/output error; reading records"))
     with pytest.raises(DataError, match="cannot be read"):
         shards.check(0, RuntimeError("open() failed: Permission denied; reading records"))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(errno.EIO, OSError), (errno.EACCES, DataError), (errno.ENOENT, DataError)]
+)
+def test_files_of_records_are_tried_before_a_run_begins(tmp_path, monkeypatch, code, error):
+    def refused(*_):
+        raise fault(code)
+
+    monkeypatch.setattr(os, "open", refused)
+    instruction = SimpleNamespace(filename=tmp_path / "records", examples_in_shard=1, take=1)
+    with pytest.raises(error, match=rf"{os.strerror(code)}|it is not there"):
+        Shards("records", [instruction])
+
+
+@pytest.mark.parametrize("seconds", ["soon", "-1", "nan"])
+def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, seconds):
+    monkeypatch.setenv(faults.SECONDS, seconds)
+    with pytest.raises(
+        ConfigError, match=rf"^{faults.SECONDS}='{seconds}' is no number of sec.* 300"
+    ):
+        retried("a file", lambda: None)
+
+
+def test_an_error_that_neither_passes_nor_is_of_one_file_is_said(images, monkeypatch):
+    monkeypatch.setattr(Failing, "code", errno.EINVAL)
+    with pytest.raises(DataError, match=r"train #\d+ cannot be read: Invalid argument"):
+        batches(Failing(images, lambda index: True), DamagedLog(IMAGES, 1.0))
+
+
+def test_one_file_out_of_reach_among_damaged_ones_is_no_outage(images):
+    """What can be read of the others is damaged, but it can be read."""
+
+    class Torn(Failing):
+        def __getitem__(self, index):
+            if index == 7:
+                raise fault()
+            raise DamagedImage("torn")
+
+    damaged = DamagedLog(IMAGES, 1.0)
+    with pytest.raises(DataError, match="no image of"):
+        batches(Torn(images, lambda index: False), damaged)
+    assert len(damaged) > 0
 
 
 # --- a run

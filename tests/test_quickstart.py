@@ -1,9 +1,11 @@
 """The quickstart from its first step to its page, on a tiny encoder."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from cassle_jax import quickstart
 from cassle_jax.checks import ConfigError
@@ -12,6 +14,7 @@ from cassle_jax.evaluation.findings import Score
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.report.evaluation_page import read_report
+from tests.commands import run_command
 from tests.tiny import TinyEncoder, tiny_config
 
 FACTORS = Motifs.FACTORS
@@ -76,6 +79,26 @@ def test_the_table_has_the_mean_of_each_group_above_its_factors(result):
             assert table.rows[place][column] == pytest.approx(mean)
         changes = [row[1] != "" for row in table.rows[place + 1 : end]]
         assert changes == [names[place] != CONTENT] * len(members)
+
+
+def test_the_command_prints_the_table_and_where_the_page_is(result, monkeypatch, capsys):
+    scores, workdir = result
+    monkeypatch.setattr(quickstart, "quickstart", lambda *_: scores)
+    quickstart.main("simclr", epath.Path(workdir), SEED)
+    printed = capsys.readouterr().out
+    for name in FACTORS:
+        (line,) = [each for each in printed.splitlines() if each.strip().startswith(f"{name} ")]
+        shown = [float(cell) for cell in line.split()[-3:]]
+        assert shown == pytest.approx([each[name] for each in scores.values()], abs=6e-4)
+    assert quickstart.headline(scores) in printed
+    paths = [line for line in printed.splitlines() if line.startswith(str(workdir))]
+    assert len(paths) == 3 and all(Path(path).exists() for path in paths)
+
+
+def test_an_unknown_method_is_one_line(capsys):
+    assert run_command("quickstart", "--method=simclrr") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "simclrr" in said and said.count("\n") == 1
 
 
 def test_the_headline_says_which_run_keeps_more():

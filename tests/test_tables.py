@@ -19,6 +19,7 @@ from cassle_jax.sweep.pool import gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
 from cassle_jax.tables import dry_run, run_table
+from tests.commands import run_command
 from tests.tiny import on_one_device
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +166,23 @@ def test_an_invalid_table_is_refused(tmp_path, rows, message):
         find_table(str(file))
 
 
+def test_the_command_prints_what_a_dry_run_finds_and_refuses_what_is_no_seed(tmp_path, capsys):
+    file = tmp_path / "table.py"
+    file.write_text(TABLE)
+    table = (f"--table={file}", "--rows=plain", "--dry_run")
+    assert run_command("tables", *table, "--seeds=0,3", "--rate=100") == 0
+    expected = dry_run(find_table(str(file)), rows=("plain",), seeds=(0, 3), rate=100.0)
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert run_command("tables", *table, "--seeds=0,x") == 2
+    assert capsys.readouterr().err == "error: seeds=0,x is not a list of integers\n"
+
+
+def test_a_file_without_a_table_is_refused(tmp_path):
+    (tmp_path / "table.py").write_text("TABLE = 1\n")
+    with pytest.raises(ConfigError, match=r"^table=.*table\.py has no function get_table$"):
+        find_table(str(tmp_path / "table.py"))
+
+
 def test_an_unknown_table_names_the_closest():
     with pytest.raises(ConfigError, match=r"^table='small_image' is unknown.* 'small_images'\?$"):
         find_table("small_image")
@@ -185,6 +203,8 @@ def test_an_unknown_table_names_the_closest():
         ({"evaluation": ("episodes=0",)}, "evaluation episodes=0 .* 1"),
         ({"evaluation": ("std=0.2,0,0.2",)}, r"evaluation std=\(0.2, 0.0, 0.2\)"),
         ({"overrides": ("data.source=folder", "data.path=/none")}, "/none"),
+        ({"export": ("onnx",)}, "^export='onnx' is unknown"),
+        ({"datasets": ("scenes",), "tasks": ("few_shot",), "evaluation": ("ways=9",)}, "ways=9"),
     ],
 )
 def test_a_mistake_is_reported_before_anything_runs(tmp_path, settings, message):

@@ -6,6 +6,7 @@ from cassle_jax import transfer as command
 from cassle_jax.augment import CASSLE_DESCRIPTORS, LEAK_FREE_DESCRIPTORS
 from cassle_jax.checks import ConfigError
 from cassle_jax.sweep.table import find_table, runs_of_table
+from tests.commands import run_command
 
 
 def test_it_compares_what_the_projector_may_know_at_64_pixels():
@@ -60,6 +61,31 @@ def test_its_options_reach_the_table(monkeypatch, tmp_path):
         "minutes": 5.0,
         "call_minutes": 0.0,
         "keep_weights": True,
+    }
+
+
+def test_its_flags_are_its_options(monkeypatch, tmp_path):
+    asked = {}
+
+    def run_table(table, to, **settings):
+        asked.update(settings, table=table, to=to)
+        return to
+
+    monkeypatch.setattr("cassle_jax.sweep.experiment.run_table", run_table)
+    given = ["--minutes=5", "--data=/images", f"--to={tmp_path}", "--methods=byol", "--seeds=2"]
+    given += ["--set=batch_size=64", "--datasets=cifar10=/c", "--tasks=knn", "--nokeep_weights"]
+    assert run_command("transfer", *given, "--limit=9", "--parallel=3", "--call_minutes=1") == 0
+    table = asked.pop("table")
+    assert {row.subject.split(",")[0] for row in table.rows} == {"byol"}
+    assert (table.tasks, asked.pop("to"), list(asked.pop("seeds"))) == (("knn",), tmp_path, [0, 1])
+    assert asked == {
+        "overrides": ("data.path=/images", "batch_size=64"),
+        "datasets": ("cifar10=/c",),
+        "evaluation": ("limit=9",),
+        "parallel": 3,
+        "minutes": 5.0,
+        "call_minutes": 1.0,
+        "keep_weights": False,
     }
 
 

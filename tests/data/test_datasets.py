@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import logging
+import os
 import pickle
 import re
 import subprocess
@@ -21,8 +22,9 @@ from tensorflow_datasets.testing import mocking
 from cassle_jax.data import DataError, Record
 from cassle_jax.data.builder import TfdsSource
 from cassle_jax.data.datasets import DATASETS, open_dataset
+from cassle_jax.data.folder import open_folder
 from cassle_jax.data.landmarks import LandmarkFolder
-from cassle_jax.data.sources import labels_of
+from cassle_jax.data.sources import content_of, labels_of, root_of
 from cassle_jax.data.splits import Crops, Joined, Part, cut, cut_shots, held_out
 
 SPEC = {
@@ -276,6 +278,8 @@ def test_celeba_has_five_points_in_the_central_square(prepared):
     for image, targets in zip(images(data.test), data.test.targets, strict=True):
         np.testing.assert_allclose(targets, expected[image], rtol=1e-6)
     assert {data.train[index].label for index in range(len(data.train))} == {-1}
+    again = open_dataset("celeba", data_dir=str(data_dir))
+    assert content_of(again.test) == content_of(data.test) != content_of(data.train)
 
 
 def test_landmarks_are_read_once(prepared, monkeypatch, tmp_path):
@@ -340,6 +344,7 @@ def test_a_cut_covers_the_source(image_folder):
     with pytest.raises(IndexError, match="outside"):
         kept[len(kept)]
     assert not hasattr(kept, "targets")
+    assert root_of(kept) == root_of(whole) == f"{root}/train"
 
 
 # -- a few shots -----------------------------------------------------------------------------------
@@ -422,6 +427,21 @@ def test_joined_sources_follow_each_other():
     for outside in (-1, 5):
         with pytest.raises(IndexError):
             both[outside]
+
+
+def test_what_is_joined_is_other_content_where_one_of_it_is(image_folder):
+    root = image_folder({"ant": 2})
+    image_folder({"ant": 2}, "val")
+
+    def content():
+        return content_of(Joined(open_folder(str(root), "train"), open_folder(str(root), "val")))
+
+    before = content()
+    assert content() == before
+    for split in ("train", "val"):
+        os.utime(root / split / "ant" / "000.png", (0, 0))
+        assert content() != before
+        before = content()
 
 
 def by_hand(pixels: np.ndarray, size: int) -> list[np.ndarray]:
@@ -664,6 +684,18 @@ def test_points_are_fractions_of_the_central_square(tmp_path):
     ]
     np.testing.assert_allclose(source.targets, expected, rtol=1e-6)
     assert source.targets.dtype == np.float32
+    for outside in (-1, 3):
+        with pytest.raises(IndexError):
+            source[outside]
+
+
+@pytest.mark.parametrize("changed", ["test.csv", "test/a.png"])
+def test_other_points_and_other_images_are_other_content(tmp_path, changed):
+    root = landmark_folder(tmp_path, 6)
+    before = content_of(LandmarkFolder(str(root), "test", 6))
+    assert content_of(LandmarkFolder(str(root), "test", 6)) == before
+    os.utime(root / changed, (0, 0))
+    assert content_of(LandmarkFolder(str(root), "test", 6)) != before
 
 
 def test_points_follow_an_image_shown_upright(tmp_path):

@@ -3,13 +3,14 @@
 import logging
 import os
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 
-from cassle_jax.data import DataError, open_source
+from cassle_jax.data import DataError, listing, open_source
 from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.folder import open_folder
-from cassle_jax.data.sources import content_of
+from cassle_jax.data.sources import content_of, content_of_files
 
 
 @pytest.fixture
@@ -192,6 +193,30 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
         (line,) = [each for each in caplog.messages if f": {kind}," in each]
         assert f"skipped {count}: " in line
         assert example in line
+
+
+def test_a_bucket_is_asked_for_its_folder(monkeypatch):
+    there = SimpleNamespace(
+        Path=lambda path: SimpleNamespace(is_dir=lambda: path == "gs://b/there")
+    )
+    monkeypatch.setattr(listing, "epath", there)
+    assert listing.is_folder("gs://b/there") and not listing.is_folder("gs://b/gone")
+
+
+def test_labels_that_are_no_text_are_one_line(tree):
+    root = tree("val/images/0.png")
+    (root / "val" / "val_annotations.txt").write_bytes(b"0.png\t\xff\n")
+    with pytest.raises(DataError, match=r"val_annotations\.txt' cannot be read: .*0xff") as caught:
+        open_folder(str(root), "val")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_has_gone_is_other_content(tree):
+    root = tree("train/a/1.png", "train/b/2.png")
+    paths = [root / "train" / "a" / "1.png", root / "train" / "b" / "2.png"]
+    before = content_of_files(paths)
+    paths[1].unlink()
+    assert content_of_files(paths) != before
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

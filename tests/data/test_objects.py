@@ -67,7 +67,12 @@ def test_rendered_objects_come_by_class_object_and_view(rendered):
     assert [CLASSES[label] for label in labels_of(source)] == [name.split("/")[0] for name in names]
     assert [source[index].label for index in range(len(source))] == labels_of(source).tolist()
     again = pickle.loads(pickle.dumps(source))
-    assert again[7] == source[7] and again.content == source.content
+    assert again[7] == source[7]
+    assert (again.names, again.content) == (source.names, source.content)
+    assert RenderedObjects(str(rendered), "val").names != source.names
+    for outside in (-1, TRAIN * VIEWS):
+        with pytest.raises(IndexError):
+            source[outside]
 
 
 def test_its_factors_are_those_that_a_view_was_rendered_from(rendered):
@@ -169,6 +174,13 @@ def test_missing_and_wrong_files_are_one_line(rendered, spoil, said):
     message = str(caught.value)
     assert message.startswith("dataset '3diebench': ") and all(each in message for each in said)
     assert "\n" not in message and "data.path" not in message
+
+
+def test_a_folder_that_is_none_is_refused(rendered):
+    with pytest.raises(
+        DataError, match=r"path='.*/none' is not a folder; give the root of <class>/"
+    ):
+        RenderedObjects(str(rendered / "none"), "train")
 
 
 def test_a_view_without_its_numbers_is_named_when_they_are_read(rendered):

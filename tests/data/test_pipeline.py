@@ -228,9 +228,10 @@ def test_too_many_damaged_stop_the_run_with_their_list():
     assert "data.max_bad_fraction=0.04" in str(caught.value)
 
 
-def test_nothing_decodable_is_an_error_not_an_endless_search():
+@pytest.mark.parametrize("cache_bytes", [0, 10 * 8 * 8 * 3])
+def test_nothing_decodable_is_an_error_not_an_endless_search(cache_bytes):
     with pytest.raises(DataError, match="no image of 'numbered'"):
-        next(training(Numbered(20, tuple(range(20)))))
+        next(training(Numbered(20, tuple(range(20))), cache_bytes=cache_bytes))
 
 
 def test_an_unreadable_file_counts_as_damaged(image_folder, settings):

@@ -43,6 +43,22 @@ def test_images_are_read_in_the_order_of_the_files(tars, settings, image_bytes):
         assert record.image == image_bytes(10 * (index // 3) + index % 3, form="JPEG")
         assert record.label == index % 3
         assert record.name.endswith(f"train/{index // 3}.tar/s{index // 3}/{index % 3}.jpg")
+    for outside in (-1, 6):
+        with pytest.raises(IndexError):
+            source[outside]
+
+
+def test_names_are_those_of_the_images_and_content_is_that_of_the_files(tars, settings):
+    def opened():
+        source = open_source(settings(source="webdataset", path=str(tars)), "train")
+        return source.names, content_of(source)
+
+    names, content = opened()
+    assert opened() == (names, content)
+    os.utime(tars / "train" / "1.tar", (0, 0))
+    assert opened()[0] == names and opened()[1] != content
+    (tars / "train" / "1.tar").rename(tars / "train" / "2.tar")
+    assert opened()[0] != names
 
 
 def test_files_of_a_split_may_lie_side_by_side(tmp_path, settings, image_bytes):
@@ -85,6 +101,10 @@ def test_a_tar_that_was_cut_short_is_refused(tars, settings):
 def test_classes_and_a_missing_split_are_refused(tars, settings):
     with pytest.raises(DataError, match="has no tar files of split 'val'"):
         open_source(settings(source="webdataset", path=str(tars)), "val")
+    with pytest.raises(
+        DataError, match=r"data\.path='.*/none' is not a folder; give the folder of"
+    ):
+        open_source(settings(source="webdataset", path=str(tars / "none")), "train")
     with pytest.raises(DataError, match=r"data\.classes='0' chooses classes by name"):
         open_source(settings(source="webdataset", path=str(tars), classes="0"), "train")
 

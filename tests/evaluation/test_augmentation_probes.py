@@ -6,8 +6,14 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.preprocessing import StandardScaler
 
+from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation import augmentation_probes
 from cassle_jax.evaluation.augmentation_probes import augmentation_prober, read_augmentations
+from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, from_json, to_json
+from cassle_jax.evaluation.settings import Analysis
+from cassle_jax.evaluation.store import FeatureStore
+from cassle_jax.evaluation.subject import Subject
 from tests.evaluation.analysed import (
     JITTERED,
     PLAIN,
@@ -16,6 +22,7 @@ from tests.evaluation.analysed import (
     devices,
     pictures,
 )
+from tests.evaluation.taught import Plain, colours
 
 ROWS = 800
 DRAWN = {
@@ -122,6 +129,30 @@ def test_mean_colours_tell_the_jitter_by_comparison(jittered):
     for channel in ("red", "green", "blue"):
         reading = jittered.readings[f"color_diff {channel}"]
         assert reading.from_pair > 0.999 > 0.9 > reading.from_augmented
+
+
+def test_the_protocol_reads_the_analysed_images_of_the_test_part(jittered, monkeypatch):
+    asked = []
+
+    def prober(networks, spec, neutral, mesh):
+        asked.append((networks, spec))
+
+        def read(variables, batches, seed):
+            images = [batch["image"][batch["mask"]] for batch in batches]
+            asked.append((len(np.concatenate(images)), seed))
+            return jittered
+
+        return read
+
+    monkeypatch.setattr(augmentation_probes, "augmentation_prober", prober)
+    networks, variables = colour_networks()
+    subject = Subject("colours", networks, variables, JITTERED, PLAIN, (JITTERED, JITTERED))
+    test, none = (Plain(*colours(count, 2)) for count in (40, 2))
+    data = EvaluationData("colours", none, none, test, 2, "accuracy", "classification")
+    bench = Bench(subject, data, FeatureStore(subject, devices(1), batch=8))
+    findings = augmentation_probes.PROTOCOL.run(bench, Analysis(analysed=20, seed=3))
+    assert findings == jittered.findings("colours")
+    assert asked == [(networks, JITTERED), (20, 3)]
 
 
 def test_devices_and_batches_change_nothing(jittered):

@@ -107,3 +107,8 @@ def test_bad_features_are_named():
     train, factors = scenes(100, seed=1)
     with pytest.raises(ValueError, match="test_features holds values that are not finite"):
         probe_factors(train, factors, train * np.float32(np.nan), factors, KINDS)
+    few = {name: values[:9] for name, values in factors.items()}
+    with pytest.raises(
+        ValueError, match="9 training rows are too few for a probe; 10 is the least"
+    ):
+        probe_factors(train[:9], few, train, factors, KINDS)

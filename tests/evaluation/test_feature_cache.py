@@ -5,6 +5,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from cassle_jax.data import Motifs
 from cassle_jax.evaluation import feature_cache, store
@@ -65,6 +66,17 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, caplog):
         cache.write(SUBJECT, key(2), ARRAYS)
     assert "No space left on device" in caplog.text
     assert sorted(path.name for path in dead.parent.iterdir()) == [f"{key(1)}.npz", alive.name]
+
+
+@pytest.mark.parametrize("damage", [b"", b"torn", b"PK\3\4 torn"])
+def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
+    cache = FeatureCache(tmp_path)
+    cache.write(SUBJECT, key(1), ARRAYS)
+    (tmp_path / SUBJECT / f"{key(1)}.npz").write_bytes(damage)
+    assert cache.read(SUBJECT, key(1)) is None
+    assert f"{key(1)}.npz cannot be read and is made anew" in caplog.text
+    cache.write(SUBJECT, key(1), ARRAYS)
+    np.testing.assert_array_equal(cache.read(SUBJECT, key(1))["features"], ARRAYS["features"])
 
 
 def test_files_are_readable_by_whom_the_user_lets(tmp_path):

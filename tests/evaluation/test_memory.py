@@ -1,6 +1,7 @@
 """Features that the memory cannot hold are refused before an image is read."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,3 +32,10 @@ def test_the_bytes_are_those_of_the_arrays():
 
 def test_the_memory_of_this_machine_is_found():
     assert 2**28 < memory.host_bytes() < 10**15
+
+
+@pytest.mark.parametrize(("stats", "found"), [({"bytes_limit": 7}, 7), ({}, None), (None, None)])
+def test_the_memory_of_a_device_is_what_it_says(monkeypatch, stats, found):
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])
+    assert memory._device_bytes() == found

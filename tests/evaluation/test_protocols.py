@@ -28,6 +28,7 @@ from tests.evaluation.analysed import (
     colour_networks,
     devices,
 )
+from tests.evaluation.taught import Plain, colours
 
 SETTINGS = Analysis(analysed=12)
 
@@ -118,6 +119,32 @@ def test_what_a_protocol_finds_bears_its_name(bench):
         findings = PROTOCOLS[name].run(bench, of_protocols[name])
         assert findings and {each.task for each in findings} == {name}
         assert {each.dataset for each in findings} == {"scenes"}
+
+
+class Targets(Plain):
+    """Two of the three numbers that make an image's colour are its targets."""
+
+    @property
+    def targets(self):
+        return self._colours[:, :2].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "metric", "read"),
+    [
+        ("linear_resampled", Plain, "accuracy", "accuracy"),
+        ("regression", Targets, "r2", "R²"),
+    ],
+)
+def test_what_the_features_are_made_of_is_read_from_them(bench, task, kind, metric, read):
+    parts = (kind(*colours(24, 2, seed, spread=5)) for seed in range(3))
+    of_task = "regression" if kind is Targets else "classification"
+    data = EvaluationData("colours", *parts, 2 * (kind is Plain), metric, of_task)
+    _, of_protocols = checked_settings({})
+    findings = PROTOCOLS[task].run(dataclasses.replace(bench, data=data), of_protocols[task])
+    first = findings[0]
+    assert (first.task, first.dataset, first.metric) == (task, "colours", read)
+    assert first.value == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(

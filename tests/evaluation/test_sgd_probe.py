@@ -286,6 +286,13 @@ def test_one_image_that_cannot_be_read_is_replaced():
     sgd_probe(colour_subject(), train, test, classes=CLASSES, mesh=devices(1), epochs=2, batch=9)
 
 
+class Gone(Plain):
+    """No image's file is there."""
+
+    def __getitem__(self, index):
+        raise FileNotFoundError(2, "No such file or directory", f"{index}.jpg")
+
+
 class Nothing(Plain):
     """Its images have no labels."""
 
@@ -309,6 +316,7 @@ LACKING = Plain(colours(12, CLASSES)[0], np.arange(12) % 2 * 2, name="lacking")
         ({"batch": 6}, "batch=6 cannot be split over 4 devices"),
         ({"train": ONE_CLASS}, "one has images of one class only"),
         ({"train": LACKING}, "lacking has no image of 1 of the classes of good: 'class 1'"),
+        ({"test": Gone(*colours(12, CLASSES), name="gone")}, "gone has no image that can be read"),
         ({"test": UNLABELLED}, "bare has 4 images with labels such as -1"),
         ({"test": Plain(*colours(12, 5), name="more")}, "not have the same list of classes"),
         ({"learning_rate": 1e38}, r"step \d is not finite; a smaller .*now .* head\)"),

@@ -1,5 +1,6 @@
 """A run, or a file, is written in every format, and comes back exactly with its model card."""
 
+import errno
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
+from cassle_jax.faults import Outage
 from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
 from cassle_jax.interop.card import markdown, run_card, with_encoder
 from cassle_jax.interop.errors import WeightsError
@@ -282,6 +284,25 @@ def test_a_vits_run_records_its_heads(tmp_path):
     export_command(run=str(tmp_path / "run"), to=str(tmp_path / "out"))
     for file in ("cassle.safetensors", "torchvision.safetensors", "timm/model.safetensors"):
         assert load_weights(tmp_path / "out" / file).heads == 12
+    with pytest.raises(ConfigError, match=r"^network='momentum' is not in the run of simclr in"):
+        export_command(run=str(tmp_path / "run"), to=str(tmp_path / "out"), network="momentum")
+
+
+def test_a_run_that_has_saved_nothing_yet_is_told_so(tmp_path):
+    write_config(run_config(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"^run=.* has no checkpoint yet$"):
+        export_command(run=str(tmp_path), to=str(tmp_path / "out"))
+
+
+def test_a_checkpoint_out_of_reach_gives_way_to_no_older_one(run, tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0")
+    monkeypatch.setattr("cassle_jax.training.run_weights._restore", unreachable)
+    with pytest.raises(Outage, match=r"^checkpoint 10: Stale file handle"):
+        export_command(run=str(run[0]), to=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("width", "heads", "name"), [(768, 12, "base"), (1024, 16, "large")])
@@ -321,9 +342,19 @@ def of_integers(state):
     state["bn1.weight"] = np.ones(4, np.int32)
 
 
+def of_a_wide_first_block(state):
+    state["layer1.0.conv1.weight"] = np.zeros((6, 4, 1, 1), np.float32)
+
+
+def without_a_stem(state):
+    state["conv1.weight"] = state["conv1.weight"].reshape(4, -1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (of_a_wide_first_block, "its first block is 6 wide, no multiple of 4"),
+        (without_a_stem, "the encoder is no ResNet, ViT or ConvNeXt known here: not enough values"),
         (resnext, r"no resnet50 known here.* layer1\.0\.conv2\.weight has shape \(8, 1, 3, 3\)"),
         (wide_resnet, r"layer1\.0\.conv2\.weight has shape \(8, 8, 3, 3\), not \(4, 4, 3, 3\)"),
         (without_an_array, r"layer4\.2\.bn3\.running_var is missing"),
@@ -490,6 +521,7 @@ def test_pytorchs_own_file_needs_pytorch(tmp_path, monkeypatch):
         ([], "one of --run=WORKDIR and --weights=FILE"),
         (["--run=a", "--weights=b"], "one of --run=WORKDIR and --weights=FILE"),
         (["--weights=b", "--network=momentum"], "within a run"),
+        (["--run={run}", "--heads=6"], "heads is for a file; use it with --weights=FILE"),
         (["--run={run}", "--network=target"], "network='target' is unknown"),
         (["--run={run}", "--step=7"], r"step=7 is not among .*: 5, 10"),
         (["--run=nowhere"], r"nowhere has no config\.json"),
@@ -498,8 +530,7 @@ def test_pytorchs_own_file_needs_pytorch(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path, arguments, message):
     chosen = dict(each.format(run=run[0]).removeprefix("--").split("=") for each in arguments)
-    if "step" in chosen:
-        chosen["step"] = int(chosen["step"])
+    chosen |= {name: int(chosen[name]) for name in ("step", "heads") if name in chosen}
     with pytest.raises(ConfigError, match=message) as raised:
         export_command(to=str(tmp_path / "out"), **chosen)
     assert "\n" not in str(raised.value)

@@ -179,6 +179,12 @@ def test_a_dict_under_two_names_has_both(resnet):
     assert ignored == ("ss_predictor", "epoch")
 
 
+def test_two_arrays_of_one_name_are_refused(resnet):
+    again = {"backbone": resnet, "backbone.conv1.weight": resnet["conv1.weight"] + 1}
+    with pytest.raises(WeightsError, match=r"two arrays called (backbone\.)?conv1\.weight"):
+        networks_in(again)
+
+
 def test_dicts_that_share_dicts_cannot_hold_the_reader_up(resnet):
     content = resnet
     for _ in range(12):

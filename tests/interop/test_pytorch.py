@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -183,6 +184,17 @@ def test_a_predictor_of_a_users_own_comes_back_as_it_was():
         "bn_of_centres.inner.centres": (3,),
     }
     np.testing.assert_array_equal(state["prototypes"], variables["params"]["prototypes"])
+    back = predictor_from_pytorch(state, variables)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_a_predictors_own_part_beside_its_layers_keeps_its_name():
+    ones = partial(np.ones, dtype=np.float32)
+    dense = {"kernel": ones((5, 3)), "bias": ones(3)}
+    head = {"linear_0": dense, "prototypes": {"centres": ones(3)}}
+    variables = {"params": {"projector": head}}
+    state = predictor_to_pytorch(variables)
+    assert state.keys() == {"0.weight", "0.bias", "prototypes.centres"}
     back = predictor_from_pytorch(state, variables)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 

@@ -255,9 +255,9 @@ def opcodes(value):
     return pickle.dumps(value, 2)[2:-1]
 
 
-def tensor(length, offset, shape, strides, kind="FloatStorage"):
+def tensor(length, offset, shape, strides, kind="FloatStorage", view=()):
     """The pickle of a tensor in a storage of some length, called 0."""
-    identifier = b"".join(opcodes(each) for each in ("storage", kind, "0", "cpu", length))
+    identifier = b"".join(opcodes(each) for each in ("storage", kind, "0", "cpu", length, *view))
     return (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((%btQ" % identifier
         + b"".join(opcodes(each) for each in (offset, shape, strides))
@@ -285,6 +285,36 @@ def write_zip(path, pickled, storage=bytes(96), compression=zipfile.ZIP_STORED):
 def test_a_place_outside_its_storage_is_refused(tmp_path, offset, shape, strides):
     write_zip(tmp_path / "file.pth", tensor(24, offset, shape, strides))
     with pytest.raises(WeightsError, match="leaves, or repeats"):
+        read_torch_file(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (tensor(24, 0, (2.0,), (1,)), "whose place in its storage is not in integers"),
+        (tensor(24, True, (2,), (1,)), "whose place in its storage is not in integers"),
+        (b"\x80\x02(U\x06moduleU\x01ctQ.", "holds a whole module, not a state dict"),
+        (b"\x80\x02]U\x01aNs.", "puts items into a list"),
+        (b"\x80\x02cnumpy\nndarray\nK\x03\x85K\x04C\x00\x87R.", "whose dtype is a int"),
+    ],
+)
+def test_what_no_state_dict_holds_is_named(tmp_path, pickled, message):
+    write_zip(tmp_path / "file.pth", pickled)
+    with pytest.raises(WeightsError, match=message):
+        read_torch_file(tmp_path / "file.pth")
+
+
+def test_a_view_of_a_storage_begins_where_it_says(tmp_path):
+    """As PyTorch wrote them before its version 0.4: a tensor counts from its view's beginning."""
+    pickled = tensor(24, 2, (3,), (1,), view=(("view", 5, 8),))
+    write_zip(tmp_path / "file.pth", pickled, COUNTING.tobytes())
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "file.pth"), COUNTING[7:10])
+
+
+def test_an_older_file_of_a_big_endian_machine_is_refused(tmp_path):
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False}, {}, [])
+    (tmp_path / "file.pth").write_bytes(b"".join(pickle.dumps(part, 2) for part in parts))
+    with pytest.raises(WeightsError, match="written on a big-endian machine"):
         read_torch_file(tmp_path / "file.pth")
 
 

@@ -1,6 +1,7 @@
 """Files of every origin become the same networks, and fit or say why not."""
 
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import from_detectron2, from_torchvision, to_detectron2
 from cassle_jax.interop.pytorch import mlp_to_pytorch, projector_to_pytorch
-from cassle_jax.interop.weights import load_weights, weights_of
+from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.models import MLP, ConditionedProjector
 from tests.interop.states import ENCODERS, assert_same, encoder_state, encoder_variables, filled
 
@@ -220,6 +221,25 @@ def test_what_holds_no_encoder_is_refused(tmp_path, state, message):
     with pytest.raises(WeightsError, match=message) as raised:
         load_weights(saved(tmp_path / "file.safetensors", state))
     assert "file.safetensors" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "it holds a list, not a state dict"),
+        ({"__author__": "them", "model": [1]}, "it holds a list where a state dict should be"),
+    ],
+)
+def test_a_pickle_of_something_else_is_told_in_one_line(tmp_path, content, message):
+    (tmp_path / "file.pkl").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(WeightsError, match=message) as raised:
+        load_weights(tmp_path / "file.pkl")
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_without_an_encoder_are_none():
+    with pytest.raises(WeightsError, match=r"^there is no encoder$"):
+        Weights({"projector": {"0.weight": np.ones((2, 2), np.float32)}})
 
 
 def test_a_damaged_safetensors_file_is_told_in_one_line(tmp_path):

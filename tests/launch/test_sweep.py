@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import submitit
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED
+from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep import sweep as sweep_module
@@ -112,10 +113,15 @@ def test_names_are_as_long_as_distinction_needs():
         ({"grid": "seed"}, "is not name=value"),
         ({"grid": "augment.crop_area=(0.1,1"}, r"does not close its \)"),
         ({"grid": "seed=0", "zipped": "seed=1"}, "seed is given values twice"),
+        ({"grid": "seed=0;seed=1"}, "^grid: seed is given values twice"),
         ({"zipped": "seed=0,1;epochs=1,2,3"}, "seed has 2, epochs has 3"),
         ({"random": "seed=0,1"}, "draws=0 does not go with"),
         ({"random": "epochs=uniform(3,1)", "draws": 2}, r"epochs=uniform\(3,1\) is not a range"),
         ({"random": "optimizer.momentum=log(0,1)", "draws": 2}, "is not a range"),
+        (
+            {"random": "epochs=uniform(few,9)", "draws": 2},
+            r"epochs=uniform\(few,9\) is not a range",
+        ),
         ({}, "needs --grid, --zip or --random"),
     ],
 )
@@ -132,6 +138,87 @@ def test_a_missing_cluster_and_indivisible_gpus_are_refused(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="where=slurm needs sbatch"):
         Slurm(tmp_path, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "options", "message"),
+    [
+        (0, "", r"^parallel=0 must be at least 1$"),
+        (1, "partition", r"^slurm=partition: 'partition' is not name=value$"),
+        (
+            1,
+            "partition=long,gpus=8,nonsense=1",
+            r"^slurm=partition=long,gpus=8,nonsense=1: .*nonsense",
+        ),
+    ],
+)
+def test_options_of_slurm_that_cannot_be_are_refused(
+    tmp_path, monkeypatch, parallel, options, message
+):
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        program(tmp_path, monkeypatch, name, "true")
+    with pytest.raises(ConfigError, match=message) as refused:
+        Slurm(tmp_path / "jobs", parallel, options)
+    assert "\n" not in str(refused.value)
+    Slurm(tmp_path / "jobs", 1, "partition=long, time=60,gpus_per_node=8")
+
+
+@pytest.mark.parametrize(("body", "found"), [("echo 0; echo 1", ["0", "1"]), ("exit 9", [])])
+def test_gpus_are_those_that_the_driver_lists(tmp_path, monkeypatch, body, found):
+    program(tmp_path, monkeypatch, "nvidia-smi", body)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert jobs.visible_gpus() == found
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert jobs.visible_gpus() == []
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local, command = Local(tmp_path / "jobs", 1), Command("nothing", [], tmp_path)
+    job = Waiting("1")
+    job.cancel = lambda: told.append("job")
+    monkeypatch.setattr(local._executor, "submit", lambda _: job)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            local.run([command], lambda _: None)
+    process = SimpleNamespace(send_signal=told.append)
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: process)
+    monkeypatch.setattr(command, "_wait", interrupt)
+    with (tmp_path / "lock").open("w") as file, pytest.raises(KeyboardInterrupt):
+        command._run(file, file)
+    assert told == ["job", signal.SIGINT]
+
+
+def test_a_sweep_that_ctrl_c_stops_says_how_it_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(Local, "run", interrupt)
+    with pytest.raises(Stop, match="stopped; rerun the same sweep to resume") as stop:
+        sweep_module.sweep(SweepRequest(CONFIG, grid="seed=0"), tmp_path)
+    assert stop.value.code == EXIT_PREEMPTED
+
+
+def test_an_evaluation_that_failed_ends_the_sweep_with_its_reason(tmp_path, monkeypatch):
+    def failing(self, commands, on_end):
+        (command,) = commands
+        jobs.write_outcome(command.folder, EXIT_NOT_SAVED, "error: the disk is full")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(Local, "run", failing)
+    (run,), folder = runs_of(SweepRequest(CONFIG, grid="seed=0")), tmp_path / "run"
+    folder.mkdir()
+    jobs.write_outcome(folder, 0, "")
+    options, local = EvaluationOptions(("scenes",), ("knn",)), Local(tmp_path / "jobs", 1)
+    said = r"^the evaluation failed: the disk is full \(see "
+    with pytest.raises(Stop, match=said) as stop:
+        sweep_module._evaluate(options, {run: folder}, tmp_path / "evaluation", local)
+    assert stop.value.code == EXIT_NOT_SAVED
 
 
 @pytest.mark.exhaustive

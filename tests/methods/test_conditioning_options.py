@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cassle_jax.augment import AugmentSpec, View
 from cassle_jax.methods import METHODS, ViewBatch
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.simclr import SimCLR
 from cassle_jax.optimizer import learning_rate, make_optimizer
 from cassle_jax.training.state import create_state
 from cassle_jax.training.step import Update
+from tests.augment.view_params import view_params
 from tests.everyday import everyday
 from tests.methods.one_device import BATCH, CLOCK, SPEC, compiled, random_views
 from tests.methods.test_every_method import small, views_for
@@ -51,6 +53,18 @@ def test_whether_an_image_is_given_omega_depends_on_its_position_alone():
     whole = conditioning.given(key, POSITIONS, 0.0)
     np.testing.assert_array_equal(conditioning.given(key, POSITIONS[1000:], 0.0), whole[1000:])
     assert (conditioning.given(jax.random.key(4), POSITIONS, 0.0) != whole).mean() > 0.4
+
+
+def test_omega_ends_with_whether_it_is_given():
+    images, mirrored = jnp.zeros((3, 4, 4, 3)), [True, True, False]
+    view, spec = View(images, view_params(3, flip=mirrored), jnp.zeros((3, 3))), AugmentSpec(size=4)
+    sometimes = with_options(descriptors=("flip",), dropout=0.5)
+    describe = compiled(lambda view, given: sometimes.describe([view], [spec], given))
+    for given, flags in ((jnp.array([True, False, True]), [1, 0, 1]), (None, [1, 1, 1])):
+        (omega,) = describe(view, given)
+        assert omega.shape == (3, sometimes.size)
+        np.testing.assert_array_equal(omega[:, 0], mirrored)
+        np.testing.assert_array_equal(omega[:, 1], flags)
 
 
 @pytest.mark.parametrize("injection", ["concat", "add", "multiply", "image"])

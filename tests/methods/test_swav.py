@@ -318,6 +318,7 @@ def test_small_views_are_three_sevenths_of_the_large_ones(size, small):
     assert views[:2] == (spec, spec)
     assert [view.size for view in views[2:]] == [small] * 6
     assert {view.flip for view in views} == {0.25}
+    assert SwAV(small_crops=0).views(spec, spec) == (spec, spec)
 
 
 def test_views_cover_the_papers_shares_of_the_image():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_NOT_SAVED, Stop
+from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, open_source
 from cassle_jax.data.decode import MAX_PIXELS
 from cassle_jax.faults import Outage
@@ -25,6 +26,8 @@ from cassle_jax.prepare import Preparation, prepare
 from cassle_jax.prepare import dataset as dataset_module
 from cassle_jax.prepare import plan as plan_module
 from cassle_jax.prepare import shards as shards_module
+from cassle_jax.prepare.reencode import reencoded
+from tests.commands import run_command
 
 SHORT = 24
 BAD = {"workers": 1, "max_bad_fraction": 0.1}
@@ -319,10 +322,59 @@ def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
         prepare(settings(""), ["train"], str(tmp_path / "to"), HOW, **BAD)
 
 
-def test_ctrl_c_is_one_line(images, tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (KeyboardInterrupt(), "stopped; the same command continues", EXIT_PREEMPTED),
+        (BrokenProcessPool("terminated"), r"a worker was killed.*\(--workers\); the", EXIT_OUTAGE),
+    ],
+)
+def test_what_ends_it_from_outside_is_one_line(images, tmp_path, monkeypatch, error, said, code):
+    def ended(*args):
+        raise error
 
-    monkeypatch.setattr("cassle_jax.prepare.dataset.as_completed", interrupted)
-    with pytest.raises(Stop, match="stopped; the same command continues"):
+    monkeypatch.setattr("cassle_jax.prepare.dataset.as_completed", ended)
+    with pytest.raises(Stop, match=said) as stop:
         prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert stop.value.code == code and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("splits", [[], ["train", "train"], ["train/"]])
+def test_names_of_splits_that_cannot_be_are_refused(images, tmp_path, splits):
+    said = r"names no split, or one twice|'train/' is no name of a split, such as train"
+    with pytest.raises(ConfigError, match=rf"^--splits.*({said})"):
+        prepare(settings(images), splits, str(tmp_path / "to"), HOW, **BAD)
+    assert not (tmp_path / "to").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_how_far_it_is_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    images, tmp_path, monkeypatch, caplog, terminal
+):
+    monkeypatch.setattr("cassle_jax.prepare.progress._PAUSE", -1.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    with caplog.at_level("INFO", logger="cassle_jax"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    lines = [each for each in caplog.messages if "of 25 images, " in each]
+    assert (lines == []) == terminal == ("25/25" in sys.stderr.getvalue())
+    assert terminal or len(lines) >= 2
+
+
+def test_pixels_that_are_small_enough_are_kept_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
+    with Image.open(io.BytesIO(reencoded(pixels, 10, 90))) as kept:
+        np.testing.assert_array_equal(np.asarray(kept), pixels)
+    with Image.open(io.BytesIO(reencoded(pixels, 5, 90))) as reduced:
+        assert (reduced.format, reduced.size) == ("JPEG", (7, 5))
+
+
+def test_a_source_that_cannot_be_prepared_is_refused(capsys):
+    assert run_command("prepare", "--source=scenes", "--path=x", "--to=y") == 2
+    said = "error: --source='scenes' is unknown; use folder, tfds, webdataset\n"
+    assert capsys.readouterr().err == said

@@ -537,6 +537,25 @@ def restored_after(damage, workdir, caplog):
     return step
 
 
+def test_checkpoints_at_multiples_stay_and_of_the_others_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every_steps=3)
+    for step in range(1, 6):
+        checkpoints.save(step, small_state(step), {})
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5]
+
+
+def test_a_run_of_which_no_checkpoint_can_be_read_does_not_begin_anew(saved):
+    workdir, _ = saved
+    for path in (workdir / "checkpoints").glob("*/state/**/*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    checkpoints = Checkpoints(workdir, keep=2)
+    with pytest.raises(ConfigError, match=r"has checkpoints, and none of them can be read; move"):
+        checkpoints.restore(small_state(0))
+    checkpoints.close()
+
+
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),

@@ -3,12 +3,17 @@
 import os
 import random
 import signal
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from etils import epath
 from PIL import Image
 
+from cassle_jax import distributed
 from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import runtime_arguments
 from cassle_jax.training.metrics import read_lines, read_metrics
@@ -260,6 +265,92 @@ def test_a_task_of_slurm_takes_its_share_of_its_hosts_gpus(further, gpus):
     assert found["local_device_ids"] == gpus
     assert (found["num_processes"], found["process_id"]) == (4, 3)
     assert found["cluster_detection_method"] == "slurm"
+
+
+@pytest.mark.parametrize(
+    "further", [{}, {"JAX_LOCAL_DEVICE_IDS": "1", "CUDA_VISIBLE_DEVICES": "0"}]
+)
+def test_a_task_without_gpus_or_with_a_choice_leaves_it_to_jax(monkeypatch, further):
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert runtime_arguments({**TASK, **further})["local_device_ids"] is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "gketpu"),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, "gketpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "gketpu"),
+        ({}, "gcetpu"),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"TPU_VISIBLE_CHIPS": "0"}, None),
+        ({"JAX_PLATFORMS": "cpu"}, None),
+    ],
+)
+def test_hosts_of_a_tpu_pod_find_each_other_as_jax_finds_them(monkeypatch, environment, found):
+    monkeypatch.setattr(Path, "glob", lambda _, name: iter([Path("/dev/accel0")]))
+    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "libtpu")
+    expected = found and {"cluster_detection_method": found}
+    assert runtime_arguments(environment) == expected
+
+
+@pytest.fixture
+def group(monkeypatch, capsys):
+    """A process of two, which ends in this one with its code as it would in its own."""
+    found = object.__new__(distributed._ProcessGroup)
+    found._ending, found._index, found._count = threading.Lock(), 1, 2
+
+    def end(message, code):
+        raise SystemExit(f"{code}: {message}")
+
+    monkeypatch.setattr(found, "fail", end)
+    monkeypatch.setattr(distributed, "runtime_arguments", lambda _: {})
+    monkeypatch.setattr(distributed, "_join", lambda *_: found)
+    monkeypatch.setattr(distributed, "_FAILURE_SECONDS", 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError("by 0\nmore"), "1: ZeroDivisionError: by 0"),
+        (ConfigError("seed=-1 is no seed"), "2: seed=-1 is no seed"),
+        (
+            RuntimeError("UNAVAILABLE: Connection reset by peer"),
+            "69: process 1 of 2 probably lost another process (UNAVAILABLE: Connection reset by",
+        ),
+    ],
+)
+def test_an_error_of_one_process_ends_it_with_what_it_was(group, capsys, error, said):
+    with pytest.raises(SystemExit) as ended, distributed.all_processes():
+        raise error
+    assert str(ended.value).startswith(said)
+    assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, ConfigError))
+
+
+def test_a_runtime_that_does_not_answer_is_an_error_and_no_answer(group):
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError(reason)
+
+    group._client = SimpleNamespace(key_value_set=fails)
+    reason = "ALREADY_EXISTS: key"
+    assert not group.is_first_to("save")
+    reason = "UNAVAILABLE: no service"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no service"):
+        group.is_first_to("save")
+
+
+def test_an_address_that_cannot_be_is_one_line(monkeypatch):
+    def refuses(**_):
+        raise ValueError("the address is wrong\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuses)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere:1")
+    with pytest.raises(
+        ConfigError, match=r"^process 1 did not .*=nowhere:1; .* \(the address is w"
+    ):
+        distributed._initialize({"process_id": 1})
 
 
 @pytest.mark.parametrize(

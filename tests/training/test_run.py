@@ -1,13 +1,16 @@
 """A configuration becomes a run, or one line that names the setting, its value and what works."""
 
+import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cassle_jax import pretrain as pretrain_module
 from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import ConfigError
 from cassle_jax.methods import METHODS
@@ -265,6 +268,39 @@ def test_colour_strength_scales_what_the_other_settings_say():
     config.augment.color_strength = 0.5
     spec = augment_spec(config)
     assert (spec.hue, spec.brightness, spec.grayscale) == ((-0.05, 0.05), (0.8, 1.2), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "folder"),
+    [("auto", "{home}/cassle_jax/compiled"), ("{home}/own", "{home}/own"), ("", None)],
+)
+def test_where_programs_are_kept_and_whether_they_are_deterministic(
+    tmp_path, monkeypatch, setting, folder
+):
+    told = {}
+    monkeypatch.setattr(
+        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__))
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = tiny_config("method=simclr")
+    config.compilation_cache = setting.format(home=tmp_path)
+    for deterministic, flags in (
+        (False, "--a=1"),
+        (True, "--a=1 --xla_gpu_deterministic_ops=true"),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", "--a=1")
+        config.deterministic = deterministic
+        pretrain_module.set_up_devices(config)
+        assert os.environ["XLA_FLAGS"] == flags
+    expected = {} if folder is None else {"jax_compilation_cache_dir": folder.format(home=tmp_path)}
+    assert told == expected
+
+
+def test_a_folder_for_programs_of_strange_bytes_is_refused(tmp_path):
+    config = tiny_config("method=simclr")
+    config.compilation_cache = f"{tmp_path}/\udcff"
+    with pytest.raises(ConfigError, match=r"^compilation_cache=.* has bytes that are not UTF-8"):
+        pretrain_module.set_up_devices(config)
 
 
 def test_another_seed_is_another_beginning():

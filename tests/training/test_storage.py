@@ -4,6 +4,7 @@ The arrays of checkpoints are written by TensorStore, which speaks to gs:// and 
 are not part of this.
 """
 
+import errno
 import os
 from typing import ClassVar
 
@@ -100,6 +101,36 @@ def test_a_store_that_fails_for_a_while_ends_nothing(bucket, monkeypatch, caplog
     file.append(b"4\n")
     assert (bucket / "metrics.jsonl").read_bytes() == b"1\n2\n3\n4\n"
     assert sum("cannot be written for now" in each for each in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_could_not_be_written_is_tried_once_more_at_the_end(
+    bucket, monkeypatch, caplog, stays
+):
+    file = GrowingFile(bucket / "metrics.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "_open", lambda *_, **__: 1 / 0)
+        file.append(b"123\n")
+        if stays:
+            file.close()
+    if not stays:
+        file.close()
+        assert (bucket / "metrics.jsonl").read_bytes() == b"123\n"
+    assert ("metrics.jsonl lacks its last 4 bytes" in caplog.text) == stays
+
+
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with (
+        caplog.at_level("INFO", logger="cassle_jax"),
+        folder_held(tmp_path),
+        folder_held(tmp_path),
+    ):
+        pass
+    assert caplog.text.count("see that only one run uses it") == 2
 
 
 def test_a_file_is_never_half_written(tmp_path, monkeypatch):

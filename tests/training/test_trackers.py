@@ -110,6 +110,23 @@ def test_an_outage_of_a_tracker_is_one_line_and_loses_nothing(service, tmp_path,
     assert line == "service cannot be written for now: the service does not answer"
 
 
+def test_what_an_outage_leaves_at_the_end_is_counted_and_sent_by_the_next_part(
+    service, tmp_path, monkeypatch, caplog
+):
+    def refuses(self):
+        raise ConnectionError("the service does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Service, "down", True)
+        patched.setattr(Service, "close", refuses)
+        write(tmp_path, 0, 3, "service")
+    assert "service lacks its last 4 reports" in caplog.text
+    assert "service cannot be closed: the service does not answer" in caplog.text
+    write(tmp_path, 3, 4, "service")
+    ((records),) = service.runs.values()
+    assert steps_of(records) == [1, 2, 2, 3, 4, 4]
+
+
 def test_a_run_writes_to_the_trackers_of_its_configuration(service, tmp_path):
     config = tiny_config("method=simclr,conditioning=none")
     config.steps, config.log.every_steps, config.log.to = 2, 1, ("service",)
