@@ -5,6 +5,7 @@ Adds the options of the parity tests, which pytest must know before it looks int
 
 import gc
 import os
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -80,6 +81,14 @@ def pytest_collection_finish():
     # What is imported stays: looking through it again and again is a twentieth of the time.
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
+
+
+def pytest_sessionfinish():
+    # pytest-xdist kills a process that takes ten seconds to end, and with it what it has measured.
+    coverage = sys.modules.get("coverage")
+    current = coverage and coverage.Coverage.current()
+    if current:
+        current.save()
 
 
 @pytest.fixture(scope="session", autouse=True)
