@@ -1,5 +1,7 @@
 """The paper's comparison: which runs it has, and what its options ask of the table."""
 
+from pathlib import Path
+
 import pytest
 
 from cassle_jax import transfer as command
@@ -69,7 +71,7 @@ def test_its_flags_are_its_options(monkeypatch, tmp_path):
 
     def run_table(table, to, **settings):
         asked.update(settings, table=table, to=to)
-        return to
+        return tmp_path
 
     monkeypatch.setattr("cassle_jax.sweep.experiment.run_table", run_table)
     given = ["--minutes=5", "--data=/images", f"--to={tmp_path}", "--methods=byol", "--seeds=2"]
@@ -77,7 +79,11 @@ def test_its_flags_are_its_options(monkeypatch, tmp_path):
     assert run_command("transfer", *given, "--limit=9", "--parallel=3", "--call_minutes=1") == 0
     table = asked.pop("table")
     assert {row.subject.split(",")[0] for row in table.rows} == {"byol"}
-    assert (table.tasks, asked.pop("to"), list(asked.pop("seeds"))) == (("knn",), tmp_path, [0, 1])
+    assert (table.tasks, Path(asked.pop("to")), list(asked.pop("seeds"))) == (
+        ("knn",),
+        tmp_path,
+        [0, 1],
+    )
     assert asked == {
         "overrides": ("data.path=/images", "batch_size=64"),
         "datasets": ("cifar10=/c",),
