@@ -182,6 +182,7 @@ WRONG = {
         ["names no class"],
     ),
     "no scenes": ({"scenes": 0}, "train", ["data.scenes=0"]),
+    "scenes beyond number": ({"scenes": 2**70}, "train", [f"data.scenes={2**70}", "below 2**31"]),
     "small scenes": ({"canvas": 4}, "train", ["data.canvas=4"]),
     "split of scenes": ({}, "training", ["'training'", "train, validation, test"]),
     "classes of scenes": ({"classes": "imagenet100"}, "train", ["data.classes='imagenet100'"]),
