@@ -85,9 +85,6 @@ def _guarded(main: Callable[[], None]) -> None:
         _leave(stop)
     except KeyboardInterrupt:
         _leave(Stop("stopped; the same command continues", EXIT_PREEMPTED))
-    except MemoryError as error:
-        trouble = f"this machine's memory does not suffice: {error or 'none is left'}"
-        _leave(Stop(f"{trouble}; use smaller settings", EXIT_WRONG_SETTING))
     except Exception as error:
         code = code_of(error)
         if code is None:

@@ -111,6 +111,8 @@ def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) ->
             f"{setting}={folder} is {said}; wait for its end, or use another {setting}"
         ) from None
     except OSError as error:
+        if error.errno == errno.EBADF:  # NFS locks files, not folders
+            return
         LOG.info(
             "%s has no locks (%s): see that only one %s uses it", folder, error.strerror, holder
         )

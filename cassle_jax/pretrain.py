@@ -1,5 +1,6 @@
 """Pretrains an encoder: python -m cassle_jax.pretrain --config=configs/… --workdir=… ."""
 
+import logging
 import os
 
 import jax
@@ -16,6 +17,8 @@ from cassle_jax.storage import cache_folder, is_utf8, path_of
 from cassle_jax.training.checkpoints import NotSaved
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 def pretrain_command(
@@ -49,14 +52,24 @@ def set_up_devices(config: ConfigDict) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if config.compilation_cache:
-        chosen = config.compilation_cache
-        cache = cache_folder() / "compiled" if chosen == "auto" else path_of(chosen)
-        if not is_utf8(cache):
+        cache = _cache_of_programs(config.compilation_cache)
+        if cache and not is_utf8(cache):
             raise ConfigError(
                 f"compilation_cache={str(cache)!r} has bytes that are not UTF-8; use another, "
                 "or '' for none"
             )
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache) if cache else None)
+
+
+def _cache_of_programs(chosen: str) -> epath.Path | None:
+    """The folder of compiled programs; `None` where 'auto' has no home folder to be in."""
+    if chosen != "auto":
+        return path_of(chosen)
+    try:
+        return epath.Path(cache_folder() / "compiled")
+    except ConfigError as error:
+        LOG.warning("compiled programs are not kept: %s", error)
+        return None
 
 
 if __name__ == "__main__":

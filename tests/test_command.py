@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -172,14 +171,6 @@ def test_what_the_run_finds_wrong_ends_it_the_same_way(refusal, error):
         raise error("data.path='' is not a folder; give one")
 
     assert refusal(SIMCLR, main=main) == "data.path='' is not a folder; give one"
-
-
-def test_settings_beyond_the_memory_are_one_line(refusal):
-    def main(config):
-        np.zeros(2**58)
-
-    said = refusal(SIMCLR, main=main)
-    assert "memory does not suffice: Unable to allocate 2.00 EiB" in said and "\n" not in said
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(run):

@@ -150,8 +150,11 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
     """
     if not isinstance(source, FolderSource) or on_object_store(folder):
         return
-    root = pathlib.Path(source.root)
-    if pathlib.Path(path_of(folder)).resolve().is_relative_to(root.resolve()):
+    root, target = pathlib.Path(source.root), pathlib.Path(path_of(folder)).resolve()
+    if not target.is_relative_to(root.resolve()):
+        return
+    hidden = any(part.startswith(".") for part in target.relative_to(root.resolve()).parts)
+    if not hidden:  # what is hidden is no image
         raise ConfigError(f"{setting}={folder} lies among the images of {root}; use another folder")
 
 

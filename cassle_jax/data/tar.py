@@ -5,6 +5,8 @@ import logging
 import os
 import pathlib
 import tarfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,6 +21,8 @@ LOG = logging.getLogger(__name__)
 
 _CLASS, _JSON = ".cls", ".json"
 _MOST_CLASSES = 1 << 20
+_PAUSES = (0.1, 0.4, 1.5)  # seconds
+_CHECKING = threading.Lock()
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
 
 
@@ -52,7 +56,7 @@ class TarSource:
         # As the files are before their index is read, and never later: features of the former
         # images would be kept as those of the files that replace them.
         self.content = content_of_files(self._tars)
-        self._seen = [content_of_files([tar]) for tar in self._tars]
+        self._seen = [_version(os.stat(tar)) for tar in self._tars]  # noqa: PTH116
         found = [(number, *each) for number, tar in enumerate(self._tars) for each in _images(tar)]
         if not found:
             raise DataError(f"data.path: the tar files of {name} hold no images")
@@ -78,7 +82,10 @@ class TarSource:
         with pathlib.Path(self._tars[tar]).open("rb") as file:
             file.seek(offset)
             image = file.read(size)
-        self._check_same(tar)
+            version = _version(os.fstat(file.fileno()))
+        if version != self._seen[tar]:
+            self._check_same(tar, version)
+            return self[index]  # what was read may be of a file that was half written
         return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
 
     @property
@@ -88,25 +95,26 @@ class TarSource:
         listed = "\0".join((*files, *self._members)).encode(errors="surrogateescape")
         return digest_of(listed, self._places[:, 0].tobytes())
 
-    def _check_same(self, number: int) -> None:
+    def _check_same(self, number: int, version: tuple[int, int]) -> None:
         """Raises DataError where a file was written anew, with its images elsewhere in it.
 
         What stands at the former places is no image, or another one, with the former's label.
         """
         tar = self._tars[number]
-        found = content_of_files([tar])
-        if found == self._seen[number]:
-            return
-        mine = [
-            (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
-            for index in np.flatnonzero(self._places[:, 0] == number)
-        ]
-        if list(_images(tar)) != mine:
-            raise DataError(
-                f"data.path: {tar} was written anew, with other images, since it was opened; the "
-                "same command reads what is there now"
-            )
-        self._seen[number] = found
+        with _CHECKING:  # one thread reads the index, and the others then find it known
+            if version == self._seen[number]:
+                return
+            mine = [
+                (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
+                for index in np.flatnonzero(self._places[:, 0] == number)
+            ]
+            images, version = _images_of_whole(tar)
+            if images != mine:
+                raise DataError(
+                    f"data.path: {tar} was written anew, with other images, since it was opened; "
+                    "the same command reads what is there now"
+                )
+            self._seen[number] = version
 
 
 def open_tars(path: str, split: str) -> TarSource:
@@ -128,6 +136,24 @@ def open_tars(path: str, split: str) -> TarSource:
         )
     paths = [str(tar) for tar in tars]
     return TarSource(f"{folder} {split}".rstrip(), paths, root=str(tars[0].parent))
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to: its bytes and its time, in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _images_of_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
+    """The `_images` of a file and its `_version`; waits some seconds for one being written."""
+    for seconds in (*_PAUSES, None):
+        try:
+            version = _version(os.stat(tar))  # noqa: PTH116
+            return list(_images(tar)), version
+        except (DataError, FileNotFoundError):
+            if seconds is None:
+                raise
+            time.sleep(seconds)
+    raise AssertionError
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -57,9 +57,9 @@ def probe_factors(
       The scores by factor.
 
     Raises:
-      ValueError: If a factor is missing, has another length than the features, is not finite, is
-        the same in all training or all test rows, or is of an unknown kind; if a feature is not
-        finite; or if there are fewer than ten training rows.
+      ValueError: If a factor is missing, has another length than the features, is not finite, or is
+        the same in all training or all test rows; if a feature is not finite; or if there are fewer
+        than ten training rows.
     """
     train, test = _standardised(train_features, test_features)
     # A generator of its own: the split is the same for every factor and every call.

@@ -95,7 +95,7 @@ class Conditioning:
 
     def _check_options(self) -> None:
         """Refuses options that would have no effect, or that the treatment excludes."""
-        options = ("dropout", "start_epoch", "ramp_epochs", "plain_branch")
+        options = ("dropout", "start_epoch", "ramp_epochs", "plain_branch", "stage")
         for name in (each for each in options if getattr(self, each) > 0):
             setting = f"conditioning.{name}={getattr(self, name):g}"
             if not self.descriptors:
@@ -103,7 +103,7 @@ class Conditioning:
                     f"{setting} does nothing without descriptors; name some in "
                     "conditioning.descriptors, or use 0"
                 )
-            if name != "plain_branch" and self.treatment == "hypernetwork":
+            if name not in ("plain_branch", "stage") and self.treatment == "hypernetwork":
                 raise ConfigError(
                     f"{setting} needs a projector that works without ω, which a hypernetwork "
                     "does not make; use conditioning.treatment='mlp'"

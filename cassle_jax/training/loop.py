@@ -98,10 +98,11 @@ def pretrain(
     mesh = device_mesh()
     _check_devices(mesh)
     source = open_source(config.data, config.data.train_split)
-    check_outside("workdir", workdir, source)
     agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))
     probe = OnlineProbe(config, run, mesh) if config.probe.every_epochs else None
+    for each in (source, *(probe.sources if probe else ())):
+        check_outside("workdir", workdir, each)
     with StopRequest() as stop, contextlib.ExitStack() as opened:
         changes = _take_workdir(config, workdir, accept_changes, opened)
         checkpoints = _open_checkpoints(config, workdir, opened)

@@ -101,6 +101,11 @@ class OnlineProbe:
         _check_same_classes(self._train[0], self._test[0], test_split)
         self._read = FeatureReader(config, run, mesh)
 
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        """The images whose features are compared: those that are known, and those to classify."""
+        return self._train[0], self._test[0]
+
     def __call__(self, state: TrainState) -> dict[str, float]:
         """k-NN accuracy in [0, 1] where there are labels, and RankMe, from 1 to the width."""
         test, test_labels = self._read(state, *self._test)

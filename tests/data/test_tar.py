@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -135,3 +136,13 @@ def test_a_tar_that_is_written_anew_meanwhile_gives_no_image_another_label(
     assert content_of(source) == content  # so no cache takes its features for the new images'
     written(0, 1, 2)
     assert [source[index].image for index in range(3)] == images
+
+
+def test_a_tar_is_waited_for_while_it_is_being_written_anew(tmp_path, settings, image_bytes):
+    path, image = tmp_path / "train.tar", image_bytes(1)
+    write_tar(path, {"1.jpg": image, "1.cls": b"0"})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:600])
+    threading.Timer(0.3, path.write_bytes, [whole]).start()
+    assert source[0].image == image

@@ -258,6 +258,12 @@ def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name):
     assert loaded.encoder.keys() == state.keys()
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/a.pth", "https://host/a.pth"])
+def test_weights_elsewhere_are_to_be_downloaded(path):
+    with pytest.raises(WeightsError, match=f"{path} is no local file; download it first"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize("name", ["folder.safetensors", "folder.pth"])
 def test_a_folder_is_no_file_of_weights(tmp_path, name):
     (tmp_path / name).mkdir()

@@ -173,6 +173,7 @@ def test_a_plain_branch_adds_the_plain_methods_loss(name):
             r"conditioning\.plain_branch=-0\.1 is not in \[0, 1\); 0\.5",
         ),
         ({"start_epoch": -1.0}, r"conditioning\.start_epoch=-1\.0 must be at least 0"),
+        ({"descriptors": (), "stage": 2}, r"conditioning\.stage=2 does nothing without"),
         ({"descriptors": (), "dropout": 0.5}, r"conditioning\.dropout=0\.5 does nothing without"),
         ({"treatment": "hypernetwork", "dropout": 0.5}, r"use conditioning\.treatment='mlp'"),
         ({"injection": "image", "plain_branch": 0.5}, r"use conditioning\.injection='concat'"),

@@ -12,7 +12,7 @@ from PIL import Image
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.config_files import CONFIGS
-from cassle_jax.data import DamagedLog, open_source
+from cassle_jax.data import DamagedLog, check_outside, open_source
 from cassle_jax.evaluate import _held, datasets_in, named_path
 from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
@@ -126,6 +126,22 @@ def test_a_run_among_its_images_is_refused_before_it_adds_its_own(config, tmp_pa
         with pytest.raises(ConfigError, match=f"workdir=.*run lies among the images of {tmp_path}"):
             pretrain(config, place)
         assert not place.exists()
+
+
+def test_a_run_is_among_no_images_in_a_hidden_folder_but_in_those_of_its_probe(config, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(16):
+            Image.new("RGB", (20, 20)).save(tmp_path / split / "a" / f"{number}.png")
+    config = config.copy_and_resolve_references()
+    config.data.update({"source": "folder", "path": str(tmp_path)})
+    sources = [open_source(config.data, split) for split in ("train", "val")]
+    check_outside("workdir", tmp_path / "train" / ".runs" / "a", sources[0])
+    with pytest.raises(ConfigError, match=r"workdir=.*run lies among the images of .*val"):
+        check_outside("workdir", tmp_path / "val" / "run", sources[1])
+    config.probe.update({"every_epochs": 1, "test_split": "val"})
+    with pytest.raises(ConfigError, match="lies among the images"):
+        pretrain(config, tmp_path / "val" / "run")
 
 
 def test_a_list_of_datasets_holds_paths_with_commas():
