@@ -345,8 +345,11 @@ def _newest_state(
 ) -> tuple[TrainState, dict | None]:
     """The newest checkpoint's state and place in the images; a new run's state, and `None`."""
     state = on_every_device(run.initial_state, mesh, run.seed_words)
+    restored = checkpoints.restore(state)
+    if restored:
+        return restored
     encoder = run.networks.factories["encoder"]()
-    return checkpoints.restore(state) or (warm_started(state, config.weights, encoder), None)
+    return warm_started(state, config.weights, encoder, run.networks.stage), None
 
 
 def _continued_images(

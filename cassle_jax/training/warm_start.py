@@ -1,5 +1,6 @@
 """Starts a run from the weights of a file instead of random ones."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from cassle_jax.training.state import TrainState, target_copies
 
 
 def warm_started(
-    state: TrainState, settings: ConfigDict, encoder: nn.Module | None = None
+    state: TrainState, settings: ConfigDict, encoder: nn.Module | None = None, stage: int = 0
 ) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
@@ -28,6 +29,7 @@ def warm_started(
       state: the first state of the run.
       settings: the `weights` settings of the configuration.
       encoder: the run's encoder, by which a ViT's settings are named that do not fit the file's.
+      stage: the encoder's earlier stage that the run's conditioned heads see; 0 for the last one.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -42,6 +44,7 @@ def warm_started(
         if settings.networks == "encoder":
             weights = weights.encoder_alone()
         loaded = _loaded(weights, {"params": state.params, "batch_stats": state.batch_stats})
+        _check_stage(weights, encoder, stage)
     except WeightsError as error:
         raise ConfigError(
             f"weights.path={settings.path!r} cannot start this run: {error}"
@@ -86,6 +89,20 @@ def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
         raise WeightsError(
             f"its ViT {taken} {theirs.heads} heads, not {encoder.heads}; "
             f"use encoder.heads={theirs.heads}"
+        )
+
+
+def _check_stage(weights: Weights, encoder: nn.Module | None, stage: int) -> None:
+    """Refuses heads of another stage than the run's, whose arrays may fit all the same."""
+    conditioning = weights.card.get("conditioning")
+    if len(weights.networks) == 1 or not isinstance(conditioning, Mapping):
+        return
+    recorded = conditioning.get("stage", 0)
+    theirs = 0 if recorded == len(getattr(encoder, "stage_widths", ())) else recorded
+    if theirs != stage:
+        raise WeightsError(
+            f"its heads are of conditioning.stage={recorded}, not of the run's {stage}; use "
+            "weights.networks='encoder'"
         )
 
 

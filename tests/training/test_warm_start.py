@@ -110,6 +110,35 @@ def test_advice_is_a_setting_not_a_call(first_states, file):
     assert "without(" not in str(raised.value)
 
 
+def test_heads_of_another_stage_are_refused_though_their_arrays_fit(tmp_path):
+    """Each block of a ViT has features of one width; the last block is stage 0, too."""
+    config = config_of()
+    config.encoder.update(name="vit_small", width=24, small_images=False, patch_size=8)
+    mesh = device_mesh(jax.devices()[:1])
+    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    encoder, paths = make_encoder(**config.encoder), {}
+    weights = weights_of({"params": state.params, "batch_stats": state.batch_stats}).flat()
+    for stage in (3, 12):
+        card = {"architecture": {"heads": 12}, "conditioning": {"stage": stage}}
+        paths[stage] = str(tmp_path / f"{stage}.safetensors")
+        save_file(weights, paths[stage], {"card": json.dumps(card)})
+    settings = config_of(path=paths[3]).weights
+    line = (
+        r"heads are of conditioning\.stage=3, not of the run's 0; use weights\.networks='encoder'"
+    )
+    with pytest.raises(ConfigError, match=line):
+        warm_started(state, settings, encoder)
+    with pytest.raises(ConfigError, match=r"conditioning\.stage=12, not of the run's 3"):
+        warm_started(state, config_of(path=paths[12]).weights, encoder, 3)
+    settings.networks = "encoder"
+    for started in (
+        warm_started(state, settings, encoder),
+        warm_started(state, config_of(path=paths[3]).weights, encoder, 3),
+        warm_started(state, config_of(path=paths[12]).weights, encoder),
+    ):
+        assert_equal(started.params["encoder"], state.params["encoder"])
+
+
 @pytest.mark.parametrize(
     ("card", "message"),
     [
