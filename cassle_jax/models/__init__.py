@@ -94,7 +94,8 @@ def make_encoder(
     if of_vit and not vit:
         setting, value = next(iter(of_vit.items()))
         raise ConfigError(
-            f"encoder.{setting}={value} does not go with encoder.name={name!r}; use {type(value)()}"
+            f"encoder.{setting}={value} does not go with encoder.name={name!r}; "
+            f"use a ViT, or {type(value)()}"
         )
     if small_images and (vit or name.startswith("convnext")):
         instead = "encoder.patch_size=4" if vit else "a ResNet"

@@ -41,6 +41,8 @@ def earlier_stage(encoder: nn.Module, stage: int, setting: str) -> int:
         return 0
     last = len(getattr(encoder, "stage_widths", ())) or 1
     if stage not in range(1, last + 1):
+        if last == 1:
+            raise ConfigError(f"{setting}={stage}: this encoder has no earlier stages; use 0")
         raise ConfigError(
             f"{setting}={stage} is no stage of this encoder; use 1 to {last}, or 0 for the last one"
         )

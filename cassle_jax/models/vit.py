@@ -317,9 +317,11 @@ class VisionTransformer(nn.Module):
                 f"use one of {divisors}"
             )
         if self.rotary and self.width // self.heads % 4:
+            fitting = [n for n in range(1, self.width + 1) if self.width % (4 * n) == 0]
             raise ConfigError(
                 f"encoder.rotary=True needs heads of a multiple of 4 entries, and "
-                f"encoder.heads={self.heads} makes some of {self.width // self.heads}"
+                f"encoder.heads={self.heads} makes some of {self.width // self.heads}; "
+                f"use one of {fitting}"
             )
         super().__post_init__()
 

@@ -249,7 +249,7 @@ def test_so_is_one_of_an_auxiliary_or_of_an_encoder_without_stages():
     with pytest.raises(ConfigError, match=r"^augself\.stage=9 is no stage .* use 1 to 3"):
         build_networks(METHOD, Staged, WIDTHS[-1], PLAIN, (augself,))
     equimod = EquiMod(0.5, stage=2)
-    with pytest.raises(ConfigError, match=r"^equimod\.stage=2 is no stage .* use 1 to 1, or 0"):
+    with pytest.raises(ConfigError, match=r"^equimod\.stage=2: .* no earlier stages; use 0$"):
         build_networks(METHOD, TinyEncoder, 24, PLAIN, (equimod,))
     config = tiny_config("method=vicreg,sie=main,conditioning=branched")
     config.encoder.update(name="resnet18", width=4)

@@ -319,7 +319,8 @@ def test_rotary_positions_have_the_published_periods_and_no_others(images):
     params = jax.jit(lambda x: encoder.init(jax.random.key(0), x, True))(images)["params"]
     # From 1 to 100, excluded, in steps of one factor: a quarter of a head's eight entries.
     np.testing.assert_allclose(params["pos_embed"], [1, 10], rtol=1e-6)
-    with pytest.raises(ConfigError, match=r"rotary=True needs heads .* encoder\.heads=8 .* of 2"):
+    message = r"rotary=True needs heads .* encoder\.heads=8 .* of 2; use one of \[1, 2, 4\]$"
+    with pytest.raises(ConfigError, match=message):
         TINY(heads=8, rotary=True)
 
 
@@ -336,6 +337,7 @@ def test_maps_of_the_patches_hold_no_register(tiny, images):
 @pytest.mark.parametrize(
     ("setting", "value", "use"),
     [
+        ("heads", 3, "0"),
         ("registers", 4, "0"),
         ("layer_scale", 1e-5, "0.0"),
         ("swiglu", True, "False"),
@@ -346,5 +348,5 @@ def test_dinov2s_options_are_for_vits(setting, value, use):
     with pytest.raises(ConfigError) as error:
         make_encoder("resnet18", **{setting: value})
     assert str(error.value) == (
-        f"encoder.{setting}={value} does not go with encoder.name='resnet18'; use {use}"
+        f"encoder.{setting}={value} does not go with encoder.name='resnet18'; use a ViT, or {use}"
     )
