@@ -26,6 +26,7 @@ VIT_NAMES = {  # by width
     1280: "vit_huge",
     1536: "vit_giant",
 }
+TIMM_PATCHES = {"vit_huge": 14, "vit_giant": 14}  # in timm's names; 16 in the others
 # What ViTs of others have in addition, by a pattern of its arrays.
 UNKNOWN_OF_VITS = {
     r"rope": "rotary position embeddings of another kind than DINOv3's",
@@ -251,9 +252,11 @@ class ViTArchitecture:
             "patch_size": self.patch_size,
             "img_size": self.image_size,
         }
-        architecture = f"{self.name}_patch16_224"
-        if self.layer_scale:
-            arguments["init_values"] = 1e-5
+        architecture = f"{self.name}_patch{TIMM_PATCHES.get(self.name, 16)}_224"
+        if self.name == "vit_giant":  # timm's own is 48/11
+            arguments["mlp_ratio"] = 4.0
+        if self.layer_scale or self.swiglu:  # timm's model with SwiGLU has some of its own
+            arguments["init_values"] = 1e-5 if self.layer_scale else None
         if self.registers:
             arguments |= {"reg_tokens": self.registers, "no_embed_class": True}
         if self.swiglu:  # a class, which timm gives this model alone
@@ -394,8 +397,8 @@ def _resnet(state: State) -> ResNetArchitecture:
     bottleneck = "layer1.0.conv3.weight" in state
     for depth, (block, usual) in ARCHITECTURES.items():
         if usual == stages and (block is Bottleneck) == bottleneck:
-            width, channels, size, _ = state["conv1.weight"].shape
-            inner = state["layer1.0.conv1.weight"].shape[0]
+            width, channels, size, _ = _shape(state, "conv1.weight", 4)
+            inner = _shape(state, "layer1.0.conv1.weight", 4)[0]
             if inner % width:
                 raise WeightsError(f"its first block is {inner} wide, no multiple of {width}")
             widening = inner // width if bottleneck else 1
@@ -410,7 +413,7 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
             raise WeightsError(f"its ViT has {what}; ViTs here have none")
     if "pos_embed" not in state:
         raise WeightsError("its ViT has no pos_embed, and ViTs here need one")
-    width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    width, channels, patch_size, _ = _shape(state, "patch_embed.proj.weight", 4)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     scaled = "blocks.0.ls1.gamma" in state
     heads = (SCALED_VIT_HEADS if scaled else VIT_HEADS).get(width) if heads is None else heads
@@ -421,9 +424,10 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
         )
     if heads < 1 or width % heads:
         raise WeightsError(f"heads={heads} does not divide the ViT's width of {width}")
-    rotary = is_rotary(state)
-    image_size = None if rotary else math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    image_size, rotary = None, is_rotary(state)
+    if not rotary:
+        image_size = math.isqrt(_shape(state, "pos_embed", 3)[1] - 1) * patch_size
+    registers = _shape(state, "reg_token", 3)[1] if "reg_token" in state else 0
     return ViTArchitecture(
         width,
         depth,
@@ -443,5 +447,13 @@ def _convnext(state: State) -> ConvNeXtArchitecture:
     blocks = [
         match[1] for name in state if (match := re.fullmatch(r"stages\.(\d)\..+\.gamma", name))
     ]
-    width, channels, _, _ = state["stem.0.weight"].shape
+    width, channels, _, _ = _shape(state, "stem.0.weight", 4)
     return ConvNeXtArchitecture(tuple(blocks.count(str(n)) for n in range(4)), width, channels)
+
+
+def _shape(state: State, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of an array; WeightsError names one of another number of axes."""
+    shape = state[name].shape
+    if len(shape) != axes:
+        raise WeightsError(f"its {name} is of shape {shape}, not of {axes} axes")
+    return shape

@@ -43,6 +43,7 @@ STEM = re.compile(
     r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token"
     r"|stages\.0\.blocks\.0\.gamma|features\.1\.0\.layer_scale)"
 )
+HUGGING_FACES_DINOV3 = re.compile(r"(?:.+\.)?layer\.\d+\.attention\.q_proj\.weight")
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
 MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
@@ -102,6 +103,8 @@ def networks_in(
     flat = flat_names(content)
     named = _with_named_stages(_arrays_in(flat))
     arrays = from_hugging_face(named)
+    if arrays is not named and any(HUGGING_FACES_DINOV3.fullmatch(name) for name in named):
+        raise WeightsError("Hugging Face's names of DINOv3 are not read; use Meta's own file")
     prefix = _prefix(arrays)
     parent, _, called = prefix.removesuffix(".").rpartition(".")
     parent = f"{parent}." if parent else ""

@@ -91,7 +91,9 @@ def is_rotary(state: State) -> bool:
 def has_swiglu(state: State) -> bool:
     """Whether a ViT's state in this project's names has gated feed-forward networks."""
     first, last = (state.get(f"blocks.0.mlp.fc{n}.weight") for n in (1, 2))
-    return first is not None and last is not None and first.shape[0] == 2 * last.shape[1]
+    if first is None or last is None or not first.ndim == last.ndim == 2:
+        return False
+    return first.shape[0] == 2 * last.shape[1]
 
 
 def to_timm(state: State) -> State:
@@ -105,7 +107,7 @@ def to_timm(state: State) -> State:
 def from_timm(state: State) -> State:
     """The reverse of `to_timm`, also for positions that the registers share."""
     positions, registers = state.get("pos_embed"), state.get("reg_token", np.zeros((1, 0, 0)))
-    if positions is None or positions.ndim != 3:
+    if positions is None or not positions.ndim == registers.ndim == 3:
         return state
     if _is_square(positions.shape[1]):
         return {**state, "pos_embed": np.pad(positions, ((0, 0), (1, 0), (0, 0)))}

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cassle_jax.export import export
-from cassle_jax.interop.architecture import architecture_of
+from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.subjects import open_subject
@@ -254,6 +254,19 @@ def in_timm(state):
     return state
 
 
+# What timm's models have where no argument says otherwise.
+PLAIN = {"mlp_ratio": 4.0, "init_values": None}
+TIMMS_OWN = {
+    "vit_tiny_patch16_224": PLAIN,
+    "vit_small_patch16_224": PLAIN,
+    "vit_base_patch16_224": PLAIN,
+    "vit_large_patch16_224": PLAIN,
+    "vit_huge_patch14_224": PLAIN,
+    "vit_giant_patch14_224": PLAIN | {"mlp_ratio": 48 / 11},
+    "vit_giant_patch14_dinov2": {"mlp_ratio": 5.33334, "init_values": 1e-5, "swiglu": True},
+}
+
+
 @pytest.mark.parametrize("kind", ["dinov2_reg4", "dinov2_giant_reg4"])
 def test_timms_vits_with_registers_are_read_and_written_as_they_are(tmp_path, kind):
     of_dinov2 = published(**KINDS[kind])
@@ -270,6 +283,19 @@ def test_timms_vits_with_registers_are_read_and_written_as_they_are(tmp_path, ki
     assert arguments["init_values"] > 0
     if "giant" in kind:
         assert int(WIDTH * arguments["mlp_ratio"]) == state["blocks.0.mlp.fc1.bias"].size
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1536])
+@pytest.mark.parametrize("kind", [{}, {"layer_scale": True}, {"swiglu": True}])
+def test_timms_models_are_named_as_timm_names_them_and_built_as_they_are(width, kind):
+    architecture = ViTArchitecture(width, 2, 2, PATCH, SIZE, 3, **kind)
+    config = architecture.timm_config()
+    arguments = TIMMS_OWN[config["architecture"]] | config["model_args"]
+    swiglu = kind.get("swiglu", False)
+    assert arguments.pop("swiglu", False) == swiglu
+    hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8
+    assert int(width * arguments["mlp_ratio"]) == (2 * hidden if swiglu else 4 * width)
+    assert bool(arguments["init_values"]) == kind.get("layer_scale", False)
 
 
 def test_positions_that_registers_share_are_added_to_them(tmp_path):
@@ -322,6 +348,23 @@ def test_hugging_faces_dinov2_is_the_same(tmp_path, kind, prefix):
     assert weights.position_offset == (0.0 if kind == "dinov2" else None)
     expected, *_ = opened(state, tmp_path)
     assert_same(weights.encoder, expected.encoder)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_hugging_faces_dinov3_is_refused_in_one_line(tmp_path, prefix):
+    ours = in_hugging_face(published(registers=4))
+    del ours["embeddings.position_embeddings"]
+    theirs = {
+        name.replace("encoder.layer", f"{prefix}layer")
+        .replace("attention.attention.query", "attention.q_proj")
+        .replace("attention.attention.key", "attention.k_proj")
+        .replace("attention.attention.value", "attention.v_proj")
+        .replace("attention.output.dense", "attention.o_proj"): array
+        for name, array in ours.items()
+    }
+    line = r"Hugging Face's names of DINOv3 are not read; use Meta's own file$"
+    with pytest.raises(WeightsError, match=line):
+        opened(theirs, tmp_path)
 
 
 def with_card(weights):
@@ -377,6 +420,24 @@ def test_a_vit_without_positions_is_refused(tmp_path):
     del state["pos_embed"]
     with pytest.raises(WeightsError, match=r"its ViT has no pos_embed, and ViTs here need"):
         opened(state, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("pos_embed", 0), ("pos_embed", 2), ("register_tokens", 1), ("patch_embed.proj.weight", 2)],
+)
+def test_an_array_of_other_axes_is_named(tmp_path, name, axes):
+    state = published(registers=4) | {name: np.ones((2,) * axes, np.float32)}
+    called = {"register_tokens": "reg_token"}.get(name, name)
+    with pytest.raises(WeightsError, match=rf"its {called} is of shape .*, not of [34] axes"):
+        opened(state, tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_so_is_one_of_a_feed_forward_network(tmp_path, layer):
+    name = f"blocks.0.mlp.{layer}.weight"
+    with pytest.raises(WeightsError, match=name):
+        opened(published() | {name: np.ones((), np.float32)}, tmp_path)
 
 
 def test_torchvision_has_no_such_vit(tmp_path):
