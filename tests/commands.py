@@ -23,6 +23,8 @@ def run_command(module, *arguments):
         patch.setattr("absl.app.run", absl_run)
         patch.setattr("cassle_jax.command.set_up_logging", lambda: None)
         patch.setattr(sys, "argv", [module, *arguments])
+        # The tests' import hook would leave its own code where other processes look for theirs.
+        patch.setattr(sys, "dont_write_bytecode", True)
         try:
             with pytest.raises(SystemExit) as ended:
                 runpy.run_module(f"cassle_jax.{module}", run_name="__main__")

@@ -23,7 +23,7 @@ def changed(arguments, base="method=moco_v2"):
 
 def weights(arguments):
     settings = base_config(arguments).augself.to_dict()
-    assert settings.pop("hidden") == 512
+    assert (settings.pop("hidden"), settings.pop("stage")) == (512, 0)
     return settings
 
 
