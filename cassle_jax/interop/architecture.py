@@ -452,8 +452,9 @@ def _convnext(state: State) -> ConvNeXtArchitecture:
 
 
 def _shape(state: State, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of an array; WeightsError names one of another number of axes."""
+    """The shape of an array; ValueError names one of another number of axes."""
     shape = state[name].shape
     if len(shape) != axes:
-        raise WeightsError(f"its {name} is of shape {shape}, not of {axes} axes")
+        many = "not enough" if len(shape) < axes else "too many"
+        raise ValueError(f"{many} values: its {name} is of shape {shape}, not of {axes} axes")
     return shape
