@@ -1,5 +1,6 @@
 """Reads images from the tar files of WebDataset, as a source with random access."""
 
+import contextlib
 import json
 import logging
 import os
@@ -56,8 +57,9 @@ class TarSource:
         # As the files are before their index is read, and never later: features of the former
         # images would be kept as those of the files that replace them.
         self.content = content_of_files(self._tars)
-        self._seen = [_version(os.stat(tar)) for tar in self._tars]  # noqa: PTH116
-        found = [(number, *each) for number, tar in enumerate(self._tars) for each in _images(tar)]
+        indexed = [_indexed(tar) for tar in self._tars]
+        self._seen = [version for _, version in indexed]
+        found = [(number, *each) for number, (images, _) in enumerate(indexed) for each in images]
         if not found:
             raise DataError(f"data.path: the tar files of {name} hold no images")
         tars, self._members, offsets, sizes, labels = zip(*found, strict=True)
@@ -108,7 +110,7 @@ class TarSource:
                 (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
                 for index in np.flatnonzero(self._places[:, 0] == number)
             ]
-            images, version = _images_of_whole(tar)
+            images, version = _indexed_when_whole(tar)
             if images != mine:
                 raise DataError(
                     f"data.path: {tar} was written anew, with other images, since it was opened; "
@@ -143,17 +145,19 @@ def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _images_of_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
-    """The `_images` of a file and its `_version`; waits some seconds for one being written."""
-    for seconds in (*_PAUSES, None):
-        try:
-            version = _version(os.stat(tar))  # noqa: PTH116
-            return list(_images(tar)), version
-        except (DataError, FileNotFoundError):
-            if seconds is None:
-                raise
-            time.sleep(seconds)
-    raise AssertionError
+def _indexed(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
+    """The `_images` of a file, and its `_version` before they were read."""
+    version = _version(os.stat(tar))  # noqa: PTH116
+    return list(_images(tar)), version
+
+
+def _indexed_when_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
+    """As `_indexed`; waits some seconds for a file that is being written."""
+    for seconds in _PAUSES:
+        with contextlib.suppress(DataError, FileNotFoundError):
+            return _indexed(tar)
+        time.sleep(seconds)
+    return _indexed(tar)
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
