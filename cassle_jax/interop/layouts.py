@@ -51,7 +51,7 @@ KNOWN = (
     "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, DINOv2, DINOv3, MAE, "
     "VISSL, Lightly and solo-learn and models of torchvision and timm"
 )
-# What layouts tell of a ViT that its arrays do not, by the attribute of `Weights`. DINOv2's models
+# Attributes of `Weights` that follow from a ViT's layout and not from its arrays. DINOv2's models
 # without registers interpolate positions in another way, and on Hugging Face in a third one.
 MOCO_V3 = {"heads": 12}
 DINOV2, HUGGING_FACE = {"position_offset": 0.1}, {"position_offset": 0.0}
@@ -94,8 +94,8 @@ def networks_in(
         content: content of the file: a state dict, or dicts that hold some.
 
     Returns:
-        The networks' states by name; the names of everything else beside them; and further
-        attributes of `Weights` that the layout tells.
+        The networks' states by name; the names of everything else beside them; and the
+        attributes of `Weights` that follow from the layout.
 
     Raises:
         WeightsError: there is no encoder, or more than one and no way to choose.

@@ -132,7 +132,7 @@ def to_dinov2(state: State) -> State:
 def from_dinov2(state: State) -> State:
     """The reverse of `to_dinov2`, also for the blocks of its training, which are in chunks.
 
-    Of DINOv3, too, whose keys have no bias: a mask says so.
+    Reads DINOv3's arrays as well: a mask beside their biases sets those of the keys to 0.
     """
     names = {theirs: ours for ours, theirs in (DINOV2 | DINOV2_SWIGLU).items()}
     names |= DINOV3

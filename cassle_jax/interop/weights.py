@@ -253,8 +253,8 @@ def _weights(content: Any) -> Weights:
         raise WeightsError(f"it holds a {type(content).__name__}, not a state dict")
     if "__author__" in content:
         return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
-    networks, ignored, told = networks_in(content)
-    return Weights(networks, ignored, **told)
+    networks, ignored, of_layout = networks_in(content)
+    return Weights(networks, ignored, **of_layout)
 
 
 def _detectron2_arrays(state: Any) -> State:

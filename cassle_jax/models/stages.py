@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 from cassle_jax.checks import ConfigError
 
 WithStages = tuple[Float32[Array, "batch _"], dict[int, Float32[Array, "batch _"]]]
-"""An encoder's features, and those of the earlier stages that it was asked for."""
+"""An encoder's features, and those of the requested earlier stages."""
 
 
 def features_by_stage(

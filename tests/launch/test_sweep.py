@@ -178,22 +178,22 @@ def interrupt(*_):
 
 
 def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeypatch):
-    told = []
+    sent = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     local, command = Local(tmp_path / "jobs", 1), Command("nothing", [], tmp_path)
     job = Waiting("1")
-    job.cancel = lambda: told.append("job")
+    job.cancel = lambda: sent.append("job")
     monkeypatch.setattr(local._executor, "submit", lambda _: job)
     with monkeypatch.context() as patch:
         patch.setattr(jobs.time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             local.run([command], lambda _: None)
-    process = SimpleNamespace(send_signal=told.append)
+    process = SimpleNamespace(send_signal=sent.append)
     monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: process)
     monkeypatch.setattr(command, "_wait", interrupt)
     with (tmp_path / "lock").open("w") as file, pytest.raises(KeyboardInterrupt):
         command._run(file, file)
-    assert told == ["job", signal.SIGINT]
+    assert sent == ["job", signal.SIGINT]
 
 
 def test_a_sweep_that_ctrl_c_stops_says_how_it_resumes(tmp_path, monkeypatch):

@@ -28,16 +28,16 @@ def job(tmp_path):
 
 
 class Process:
-    """Ends with a code when it is told to, or only when it is killed."""
+    """Ends with a code after SIGTERM; without a code, only SIGKILL ends it."""
 
-    def __init__(self, told=None):
-        self.exitcode, self._told = None, told
+    def __init__(self, code=None):
+        self.exitcode, self._code = None, code
 
     def is_alive(self):
         return self.exitcode is None
 
     def terminate(self):
-        self.exitcode = self._told
+        self.exitcode = self._code
 
     def kill(self):
         self.exitcode = -signal.SIGKILL
@@ -77,17 +77,17 @@ def test_an_outage_starts_a_run_again_and_a_silent_end_is_recorded(make_pool, jo
 
 
 @pytest.mark.parametrize(
-    ("told", "codes"), [(None, []), (EXIT_PREEMPTED, []), (3, [3]), (EXIT_NOT_SAVED, [74])]
+    ("code", "codes"), [(None, []), (EXIT_PREEMPTED, []), (3, [3]), (EXIT_NOT_SAVED, [74])]
 )
 def test_at_the_time_limit_runs_are_told_to_save_and_killed_where_they_do_not_end(
-    make_pool, job, monkeypatch, caplog, told, codes
+    make_pool, job, monkeypatch, caplog, code, codes
 ):
     monkeypatch.setattr(pool, "GRACE_SECONDS", 0.0)
     ended = []
-    limited = make_pool(process=lambda: Process(told), seconds=0.05)
+    limited = make_pool(process=lambda: Process(code), seconds=0.05)
     assert not limited.run([job], lambda _, code: ended.append(code))
     assert ended == codes
-    assert ("plain-0 did not end in time; killing it" in caplog.text) == (told is None)
+    assert ("plain-0 did not end in time; killing it" in caplog.text) == (code is None)
 
 
 @pytest.mark.parametrize(
