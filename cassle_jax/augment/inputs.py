@@ -4,6 +4,7 @@ Shapes and dtypes are known then. Values are checked only where that is free: in
 in arrays in the host's memory, never in traced arrays or those of a device.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ import numpy as np
 
 __all__ = ["check_image", "check_key", "check_one", "check_params", "check_size"]
 
-_LENGTHS = {"crop": (4,), "jitter_order": (4,)}  # shapes of parameters that are not scalars
 # parameter: (the flag it belongs to, lowest, highest)
 _RANGES = {
     "brightness": ("jitter", 0, np.inf),
@@ -133,8 +133,10 @@ def check_params(params: Any) -> None:
     Raises:
       ValueError: the message names the parameter, its value and what would work.
     """
-    for name in vars(params):
-        check_one(f"params.{name}", getattr(params, name), _LENGTHS.get(name, ()))
+    for field in dataclasses.fields(params):
+        # Its annotation has the shape, such as "*batch 4".
+        shape = tuple(map(int, field.type.dim_str.removeprefix("*batch").split()))
+        check_one(f"params.{field.name}", getattr(params, field.name), shape)
     for name, (flag, lowest, highest) in _RANGES.items():
         applied, value = _known(getattr(params, flag, True)), _known(getattr(params, name))
         if value is None or not (flag == "" or (applied is not None and applied)):

@@ -171,7 +171,10 @@ def test_concatenation_is_alphabetical(pair):
 def test_widths():
     assert descriptor_width(CASSLE_DESCRIPTORS) == 13
     assert descriptor_width(()) == 0
-    assert descriptor_width(DESCRIPTORS) == 19 + 18  # with the six colours of the palette
+    widths = {"blur": 1, "color": 4, "color_diff": 3, "crop": 4, "flip": 1, "grayscale": 1}
+    widths |= {"palette": 6 * 3, "rotation": 4, "solarize": 1}
+    assert widths == {name: descriptor_width((name,)) for name in widths}
+    assert descriptor_width(widths) == sum(widths.values())
 
 
 @pytest.mark.parametrize(

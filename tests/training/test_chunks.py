@@ -154,6 +154,7 @@ class OneShot:
             online = self.project(networks, features, views, passes, True)
             step = Step(online, target, state.memory, CLOCK.at(state.step))
             loss = method.loss(step, networks)
+            loss = loss[0] if isinstance(loss, tuple) else loss
             loss = sum(loss.values()) if isinstance(loss, dict) else loss
             seen = ({i: each.features for i, each in e.items()} for e in (online, target))
             predicted, _ = AUGSELF.losses(networks, Features(*seen, (), inputs.targets), (), None)
