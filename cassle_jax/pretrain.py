@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 
 import jax
 from absl import flags
@@ -15,6 +16,7 @@ from cassle_jax.distributed import all_processes
 from cassle_jax.faults import FULL, passing
 from cassle_jax.storage import cache_folder, is_utf8, path_of
 from cassle_jax.training.checkpoints import NotSaved
+from cassle_jax.training.idle import idle_settings
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
 
@@ -22,9 +24,19 @@ LOG = logging.getLogger(__name__)
 
 
 def pretrain_command(
-    config: ConfigDict, workdir: epath.PathLike, *, accept_changes: bool = False
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    accept_changes: bool = False,
+    given: Iterable[str] = (),
 ) -> TrainState:
     """Pretrains as the command does, and returns the state after the last step.
+
+    Args:
+      config: a configuration, as from `base_config`.
+      workdir: folder of the run, see `pretrain`.
+      accept_changes: continues a run with changed settings, where that is possible.
+      given: names of the settings that the user gave; a warning names those without effect.
 
     Raises:
       Stop: with the exit code for a run that diverged, was preempted or could not be saved.
@@ -33,6 +45,8 @@ def pretrain_command(
     """
     set_up_devices(config)
     with all_processes(saves_when_stopped=True):
+        for line in idle_settings(config, given):
+            LOG.warning("%s", line)
         try:
             return pretrain(config, workdir, accept_changes=accept_changes)
         except Diverged as error:
@@ -83,6 +97,9 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     command.run(
         lambda: pretrain_command(
-            config_flag.value, workdir_flag.value, accept_changes=accept_flag.value
+            config_flag.value,
+            workdir_flag.value,
+            accept_changes=accept_flag.value,
+            given=config_flags.get_override_values(flags.FLAGS["config"]),
         )
     )
