@@ -106,27 +106,7 @@ def _defaults() -> ConfigDict:
     config.deterministic = False  # GPU: use bitwise reproducible kernels only
     config.compilation_cache = "auto"  # a folder; "auto": in the user's cache; "": none
 
-    config.encoder = ConfigDict(
-        {
-            "name": "resnet18",
-            "width": 0,  # channels of the stem, or of a Vision Transformer; 0: the default
-            "small_images": False,  # ResNets: a stem for images of about 32 pixels
-            "patch_size": 16,  # Vision Transformers: in pixels
-            # Vision Transformers: attention heads; 0: the default. vit_small has 12 here and in
-            # MoCo-v3, 6 in DINO and timm
-            "heads": 0,
-            # Vision Transformers, as DINOv2's: further learnt tokens (4 there); the initial factor
-            # of each block's output (1e-5 there; 0: none); gated feed-forward networks. As
-            # DINOv3's: rotary positions
-            "registers": 0,
-            "layer_scale": 0.0,
-            "swiglu": False,
-            "rotary": False,
-            "remat": False,  # recompute activations in the backward pass, to save memory
-            # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's
-            "flash_attention": True,
-        }
-    )
+    config.encoder = _encoder_defaults()
     config.weights = ConfigDict(
         {
             "path": "",  # a file with the initial weights; "": random weights
@@ -152,6 +132,31 @@ def _defaults() -> ConfigDict:
         }
     )
     return config
+
+
+def _encoder_defaults() -> ConfigDict:
+    """The settings of `make_encoder`."""
+    return ConfigDict(
+        {
+            "name": "resnet18",
+            "width": 0,  # channels of the stem, or of a Vision Transformer; 0: the default
+            "small_images": False,  # ResNets: a stem for images of about 32 pixels
+            "patch_size": 16,  # Vision Transformers: in pixels
+            # Vision Transformers: attention heads; 0: the default. vit_small has 12 here and in
+            # MoCo-v3, 6 in DINO and timm
+            "heads": 0,
+            # Vision Transformers, as DINOv2's: further learnt tokens (4 there); the initial factor
+            # of each block's output (1e-5 there; 0: none); gated feed-forward networks. As
+            # DINOv3's: rotary positions
+            "registers": 0,
+            "layer_scale": 0.0,
+            "swiglu": False,
+            "rotary": False,
+            "remat": False,  # recompute activations in the backward pass, to save memory
+            # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's
+            "flash_attention": True,
+        }
+    )
 
 
 def _data_defaults() -> tuple[ConfigDict, ConfigDict]:

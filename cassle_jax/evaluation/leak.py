@@ -211,6 +211,13 @@ def _drawn(conditioning: Conditioning, specs: Sequence[AugmentSpec]):
     return omega
 
 
+def _standardised(taught: Float[Array, "steps B 2 D"], *others: Array) -> tuple[Array, ...]:
+    """All with the mean and the deviation of what is taught."""
+    mean, deviation = taught.mean((0, 1, 2)), taught.std((0, 1, 2))
+    scale = jnp.where(deviation > 0, deviation, 1)
+    return tuple((each - mean) / scale for each in (taught, *others))
+
+
 @partial(jax.jit, static_argnames="temperature")
 def _held_out_losses(
     taught: Float[Array, "steps B 2 D"],
@@ -223,11 +230,7 @@ def _held_out_losses(
 
     The batches of `chosen_by` decide the constant's share of the embeddings.
     """
-    mean, deviation = taught.mean((0, 1, 2)), taught.std((0, 1, 2))
-    taught, chosen_by, held_out = (
-        (each - mean) / jnp.where(deviation > 0, deviation, 1)
-        for each in (taught, chosen_by, held_out)
-    )
+    taught, chosen_by, held_out = _standardised(taught, chosen_by, held_out)
     # Without the last BatchNorm, training takes longer to leave the state of equal embeddings.
     network = MLP(hidden=256, out=64, depth=3, last_bn=True)
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(taught)))

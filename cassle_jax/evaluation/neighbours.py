@@ -105,20 +105,8 @@ def nearest(
     """
     queries, rows = (np.asarray(jax.device_get(side), np.float32) for side in (queries, rows))
     available = len(rows) if own_rows is None else len(rows) - 1
-    if not 1 <= k <= available:
-        raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
-    if len(queries) == 0:
-        raise ValueError("queries has no rows")
-    for name, side in (("queries", queries), ("rows", rows)):
-        if not np.isfinite(side).all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if own_rows is None:
-        own_rows = np.full(len(queries), -1)
-    if own_rows.min() < -1 or own_rows.max() >= len(rows):
-        raise ValueError(
-            f"own_rows are from {own_rows.min()} to {own_rows.max()}; there are {len(rows)} rows "
-            f"from 0, and -1 stands for none"
-        )
+    own_rows = np.full(len(queries), -1) if own_rows is None else own_rows
+    _check_search(queries, rows, k, available, own_rows)
 
     # A block must hold k rows, so that top_k can find k.
     block_rows = max(k, min(_SEARCH_ROWS, len(rows)))
@@ -133,6 +121,24 @@ def nearest(
         np.concatenate(side)[: len(queries)] for side in zip(*found, strict=True)
     )
     return Neighbours(places, similarities)
+
+
+def _check_search(
+    queries: np.ndarray, rows: np.ndarray, k: int, available: int, own_rows: np.ndarray
+) -> None:
+    """Raises the errors of `nearest`."""
+    if not 1 <= k <= available:
+        raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
+    if len(queries) == 0:
+        raise ValueError("queries has no rows")
+    for name, side in (("queries", queries), ("rows", rows)):
+        if not np.isfinite(side).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    if own_rows.min() < -1 or own_rows.max() >= len(rows):
+        raise ValueError(
+            f"own_rows are from {own_rows.min()} to {own_rows.max()}; there are {len(rows)} rows "
+            f"from 0, and -1 stands for none"
+        )
 
 
 def _blocks(rows: np.ndarray, block_rows: int) -> np.ndarray:

@@ -215,41 +215,33 @@ def build_networks(
     widths = {each: width_at(made, each) for each in {stage, *stages} - {0}} | {0: feature_width}
     placed = {"axis_name": axis_name, "dtype": dtype}
     factories = {"encoder": encoder}
-    seen = {"": widths[stage] - reserved, PLAIN: feature_width - reserved}
-    for branch in seen if conditioning.plain_branch else ("",):
-        conditioned = branch != PLAIN
-        heads = _branch(method, conditioning, seen[branch], placed, conditioned=conditioned)
-        factories |= {branch + name: head for name, head in heads.items()}
+    factories |= _branch("", method, conditioning, widths[stage] - reserved, placed)
+    if conditioning.plain_branch:
+        factories |= _branch(PLAIN, method, conditioning, feature_width - reserved, placed)
     if conditioning.injection == "image" and conditioning.descriptors:
         _check_passes(method, auxiliaries)
-        factories["image_conditioner"] = partial(
-            ImageConditioner,
-            treatment=conditioning.treatment,
-            condition_depth=conditioning.depth,
-            condition_width=conditioning.width,
-            optional=conditioning.optional,
-            **placed,
-        )
+        gamma = _gamma(conditioning)
+        factories["image_conditioner"] = partial(ImageConditioner, **gamma, **placed)
     for each, its_stage in zip(auxiliaries, stages, strict=True):
         factories |= each.heads(widths[its_stage], **placed)
     return Networks(factories, reserved, stage, tuple(sorted(widths.keys() - {0})))
 
 
 def _branch(
-    method: Method, conditioning: Conditioning, width: int, placed: dict, *, conditioned: bool
+    branch: str, method: Method, conditioning: Conditioning, width: int, placed: dict
 ) -> dict[str, Callable[[], nn.Module]]:
-    """The projector and, where the method has one, the predictor on features of a width."""
+    """A branch's projector and, where the method has one, predictor on features of a width."""
     projector, predictor = method.projector(width), method.predictor(width)
-    names = _conditioned_heads(method, conditioning, predictor) if conditioned else ()
+    names = _conditioned_heads(method, conditioning, predictor) if branch != PLAIN else ()
     for name in names:
         _check_fits(conditioning, width if name == "projector" else projector.out)
     heads = {}
     for name, shape in (("projector", projector), ("predictor", predictor)):
         if isinstance(shape, HeadShape):
             head = _head(shape, conditioning, conditioned=name in names)
-            heads[name] = partial(head, **placed)
+            heads[branch + name] = partial(head, **placed)
         elif shape is not None:
-            heads[name] = shape
+            heads[branch + name] = shape
     return heads
 
 
@@ -300,18 +292,22 @@ def _check_passes(method: Method, auxiliaries: Sequence[Auxiliary]) -> None:
             )
 
 
+def _gamma(conditioning: Conditioning) -> dict[str, object]:
+    """What every conditioned module knows of γ."""
+    return {
+        "treatment": conditioning.treatment,
+        "condition_depth": conditioning.depth,
+        "condition_width": conditioning.width,
+        "optional": conditioning.optional,
+    }
+
+
 def _head(shape: HeadShape, conditioning: Conditioning, *, conditioned: bool) -> partial:
     """A projector or predictor of a shape, with the conditioning or without any."""
-    return partial(
-        ConditionedProjector,
-        **dataclasses.asdict(shape),
-        treatment=conditioning.treatment if conditioned else "none",
-        injection=conditioning.injection if conditioned else "none",
-        condition_depth=conditioning.depth,
-        condition_width=conditioning.width,
-        hypernetwork_bn=conditioning.hypernetwork_bn,
-        optional=conditioning.optional,
-    )
+    settings = _gamma(conditioning) | {"injection": conditioning.injection}
+    settings |= {} if conditioned else {"treatment": "none", "injection": "none"}
+    settings |= {"hypernetwork_bn": conditioning.hypernetwork_bn}
+    return partial(ConditionedProjector, **dataclasses.asdict(shape), **settings)
 
 
 def _check_fits(conditioning: Conditioning, input_width: int) -> None:

@@ -1,6 +1,6 @@
 """Encoders, multilayer perceptrons and the conditioned projector, as Flax Linen modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax.numpy as jnp
@@ -84,15 +84,22 @@ def make_encoder(
     check_at_least("encoder.width", width, 0)
     check_at_least("encoder.patch_size", patch_size, 1)
     check_at_least("encoder.heads", heads, 0)
-    settings = {"dtype": dtype, "remat": remat}
-    if width:
-        settings["width"] = width
-    vit = name.startswith("vit")
     of_vit = {"heads": heads, "registers": registers, "layer_scale": layer_scale}
     of_vit |= {"swiglu": swiglu, "rotary": rotary}
     of_vit = {setting: value for setting, value in of_vit.items() if value}
-    if of_vit and not vit:
-        setting, value = next(iter(of_vit.items()))
+    _check_has(name, of_vit, small_images)
+    settings = {"dtype": dtype, "remat": remat} | ({"width": width} if width else {})
+    if name.startswith("vit"):
+        settings |= {"patch_size": patch_size, "flash_attention": flash_attention, **of_vit}
+    elif not name.startswith("convnext"):
+        settings |= {"small_images": small_images, "axis_name": axis_name}
+    return ENCODERS[name](**settings)
+
+
+def _check_has(name: str, of_vit: Mapping[str, int | float], small_images: bool) -> None:
+    """Refuses settings that the architecture lacks."""
+    vit = name.startswith("vit")
+    for setting, value in of_vit.items() if not vit else ():
         raise ConfigError(
             f"encoder.{setting}={value} does not go with encoder.name={name!r}; "
             f"use a ViT, or {type(value)()}"
@@ -103,12 +110,6 @@ def make_encoder(
             f"encoder.small_images=True does not go with encoder.name={name!r}; "
             f"use {instead} for small images"
         )
-    if name.startswith("convnext"):
-        return ENCODERS[name](**settings)
-    if not vit:
-        return ENCODERS[name](small_images=small_images, axis_name=axis_name, **settings)
-    settings |= of_vit
-    return ENCODERS[name](patch_size=patch_size, flash_attention=flash_attention, **settings)
 
 
 def check_image_size(encoder: nn.Module, size: int, setting: str) -> None:

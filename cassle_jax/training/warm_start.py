@@ -49,25 +49,20 @@ def warm_started(
         raise ConfigError(
             f"weights.path={settings.path!r} cannot start this run: {error}"
         ) from error
-
-    def placed(new, like):
-        # device_put would send every array between the processes, to check that they agree.
-        return jax.tree.map(
-            lambda value, old: jax.make_array_from_callback(
-                old.shape, old.sharding, np.asarray(value).__getitem__
-            ),
-            new,
-            like,
-        )
-
-    params = placed(loaded["params"], state.params)
-    batch_stats = placed(loaded["batch_stats"], state.batch_stats)
+    params = jax.tree.map(_placed, loaded["params"], state.params)
+    batch_stats = jax.tree.map(_placed, loaded["batch_stats"], state.batch_stats)
     return state.replace(
         params=params,
         batch_stats=batch_stats,
         target_params=target_copies(params) if state.target_params else {},
         target_batch_stats=target_copies(batch_stats) if state.target_params else {},
     )
+
+
+def _placed(value: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
+    """The value on the devices of an array of its shape."""
+    # device_put would send every array between the processes, to check that they agree.
+    return jax.make_array_from_callback(like.shape, like.sharding, np.asarray(value).__getitem__)
 
 
 def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
