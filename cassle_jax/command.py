@@ -1,4 +1,4 @@
-"""Shared by all commands: flag parsing, one-line errors for users' mistakes, exit codes."""
+"""Runs any command: parses flags, ends with one line for a user's mistake, sets the exit code."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""The versions of what computes a run."""
+"""Names the versions of the code and the packages that compute a run."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""What a protocol is given: one subject on one dataset, with the features that protocols share."""
+"""The bench of a protocol: one subject on one dataset, with the features that protocols share."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How images are read and encoded, whatever the protocol."""
+"""Settings of reading and encoding images, which all protocols share."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which protocols are run on which datasets: decided before an image is read."""
+"""Decides which protocols run on which datasets, before an image is read."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What a protocol is: its name, the datasets it takes, its settings, and how it is run."""
+"""Defines a protocol: its name, the datasets it takes, its settings, and how it runs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The one error of everything about weights."""
+"""The error that reading and writing weights raises."""
 
 from cassle_jax.checks import UserError
 

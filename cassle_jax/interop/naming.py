@@ -1,8 +1,8 @@
 """Translates names: torchvision's for ViTs and ConvNeXts, DINOv2's, and detectron2's for ResNets.
 
 This project's names (see `pytorch.py`) are already torchvision's and timm's for ResNets, and timm's
-for ViTs and ConvNeXts. A ViT's `pos_embed` begins with the class token's position; where timm's has
-registers, it has none for that. Where its positions are rotary, `pos_embed` has their periods.
+for ViTs and ConvNeXts. A ViT's `pos_embed` begins with the class token's position, which timm's
+lacks where a ViT has registers. Where its positions are rotary, `pos_embed` has their periods.
 """
 
 import math

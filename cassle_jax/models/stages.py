@@ -1,4 +1,4 @@
-"""The features of an encoder's earlier stages, pooled, beside its own."""
+"""Selects stages of an encoder: their pooled features, and the widths of these."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The story of a preparation: plan, write the shards on all CPUs, describe them for tfds."""
+"""Prepares a dataset: plans, writes the shards on all CPUs, and describes them for tfds."""
 
 import json
 import logging

@@ -2,7 +2,8 @@
 
 They are those of scikit-learn's liblinear: each class minimises
 ½‖θ‖² + C·Σ log(1 + exp(−y·θᵀx)) with C = 1 on the features as they are. The intercept is the weight
-of a constant one and is penalised like the others. That is strictly convex, with one optimum.
+of a constant one and is penalised like the others. The objective is strictly convex, with one
+optimum.
 
 The optimum lies in the span of an episode's N·K images. So each episode is rotated onto the
 principal axes of that span (in float64, on the host), which leaves the penalty unchanged, and

@@ -1,4 +1,4 @@
-"""What a run of a sweep or table has left in its folder: its state, and why it failed."""
+"""Reads the folder of a sweep's or table's run: its state, and why it failed."""
 
 import dataclasses
 from collections.abc import Sequence
