@@ -15,6 +15,7 @@ import submitit
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
+from cassle_jax.models import ENCODERS
 from cassle_jax.report.evaluation_page import read_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep import sweep as sweep_module
@@ -22,7 +23,8 @@ from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import EvaluationOptions
-from tests.tiny import on_one_device
+from tests.commands import run_command
+from tests.tiny import TinyEncoder, on_one_device
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -384,14 +386,35 @@ def lines(folder):
     }
 
 
+class Done(Waiting):
+    """A job that has ended when it is submitted."""
+
+    def done(self):
+        return True
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A finished sweep of two seeds by two variants."""
-    folder = tmp_path_factory.mktemp("sweep")
-    grid = "--grid=seed=0,1;conditioning=none,cassle"
-    ended = sweep(folder, grid, "--parallel=2")
-    assert ended.returncode == 0, ended.stderr
-    return folder, grid
+    """A finished sweep of two seeds by two variants, all in this process."""
+
+    def run_here(self, lock, log):
+        return run_command(self.module.removeprefix("cassle_jax."), *self.arguments)
+
+    def submit_here(self, command):
+        assert command() == 0
+        return Done(command.folder.name)
+
+    folder, grid = tmp_path_factory.mktemp("sweep"), "seed=0,1;conditioning=none,cassle"
+    environment = SimpleNamespace(cluster="local", global_rank=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setitem(ENCODERS, "tiny", TinyEncoder)  # which the configuration file sets for good
+        patch.setattr(Command, "_run", run_here)
+        patch.setattr(submitit, "JobEnvironment", lambda: environment)
+        patch.setattr(submitit.LocalExecutor, "submit", submit_here)
+        patch.setattr(jobs, "_POLL_SECONDS", 0.0)
+        sweep_module.sweep(SweepRequest(TINY, grid=grid), folder)
+    return folder, f"--grid={grid}"
 
 
 @pytest.mark.exhaustive
@@ -434,10 +457,18 @@ def test_a_repeated_sweep_runs_only_what_failed(swept):
     assert changed == [spoilt] and outcome_of(spoilt.parent)["exit_code"] == 0
 
 
-def test_a_typo_fails_before_anything_is_submitted(tmp_path):
-    ended = sweep(tmp_path / "none", "--grid=seed=0,1;conditionin=none")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.count("\n") == 1 and "did you mean conditioning?" in ended.stderr
+def sweep_here(folder, *arguments):
+    """The exit code of the command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "tiny", TinyEncoder)  # which the configuration file sets for good
+        return run_command("sweep", f"--config={TINY}", f"--to={folder}", *arguments)
+
+
+def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
+    code = sweep_here(tmp_path / "none", "--grid=seed=0,1;conditionin=none")
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "")
+    assert said.err.count("\n") == 1 and "did you mean conditioning?" in said.err
     assert not (tmp_path / "none").exists()
 
 
@@ -472,13 +503,12 @@ def test_options_of_the_evaluation_are_checked_before_anything_is_submitted(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_finished_run_with_other_settings_is_refused(swept):
+def test_a_finished_run_with_other_settings_is_refused(swept, capsys):
     folder, grid = swept
-    ended = sweep(folder, grid, "--config.steps=4")
-    assert ended.returncode == 2 and "steps=4 was 3" in ended.stderr
+    assert sweep_here(folder, grid, "--config.steps=4") == 2
+    assert "steps=4 was 3" in capsys.readouterr().err
 
 
-@pytest.mark.exhaustive
 def test_a_failed_run_is_reported_with_its_reason(tmp_path):
     ended = sweep(tmp_path, "--grid=batch_size=1")
     assert ended.returncode == 1

@@ -38,8 +38,11 @@ def compare_descriptors(golden: GoldenFile, comparison: Comparison) -> None:
         params = params.replace(crop=jnp.asarray(golden[f"crop_{index}"]))
         views.append(View(image=view.image, params=params, color_diff=view.color_diff))
 
+    # One program for both views, and one for both directions.
+    described = jax.jit(jax.vmap(functools.partial(describe, spec=spec)))
+    differing = jax.jit(jax.vmap(functools.partial(difference, spec=spec)))
     for index, view in enumerate(views, 1):
-        omega = jax.vmap(functools.partial(describe, spec=spec))(view)
+        omega = described(view)
         for name in DESCRIPTORS:
             entry = f"descriptor_{index}_{name}"
             comparison.absolute("descriptors", omega[name], golden, entry, BOUND)
@@ -48,7 +51,7 @@ def compare_descriptors(golden: GoldenFile, comparison: Comparison) -> None:
         comparison.within("descriptors", np.max(np.abs(joined)), BOUND, f"descriptor_{index}_*")
 
     for index, pair in enumerate((views, views[::-1]), 1):
-        differences = jax.vmap(functools.partial(difference, spec=spec))(*pair)
+        differences = differing(*pair)
         for name in DIFFERENCES:
             entry = f"difference_{index}_{name}"
             comparison.absolute("differences", differences[name], golden, entry, BOUND)
