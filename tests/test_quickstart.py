@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -13,9 +14,11 @@ from cassle_jax.data import COLOUR, CONTENT, FORM, Motifs
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
+from cassle_jax.parallel import device_mesh
 from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.training import loop
 from tests.commands import run_command
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import TinyEncoder, cropped_only, tiny_config
 
 FACTORS = Motifs.FACTORS
 SEED = 3
@@ -30,14 +33,15 @@ def result(tmp_path_factory):
         config.steps = 6
         config.data.source = "motifs"
         config.data.scenes = 320
-        config.probe.every_epochs = 1
-        config.probe.train_images = config.probe.test_images = 32
+        cropped_only(config)
         return config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENCODERS, "tiny", TinyEncoder)
         patch.setattr(quickstart, "get_config", get_config)
         patch.setattr(quickstart, "_PROBED", 300)
+        for module in (quickstart, loop):  # eight devices would compute for longer
+            patch.setattr(module, "device_mesh", lambda: device_mesh(jax.devices()[:1]))
         yield quickstart.quickstart("simclr", workdir, SEED), workdir
 
 
