@@ -4,11 +4,14 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
 from cassle_jax.interop.card import markdown, run_card, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS
-from cassle_jax.interop.pytorch import encoder_from_pytorch
+from cassle_jax.interop.pytorch import encoder_from_pytorch, encoder_to_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.lock import folder_held
 from cassle_jax.methods import AUXILIARIES, ViewBatch
@@ -51,6 +54,13 @@ FILES = {
     "timm": "timm/model.safetensors",
     "detectron2": "detectron2.pkl",
     "torch": "torch.pth",
+}
+
+
+CARD = {
+    "input": {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3},
+    "versions": {},
+    "converted_from": {"file": "", "sha256": ""},
 }
 
 
@@ -203,12 +213,38 @@ def test_every_encoder_comes_back_exactly_from_pytorchs_own_file(tmp_path, name)
     assert_comes_back(tmp_path, name, ["torch"])
 
 
+@pytest.mark.parametrize("name", ["convnext", "vit", "resnet18", "small_images"])
+def test_the_lines_that_load_pytorchs_file_make_its_first_layer(tmp_path, monkeypatch, name):
+    """With stand-ins for PyTorch; an encoder of five channels saw ω beside the image."""
+    encoder = ENCODERS[name]
+    state = encoder_to_pytorch(filled(encoder_variables(encoder, channels=5)))
+    torch, torchvision, loaded = MagicMock(), MagicMock(), {}
+    torch.__spec__ = ModuleSpec("torch", None)
+    torch.from_numpy = lambda array: array
+    torch.save = lambda tensors, file: loaded.update(tensors)
+    torch.nn.Conv2d = lambda *sizes, **bias: sizes
+    torchvision.models.ConvNeXt.return_value.features = [[None]]
+    for each, module in (("torch", torch), ("torchvision", torchvision)):
+        monkeypatch.setitem(sys.modules, each, module)
+    heads = 12 if name == "vit" else None
+    export(Weights({"encoder": state}, card=CARD, heads=heads), tmp_path, ["torch"])
+    (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model_card.md").read_text(), re.S)
+    made = {}
+    exec(lines, made)
+    model = made["model"]
+    model.load_state_dict.assert_called_once_with(torch.load("torch.pth", weights_only=True))
+    first, array = {
+        "convnext": (model.features[0][0], "features.0.0.weight"),
+        "vit": (model.conv_proj, "conv_proj.weight"),
+    }.get(name, (model.conv1, "conv1.weight"))
+    out, channels, side, _ = loaded[array].shape
+    assert first[:3] == (channels, out, side)
+
+
 def assert_comes_back(tmp_path, name, formats):
     state = encoder_state(name)
-    normal = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
-    card = {"input": normal, "versions": {}, "converted_from": {"file": "", "sha256": ""}}
     heads = 12 if name == "vit" else None
-    export(Weights({"encoder": state}, card=card, heads=heads), tmp_path, formats)
+    export(Weights({"encoder": state}, card=CARD, heads=heads), tmp_path, formats)
     for each in formats:
         weights = load_weights(tmp_path / FILES[each])
         assert weights.networks.keys() == {"encoder"}

@@ -2,7 +2,9 @@
 
 import json
 import struct
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -219,3 +221,55 @@ def test_mlflow_has_one_run_with_every_step_once(tmp_path, monkeypatch):
     ]
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert run.data.params["optimizer.name"] == "lamb"
+
+
+def test_a_continued_run_is_one_of_weights_and_biases(tmp_path, monkeypatch):
+    """With a stand-in, as elsewhere with the package."""
+    begun, logged, ended = [], [], []
+
+    def init(**arguments):
+        begun.append(arguments)
+        return SimpleNamespace(
+            log=lambda metrics, step: logged.append((step, metrics)),
+            finish=lambda: ended.append(True),
+        )
+
+    package = SimpleNamespace(init=init, Settings=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    write(tmp_path, 0, 2, "wandb")
+    write(tmp_path, 2, 3, "wandb")
+    assert [each["id"] for each in begun] == [begun[0]["id"]] * 2 and len(ended) == 2
+    assert all(each["resume"] == "allow" and each["config"] == SETTINGS for each in begun)
+    assert begun[0]["name"] == tmp_path.name and begun[0]["dir"] == str(tmp_path)
+    assert logged == [
+        (1, {"loss": 10.0}),
+        (2, {"loss": 20.0}),
+        (2, {"knn_accuracy": 0.5}),
+        (3, {"loss": 30.0}),
+    ]
+
+
+def test_a_continued_run_is_one_of_mlflow(tmp_path, monkeypatch):
+    """With a stand-in, as elsewhere with the package."""
+    begun, logged, noted, ended = [], [], [], []
+
+    def start_run(run_id, run_name):
+        begun.append((run_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id="7"))
+
+    package = SimpleNamespace(
+        start_run=start_run,
+        log_params=noted.append,
+        log_metrics=lambda metrics, step, run_id: logged.append((run_id, step, metrics)),
+        end_run=lambda: ended.append(True),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    write(tmp_path, 0, 1, "mlflow")
+    write(tmp_path, 1, 2, "mlflow")
+    assert begun == [(None, tmp_path.name), ("7", None)] and len(ended) == 2
+    assert noted == [SETTINGS]  # MLflow refuses a parameter that changes
+    assert logged == [
+        ("7", 1, {"loss": 10.0}),
+        ("7", 2, {"loss": 20.0}),
+        ("7", 2, {"knn_accuracy": 0.5}),
+    ]
