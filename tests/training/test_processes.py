@@ -22,6 +22,7 @@ from tests.training.processes import assert_same, ends, start, steps_saved
 
 REPEATS = int(os.environ.get("CASSLE_PROCESS_KILLS", "1"))
 STEPS = "steps=60"
+SELDOM = "checkpoint.every_steps=30"  # where nothing continues from one
 NOWHERE = ["data.source='folder'", "data.path='/nowhere'"]
 # Every step is a window of metrics of its own, wherever a run was interrupted.
 PROBED = (
@@ -36,7 +37,7 @@ PROBED = (
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    codes, errors = ends(start(workdir, 1, *PROBED))
+    codes, errors = ends(start(workdir, 1, *PROBED, SELDOM))
     assert codes == [0], errors
     return workdir
 
@@ -58,7 +59,7 @@ def assert_losses_equal(workdir, expected):
 
 @pytest.mark.parametrize("count", everyday([2, 4], 2))
 def test_several_processes_are_one(alone, tmp_path, count):
-    codes, errors = ends(start(tmp_path, count, *PROBED))
+    codes, errors = ends(start(tmp_path, count, *PROBED, SELDOM))
     assert codes == [0] * count, errors
     found, expected = assert_losses_equal(tmp_path, alone)
     assert dict(found["rank_me"]) == pytest.approx(dict(expected["rank_me"]), rel=1e-3)
