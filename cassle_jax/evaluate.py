@@ -1,6 +1,7 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import time
@@ -94,6 +95,7 @@ def evaluate_command(
     planned = plan(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
     if not planned:
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
+    _warn_of_idle(values, extraction, planned)
     _warn_of_unmet(planned)
     stores = partial(
         FeatureStore,
@@ -161,6 +163,19 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
         raise DataError("nothing can be evaluated; " + "; ".join(lines))
     for line in lines:
         LOG.warning("%s; the rest is done", line)
+
+
+def _warn_of_idle(
+    values: Mapping[str, Any], extraction: Extraction, planned: Sequence[Planned]
+) -> None:
+    """Logs the settings that are not the default and that no task has."""
+    used = {field.name for each in planned for field in dataclasses.fields(each.settings)}
+    used |= {field.name for field in dataclasses.fields(extraction)}
+    known, tasks = all_settings(), ",".join(dict.fromkeys(each.protocol.name for each in planned))
+    for name in sorted(
+        name for name in values.keys() - used if values[name] != known[name].default
+    ):
+        LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
 
 
 def _held(to: str) -> contextlib.AbstractContextManager:

@@ -256,6 +256,16 @@ def test_what_a_dataset_lacks_is_told_first_and_the_rest_is_done(run, tmp_path, 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_setting_that_no_task_has_is_named(run, tmp_path, caplog):
+    small = write_images(tmp_path / "small", {"train": 2, "test": 1})
+    with pytest.raises(DataError, match="ways=9 is more than its 4 classes"):
+        evaluate(run, tmp_path, "few_shot", datasets=[small], batch=8, ways=9, neighbours=3)
+    assert [each for each in caplog.messages if "no effect" in each] == [
+        "analysed=32 has no effect with tasks=few_shot",
+        "neighbours=3 has no effect with tasks=few_shot",
+    ]
+
+
 def test_names_of_any_bytes_reach_the_page(run, tmp_path):
     names = ("caf\udce9", "tea")
     images = write_images(tmp_path / "drinks\udcff", {"train": 2, "test": 4}, names)

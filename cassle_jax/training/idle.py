@@ -48,7 +48,15 @@ def _takes_momentum(config: ConfigDict) -> bool:
 
 _OWNERS = (
     *map(_auxiliary, AUXILIARIES),
-    _Owner(("conditioning.*",), "conditioning=none", _conditions),
+    # The others of the group switch it off, or are refused where it is.
+    _Owner(
+        tuple(
+            f"conditioning.{name}"
+            for name in ("depth", "width", "relative", "into", "hypernetwork_bn")
+        ),
+        "conditioning=none",
+        _conditions,
+    ),
     _Owner(
         ("conditioning.hypernetwork_bn",),
         "conditioning.treatment",

@@ -66,6 +66,8 @@ def test_a_setting_of_what_is_off_is_named(arguments, settings, line):
         ("augself=main", ["augself.stage=3"]),
         ("", ["equimod.weight=1.0", "equimod.hidden=64", "augself.color=0.0"]),
         ("", ["conditioning.treatment=hypernetwork", "conditioning.hypernetwork_bn=True"]),
+        ("", ["conditioning.treatment=none"]),
+        ("conditioning=none", ["conditioning.dropout=0.5"]),  # which is refused
         ("", ["augment.asymmetric=True", "augment.blur=0.0", "augment.solarize_after=blur"]),
         ("", ["encoder.name=vit_tiny", "encoder.patch_size=4", "optimizer.name=lars"]),
         ("", ["optimizer.momentum=0.8", "epochs=3", "probe.train_images=9", "data.name=mine"]),
