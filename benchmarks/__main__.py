@@ -2,6 +2,7 @@
 
 python -m benchmarks                              # everything, at sizes that suit the device
 python -m benchmarks --only=augmentation,input --data=/data/imagenet/val --to=performance.json
+python -m benchmarks --to=performance.json --call_minutes=9   # repeated until it ends with 0
 
 The first contender of a measurement is ours; a ratio is its rate divided by a rival's. Rivals need
 `pip install -r requirements-benchmarks.txt`. The exit code is 1 if an installed contender failed.
@@ -11,11 +12,13 @@ Other processes on the machine distort the ratios, as PyTorch's threads wait for
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -37,7 +40,7 @@ from benchmarks.workload import Workload, devices, draw_jpegs, jpegs_in, workloa
 from cassle_jax import command
 from cassle_jax.checks import ConfigError, check_at_least, check_one_of
 from cassle_jax.data.pipeline import usable_cpus
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import kept_json, write_whole
 
 LOG = logging.getLogger("cassle_jax.benchmarks")
 
@@ -50,6 +53,7 @@ MEASUREMENTS: dict[str, Callable[[Workload], list[Row]]] = {
     "conditioning": training.conditioning,
     "run": training.whole_run,
     "resident": training.resident,
+    "vit": training.attention,
     "linear": linear_evaluation.measure,
     "first_step": first_step.measure,
     "memory": memory.measure,
@@ -71,23 +75,42 @@ SECONDS = 1800.0
 BUSY = 0.5  # load average of the last minute above which the machine counts as busy
 
 
-def measured(names: Sequence[str], work: Workload, seconds: float = SECONDS) -> Iterator[list[Row]]:
-    """Yields and prints the rows of every measurement.
+def measured(
+    names: Sequence[str],
+    work: Workload,
+    seconds: float = SECONDS,
+    until: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[str, list[Row]]]:
+    """Yields the name and the rows of every measurement, and prints the rows.
 
     A measurement that fails or exceeds `seconds` becomes one row with the reason. Every measurement
     runs in a separate process with the whole device. This process never uses the device, which on
     TPUs would block the others.
+
+    Args:
+      names: the measurements.
+      work: their workload.
+      seconds: time limit per measurement.
+      until: time of the clock at which this call ends. A measurement that it cuts off yields
+        nothing, unless it was the first: in a call as long as this one it would never end.
+      clock: returns the time in seconds.
     """
-    for name in names:
+    for number, name in enumerate(names):
+        left = until - clock()
+        if number and left <= 0:
+            return
         LOG.info("measuring %s", name)
         # Beside PyTorch, JAX must not preallocate most of the accelerator's memory.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = str(name not in BESIDE_PYTORCH).lower()
         try:
-            rows = run_isolated(MEASUREMENTS[name], work, seconds=seconds)
+            rows = run_isolated(MEASUREMENTS[name], work, seconds=min(seconds, left))
         except RuntimeError as error:
+            if number and clock() >= until:
+                return
             rows = [Row(name, "all of it", "", note=str(error), failed=True)]
         print_rows(rows)
-        yield rows
+        yield name, rows
 
 
 def print_header(measured_on: dict) -> None:
@@ -135,12 +158,42 @@ def about() -> dict[str, object]:
     }
 
 
-def write(path: Path, measured_on: dict, rows: Sequence[Row]) -> None:
+def write(path: Path, measured_on: dict, found: Mapping[str, Sequence[Row]]) -> None:
     """Writes all results as JSON."""
-    entries = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+    entries = [
+        {"of": name, **dataclasses.asdict(row), "ratio": row.ratio}
+        for name, rows in found.items()
+        for row in rows
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**measured_on, "rows": entries}, indent=1, ensure_ascii=False)
     write_whole(path, f"{content}\n".encode())
+
+
+def earlier(path: Path, measured_on: dict) -> dict[str, list[Row]]:
+    """The rows that earlier calls wrote, by measurement; empty without a file.
+
+    Raises:
+      ConfigError: the file holds another machine's results, or another workload's.
+    """
+    written = kept_json(path, ("about", "workload", "rows"))
+    if not written:
+        return {}
+    for name in ("about", "workload"):
+        now = json.loads(json.dumps(measured_on[name]))
+        if different := [key for key in now if written[name].get(key) != now[key]]:
+            key = different[0]
+            raise ConfigError(
+                f"to={path} was measured with {key}={written[name].get(key)}; this call has "
+                f"{key}={now[key]}; use another file"
+            )
+    found: dict[str, list[Row]] = {}
+    fields = [field.name for field in dataclasses.fields(Row)]
+    for entry in written["rows"]:
+        values = {name: entry[name] for name in fields}
+        values |= {name: tuple(values[name]) for name in ("values", "ratios")}
+        found.setdefault(entry["of"], []).append(Row(**values))
+    return found
 
 
 def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
@@ -171,11 +224,27 @@ def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
     return work
 
 
+def _files(
+    names: Sequence[str], data: str, work: Workload, folder: Path
+) -> tuple[tuple[Path, ...], str]:
+    """The JPEGs to read, drawn into a folder if `data` is empty, and their description."""
+    if not {"input", "prepared", "run"} & set(names):
+        return (), "none"
+    if data:
+        files = jpegs_in(Path(data).expanduser())
+        return files, f"{len(files)} in {data}"
+    files = draw_jpegs(folder, max(DRAWN_JPEGS, 2 * work.views_batch, work.batch))
+    return files, f"{len(files)} rendered scenes, 500 × 375; --data selects other files"
+
+
 if __name__ == "__main__":
     only_flag = flags.DEFINE_list("only", list(MEASUREMENTS), "Measurements to run.")
     data_flag = flags.DEFINE_string("data", "", "Folder of JPEGs; rendered images if empty.")
     to_flag = flags.DEFINE_string("to", "", "JSON file for the results.")
     seconds_flag = flags.DEFINE_float("seconds", SECONDS, "Time limit per measurement.", 1.0)
+    call_flag = flags.DEFINE_float(
+        "call_minutes", 0, "Time after which this call ends with 75; the same command continues.", 0
+    )
     for number in ("size", "batch", "views_size", "views_batch", "canvas", "steps", "rounds"):
         flags.DEFINE_integer(number, None, f"{number} of the workload; see benchmarks/workload.py.")
     for text in ("encoder", "dtype"):
@@ -183,34 +252,37 @@ if __name__ == "__main__":
 
     def main() -> None:
         """Runs the measurements of the flags."""
+        until = time.monotonic() + (60 * call_flag.value or math.inf)
         for name in only_flag.value:
             check_one_of("only", name, MEASUREMENTS)
+        if call_flag.value and not to_flag.value:
+            raise ConfigError("call_minutes continues the file of --to, which is missing")
+        to = Path(to_flag.value).expanduser()
         machine = about()
         work = chosen_workload(flags.FLAGS, machine["platform"])
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             # Measurements share their compiled programs.
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder, "compiled")))
-            if not {"input", "run"} & set(only_flag.value):
-                files, jpegs = (), "none"
-            elif data_flag.value:
-                files = jpegs_in(Path(data_flag.value).expanduser())
-                jpegs = f"{len(files)} in {data_flag.value}"
-            else:
-                files = draw_jpegs(Path(folder), max(DRAWN_JPEGS, 2 * work.views_batch, work.batch))
-                jpegs = f"{len(files)} rendered scenes, 500 × 375; --data selects other files"
+            files, jpegs = _files(only_flag.value, data_flag.value, work, Path(folder))
             settings = {**vars(work), "jpegs": jpegs}
             measured_on = {"about": machine, "load": load, "workload": settings}
+            found = earlier(to, measured_on) if call_flag.value else {}
+            missing = [name for name in only_flag.value if name not in found]
             print_header(measured_on)
             if load > BUSY:
                 LOG.warning("load average %.1f: the machine is busy, ratios are unreliable", load)
-            rows = []
             work = dataclasses.replace(work, jpegs=files)
-            for measurement in measured(only_flag.value, work, seconds_flag.value):
-                rows += measurement
+            for name, rows in measured(missing, work, seconds_flag.value, until):
+                found[name] = rows
                 if to_flag.value:
-                    write(Path(to_flag.value).expanduser(), measured_on, rows)
-        if any(row.failed for row in rows):
+                    write(to, measured_on, found)
+        if left := [name for name in missing if name not in found]:
+            raise command.Stop(
+                f"{', '.join(left)} not measured yet; the same command continues",
+                command.EXIT_PREEMPTED,
+            )
+        if any(row.failed for rows in found.values() for row in rows):
             sys.exit(1)
 
     command.run(main)

@@ -3,6 +3,8 @@
 from functools import partial
 
 import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from benchmarks.contest import Contender, Row, TimedCall, contest
 from benchmarks.rivals import augmax_chain, dm_pix_naive, published, stable_pretraining
@@ -43,8 +45,13 @@ def ours(work: Workload) -> TimedCall:
     mesh = device_mesh(jax.devices()[:1])
     config = work.config("method=simclr", batch_size=work.views_batch, encoder__name="resnet18")
     config.augment.size, config.data.canvas = work.views_size, work.canvas
-    run = build_run(config, mesh, 1000 * work.views_batch)
-    batch = shard_batch(synthetic_batch(work.views_batch, work.canvas), mesh)
+    return augmented(config, synthetic_batch(work.views_batch, work.canvas), work.steps, mesh)
+
+
+def augmented(config: ConfigDict, batch: dict, steps: int, mesh: Mesh) -> TimedCall:
+    """Draws both views of a batch and their ω `steps` times, as a configuration's step does."""
+    run = build_run(config, mesh, 1000 * config.batch_size)
+    batch = shard_batch(batch, mesh)
 
     def draw(key, batch):
         views = augmented_views(key, batch["image"], batch["size"], run.views, AXIS)
@@ -54,7 +61,7 @@ def ours(work: Workload) -> TimedCall:
     keys = iter(range(10**9))
 
     def once():
-        for _ in range(work.steps):
+        for _ in range(steps):
             views = make(jax.random.key(next(keys)), batch)
         return jax.block_until_ready(views)
 

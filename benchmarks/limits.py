@@ -1,18 +1,19 @@
 """Compares the training step with the device's roofline: FLOPs, bytes, and measured peaks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.contest import Row
+from benchmarks.augmentation import augmented
+from benchmarks.contest import Row, TimedCall
 from benchmarks.isolated import run_isolated
 from benchmarks.scaling import Work, lower_step
 from benchmarks.scaling import work as work_of
 from benchmarks.training import steps
-from benchmarks.workload import Workload
+from benchmarks.workload import Workload, synthetic_batch
 from cassle_jax.parallel import device_mesh
 
 _CALLS = 10  # per measurement, as a single call is not much longer than the synchronisation
@@ -23,8 +24,11 @@ def measure(work: Workload) -> list[Row]:
     flops, bandwidth = peak_flops(work.dtype), peak_bandwidth()
     share = work.batch // device_mesh().size  # images per device
     step = run_isolated(work_per_device, work.config("method=moco_v2", batch_size=share))
-    once = steps(work.config("method=moco_v2"), work)
-    times = tuple(seconds_of(once) / work.steps for _ in range(work.rounds))
+    once, augmented = steps(work.config("method=moco_v2"), work), augmentation(work)
+    times, alone = [], []
+    for _ in range(work.rounds):
+        times.append(seconds_of(once) / work.steps)
+        alone.append(seconds_of(augmented) / work.steps)
     roofline = max(step.flops / flops, step.bytes / bandwidth)
     name = "limits"
     return [
@@ -33,9 +37,21 @@ def measure(work: Workload) -> list[Row]:
         Row(name, "a step's FLOPs", "TFLOP", (step.flops / 1e12,)),
         Row(name, "a step's bytes at convolutions and products", "GB", (step.bytes / 1e9,)),
         Row(name, "roofline time", "s", (roofline,)),
-        Row(name, "a step", "s", times),
+        Row(name, "a step", "s", tuple(times)),
+        Row(name, "augmentation alone as a share of it", "", _shares(alone, times)),
         Row(name, "roofline time as a share of a step", "", tuple(roofline / t for t in times)),
     ]
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, ...]:
+    return tuple(part / whole for part, whole in zip(parts, wholes, strict=True))
+
+
+def augmentation(work: Workload) -> TimedCall:
+    """The augmentation of the step's batch, on all devices."""
+    config = work.config("method=moco_v2")
+    batch = synthetic_batch(config.batch_size, config.data.canvas)
+    return augmented(config, batch, work.steps, device_mesh())
 
 
 def work_per_device(config: ConfigDict) -> Work:

@@ -17,12 +17,15 @@ from benchmarks.workload import Workload, folder_of, synthetic_batch
 from cassle_jax.data import open_source
 from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.data.opening import open_feed
+from cassle_jax.models.attention import have_flash_attention
 from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.prepare import Preparation, prepare
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step
 
 SYNTHETIC = 10**6  # images per synthetic epoch: enough for any batch
 SMALL_IMAGES = 10_000
+NO_FLASH = "needs bfloat16 on an NVIDIA GPU of compute capability 8.0 or more"
 READ_AHEAD = 6  # largest number of batches that the input pipeline prefetches
 
 Batches = Callable[[ConfigDict, Mesh], Iterator[dict]]
@@ -111,7 +114,19 @@ def whole_run(work: Workload) -> list[Row]:
         root = folder_of(work.jpegs, Path(folder))
         real = work.config("method=moco_v2", data__source="folder", data__path=str(root))
         real.data.cache_gib = 0.0
-        return _beside_synthetic("whole run on JPEGs", work, real, "decoded as it goes")
+        half = ConfigDict(real)
+        half.data.cache_gib = len(work.jpegs) * 3 * real.data.canvas**2 / 2 / 2**30
+        side = work.size * 8 // 7
+        how = Preparation(f"side_{side}", short_side=side)
+        prepare(real.data, ["train"], folder, how)
+        prepared = ConfigDict(real)
+        prepared.data.update({"source": "tfds", "name": how.name, "path": folder})
+        ways = {
+            "decoded as it goes": real,
+            "half of the images kept in memory": half,
+            f"prepared at short side {side}": prepared,
+        }
+        return _beside_synthetic("whole run on JPEGs", work, ways)
 
 
 def resident(work: Workload) -> list[Row]:
@@ -119,19 +134,42 @@ def resident(work: Workload) -> list[Row]:
     small = {"augment__size": 32, "data__canvas": 32, "encoder__small_images": True}
     on_device = work.config("method=moco_v2", **small, data__on_device="always")
     on_device.data.scenes = SMALL_IMAGES
-    return _beside_synthetic("small images", work, on_device, "32 px, all of them on the device")
+    ways = {"32 px, all of them on the device": on_device}
+    return _beside_synthetic("small images", work, ways)
 
 
-def _beside_synthetic(measurement: str, work: Workload, config: ConfigDict, how: str) -> list[Row]:
+def attention(work: Workload) -> list[Row]:
+    """Compares a ViT-S/16 with cuDNN's flash attention and with XLA's, as MoCo-v3 trains it."""
+    name = "ViT-S/16, MoCo-v3 + CASSLE"
+    if work.dtype != "bfloat16" or not have_flash_attention():
+        return [Row(name, "cuDNN's flash attention", "images/s", note=NO_FLASH)]
+    settings = {"encoder__name": "vit_small"}
+    flash = work.config("method=moco_v3", **settings)
+    plain = work.config("method=moco_v3", **settings, encoder__flash_attention=False)
+    return contest(
+        name,
+        "images/s",
+        work.steps * work.batch,
+        [
+            Contender("cuDNN's flash attention", partial(steps, flash, work)),
+            Contender("XLA's attention", partial(steps, plain, work)),
+        ],
+        work.rounds,
+    )
+
+
+def _beside_synthetic(measurement: str, work: Workload, ways: dict[str, ConfigDict]) -> list[Row]:
+    """Compares ways to feed the step with one synthetic batch, at the first way's configuration."""
     # The lead-in must use up all prefetched batches.
     work = dataclasses.replace(work, steps=max(work.steps, READ_AHEAD))
+    fed = list(ways.items())
     return contest(
         measurement,
         "images/s",
         work.steps * work.batch,
         [
-            Contender(how, partial(steps, config, work, from_source)),
-            Contender("one synthetic batch, on the device", partial(steps, config, work)),
+            *(Contender(how, partial(steps, config, work, from_source)) for how, config in fed),
+            Contender("one synthetic batch, on the device", partial(steps, fed[0][1], work)),
         ],
         work.rounds,
         lead_in=True,

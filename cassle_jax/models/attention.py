@@ -29,7 +29,7 @@ def attend(
     """
     channels = query.shape[-1]
     fits = query.dtype in _HALF and channels % 8 == 0 and channels <= _WIDEST_HEAD
-    if not (flash and fits and _have_flash_attention()):
+    if not (flash and fits and have_flash_attention()):
         return jax.nn.dot_product_attention(query, key, value, implementation="xla")
     batch, tokens = query.shape[:2]
     # JAX refuses the gradient of an odd number of tokens, as with a class token: one that is
@@ -45,7 +45,7 @@ def attend(
     return attended[:, :tokens]
 
 
-def _have_flash_attention() -> bool:
+def have_flash_attention() -> bool:
     """Whether the devices are NVIDIA's GPUs of compute capability 8.0 or more."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():

@@ -21,9 +21,11 @@ from benchmarks import (
     prepared,
     training,
 )
+from benchmarks.contest import Row
 from benchmarks.isolated import run_isolated
 from benchmarks.rivals import published, stable_pretraining
 from benchmarks.workload import Workload, draw_jpegs
+from cassle_jax.checks import ConfigError
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
 from tests.everyday import everyday
@@ -105,8 +107,9 @@ def test_prepared_images_decode_faster_and_show_almost_the_same(work):
     "measure", everyday([training.whole_run, training.resident], training.resident)
 )
 def test_a_run_beside_synthetic_data(work, measure):
-    fed, synthetic = ours(measure(work))
+    fed, *others, synthetic = ours(measure(work))
     assert fed.values[0] > 0 and synthetic.ratio == fed.values[0] / synthetic.values[0]
+    assert len(others) == (2 if measure is training.whole_run else 0)
 
 
 @pytest.mark.exhaustive
@@ -121,6 +124,7 @@ def test_memory_and_limits(work):
     assert batch.values < large.values
     assert chunked.values < large.values and recomputed.values
     rows = {row.name: row for row in ours(limits.measure(work))}
+    assert rows["augmentation alone as a share of it"].values[0] > 0
     share = rows["roofline time as a share of a step"].values[0]
     assert share == pytest.approx(rows["roofline time"].values[0] / rows["a step"].values[0])
 
@@ -159,9 +163,44 @@ def test_a_measurement_that_fails_is_a_row_and_the_next_one_runs(work, monkeypat
         raise MemoryError("no room for it")
 
     monkeypatch.setitem(command_line.MEASUREMENTS, "step", too_large)
-    failed, (row, *_) = command_line.measured(["step", "input"], work)
+    (_, failed), (_, (row, *_)) = command_line.measured(["step", "input"], work)
     assert failed[0].failed and failed[0].note == "no room for it"
     assert row.values and "no room for it" in capsys.readouterr().out
+
+
+def test_a_call_that_ends_keeps_what_is_measured_and_starts_the_rest_anew(work, monkeypatch):
+    now = [0.0]
+
+    def takes(seconds):
+        def measure(work):
+            now[0] += seconds
+            if now[0] > 100:
+                raise TimeoutError("cut off")
+            return [Row("it", "ours", "images/s", (1.0,))]
+
+        return measure
+
+    def names(*of):
+        now[0] = 0.0
+        found = command_line.measured(of, work, until=100, clock=lambda: now[0])
+        return [name for name, _ in found]
+
+    for name, seconds in {"step": 60, "input": 60, "run": 120, "linear": 1}.items():
+        monkeypatch.setitem(command_line.MEASUREMENTS, name, takes(seconds))
+    assert names("step", "input", "linear") == ["step"]
+    assert names("input", "linear") == ["input", "linear"]
+    assert names("run", "linear") == ["run"], "it fails: no call is long enough"
+
+
+def test_a_file_is_continued_on_the_same_machine_alone(tmp_path):
+    path, row = tmp_path / "all.json", Row("step, MoCo-v2", "ours", "images/s", (1.0, 2.0))
+    about = {"about": {"device": "cpu", "versions": {"jax": "1"}}, "workload": {"batch": 8}}
+    assert command_line.earlier(path, about) == {}
+    command_line.write(path, about, {"step": [row], "input": []})
+    assert command_line.earlier(path, about) == {"step": [row]}
+    other = about | {"workload": {"batch": 16}}
+    with pytest.raises(ConfigError, match="batch=8; this call has batch=16; use another file"):
+        command_line.earlier(path, other)
 
 
 def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
@@ -207,6 +246,7 @@ MISTAKES = {
     "--batch=1": "batch=1 must be at least 2",
     "--canvas=10": "canvas=10 must be at least 224",
     "--only=input --data=/nowhere": "data=/nowhere has no .jpg or .jpeg files",
+    "--call_minutes=9": "call_minutes continues the file of --to, which is missing",
 }
 
 

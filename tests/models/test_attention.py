@@ -15,7 +15,7 @@ FORWARD, BACKWARD = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
 @pytest.fixture
 def ampere(monkeypatch):
     """Programs are lowered as where there is an NVIDIA GPU, which nothing here runs."""
-    monkeypatch.setattr("cassle_jax.models.attention._have_flash_attention", lambda: True)
+    monkeypatch.setattr("cassle_jax.models.attention.have_flash_attention", lambda: True)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
