@@ -18,6 +18,7 @@ from cassle_jax.config import base_config
 from cassle_jax.evaluation.augmentation_probes import _factors
 from cassle_jax.evaluation.views import (
     alone, draw_for_each, every_augmentation, nothing, view_under)
+from cassle_jax.methods.views import augmented_views
 
 levels = np.unique(np.round(np.asarray(view.image) * spec.std + spec.mean, 4)[..., 0]).size
 assert 1 < levels <= round(float(view.params.levels)) <= 8, levels
@@ -38,6 +39,10 @@ plain, posterized = (view_under(each, params, batch, every).image
                      for each in (nothing(), alone("posterize")))
 assert not np.allclose(plain, posterized)
 assert len(np.unique(np.round(posterized[0, ..., 0], 4))) <= 8 < len(np.unique(plain[0, ..., 0]))
+
+images, sizes = jnp.zeros((8, 40, 48, 3), jnp.uint8), jnp.full((8, 2), 40)
+(paired,) = augmented_views(jax.random.key(0), images, sizes, (grey,), paired=True)
+assert len(np.unique(paired.params.levels)) == 8 and len(np.unique(paired.params.hue)) == 4
 
 config = base_config("conditioning=crop+posterize,augself=posterize:0.5")
 assert config.augment.posterize == 0 and config.augself.posterize == 0.5

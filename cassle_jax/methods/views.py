@@ -14,8 +14,9 @@ from cassle_jax.methods.base import TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import batch_offset
 
-# The draws that paired images do not share; the others are those that STL's paper aligns.
-_UNPAIRED = ("flip", "blur", "sigma", "solarize", "solarize_threshold", "turns")
+# The draws that paired images share, which STL's paper aligns; all others are each image's own.
+_COLOURS = ("jitter", "jitter_order", "brightness", "contrast", "saturation", "hue", "grayscale")
+_PAIRED = ("crop", *_COLOURS)
 
 
 def augmented_views(
@@ -57,8 +58,8 @@ def augmented_views(
 
         params = drawn(positions)
         if paired:
-            own = {name: getattr(params, name) for name in _UNPAIRED}
-            params = drawn(positions - positions % 2).replace(**own)
+            partner = drawn(positions - positions % 2)
+            params = params.replace(**{name: getattr(partner, name) for name in _PAIRED})
         return jax.vmap(lambda image, params, size: augment.apply(image, params, spec, size))(
             images, params, sizes
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.augment import AugmentSpec
+from cassle_jax.augment import RARE, AugmentSpec
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import METHODS, Progress, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
@@ -95,7 +95,7 @@ def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
     predicted = "+".join(PREDICTED)
     config = tiny_config(f"method={name},{EVERY_AUXILIARY},augself={predicted}")
-    config.augment.update({"solarize": 0.5, "rotation": 0.5})
+    config.augment.update(dict.fromkeys(RARE, 0.5))
     mesh = device_mesh(jax.devices()[:1])
     run = build_run(config, mesh, 64)
     before = jax.eval_shape(run.initial_state)
