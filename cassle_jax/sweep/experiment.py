@@ -37,6 +37,7 @@ from cassle_jax.sweep.space import RunSpec
 from cassle_jax.sweep.table import Table, folder_of, planned, runs_of_table, with_settings
 from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
+from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.saved_config import holds_run, read_config
 
 LOG = logging.getLogger("cassle_jax.tables")
@@ -101,6 +102,9 @@ def run_table(
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)
+    given = [each.partition("=")[0] for each in overrides]
+    for line in idle_in_all([run.config for run in runs], given):
+        LOG.warning("%s", line)
     protocol = evaluation_of(
         table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy
     )

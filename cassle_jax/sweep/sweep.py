@@ -20,6 +20,7 @@ from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
+from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.metrics import read_lines, read_metrics
 
 LOG = logging.getLogger("cassle_jax.sweep")
@@ -77,6 +78,9 @@ def sweep(
     check_options(evaluation.options)
     folder = local_folder("to", folder).resolve()
     check_writable("to", folder)
+    given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
+    for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
+        LOG.warning("%s", line)
     with folder_held_for("sweep", folder):
         lines = _RunLines(folder, runs)
         jobs = folder / "jobs"

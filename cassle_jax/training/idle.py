@@ -2,7 +2,7 @@
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -131,3 +131,14 @@ def idle_settings(config: ConfigDict, given: Iterable[str]) -> list[str]:
                 lines.append(f"{name}={values[name]!r} has no effect with {off}")
                 break
     return lines
+
+
+def idle_in_all(configs: Sequence[ConfigDict], given: Iterable[str]) -> list[str]:
+    """The lines of `idle_settings` on settings that change nothing in any configuration."""
+    first, *others = configs
+    return [
+        line
+        for name in given
+        for line in idle_settings(first, [name])
+        if all(idle_settings(each, [name]) for each in others)
+    ]

@@ -1,11 +1,16 @@
 """Settings that change nothing, since what they belong to is off, are named; the others are not."""
 
 import dataclasses
+from unittest.mock import MagicMock
 
 import pytest
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.methods import AUXILIARIES
-from cassle_jax.sweep.space import parsed
+from cassle_jax.sweep import experiment
+from cassle_jax.sweep import sweep as sweep_module
+from cassle_jax.sweep.space import SweepRequest, parsed
+from cassle_jax.sweep.table import Row, Table
 from cassle_jax.training.idle import idle_settings
 from tests.commands import run_command
 
@@ -76,6 +81,30 @@ def test_a_setting_of_what_is_off_is_named(arguments, settings, line):
 )
 def test_a_setting_of_what_is_on_is_not(arguments, settings):
     assert idle(arguments, *settings) == []
+
+
+@pytest.mark.parametrize(("auxiliary", "named"), [("none,none", True), ("none,main", False)])
+def test_a_sweep_and_a_table_name_what_does_nothing_in_any_run(
+    tmp_path, caplog, monkeypatch, auxiliary, named
+):
+    said = "augself.stage=3 has no effect with augself=none"
+    stops = {"side_effect": ConfigError("nothing is run here")}
+    for owner in (sweep_module, experiment):
+        monkeypatch.setattr(owner, "folder_held_for", MagicMock(**stops))
+    arguments = auxiliary.split(",")
+    rows = tuple(Row(str(i), f"{CIFAR}:augself={each}") for i, each in enumerate(arguments))
+    with pytest.raises(ConfigError, match="nothing is run here"):
+        experiment.run_table(
+            Table("A", "B", rows, overrides=("data.source=scenes",)),
+            tmp_path,
+            overrides=("augself.stage=3",),
+        )
+    assert (said in caplog.messages) == named
+    caplog.clear()
+    grid = f"augself={','.join(dict.fromkeys(arguments))}"
+    with pytest.raises(ConfigError, match="nothing is run here"):
+        sweep_module.sweep(SweepRequest(CIFAR, ("--config.augself.stage=3",), grid=grid), tmp_path)
+    assert (said in caplog.messages) == named
 
 
 def test_the_command_warns_of_what_was_given_and_of_nothing_else(caplog, tmp_path):
