@@ -35,7 +35,8 @@ WRAPPERS = {
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
-OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_")  # of DINOv2, DINOv3 and MAE
+# Of DINOv2, DINOv3, MAE and Hugging Face's ViT.
+OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_", "decoder.", "pooler.")
 BESIDE = HEADS + OF_TRAINING
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
 # An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.
@@ -43,13 +44,12 @@ STEM = re.compile(
     r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token"
     r"|stages\.0\.blocks\.0\.gamma|features\.1\.0\.layer_scale)"
 )
-HUGGING_FACES_DINOV3 = re.compile(r"(?:.+\.)?layer\.\d+\.attention\.q_proj\.weight")
 IN_A_BLOCK = re.compile(r"(?:.+\.)?(?:layer\d|\d+)\.\d+\.")
 DEEPEST = 16  # levels of nested dicts
 MOST_NAMES = 100_000  # dicts that share dicts multiply: a small file could have any number
 KNOWN = (
     "known are checkpoints of CASSLE, AugSelf, MoCo, SimSiam, SwAV, DINO, DINOv2, DINOv3, MAE, "
-    "VISSL, Lightly and solo-learn and models of torchvision and timm"
+    "VISSL, Lightly and solo-learn and models of torchvision, timm and Hugging Face"
 )
 # Attributes of `Weights` that follow from a ViT's layout and not from its arrays. DINOv2's models
 # without registers interpolate positions in another way, and on Hugging Face in a third one.
@@ -103,8 +103,6 @@ def networks_in(
     flat = flat_names(content)
     named = _with_named_stages(_arrays_in(flat))
     arrays = from_hugging_face(named)
-    if arrays is not named and any(HUGGING_FACES_DINOV3.fullmatch(name) for name in named):
-        raise WeightsError("Hugging Face's names of DINOv3 are not read; use Meta's own file")
     prefix = _prefix(arrays)
     parent, _, called = prefix.removesuffix(".").rpartition(".")
     parent = f"{parent}." if parent else ""

@@ -30,22 +30,42 @@ VIT_BLOCK_ARRAYS = {
 # Of a SwiGLU, which timm calls as other networks; and the registers.
 DINOV2 = {"reg_token": "register_tokens"}
 DINOV3 = {"storage_tokens": "reg_token", "rope_embed.periods": "pos_embed"}
+# Of one axis: a quarter of a head's 64 channels.
+DINOV3_PERIODS = np.float32(100.0) ** (np.arange(16, dtype=np.float32) / 16)
 DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
-# Of the Hugging Face's Dinov2Model, which has queries, keys and values apart.
+# Of Hugging Face's ViTModel, ViTMAEModel, Dinov2Model and DINOv3ViTModel, in their files and, where
+# they differ, in the `state_dict()` of transformers 5. Names with others in them come first.
 HUGGING_FACE = {
     "embeddings.cls_token": "cls_token",
+    "embeddings.distillation_token": "dist_token",
     "embeddings.mask_token": "mask_token",
     "embeddings.register_tokens": "reg_token",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.patch_embeddings": "patch_embed.proj",
     "encoder.layer": "blocks",
+    "model.layer": "blocks",
+    "layers": "blocks",
+    "layer": "blocks",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
     "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "attention.attention": "attention",
+    "attention.q_proj": "attention.query",
+    "attention.k_proj": "attention.key",
+    "attention.v_proj": "attention.value",
     "mlp.weights_in": "mlp.fc1",
     "mlp.weights_out": "mlp.fc2",
-    "layernorm": "norm",
+    "mlp.up_proj": "mlp.fc1",
+    "mlp.down_proj": "mlp.fc2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
 }
+PARTS = ("query", "key", "value")
 # Of a ConvNeXt's block; the place in torchvision's `Sequential`.
 CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
@@ -153,21 +173,36 @@ def _replaced(name: str, names: dict[str, str]) -> str:
 
 
 def from_hugging_face(state: State) -> State:
-    """The arrays of Hugging Face's Dinov2Model in this project's names; others are unchanged."""
-    if not any(name.endswith(".layer_scale1.lambda1") for name in state):
+    """The arrays of Hugging Face's ViTs in this project's names; others are unchanged.
+
+    DINOv3's files have no periods of its rotary positions, which are the same for every size.
+    """
+    first = next((name for name in state if re.search(r"(^|\.)embeddings\.cls_token$", name)), None)
+    if first is None:
         return state
-    renamed = {_replaced(name, HUGGING_FACE): array for name, array in state.items()}
-    joined = {}
-    for name, array in renamed.items():
-        query = re.fullmatch(r"(.+)\.attention\.attention\.query\.(.+)", name)
+    prefix = first.removesuffix("embeddings.cls_token")
+    inner = {
+        _replaced(name.removeprefix(prefix), HUGGING_FACE): array
+        for name, array in state.items()
+        if name.startswith(prefix)
+    }
+    if f"{prefix}embeddings.patch_embeddings.weight" in state:  # as DINOv3 alone calls it
+        inner["pos_embed"] = DINOV3_PERIODS
+    found = {name: array for name, array in state.items() if not name.startswith(prefix)}
+    for name, array in inner.items():
+        query = re.fullmatch(r"(.+)\.attention\.query\.(.+)", name)
         if query:
-            others = (f"{query[1]}.attention.attention.{n}.{query[2]}" for n in ("key", "value"))
-            joined[f"{query[1]}.attn.qkv.{query[2]}"] = np.concatenate(
-                [array, *(renamed[other] for other in others if other in renamed)]
-            )
-        elif ".attention.attention." not in name:
-            joined[name] = array
-    return joined
+            parts = [inner.get(f"{query[1]}.attention.{part}.{query[2]}") for part in PARTS]
+            # DINOv3's keys have no bias.
+            filled = [np.zeros_like(array) if part is None else part for part in parts]
+            found[f"{prefix}{query[1]}.attn.qkv.{query[2]}"] = np.concatenate(filled)
+        elif gate := re.fullmatch(r"(.+\.mlp)\.gate_proj\.(.+)", name):
+            first = f"{gate[1]}.fc1.{gate[2]}"
+            if first in inner:
+                found[prefix + first] = np.concatenate([array, inner[first]])
+        elif ".attention." not in name:
+            found.setdefault(prefix + name, array)
+    return found
 
 
 def to_detectron2(state: State) -> State:

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from cassle_jax.export import export
+from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import Weights, load_weights
 from tests.interop.states import ENCODERS, SIZE, assert_same, encoder_variables, filled
 
 torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
+
 pytestmark = pytest.mark.pytorch
 
 CARD = {
@@ -88,3 +91,43 @@ def test_timms_own_models_are_read(tmp_path, name):
     encoder = load_weights(tmp_path / "model.pth").encoder
     expected = {k: v.numpy() for k, v in model.state_dict().items() if not k.endswith("tracked")}
     assert_same(encoder, expected)
+
+
+# Class of transformers' model and of its configuration, with what differs from a ViT's.
+OF_HUGGING_FACE = {
+    "ViT": {},
+    "ViTMAE": {"mask_ratio": 0.0},
+    "Dinov2": {},
+    "Dinov2, SwiGLU": {"use_swiglu_ffn": True},
+    "Dinov2WithRegisters": {"num_register_tokens": 4},
+    "DINOv3ViT": {"num_register_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("saved", ["save_pretrained", "state_dict"])
+@pytest.mark.parametrize("name", OF_HUGGING_FACE)
+def test_hugging_faces_models_are_read_with_their_features(tmp_path, name, saved):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2}
+    settings = {"intermediate_size": 256, "image_size": SIZE, "patch_size": 8}
+    kind = name.split(",")[0]
+    config = getattr(transformers, f"{kind}Config")(**(sizes | settings | OF_HUGGING_FACE[name]))
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.add_(0.1 * torch.randn_like(each))
+        pixels = torch.from_numpy(images().transpose(0, 3, 1, 2).copy())
+        theirs = model(pixels).last_hidden_state[:, 0].numpy()
+    path = tmp_path / "model.safetensors"
+    if saved == "save_pretrained":
+        model.save_pretrained(tmp_path)
+    else:
+        save_file(model.state_dict(), path)
+    weights = load_weights(path, heads=1)
+    encoder = architecture_of(weights.encoder, 1, weights.position_offset).encoder()
+    shapes = {kind: {"encoder": tree} for kind, tree in encoder_variables(encoder, SIZE).items()}
+    variables = {"params": weights.into(shapes)["params"]["encoder"]}
+    with jax.default_matmul_precision("highest"):
+        ours = jax.jit(lambda x: encoder.apply(variables, x, False))(jnp.asarray(images()))
+    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)

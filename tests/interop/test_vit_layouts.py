@@ -67,6 +67,10 @@ def published(registers=0, swiglu=False, scale=True):
     }
 
 
+# As its code computes them, for heads of 64 channels.
+METAS_PERIODS = np.float32([100 ** (2 * pair / 32) for pair in range(16)])
+
+
 def published_v3():
     """A small DINOv3 ViT's arrays; the periods are rounded, as bfloat16 would."""
     state = published(registers=4)
@@ -350,21 +354,66 @@ def test_hugging_faces_dinov2_is_the_same(tmp_path, kind, prefix):
     assert_same(weights.encoder, expected.encoder)
 
 
+IN_MEMORY = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+PLAIN = {
+    ".norm1": ".layernorm_before",
+    ".norm2": ".layernorm_after",
+    ".mlp.fc1": ".intermediate.dense",
+    ".mlp.fc2": ".output.dense",
+}
+
+
+def renamed(state, parts):
+    for old, new in parts.items():
+        state = {name.replace(old, new): array for name, array in state.items()}
+    return state
+
+
+def test_hugging_faces_state_dict_is_read_as_its_file(tmp_path):
+    state = published(**KINDS["dinov2"])
+    weights, *_ = opened(renamed(in_hugging_face(state), IN_MEMORY), tmp_path)
+    expected, *_ = opened(state, tmp_path)
+    assert_same(weights.encoder, expected.encoder)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [PLAIN, IN_MEMORY | {k: PLAIN[k] for k in (".norm1", ".norm2")} | {"encoder.layer": "layers"}],
+)
+def test_hugging_faces_vit_and_mae_are_the_same(tmp_path, parts):
+    state = published(scale=False)
+    theirs = renamed(in_hugging_face(state), parts) | {"pooler.dense.bias": np.ones(4, "f4")}
+    weights, *_ = opened(theirs, tmp_path)
+    assert weights.ignored == ("pooler.dense.bias",)
+    expected, *_ = opened(state, tmp_path)
+    assert_same(weights.encoder, expected.encoder)
+
+
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_hugging_faces_dinov3_is_refused_in_one_line(tmp_path, prefix):
-    ours = in_hugging_face(published(registers=4))
-    del ours["embeddings.position_embeddings"]
-    theirs = {
-        name.replace("encoder.layer", f"{prefix}layer")
-        .replace("attention.attention.query", "attention.q_proj")
-        .replace("attention.attention.key", "attention.k_proj")
-        .replace("attention.attention.value", "attention.v_proj")
-        .replace("attention.output.dense", "attention.o_proj"): array
-        for name, array in ours.items()
+def test_hugging_faces_dinov3_is_metas(tmp_path, prefix):
+    state = published(registers=4)
+    del state["pos_embed"]
+    for block in range(DEPTH):
+        state[f"blocks.{block}.attn.qkv.bias"][WIDTH : 2 * WIDTH] = 0.0
+    parts = IN_MEMORY | {
+        "encoder.layer": f"{prefix}layer",
+        "patch_embeddings.projection": "patch_embeddings",
+        "layernorm": "norm",
+        "mlp.fc1": "mlp.up_proj",
+        "mlp.fc2": "mlp.down_proj",
     }
-    line = r"Hugging Face's names of DINOv3 are not read; use Meta's own file$"
-    with pytest.raises(WeightsError, match=line):
-        opened(theirs, tmp_path)
+    theirs = renamed(in_hugging_face(state), parts)
+    theirs = {name: array for name, array in theirs.items() if not name.endswith("k_proj.bias")}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    metas = {"storage_tokens": state.pop("register_tokens"), "rope_embed.periods": METAS_PERIODS}
+    save_file(state | metas, tmp_path / "metas.safetensors")
+    read = (load_weights(tmp_path / f"{name}.safetensors").encoder for name in ("theirs", "metas"))
+    assert_same(*read)
 
 
 def with_card(weights):
