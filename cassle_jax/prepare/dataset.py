@@ -198,7 +198,7 @@ def _pool(workers: int, settings: tuple) -> Executor:
     if workers < 2:
         return ThreadPoolExecutor(1, initializer=_begin_worker, initargs=settings)
     spawned = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawned, _begin_worker, settings)
+    return ProcessPoolExecutor(workers, spawned, _begin_process, settings)
 
 
 _of_worker: dict[str, Any] = {}
@@ -207,11 +207,14 @@ _of_worker: dict[str, Any] = {}
 def _begin_worker(sources: Mapping[str, Source], encoding: Encoding, max_pixels: int) -> None:
     _of_worker.update(sources=sources, encoding=encoding)
     allow_pixels(max_pixels)
+
+
+def _begin_process(*settings) -> None:
+    _begin_worker(*settings)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers
+    # A worker whose parent was killed would wait for work for ever.
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers
-        # A worker whose parent was killed would wait for work for ever.
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write(shard: Shard) -> Written:

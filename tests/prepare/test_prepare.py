@@ -3,12 +3,15 @@
 import errno
 import io
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -134,6 +137,18 @@ def test_processes_write_the_same_bytes(images, tmp_path, small_shards):
         settings(images), ["train"], str(tmp_path / "2"), HOW, workers=2, max_bad_fraction=0.1
     )
     assert files_in(one) == files_in(two)
+
+
+def prepared_here(images, to):
+    before = threading.active_count(), signal.getsignal(signal.SIGINT)
+    folder = prepare(settings(images), ["train"], to, HOW, **BAD)
+    assert (threading.active_count(), signal.getsignal(signal.SIGINT)) == before
+    return folder
+
+
+def test_a_child_process_prepares_as_any_other_and_stays_as_it_is(images, tmp_path, small_shards):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(prepared_here, images, str(tmp_path)).result().is_dir()
 
 
 def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monkeypatch):
