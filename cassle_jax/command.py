@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -38,13 +39,19 @@ class Stop(BaseException):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; reports a user's mistake as one line."""
+    """Parses the flags and runs `main`; reports a user's mistake as one line.
+
+    SIGTERM stops it as Ctrl-C does, except where `main` handles either itself.
+    """
     set_up_logging()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
-    except Stop as stop:
-        _leave(stop)
+    except (Stop, KeyboardInterrupt) as error:
+        _leave(stop_of(error))
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it several times
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
         hurry.set()  # Python waits for reading threads before it ends
         flush_log()
 
@@ -81,15 +88,24 @@ def set_up_logging() -> None:
 def _guarded(main: Callable[[], None]) -> None:
     try:
         main()
-    except Stop as stop:
-        _leave(stop)
-    except KeyboardInterrupt:
-        _leave(Stop("stopped; the same command continues", EXIT_PREEMPTED))
-    except Exception as error:
-        code = code_of(error)
-        if code is None:
+    except BaseException as error:
+        stop = stop_of(error)
+        if stop is None:
             raise
-        _leave(Stop(str(error), code))
+        _leave(stop)
+
+
+def stop_of(error: BaseException) -> Stop | None:
+    """How an error ends a command, in one line; `None` for a fault of the program."""
+    if isinstance(error, Stop):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
+        trouble = f"this machine's memory does not suffice: {str(error) or 'none is left'}"
+        return Stop(f"{trouble}; use smaller settings", EXIT_WRONG_SETTING, alone=True)
+    code = code_of(error)
+    return None if code is None else Stop(str(error), code, alone=True)
 
 
 def code_of(error: BaseException) -> int | None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -26,7 +27,7 @@ import jax
 from jax._src import distributed as runtime
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, Stop, code_of, say_error
+from cassle_jax.command import EXIT_OUTAGE, Stop, say_error, stop_of
 from cassle_jax.faults import hurry
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -205,9 +206,8 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
             group.fail(str(stop), stop.code)
         raise
     except BaseException as error:
-        code = code_of(error)
-        if code is not None:
-            group.fail(str(error), code)
+        if stop := stop_of(error):
+            group.fail(str(stop), stop.code)
         group.fail_after(error)
 
 
@@ -271,7 +271,8 @@ class _ProcessGroup:
 
     def __init__(self, arguments: dict[str, Any], saves_when_stopped: bool):
         jax.config.update("jax_enable_preemption_service", saves_when_stopped)
-        _initialize(arguments)
+        with _killed_by_signals(but_for_jax=saves_when_stopped):
+            _initialize(arguments)
         state = runtime.global_state
         self._client, self._index, self._count = state.client, state.process_id, state.num_processes
         self._said = 0
@@ -419,6 +420,26 @@ def _initialize(arguments: dict[str, Any]) -> None:
     finally:
         timer.cancel()
         death_message.cancel()
+
+
+@contextlib.contextmanager
+def _killed_by_signals(*, but_for_jax: bool) -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C kill this process while it waits in native code, deaf to Python's.
+
+    Args:
+      but_for_jax: whether JAX takes SIGTERM meanwhile, which is then left to it.
+    """
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if but_for_jax:
+            handlers.pop(signal.SIGTERM, None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _DeathMessage:

@@ -1,4 +1,4 @@
-"""Ends a command that lacks a package with one line, which names the extra that brings it."""
+"""Ends a command that cannot start with one line: it lacks a package, or was stopped."""
 
 import sys
 import traceback
@@ -20,8 +20,8 @@ _REQUIREMENT_OF = {f"cassle_jax.{name}": f"cassle_jax[{extra}]" for name, extra 
 _REQUIREMENT_OF["cassle_jax"] = "cassle_jax"
 
 
-def explain_missing_packages() -> None:
-    """Has commands end with 2 and one line where a package is missing.
+def explain_failed_starts() -> None:
+    """Has commands end with one line where a package is missing (2), or Ctrl-C came early (75).
 
     A command imports its packages before its first line runs; only the hook for uncaught errors
     sees all of them fail. Other errors keep their traceback.
@@ -31,6 +31,9 @@ def explain_missing_packages() -> None:
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
         package = (getattr(error, "name", None) or "").partition(".")[0]
         needing = _outermost_module(trace)
+        if isinstance(error, KeyboardInterrupt) and needing in _REQUIREMENT_OF:
+            print("error: stopped; the same command continues", file=sys.stderr)
+            sys.exit(75)  # as in `command`, which imports what may be missing
         missing = isinstance(error, ModuleNotFoundError) and package not in ("", "cassle_jax")
         if not missing or needing not in _REQUIREMENT_OF:
             return previous(kind, error, trace)

@@ -5,6 +5,7 @@ Adds the options of the parity tests, which pytest must know before it looks int
 
 import gc
 import os
+import signal
 import sys
 import tempfile
 from importlib import metadata
@@ -111,12 +112,15 @@ def _shared_programs():
 
 
 @pytest.fixture(autouse=True)
-def _no_hurry():
-    """A command that ends has the rest of its process no longer wait for storage."""
+def _no_end():
+    """A command that ends has the rest of its process wait for no storage, and heed no SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     from cassle_jax.faults import hurry
 
     hurry.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -75,6 +75,36 @@ def test_ctrl_c_is_one_line_and_the_code_of_what_continues(run, capsys):
     assert capsys.readouterr().err == "error: stopped; the same command continues\n"
 
 
+def test_sigterm_is_one_line_and_the_same_code(tmp_path):
+    program = (
+        "import time\nfrom cassle_jax import command\n"
+        "def main():\n    print('begun', flush=True)\n    time.sleep(300)\n"
+        "command.run(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[1] == "error: stopped; the same command continues\n"
+    assert process.returncode == command.EXIT_PREEMPTED
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 9 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")],
+)
+def test_what_no_memory_holds_is_one_line(refusal, error):
+    def main(config):
+        raise error
+
+    assert refusal(SIMCLR, main=main).endswith(f"does not suffice: {error}; use smaller settings")
+
+
 def test_settings_reach_the_configuration(run):
     config = run(SIMCLR, "--config.method.negatives=local", "--config.optimizer.momentum=0.5")
     assert (config.method.name, config.method.negatives) == ("simclr", "local")

@@ -205,6 +205,14 @@ def test_a_command_starts_without_what_it_needs_later_or_never(command, further,
     assert f"cassle_jax.{command}" in imported and not later & imported
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
+    (tmp_path / "absl.py").write_text("raise KeyboardInterrupt")  # what most import first
+    ended = started_without((), tmp_path, "-m", f"cassle_jax.{command}")
+    assert ended.stderr == "error: stopped; the same command continues\n"
+    assert ended.returncode == 75 and not ended.stdout
+
+
 def test_another_programs_missing_package_keeps_its_traceback(tmp_path):
     program = "import runpy, cassle_jax; import none_such"
     ended = started_without((), tmp_path, "-c", program)

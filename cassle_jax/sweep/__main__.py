@@ -17,7 +17,6 @@ seeds. The same command executes missing and failed runs again; new values add r
 """
 
 import shlex
-import signal
 import sys
 
 from absl import flags
@@ -79,7 +78,6 @@ if __name__ == "__main__":
     def main() -> None:
         """Runs the sweep of the flags."""
         import_in_processes()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs save, as after Ctrl-C
         config, overrides = config_arguments(sys.argv[1:])
         sweep(
             SweepRequest(

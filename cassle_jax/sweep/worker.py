@@ -78,13 +78,10 @@ def work(job: Job, environment: dict[str, str]) -> None:
         start, done = time.monotonic(), _is_done(job)
         if not done:
             pretrain_and_evaluate(job)
-    except command.Stop as stop:
-        code, line = stop.code, str(stop)
-    except KeyboardInterrupt:
-        code, line = command.EXIT_PREEMPTED, "stopped"
     except BaseException as error:
-        code, line = command.code_of(error), str(error)
-        if code is None:
+        if stop := command.stop_of(error):
+            code, line = stop.code, str(stop)
+        else:
             with contextlib.suppress(OSError):  # the log may be on a full disk
                 traceback.print_exc()
             code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]

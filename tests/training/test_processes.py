@@ -394,3 +394,19 @@ def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, faili
     assert codes == [0], errors
     assert_losses_equal(tmp_path, alone)
     assert_same(tmp_path, alone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_ends_all_where_no_step_would_save(tmp_path, number):
+    processes = start(tmp_path, 2, module="tests.training.run_waiting")
+    until = time.monotonic() + 100
+    while len(list(tmp_path.glob("joined*"))) < 2:
+        assert time.monotonic() < until and all(each.poll() is None for each in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(number)
+    codes, errors = ends(processes)
+    assert codes == [75, 75], errors
+    said = "stopped; the same command continues\n"
+    assert errors[1].endswith(f"error: {said}")
+    assert errors[0].endswith(f"error: process 1 of 2 ended: {said}")
+    assert not any("Traceback" in error for error in errors)
