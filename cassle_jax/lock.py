@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import IO
 
 from etils import epath
@@ -48,10 +49,10 @@ def folder_held(
     if on_object_store(folder):
         yield
         return
-    path, how = os.fspath(folder), os.O_RDONLY
     if leaves_file:
-        path, how = epath.Path(folder) / "lock", os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, how | os.O_CLOEXEC, 0o666)
+        descriptor = _opened(epath.Path(folder) / "lock")
+    else:
+        descriptor = os.open(os.fspath(folder), os.O_RDONLY | os.O_CLOEXEC)
     try:
         _take(descriptor, folder, setting, holder)
         yield
@@ -96,6 +97,22 @@ def await_turn(file: IO) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         LOG.info("%s cannot be locked: %s", file.name, error.strerror)
+
+
+def _opened(path: epath.Path) -> int:
+    """A descriptor of the lock's file, which whoever may write to its folder may hold."""
+    try:
+        made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        pass
+    else:
+        with contextlib.suppress(OSError):  # a file system without modes
+            os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
+        return made
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # another user made it before locks had the modes of their folders
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) -> None:

@@ -1,6 +1,7 @@
 """Whatever goes wrong around a run, nothing is lost, and it says in a line what went wrong."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -329,6 +330,31 @@ def test_a_holder_that_could_not_write_its_name_still_holds(tmp_path):
         refused = pytest.raises(ConfigError, match=r"another run \(which did not say")
         with refused, folder_held(tmp_path):
             pass
+
+
+def test_whoever_may_write_to_the_folder_may_hold_it(tmp_path, monkeypatch):
+    tmp_path.chmod(0o775)
+    previous = os.umask(0o022)
+    try:
+        with folder_held(tmp_path):
+            pass
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o664
+    opened = os.open  # and a file that an older version has made
+
+    def of_another_user(path, how, *mode):
+        if str(path).endswith("lock") and how & (os.O_RDWR | os.O_EXCL) == os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, how, *mode)
+
+    monkeypatch.setattr(os, "open", of_another_user)
+    with (
+        folder_held(tmp_path),
+        pytest.raises(ConfigError, match="in use by another run"),
+        folder_held(tmp_path),
+    ):
+        pass
 
 
 # --- a workdir that cannot be written
