@@ -84,8 +84,14 @@ class FolderSource:
     @functools.cached_property
     def content(self) -> tuple[str, str]:
         """See `content_of`; labels may come from a file beside the images."""
-        files = content_of_files(self._path(index) for index in range(len(self)))
-        return files, digest_of(self.labels.tobytes())
+        return self._files_now(), digest_of(self.labels.tobytes())
+
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return self._files_now() != self.content[0]
+
+    def _files_now(self) -> str:
+        return content_of_files(self._path(index) for index in range(len(self)))
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:

@@ -90,6 +90,11 @@ def content_of(source: Source) -> object:
     return getattr(source, "content", None)
 
 
+def has_changed(source: Source) -> bool:
+    """Whether image files are others now than when `content_of` was first asked; looks at each."""
+    return getattr(source, "has_changed", bool)()
+
+
 def root_of(source: Source) -> str:
     """The folder in which a source's files lie; "" where there is none, or more than one."""
     return getattr(source, "root", "")

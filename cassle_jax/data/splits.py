@@ -14,7 +14,15 @@ from jaxtyping import Float32, Int
 from cassle_jax.data.decode import ANY_SIDE, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.objects import ObjectSource
-from cassle_jax.data.sources import Record, Source, content_of, labels_of, root_of, views_of
+from cassle_jax.data.sources import (
+    Record,
+    Source,
+    content_of,
+    has_changed,
+    labels_of,
+    root_of,
+    views_of,
+)
 from cassle_jax.data.squares import CENTRE, PLACES, Square, check_short_side, squares_of
 
 
@@ -70,6 +78,10 @@ class Part:
         """See `content_of`."""
         places = np.asarray(self._indices, "<i8").tobytes()
         return content_of(self._source), hashlib.blake2b(places, digest_size=8).hexdigest()
+
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return has_changed(self._source)
 
 
 class ObjectPart(Part):
@@ -127,6 +139,10 @@ class Joined:
         """See `content_of`."""
         return content_of(self._first), content_of(self._second)
 
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return has_changed(self._first) or has_changed(self._second)
+
 
 class Crops:
     """Squares cut out of every image, each a separate record with the image's label.
@@ -175,6 +191,10 @@ class Crops:
     def content(self) -> object:
         """See `content_of`."""
         return content_of(self._source)
+
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return has_changed(self._source)
 
     def _resized(self, image: int) -> tuple[Callable[[int], Square], int, str]:
         """An image's squares, label and name; each thread keeps its last one for further crops."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.pipeline import evenly_spaced
-from cassle_jax.data.sources import content_of
+from cassle_jax.data.sources import content_of, has_changed
 from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
@@ -124,7 +124,8 @@ class FeatureStore:
             centre; 0 for the view's own size.
 
         Raises:
-          DataError: features that are not finite, or too many damaged images.
+          DataError: features that are not finite, too many damaged images, or an image folder
+            that is changed meanwhile.
         """
         short_side = short_side or self._subject.spec.size
         key = self._key(source, short_side)
@@ -143,6 +144,11 @@ class FeatureStore:
                 )
             # Damaged images may be repaired later and must then be read.
             whole = len(features.features) == len(self.limited(source))
+            if whole and has_changed(source):
+                raise DataError(
+                    f"{source.name}: its images were changed while they were read; the same "
+                    "command reads them anew"
+                )
             if self._cache and whole and jax.process_index() == 0:
                 self._cache.write(self._fingerprint, key, vars(features))
         return features

@@ -6,8 +6,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from cassle_jax.data import Motifs
+from cassle_jax.data import DataError, Motifs
+from cassle_jax.data.folder import FolderSource, open_folder
+from cassle_jax.data.splits import Part
 from cassle_jax.evaluation import feature_cache, store
 from cassle_jax.evaluation.feature_cache import FeatureCache
 from cassle_jax.evaluation.store import FeatureStore
@@ -103,6 +106,29 @@ def test_features_made_in_another_way_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PREPARATION", store.PREPARATION + 1)
     features(Motifs(4, size=16))
     assert kept() == 4
+
+
+def test_images_that_are_replaced_while_they_are_read_have_no_features(tmp_path, monkeypatch):
+    for index in range(6):
+        file = tmp_path / "images" / "train" / "ab"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(file)
+    source = open_folder(str(tmp_path / "images"), "train")
+    part = Part(source, np.arange(4), "four")
+    features = FeatureStore(colour_subject(), devices(1), batch=2, folder=tmp_path / "kept")
+    features(part)
+    read, kept = FolderSource.__getitem__, list(tmp_path.rglob("*.npz"))
+
+    def replaced(self, index):
+        Image.new("RGB", (16, 16), (0, 200, 0)).save(file)
+        return read(self, index)
+
+    monkeypatch.setattr(FolderSource, "__getitem__", replaced)
+    with pytest.raises(DataError, match="its images were changed while they were read"):
+        features(source)
+    assert list(tmp_path.rglob("*.npz")) == kept
+    monkeypatch.undo()
+    assert len(features(open_folder(str(tmp_path / "images"), "train")).features) == 6
 
 
 def test_what_reads_images_itself_reads_those_whose_features_there_are():
