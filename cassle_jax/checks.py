@@ -5,6 +5,16 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
+# Bounds beyond which a setting is a slip of the keyboard: Python, and the libraries below, end
+# larger ones with errors of their own, or only try them for ever.
+_MOST = 2**31 - 1
+WIDEST = 2**20
+"""Most channels of a layer, or rows of a table of features."""
+LONGEST = 2**10
+"""Most layers, views, threads, processes, seeds, or epochs of an evaluation."""
+LARGEST_SIDE = 2**15
+"""Most pixels of an image's side."""
+
 
 class UserError(ValueError):
     """A mistake of the user: its message is the one line that a command ends with."""
@@ -20,10 +30,12 @@ def check_positive(name: str, value: Real) -> None:
         raise ConfigError(f"{name}={value} must be above 0")
 
 
-def check_at_least(name: str, value: Real, least: int) -> None:
-    """Raises ConfigError unless the setting is finite and at least `least`."""
-    if not (math.isfinite(value) and value >= least):
+def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> None:
+    """Raises ConfigError unless the setting is at least `least` and at most `most`."""
+    if not value >= least:  # nor a NaN
         raise ConfigError(f"{name}={value} must be at least {least}")
+    if value > most:
+        raise ConfigError(f"{name}={value} is out of range; use at most {most}")
 
 
 def check_seed(name: str, value: int) -> None:

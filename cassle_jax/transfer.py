@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from cassle_jax import command
-from cassle_jax.checks import check_at_least, check_one_of, check_positive
+from cassle_jax.checks import LONGEST, check_at_least, check_one_of, check_positive
 from cassle_jax.evaluate import datasets_in
 from cassle_jax.methods import METHODS
 from cassle_jax.sweep.experiment import run_table
@@ -61,7 +61,7 @@ def transfer(
       Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
     check_positive("minutes", minutes)
-    check_at_least("seeds", seeds, 1)
+    check_at_least("seeds", seeds, 1, LONGEST)
     for method in methods:
         check_one_of("methods", method, METHODS)
     table = find_table("transfer", **({"methods": tuple(methods)} if methods else {}))

@@ -278,6 +278,7 @@ def test_all_runs_take_nine_tenths_of_a_budget():
     ("wrong", "message"),
     [
         ({"parallel": 0}, "^parallel=0 must be at least 1"),
+        ({"parallel": 2**40}, "^parallel=1099511627776 is out of range; use at most 1024$"),
         ({"call_minutes": -1.0}, r"^call_minutes=-1\.0 must be at least 0"),
         ({"seeds": (0, -1)}, "seed=-1 is no seed; use a whole number"),
     ],

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.checks import LARGEST_SIDE, ConfigError, check_at_least, check_one_of
 
 __all__ = [
     "CHANCES",
@@ -103,6 +103,7 @@ class AugmentSpec:
 
     def __post_init__(self) -> None:
         self._check_integer("size", 1)
+        check_at_least("augment.size", self.size, 1, LARGEST_SIDE)
         self._check_integer("kernel_size", 0)
         for name in _RANGES:
             self._check_range(name)

@@ -11,7 +11,7 @@ import optax
 from typing_extensions import override
 
 from cassle_jax.augment import DESCRIPTORS, difference
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.checks import WIDEST, ConfigError, check_at_least, check_positive
 from cassle_jax.methods.auxiliary import Auxiliary, Head, parsed_weights
 from cassle_jax.models import MLP
 
@@ -45,7 +45,7 @@ class AugSelf(Auxiliary):
     stage: int = 0
 
     def __post_init__(self):
-        check_at_least("augself.hidden", self.hidden, 1)
+        check_at_least("augself.hidden", self.hidden, 1, WIDEST)
         for name, weight in self.weights.items():
             if name not in PREDICTED:
                 raise ConfigError(

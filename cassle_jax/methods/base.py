@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.checks import ConfigError, check_at_least
+from cassle_jax.checks import LONGEST, WIDEST, ConfigError, check_at_least
 from cassle_jax.models import features_by_stage
 
 PyTree = Any
@@ -386,9 +386,9 @@ class Method:
 
     def check_projector(self, hidden: int, out: int, depth: int) -> None:
         """Raises ConfigError for sizes no projector can have; hidden 0 is the features' width."""
-        check_at_least("method.projector_hidden", hidden, 0)
-        check_at_least("method.projector_out", out, 1)
-        check_at_least("method.projector_depth", depth, 1)
+        check_at_least("method.projector_hidden", hidden, 0, WIDEST)
+        check_at_least("method.projector_out", out, 1, WIDEST)
+        check_at_least("method.projector_depth", depth, 1, LONGEST)
 
     def check(self, global_batch: int, local_batch: int) -> None:
         """Raises ConfigError, naming the setting, where the method cannot work with these sizes."""

@@ -22,7 +22,14 @@ from cassle_jax.augment import (
     identity_descriptor,
     identity_difference,
 )
-from cassle_jax.checks import ConfigError, check_at_least, check_one_of, check_share
+from cassle_jax.checks import (
+    LONGEST,
+    WIDEST,
+    ConfigError,
+    check_at_least,
+    check_one_of,
+    check_share,
+)
 from cassle_jax.methods.auxiliary import Auxiliary
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import (
@@ -80,8 +87,8 @@ class Conditioning:
     stage: int = 0
 
     def __post_init__(self):
-        check_at_least("conditioning.depth", self.depth, 1)
-        check_at_least("conditioning.width", self.width, 1)
+        check_at_least("conditioning.depth", self.depth, 1, LONGEST)
+        check_at_least("conditioning.width", self.width, 1, WIDEST)
         check_at_least("conditioning.start_epoch", self.start_epoch, 0)
         check_at_least("conditioning.ramp_epochs", self.ramp_epochs, 0)
         check_share("conditioning.dropout", self.dropout, 0.0)

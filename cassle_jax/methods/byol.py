@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from cassle_jax.checks import check_at_least, check_fraction, check_one_of
+from cassle_jax.checks import WIDEST, check_at_least, check_fraction, check_one_of
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, Passes, rising_momentum
 
@@ -37,7 +37,7 @@ class BYOL(Method):
 
     def __post_init__(self):
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_at_least("method.predictor_hidden", self.predictor_hidden, 1)
+        check_at_least("method.predictor_hidden", self.predictor_hidden, 1, WIDEST)
         check_fraction("method.momentum", self.momentum, 0.996)
         check_one_of("method.momentum_by", self.momentum_by, ("step", "epoch"))
 

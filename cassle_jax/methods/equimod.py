@@ -11,7 +11,7 @@ import optax
 from typing_extensions import override
 
 from cassle_jax import augment
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import WIDEST, check_at_least, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega
 from cassle_jax.models import MLP, ConditionedProjector
@@ -48,8 +48,8 @@ class EquiMod(Auxiliary):
     def __post_init__(self):
         check_at_least("equimod.weight", self.weight, 0)
         check_positive("equimod.temperature", self.temperature)
-        check_at_least("equimod.hidden", self.hidden, 1)
-        check_at_least("equimod.out", self.out, 1)
+        check_at_least("equimod.hidden", self.hidden, 1, WIDEST)
+        check_at_least("equimod.out", self.out, 1, WIDEST)
         check_omega(self.name, self.descriptors)
 
     @property

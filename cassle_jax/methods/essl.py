@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from typing_extensions import override
 
-from cassle_jax.checks import ConfigError, check_area, check_at_least
+from cassle_jax.checks import LARGEST_SIDE, WIDEST, ConfigError, check_area, check_at_least
 from cassle_jax.methods.auxiliary import Auxiliary, Head
 from cassle_jax.methods.base import small_size
 from cassle_jax.methods.views import augmented_views
@@ -50,8 +50,8 @@ class ESSL(Auxiliary):
 
     def __post_init__(self):
         check_at_least("essl.weight", self.weight, 0)
-        check_at_least("essl.size", self.size, 0)
-        check_at_least("essl.hidden", self.hidden, 1)
+        check_at_least("essl.size", self.size, 0, LARGEST_SIDE)
+        check_at_least("essl.hidden", self.hidden, 1, WIDEST)
         object.__setattr__(self, "crop_area", check_area("essl.crop_area", self.crop_area))
 
     @property

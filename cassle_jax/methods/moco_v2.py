@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from cassle_jax.checks import (
+    WIDEST,
     ConfigError,
     check_at_least,
     check_fraction,
@@ -47,7 +48,7 @@ class MoCoV2(Method):
 
     def __post_init__(self):
         check_positive("method.temperature", self.temperature)
-        check_at_least("method.queue_size", self.queue_size, 1)
+        check_at_least("method.queue_size", self.queue_size, 1, WIDEST)
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
         check_fraction("method.momentum", self.momentum, 0.999)
         check_one_of("method.enqueue", self.enqueue, ("keys", "queries"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from cassle_jax import augment
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import WIDEST, check_at_least
 from cassle_jax.methods import losses
 from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega
 from cassle_jax.models import MLP, Bilinear
@@ -56,7 +56,8 @@ class SIE(Auxiliary):
     def __post_init__(self):
         for name, value in vars(self).items():
             if name != "descriptors":
-                check_at_least(f"sie.{name}", value, 1 if name in ("hidden", "out") else 0)
+                least = 1 if name in ("hidden", "out") else 0
+                check_at_least(f"sie.{name}", value, least, WIDEST)
         check_omega(self.name, self.descriptors)
 
     @property

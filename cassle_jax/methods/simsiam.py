@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 from typing_extensions import override
 
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import WIDEST, check_at_least
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, constant
 
@@ -35,7 +35,7 @@ class SimSiam(Method):
 
     def __post_init__(self):
         self.check_projector(self.projector_hidden, self.projector_out, self.projector_depth)
-        check_at_least("method.predictor_hidden", self.predictor_hidden, 1)
+        check_at_least("method.predictor_hidden", self.predictor_hidden, 1, WIDEST)
 
     @override
     def projector(self, feature_width):

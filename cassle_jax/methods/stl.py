@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from typing_extensions import override
 
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.checks import WIDEST, ConfigError, check_at_least, check_positive
 from cassle_jax.methods import losses
 from cassle_jax.methods.auxiliary import Auxiliary, Head
 from cassle_jax.models import MLP, Bilinear
@@ -46,7 +46,7 @@ class STL(Auxiliary):
     def __post_init__(self):
         least = {"weight": 0, "transformation_weight": 0, "hidden": 0, "out": 1, "code": 1}
         for name, value in least.items():
-            check_at_least(f"stl.{name}", getattr(self, name), value)
+            check_at_least(f"stl.{name}", getattr(self, name), value, WIDEST)
         check_positive("stl.temperature", self.temperature)
 
     @override

@@ -13,7 +13,15 @@ import optax
 from jaxtyping import Array, Float
 from typing_extensions import override
 
-from cassle_jax.checks import ConfigError, check_area, check_at_least, check_positive
+from cassle_jax.checks import (
+    LARGEST_SIDE,
+    LONGEST,
+    WIDEST,
+    ConfigError,
+    check_area,
+    check_at_least,
+    check_positive,
+)
 from cassle_jax.methods import losses
 from cassle_jax.methods.base import HeadShape, Method, Networks, Step, small_size
 
@@ -100,11 +108,11 @@ class SwAV(Method):
     def __post_init__(self):
         check_positive("method.temperature", self.temperature)
         check_positive("method.epsilon", self.epsilon)
-        check_at_least("method.prototypes", self.prototypes, 2)
-        check_at_least("method.sinkhorn_iterations", self.sinkhorn_iterations, 1)
-        check_at_least("method.small_crops", self.small_crops, 0)
-        check_at_least("method.small_crop_size", self.small_crop_size, 0)
-        check_at_least("method.queue_size", self.queue_size, 0)
+        check_at_least("method.prototypes", self.prototypes, 2, WIDEST)
+        check_at_least("method.sinkhorn_iterations", self.sinkhorn_iterations, 1, LONGEST)
+        check_at_least("method.small_crops", self.small_crops, 0, LONGEST)
+        check_at_least("method.small_crop_size", self.small_crop_size, 0, LARGEST_SIDE)
+        check_at_least("method.queue_size", self.queue_size, 0, WIDEST)
         check_at_least("method.queue_start", self.queue_start, 0)
         check_at_least("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, 0)
         check_at_least("method.freeze_prototypes_steps", self.freeze_prototypes_steps, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from cassle_jax.checks import ConfigError, check_at_least, check_one_of
+from cassle_jax.checks import LARGEST_SIDE, WIDEST, ConfigError, check_at_least, check_one_of
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.bilinear import Bilinear
 from cassle_jax.models.conditioning import (
@@ -81,9 +81,9 @@ def make_encoder(
         ConfigError: for an unknown name, or a setting that the architecture lacks.
     """
     check_one_of("encoder.name", name, ENCODERS)
-    check_at_least("encoder.width", width, 0)
-    check_at_least("encoder.patch_size", patch_size, 1)
-    check_at_least("encoder.heads", heads, 0)
+    check_at_least("encoder.width", width, 0, WIDEST)
+    check_at_least("encoder.patch_size", patch_size, 1, LARGEST_SIDE)
+    check_at_least("encoder.heads", heads, 0, WIDEST)
     of_vit = {"heads": heads, "registers": registers, "layer_scale": layer_scale}
     of_vit |= {"swiglu": swiglu, "rotary": rotary}
     of_vit = {setting: value for setting, value in of_vit.items() if value}

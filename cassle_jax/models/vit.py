@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from cassle_jax.checks import ConfigError, check_at_least
+from cassle_jax.checks import LONGEST, WIDEST, ConfigError, check_at_least
 from cassle_jax.models.attention import attend
 from cassle_jax.models.stages import WithStages
 
@@ -300,10 +300,10 @@ class VisionTransformer(nn.Module):
 
     def __post_init__(self):
         check_at_least("encoder.width", self.width, 1)
-        check_at_least("encoder.depth", self.depth, 1)
+        check_at_least("encoder.depth", self.depth, 1, LONGEST)
         check_at_least("encoder.heads", self.heads, 1)
         check_at_least("encoder.patch_size", self.patch_size, 1)
-        check_at_least("encoder.registers", self.registers, 0)
+        check_at_least("encoder.registers", self.registers, 0, WIDEST)
         check_at_least("encoder.layer_scale", self.layer_scale, 0)
         if self.width % 4:
             raise ConfigError(

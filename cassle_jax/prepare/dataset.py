@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError, check_fraction
+from cassle_jax.checks import LARGEST_SIDE, LONGEST, ConfigError, check_fraction
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
@@ -129,10 +129,10 @@ def _check(
         if not re.fullmatch(r"\w+", split):
             raise ConfigError(f"--splits: {split!r} is no name of a split, such as train")
     for flag, value, least, most in (
-        ("short_side", preparation.short_side, 1, 1 << 16),
+        ("short_side", preparation.short_side, 1, LARGEST_SIDE),
         ("quality", preparation.quality, 1, 100),
         ("shard_mib", preparation.shard_mib, 1, 1 << 16),
-        ("workers", workers, 0, 1 << 10),
+        ("workers", workers, 0, LONGEST),
     ):
         if not least <= value <= most:
             raise ConfigError(f"--{flag}={value} is out of range; use {least} to {most}")

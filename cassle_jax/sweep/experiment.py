@@ -11,7 +11,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError, check_at_least, check_positive
+from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_positive
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
 from cassle_jax.faults import retried
@@ -95,7 +95,7 @@ def run_table(
         this folder, before any run starts.
       Stop: the call's time is over (75; the same call resumes), or some runs failed (1).
     """
-    check_at_least("parallel", parallel, 1)
+    check_at_least("parallel", parallel, 1, LONGEST)
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
     to = local_folder("to", to).resolve()

@@ -16,7 +16,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import LONGEST, ConfigError, check_at_least
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.lock import await_turn
 from cassle_jax.storage import kept_json, write_surely
@@ -142,8 +142,9 @@ class Local:
     """
 
     def __init__(self, folder: Path, parallel: int):
+        check_at_least("parallel", parallel, 1, LONGEST)
         gpus = visible_gpus()
-        if parallel < 1 or len(gpus) % parallel:
+        if len(gpus) % parallel:
             raise ConfigError(
                 f"parallel={parallel} cannot share the {len(gpus)} GPUs of this machine; use a "
                 "divisor of their number"
@@ -197,8 +198,7 @@ class Slurm:
             raise ConfigError(
                 f"where=slurm needs {', '.join(absent)}, not found on this machine; use local"
             )
-        if parallel < 1:
-            raise ConfigError(f"parallel={parallel} must be at least 1")
+        check_at_least("parallel", parallel, 1)
         # Without SLURM's accounting, submitit warns at every poll.
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self._executor = submitit.SlurmExecutor(folder, max_num_timeout=_MOST_REQUEUES)

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cassle_jax.checks import ConfigError, check_seed
+from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_seed
 from cassle_jax.config import ARGUMENTS, FLAG_OPTIONS, check_setting, flat_settings
 from cassle_jax.config_files import find_file
 
@@ -184,6 +184,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _draws(listed: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Values]:
+    check_at_least("draws", count, 0, LONGEST)
     check_seed("draw_seed", seed)
     generator = np.random.default_rng(seed)
     return [
@@ -206,7 +207,7 @@ def _drawn(generator: np.random.Generator, name: str, values: Sequence[str]) -> 
             f"random: {name}={values[0]} is not a range; use uniform(low,high), or log(low,high) "
             "above 0"
         )
-    whole = all(re.fullmatch(r"\s*[+-]?\d+\s*", end) for end in ends)
+    whole = all(re.fullmatch(r"\s*[+-]?\d{1,18}\s*", end) for end in ends)  # in 64 bits
     if whole and kind == "uniform":
         return str(generator.integers(int(low), int(high), endpoint=True))
     share = generator.random()

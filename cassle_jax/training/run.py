@@ -13,7 +13,15 @@ from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS, RARE, AugmentSpec
-from cassle_jax.checks import ConfigError, check_at_least, check_fraction, check_one_of, check_seed
+from cassle_jax.checks import (
+    LARGEST_SIDE,
+    LONGEST,
+    ConfigError,
+    check_at_least,
+    check_fraction,
+    check_one_of,
+    check_seed,
+)
 from cassle_jax.methods import AUXILIARIES, METHODS, Auxiliary, Method, Networks, ViewBatch
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
@@ -254,6 +262,7 @@ def networks_of(
 def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least("batch_size", config.batch_size, 2)  # one image has no variance for BatchNorm
     check_at_least("epochs", config.epochs, 1)
+    check_at_least("data.canvas", config.data.canvas, 1, LARGEST_SIDE)
     check_seed("seed", config.seed)
     check_at_least("checkpoint.keep", config.checkpoint.keep, 1)
     check_at_least("chunk_size", config.chunk_size, 0)
@@ -263,7 +272,7 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0)
     check_at_least("log.every_steps", config.log.every_steps, 0)
     check_at_least("data.cache_gib", config.data.cache_gib, 0)
-    check_at_least("data.threads", config.data.threads, 0)
+    check_at_least("data.threads", config.data.threads, 0, LONGEST)
     check_fraction("data.max_bad_fraction", config.data.max_bad_fraction, 0.01)
     check_at_least("probe.train_images", config.probe.train_images, 0)
     check_at_least("probe.test_images", config.probe.test_images, 0)
@@ -284,7 +293,7 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
             f" use at most {dataset_size // devices * devices}"
         )
     _check_chunk_size(config.chunk_size, config.batch_size, devices)
-    if config.data.canvas < config.augment.size:
+    if config.data.canvas < augment_spec(config).size:
         raise ConfigError(
             f"data.canvas={config.data.canvas} is smaller than augment.size={config.augment.size};"
             f" use data.canvas={config.augment.size} or more"

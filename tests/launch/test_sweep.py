@@ -124,6 +124,8 @@ def test_names_are_as_long_as_distinction_needs():
             {"random": "epochs=uniform(few,9)", "draws": 2},
             r"epochs=uniform\(few,9\) is not a range",
         ),
+        ({"random": "epochs=uniform(1,9)", "draws": 2**40}, r"^draws=\d+ .* use at most 1024$"),
+        ({"random": f"epochs=uniform(1,{2**70})", "draws": 2}, "[Oo]ut of range|epochs="),
         ({}, "needs --grid, --zip or --random"),
     ],
 )
