@@ -1,6 +1,7 @@
 """Files of a run on local disks and object stores: written whole, or growing at their end."""
 
 import contextlib
+import errno
 import fnmatch
 import glob
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -108,6 +110,13 @@ def is_there(path: epath.PathLike) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def check_ends(path: Path) -> None:
+    """Raises OSError, of EINVAL, for a pipe or device: reading one may wait, or last, for ever."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -31,7 +31,7 @@ from cassle_jax.interop.pytorch import (
     projector_to_pytorch,
 )
 from cassle_jax.interop.torch_file import read_torch_file
-from cassle_jax.storage import path_of
+from cassle_jax.storage import check_ends, path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
 def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as a safetensors file does, whatever its name."""
     try:
+        check_ends(path)
         with path.open("rb") as file:
             size, begin = os.fstat(file.fileno()).st_size, file.read(9)
     except OSError as error:

@@ -111,6 +111,11 @@ def test_the_classes_that_are_held_out_are_not_pretrained_on():
     assert all(re.fullmatch(r"n\d{8}", name) for name in (*seen, *held_out))
 
 
+def test_a_device_is_no_list_of_classes():
+    with pytest.raises(DataError, match=r"data\.classes='/dev/zero' cannot be read .*a device"):
+        read_class_list("/dev/zero")
+
+
 def test_imagenet100_is_a_subset_in_label_order(tmp_path, settings):
     wnids = read_class_list("imagenet100")
     assert len(wnids) == len(set(wnids)) == 100

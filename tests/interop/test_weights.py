@@ -1,6 +1,7 @@
 """Files of every origin become the same networks, and fit or say why not."""
 
 import json
+import os
 import pickle
 
 import jax
@@ -269,6 +270,13 @@ def test_a_folder_is_no_file_of_weights(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(WeightsError, match="cannot be read: Is a directory"):
         load_weights(tmp_path / name)
+
+
+def test_what_may_never_end_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path / "pipe.pth", "/dev/zero"):
+        with pytest.raises(WeightsError, match="cannot be read: it is a pipe or a device"):
+            load_weights(path)
 
 
 def test_the_card_in_a_file_is_read(tmp_path):
