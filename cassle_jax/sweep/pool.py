@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 from cassle_jax.checks import ConfigError
@@ -43,6 +44,7 @@ class WorkerPool:
         import_in_processes()  # the fork server imports from Python's default search path only
         self._forks = multiprocessing.get_context("forkserver")
         self._forks.set_forkserver_preload([work.__module__])
+        resource_tracker.ensure_running()  # else started in `_start`, it would let signals through
 
     def run(self, jobs: Sequence[Job], on_end: Callable[[Job, int], None]) -> bool:
         """Starts jobs in their order; calls `on_end` with a job that ended and its exit code.
@@ -91,6 +93,9 @@ class WorkerPool:
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
         try:
+            # What starts the runs, from the first of them on, is deaf to a signal to all processes,
+            # as of a terminal or SLURM: it reports how the runs end.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             process.start()
         except OSError as error:
             if "AF_UNIX" not in str(error):
@@ -102,6 +107,8 @@ class WorkerPool:
         except EOFError as error:
             said = "the process that starts the runs was killed; the same command continues"
             raise Outage(said) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         LOG.info("%s starts", job.workdir.name)
         return process
 

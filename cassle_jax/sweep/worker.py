@@ -73,12 +73,15 @@ def work(job: Job, environment: dict[str, str]) -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     code, line, start, done = 0, "", time.monotonic(), False
     try:
+        # The pool blocks it; Ctrl-C stays blocked, for the pool answers it by SIGTERM.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         turn = retried(str(job.workdir), lambda: _opened(job.workdir))
         await_turn(turn)  # the worker of a command that was killed may be saving still
         start, done = time.monotonic(), _is_done(job)
         if not done:
             pretrain_and_evaluate(job)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes from the pool, too
         if stop := command.stop_of(error):
             code, line = stop.code, str(stop)
         else:

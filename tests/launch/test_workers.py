@@ -3,6 +3,10 @@
 import errno
 import os
 import signal
+import sys
+import threading
+import time
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +29,15 @@ def job(tmp_path):
     workdir = tmp_path / "runs" / "plain-0"
     workdir.mkdir(parents=True)
     return Job("plain", (f"--config={CONFIG}",), workdir, Evaluation(), True)
+
+
+def wait_to_be_stopped(job, environment):
+    """In the place of `work`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    (job.workdir / "new").write_text(str(os.getpid()))
+    (job.workdir / "new").rename(job.workdir / "pid")
+    time.sleep(100)
 
 
 class Process:
@@ -108,6 +121,23 @@ def test_a_process_that_cannot_be_started_says_why(job, monkeypatch, error, rais
     found._forks = SimpleNamespace(Process=lambda **_: process)
     with pytest.raises(raised, match=said):
         found.run([job], lambda *_: None)
+
+
+def test_a_signal_to_all_processes_stops_and_is_no_failure(job, monkeypatch):
+    monkeypatch.setattr(pool, "import_in_processes", lambda: None)
+    monkeypatch.setattr(pool, "work", wait_to_be_stopped)
+    ended, stopping = [], WorkerPool(1)
+
+    def stop_all():
+        while not (job.workdir / "pid").exists():
+            time.sleep(0.05)
+        server = forkserver._forkserver._forkserver_pid
+        for process in (server, int((job.workdir / "pid").read_text()), os.getpid()):
+            os.kill(process, signal.SIGTERM)
+
+    threading.Thread(target=stop_all).start()
+    assert not stopping.run([job], lambda *end: ended.append(end))
+    assert not ended and outcome_of(job.workdir) is None
 
 
 @pytest.fixture
