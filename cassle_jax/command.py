@@ -102,8 +102,9 @@ def stop_of(error: BaseException) -> Stop | None:
     if isinstance(error, KeyboardInterrupt):
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
-        trouble = f"this machine's memory does not suffice: {str(error) or 'none is left'}"
-        return Stop(f"{trouble}; use smaller settings", EXIT_WRONG_SETTING, alone=True)
+        said = next(iter(str(error).splitlines()), "none is left")  # a device says much more
+        line = f"this machine's memory does not suffice: {said}; use smaller settings"
+        return Stop(line, EXIT_WRONG_SETTING, alone=True)
     code = code_of(error)
     return None if code is None else Stop(str(error), code, alone=True)
 

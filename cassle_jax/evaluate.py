@@ -340,9 +340,10 @@ def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]
             isinstance(error, DataError) or not isinstance(error, ValueError)
         ):
             raise
-        if not isinstance(error, ValueError):
+        stop = command.stop_of(error)
+        if stop is None and not isinstance(error, ValueError):
             LOG.exception("%s of %s on %s", name, bench.subject.name, bench.data.name)
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = next(iter(str(stop or error).splitlines()), "") or type(error).__name__
         LOG.error("%s of %s on %s failed: %s", name, bench.subject.name, bench.data.name, reason)
         return [Failure(name, bench.data.name, reason)]
     seconds = time.monotonic() - start

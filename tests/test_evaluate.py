@@ -144,11 +144,11 @@ def runs_out_of_memory(bench, settings):
             "two findings for spectrum, scenes, RankMe",
             marks=pytest.mark.exhaustive,
         ),
-        (runs_out_of_memory, "RESOURCE_EXHAUSTED: out of memory"),
+        (runs_out_of_memory, "RESOURCE_EXHAUSTED: out of memory; use smaller settings"),
     ],
 )
 def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
-    run, tmp_path, monkeypatch, runs_badly, reason
+    run, tmp_path, monkeypatch, caplog, runs_badly, reason
 ):
     broken = dataclasses.replace(PROTOCOLS["knn"], run=runs_badly)
     folder = tmp_path / "report"
@@ -156,6 +156,7 @@ def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
         patch.setitem(PROTOCOLS, "knn", broken)
         with pytest.raises(DataError, match=f"1 task failed.*knn of a on scenes: .*{reason}$"):
             evaluate(run, tmp_path, "knn", "factors", runs=[f"a={run}"])
+    assert not any(record.exc_info for record in caplog.records)
     page = (folder / "report.html").read_text()
     assert 'class="failed"' in page and reason in page and "INCOMPLETE" not in page
     ((findings,),) = read_report(folder / "report.json")[0].values()
