@@ -112,15 +112,13 @@ def whole_run(work: Workload) -> list[Row]:
     """Compares steps fed from JPEG files with steps on images that are on the device."""
     with tempfile.TemporaryDirectory() as folder:
         root = folder_of(work.jpegs, Path(folder))
-        real = work.config("method=moco_v2", data__source="folder", data__path=str(root))
-        real.data.cache_gib = 0.0
-        half = ConfigDict(real)
-        half.data.cache_gib = len(work.jpegs) * 3 * real.data.canvas**2 / 2 / 2**30
+        made = partial(work.config, "method=moco_v2", data__cache_gib=0.0)
+        real, half = (made(data__source="folder", data__path=str(root)) for _ in range(2))
+        half.data.cache_gib = len(work.jpegs) * 3 * half.data.canvas**2 / 2 / 2**30
         side = work.size * 8 // 7
         how = Preparation(f"side_{side}", short_side=side)
         prepare(real.data, ["train"], folder, how)
-        prepared = ConfigDict(real)
-        prepared.data.update({"source": "tfds", "name": how.name, "path": folder})
+        prepared = made(data__source="tfds", data__name=how.name, data__path=folder)
         ways = {
             "decoded as it goes": real,
             "half of the images kept in memory": half,

@@ -112,6 +112,14 @@ def test_a_run_beside_synthetic_data(work, measure):
     assert len(others) == (2 if measure is training.whole_run else 0)
 
 
+def test_each_way_to_feed_a_whole_run_is_its_own(work, monkeypatch):
+    monkeypatch.setattr(training, "_beside_synthetic", lambda name, work, ways: ways)
+    decoded, half, prepared = (config.data for config in training.whole_run(work).values())
+    assert [each.source for each in (decoded, half, prepared)] == ["folder", "folder", "tfds"]
+    assert decoded.cache_gib == prepared.cache_gib == 0
+    assert half.cache_gib * 2**30 == len(work.jpegs) / 2 * 3 * half.canvas**2
+
+
 @pytest.mark.exhaustive
 def test_conditioning_is_measured_against_the_plain_method(work):
     plain, cassle, again = ours(training.conditioning(work))
