@@ -177,10 +177,15 @@ def from_hugging_face(state: State) -> State:
 
     DINOv3's files have no periods of its rotary positions, which are the same for every size.
     """
-    first = next((name for name in state if re.search(r"(^|\.)embeddings\.cls_token$", name)), None)
-    if first is None:
-        return state
-    prefix = first.removesuffix("embeddings.cls_token")
+    first = "embeddings.cls_token"
+    for name in [name for name in state if f".{name}".endswith(f".{first}")]:
+        state = _from_hugging_face(state, name.removesuffix(first))
+    return state
+
+
+def _from_hugging_face(state: State, prefix: str) -> State:
+    """The same of the one ViT under a prefix."""
+    found = {name: array for name, array in state.items() if not name.startswith(prefix)}
     inner = {
         _replaced(name.removeprefix(prefix), HUGGING_FACE): array
         for name, array in state.items()
@@ -188,20 +193,18 @@ def from_hugging_face(state: State) -> State:
     }
     if f"{prefix}embeddings.patch_embeddings.weight" in state:  # as DINOv3 alone calls it
         inner["pos_embed"] = DINOV3_PERIODS
-    found = {name: array for name, array in state.items() if not name.startswith(prefix)}
     for name, array in inner.items():
-        query = re.fullmatch(r"(.+)\.attention\.query\.(.+)", name)
-        if query:
-            parts = [inner.get(f"{query[1]}.attention.{part}.{query[2]}") for part in PARTS]
-            # DINOv3's keys have no bias.
-            filled = [np.zeros_like(array) if part is None else part for part in parts]
-            found[f"{prefix}{query[1]}.attn.qkv.{query[2]}"] = np.concatenate(filled)
-        elif gate := re.fullmatch(r"(.+\.mlp)\.gate_proj\.(.+)", name):
-            first = f"{gate[1]}.fc1.{gate[2]}"
-            if first in inner:
-                found[prefix + first] = np.concatenate([array, inner[first]])
-        elif ".attention." not in name:
+        part = re.fullmatch(r"(.+)\.attention\.(query|key|value)\.(.+)", name)
+        value = name.replace(".mlp.gate_proj.", ".mlp.fc1.")
+        if value != name and value in inner:
+            found[prefix + value] = np.concatenate([array, inner[value]])
+        elif part is None:
             found.setdefault(prefix + name, array)
+        elif part[2] == "query":
+            parts = [inner.get(f"{part[1]}.attention.{each}.{part[3]}") for each in PARTS]
+            # DINOv3's keys have no bias.
+            filled = [np.zeros_like(array) if each is None else each for each in parts]
+            found[f"{prefix}{part[1]}.attn.qkv.{part[3]}"] = np.concatenate(filled)
     return found
 
 

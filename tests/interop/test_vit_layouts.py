@@ -354,6 +354,28 @@ def test_hugging_faces_dinov2_is_the_same(tmp_path, kind, prefix):
     assert_same(weights.encoder, expected.encoder)
 
 
+def test_of_two_of_hugging_faces_the_one_to_evaluate_is_read(tmp_path):
+    state = published(**KINDS["dinov2"])
+    theirs = in_hugging_face(state)
+    both = {f"student.{name}": array + 1 for name, array in theirs.items()}
+    weights, *_ = opened(both | {f"teacher.{name}": theirs[name] for name in theirs}, tmp_path)
+    expected, *_ = opened(state, tmp_path)
+    assert_same(weights.encoder, expected.encoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attention.q_norm.weight", "its ViT has normalised queries and keys"),
+        ("attention.attention.relative_position_bias.table", "its ViT has relative positions"),
+    ],
+)
+def test_what_hugging_faces_vits_have_beyond_those_here_is_named(tmp_path, name, message):
+    theirs = in_hugging_face(published()) | {f"encoder.layer.0.{name}": np.ones(4, np.float32)}
+    with pytest.raises(WeightsError, match=message):
+        opened(theirs, tmp_path)
+
+
 IN_MEMORY = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
