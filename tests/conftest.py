@@ -114,12 +114,19 @@ def _shared_programs():
 @pytest.fixture(autouse=True)
 def _no_end():
     """A command that ends has the rest of its process wait for no storage, and heed no SIGTERM."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    _undo_end()  # of a command in a fixture of the module
     yield
+    _undo_end()
+
+
+_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _undo_end():
     from cassle_jax.faults import hurry
 
     hurry.clear()
-    for number, handler in handlers.items():
+    for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
 
 
