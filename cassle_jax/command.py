@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -44,16 +45,21 @@ def run(main: Callable[[], None]) -> None:
     SIGTERM stops it as Ctrl-C does, except where `main` handles either itself.
     """
     set_up_logging()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
     except (Stop, KeyboardInterrupt) as error:
         _leave(stop_of(error))
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it several times
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
         hurry.set()  # Python waits for reading threads before it ends
         flush_log()
+
+
+def _interrupt(number: int, _) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # SLURM sends it several times, and the end takes a while
+    raise KeyboardInterrupt
 
 
 def say_error(message: str) -> None:
@@ -101,12 +107,13 @@ def stop_of(error: BaseException) -> Stop | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
+    if (code := code_of(error)) is not None:  # its words may quote any other error
+        return Stop(str(error), code, alone=True)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
         said = next(iter(str(error).splitlines()), "none is left")  # a device says much more
         line = f"this machine's memory does not suffice: {said}; use smaller settings"
         return Stop(line, EXIT_WRONG_SETTING, alone=True)
-    code = code_of(error)
-    return None if code is None else Stop(str(error), code, alone=True)
+    return None
 
 
 def code_of(error: BaseException) -> int | None:

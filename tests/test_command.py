@@ -78,7 +78,10 @@ def test_ctrl_c_is_one_line_and_the_code_of_what_continues(run, capsys):
 def test_sigterm_is_one_line_and_the_same_code(tmp_path):
     program = (
         "import time\nfrom cassle_jax import command\n"
-        "def main():\n    print('begun', flush=True)\n    time.sleep(300)\n"
+        "def main():\n    print('begun', flush=True)\n"
+        "    try:\n        time.sleep(300)\n"
+        "    finally:\n        print('ending', flush=True)\n        time.sleep(1)\n"
+        "        print('whole')\n"
         "command.run(main)"
     )
     process = subprocess.Popen(
@@ -90,7 +93,10 @@ def test_sigterm_is_one_line_and_the_same_code(tmp_path):
     )
     assert process.stdout.readline() == "begun\n"
     process.terminate()
-    assert process.communicate(timeout=60)[1] == "error: stopped; the same command continues\n"
+    assert process.stdout.readline() == "ending\n"
+    process.terminate()  # as SLURM does
+    said = "error: stopped; the same command continues\n"
+    assert process.communicate(timeout=60) == ("whole\n", said)
     assert process.returncode == command.EXIT_PREEMPTED
 
 
@@ -107,6 +113,15 @@ def test_what_no_memory_holds_is_one_line(refusal, error):
 
     said = str(error).partition("\n")[0]
     assert refusal(SIMCLR, main=main).endswith(f"does not suffice: {said}; use smaller settings")
+
+
+def test_a_line_that_quotes_such_an_error_is_not_said_again(refusal):
+    line = "1 task failed; knn: RESOURCE_EXHAUSTED: Out of memory; use smaller settings"
+
+    def main(config):
+        raise DataError(line)
+
+    assert refusal(SIMCLR, main=main) == line
 
 
 def test_settings_reach_the_configuration(run):

@@ -88,6 +88,8 @@ def work(job: Job, environment: dict[str, str]) -> None:
             with contextlib.suppress(OSError):  # the log may be on a full disk
                 traceback.print_exc()
             code, line = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has nothing left to stop
     if code != command.EXIT_PREEMPTED and not done:
         try:
             write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)

@@ -22,6 +22,7 @@ from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import Job
 
 CONFIG = "configs/quickstart.py"
+HANDLE = signal.signal
 
 
 @pytest.fixture
@@ -178,6 +179,16 @@ def test_how_a_run_ended_is_recorded_unless_it_continues(work, job, capsys, erro
         None if line is None else (code, line)
     )
     assert ("Traceback" in capsys.readouterr().err) == (code == 1)
+
+
+def test_a_signal_after_its_end_makes_no_failure_of_a_run(work, job, monkeypatch):
+    def interrupted(*outcome, **facts):
+        signal.raise_signal(signal.SIGTERM)
+        write_outcome(*outcome, **facts)
+
+    monkeypatch.setattr(worker.signal, "signal", HANDLE)
+    monkeypatch.setattr(worker, "write_outcome", interrupted)
+    assert work(None) == 0 and outcome_of(job.workdir)["exit_code"] == 0
 
 
 def test_an_outcome_that_cannot_be_written_is_the_error(work, monkeypatch, capsys):
