@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -128,8 +129,8 @@ def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) ->
             f"{setting}={folder} is {said}; wait for its end, or use another {setting}"
         ) from None
     except OSError as error:
-        if error.errno == errno.EBADF:  # NFS locks files, not folders
-            return
+        if error.errno == errno.EBADF and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return  # NFS locks files, not folders
         LOG.info(
             "%s has no locks (%s): see that only one %s uses it", folder, error.strerror, holder
         )

@@ -357,6 +357,16 @@ def test_whoever_may_write_to_the_folder_may_hold_it(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("leaves_file", [True, False])
+def test_a_file_that_cannot_be_locked_is_told(tmp_path, monkeypatch, caplog, leaves_file):
+    def refuses(*_):  # NFS: a folder, and a file that another user made
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    with caplog.at_level(logging.INFO), folder_held(tmp_path, leaves_file=leaves_file):
+        assert ("has no locks" in caplog.text) == leaves_file
+
+
 # --- a workdir that cannot be written
 
 
