@@ -9,9 +9,9 @@ from numbers import Real
 # larger ones with errors of their own, or only try them for ever.
 _MOST = 2**31 - 1
 WIDEST = 2**20
-"""Most channels of a layer, or rows of a table of features."""
+"""Most channels of a layer, rows of a table of features, or epochs of an evaluation."""
 LONGEST = 2**10
-"""Most layers, views, threads, processes, seeds, or epochs of an evaluation."""
+"""Most layers, views, threads, processes, seeds, or draws of a sweep."""
 LARGEST_SIDE = 2**15
 """Most pixels of an image's side."""
 

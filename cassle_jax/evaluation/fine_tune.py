@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_positive, check_seed
+from cassle_jax.checks import WIDEST, ConfigError, check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.data.splits import Part, hashed_by_class
@@ -192,7 +192,7 @@ def _check_settings(
 ) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} is not in (0, 1]; 0.01, 0.1 and 1 are usual")
-    check_at_least("epochs", epochs, 0, LONGEST)
+    check_at_least("epochs", epochs, 0, WIDEST)
     check_seed("seed", seed)
     for name, rate in (("encoder_rate", encoder_rate), ("head_rate", head_rate)):
         if rate:
@@ -214,7 +214,7 @@ class FineTuneSettings(Seeded):
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"fractions={fraction:g} is not in (0, 1]")
-        check_at_least("fine_tune_epochs", self.fine_tune_epochs, 0, LONGEST)
+        check_at_least("fine_tune_epochs", self.fine_tune_epochs, 0, WIDEST)
 
 
 def _needs(settings: FineTuneSettings, devices: int) -> Needs:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from cassle_jax.checks import LONGEST, check_at_least, check_positive, check_seed
+from cassle_jax.checks import WIDEST, check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.evaluation.bench import Bench
@@ -95,7 +95,7 @@ def sgd_probe(
       He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020,
       section 4.1, and its published code.
     """
-    check_at_least("epochs", epochs, 1, LONGEST)
+    check_at_least("epochs", epochs, 1, WIDEST)
     check_seed("seed", seed)
     check_positive("learning_rate", learning_rate)
     check_classes(train, test, labels_of(train), labels_of(test), classes)
@@ -130,7 +130,7 @@ class ProbeSettings(Seeded):
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least("probe_epochs", self.probe_epochs, 1, LONGEST)
+        check_at_least("probe_epochs", self.probe_epochs, 1, WIDEST)
 
 
 def _run(bench: Bench, settings: ProbeSettings) -> list[Finding]:

@@ -43,7 +43,8 @@ def _conditions(config: ConfigDict) -> bool:
 
 
 def _takes_momentum(config: ConfigDict) -> bool:
-    return "momentum" in inspect.signature(optimizers()[config.optimizer.name]).parameters
+    optimizer = optimizers().get(config.optimizer.name)
+    return optimizer is None or "momentum" in inspect.signature(optimizer).parameters
 
 
 _OWNERS = (

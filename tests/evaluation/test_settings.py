@@ -76,6 +76,7 @@ def test_a_setting_reaches_every_protocol_that_has_it():
         ({"fractions": "nan"}, r"^fractions=nan is not in \(0, 1\]$"),
         ({"probe_epochs": "0"}, r"^probe_epochs=0 must be at least 1$"),
         ({"fine_tune_epochs": "-1"}, r"^fine_tune_epochs=-1 must be at least 0$"),
+        ({"probe_epochs": str(2**40)}, r"^probe_epochs=\d+ is out of range; use at most 1048576$"),
         ({"episodes": "0"}, r"^episodes=0 must be at least 1$"),
         ({"episodes": str(2**40)}, r"^episodes=\d+ is out of range; use at most 2147483647$"),
         ({"analysed": str(2**70)}, r"^analysed=\d+ is out of range; use at most 2147483647$"),

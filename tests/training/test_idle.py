@@ -73,6 +73,7 @@ def test_a_setting_of_what_is_off_is_named(arguments, settings, line):
         ("", ["conditioning.treatment=hypernetwork", "conditioning.hypernetwork_bn=True"]),
         ("", ["conditioning.treatment=none"]),
         ("conditioning=none", ["conditioning.dropout=0.5"]),  # which is refused
+        ("", ["optimizer.name=sdg", "optimizer.momentum=0.8"]),  # and so is this
         ("", ["augment.asymmetric=True", "augment.blur=0.0", "augment.solarize_after=blur"]),
         ("", ["encoder.name=vit_tiny", "encoder.patch_size=4", "optimizer.name=lars"]),
         ("", ["optimizer.momentum=0.8", "epochs=3", "probe.train_images=9", "data.name=mine"]),
