@@ -403,6 +403,17 @@ def test_hugging_faces_state_dict_is_read_as_its_file(tmp_path):
     assert_same(weights.encoder, expected.encoder)
 
 
+def test_gates_that_hugging_face_keeps_apart_are_joined(tmp_path):
+    state = published(**KINDS["dinov2_giant_reg4"])
+    theirs = renamed(in_hugging_face(state), {"weights_out": "down_proj"})
+    for name in [name for name in theirs if "weights_in" in name]:
+        for part, array in zip(("gate", "up"), np.split(theirs.pop(name), 2), strict=True):
+            theirs[name.replace("weights_in", f"{part}_proj")] = array
+    weights, *_ = opened(theirs, tmp_path)
+    expected, *_ = opened(state, tmp_path)
+    assert_same(weights.encoder, expected.encoder)
+
+
 @pytest.mark.parametrize(
     "parts",
     [PLAIN, IN_MEMORY | {k: PLAIN[k] for k in (".norm1", ".norm2")} | {"encoder.layer": "layers"}],
