@@ -78,8 +78,8 @@ def test_ctrl_c_is_one_line_and_the_code_of_what_continues(run, capsys):
 def test_sigterm_is_one_line_and_the_same_code(tmp_path):
     program = (
         "import time\nfrom cassle_jax import command\n"
-        "def main():\n    print('begun', flush=True)\n"
-        "    try:\n        time.sleep(300)\n"
+        "def main():\n"
+        "    try:\n        print('begun', flush=True)\n        time.sleep(300)\n"
         "    finally:\n        print('ending', flush=True)\n        time.sleep(1)\n"
         "        print('whole')\n"
         "command.run(main)"
