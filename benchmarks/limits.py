@@ -1,14 +1,15 @@
 """Compares the training step with the device's roofline: FLOPs, bytes, and measured peaks."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.augmentation import augmented
-from benchmarks.contest import Row, TimedCall
+from benchmarks.contest import Row
 from benchmarks.isolated import run_isolated
 from benchmarks.scaling import Work, lower_step
 from benchmarks.scaling import work as work_of
@@ -24,11 +25,13 @@ def measure(work: Workload) -> list[Row]:
     flops, bandwidth = peak_flops(work.dtype), peak_bandwidth()
     share = work.batch // device_mesh().size  # images per device
     step = run_isolated(work_per_device, work.config("method=moco_v2", batch_size=share))
-    once, augmented = steps(work.config("method=moco_v2"), work), augmentation(work)
+    config = work.config("method=moco_v2")
+    batch = synthetic_batch(config.batch_size, config.data.canvas)
+    once, views = steps(config, work), augmented(config, batch, work.steps, device_mesh())
     times, alone = [], []
     for _ in range(work.rounds):
         times.append(seconds_of(once) / work.steps)
-        alone.append(seconds_of(augmented) / work.steps)
+        alone.append(seconds_of(views) / work.steps)
     roofline = max(step.flops / flops, step.bytes / bandwidth)
     name = "limits"
     return [
@@ -38,20 +41,11 @@ def measure(work: Workload) -> list[Row]:
         Row(name, "a step's bytes at convolutions and products", "GB", (step.bytes / 1e9,)),
         Row(name, "roofline time", "s", (roofline,)),
         Row(name, "a step", "s", tuple(times)),
-        Row(name, "augmentation alone as a share of it", "", _shares(alone, times)),
+        Row(
+            name, "augmentation alone as a share of it", "", tuple(np.divide(alone, times).tolist())
+        ),
         Row(name, "roofline time as a share of a step", "", tuple(roofline / t for t in times)),
     ]
-
-
-def _shares(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, ...]:
-    return tuple(part / whole for part, whole in zip(parts, wholes, strict=True))
-
-
-def augmentation(work: Workload) -> TimedCall:
-    """The augmentation of the step's batch, on all devices."""
-    config = work.config("method=moco_v2")
-    batch = synthetic_batch(config.batch_size, config.data.canvas)
-    return augmented(config, batch, work.steps, device_mesh())
 
 
 def work_per_device(config: ConfigDict) -> Work:

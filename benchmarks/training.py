@@ -160,18 +160,11 @@ def _beside_synthetic(measurement: str, work: Workload, ways: dict[str, ConfigDi
     """Compares ways to feed the step with one synthetic batch, at the first way's configuration."""
     # The lead-in must use up all prefetched batches.
     work = dataclasses.replace(work, steps=max(work.steps, READ_AHEAD))
-    fed = list(ways.items())
-    return contest(
-        measurement,
-        "images/s",
-        work.steps * work.batch,
-        [
-            *(Contender(how, partial(steps, config, work, from_source)) for how, config in fed),
-            Contender("one synthetic batch, on the device", partial(steps, fed[0][1], work)),
-        ],
-        work.rounds,
-        lead_in=True,
-    )
+    fed = [Contender(how, partial(steps, each, work, from_source)) for how, each in ways.items()]
+    first, *_ = ways.values()
+    on_device = Contender("one synthetic batch, on the device", partial(steps, first, work))
+    items = work.steps * work.batch
+    return contest(measurement, "images/s", items, [*fed, on_device], work.rounds, lead_in=True)
 
 
 def synthetic(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
-# Bounds beyond which a setting is a slip of the keyboard: Python, and the libraries below, end
-# larger ones with errors of their own, or only try them for ever.
+# Larger values are typing errors. Without these bounds, Python and the libraries below would raise
+# errors that name no setting, or compute for ever.
 _MOST = 2**31 - 1
 WIDEST = 2**20
 """Most channels of a layer, rows of a table of features, or epochs of an evaluation."""

@@ -424,7 +424,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _killed_by_signals(*, but_for_jax: bool) -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C kill this process while it waits in native code, deaf to Python's.
+    """Lets SIGTERM and Ctrl-C kill this process while native code waits and runs no Python handler.
 
     Args:
       but_for_jax: whether JAX takes SIGTERM meanwhile, which is then left to it.

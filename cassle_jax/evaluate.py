@@ -172,10 +172,9 @@ def _warn_of_idle(
     used = {field.name for each in planned for field in dataclasses.fields(each.settings)}
     used |= {field.name for field in dataclasses.fields(extraction)}
     known, tasks = all_settings(), ",".join(dict.fromkeys(each.protocol.name for each in planned))
-    for name in sorted(
-        name for name in values.keys() - used if values[name] != known[name].default
-    ):
-        LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
+    for name in sorted(values.keys() - used):
+        if values[name] != known[name].default:
+            LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
 
 
 def _held(to: str) -> contextlib.AbstractContextManager:

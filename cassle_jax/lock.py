@@ -101,7 +101,7 @@ def await_turn(file: IO) -> None:
 
 
 def _opened(path: epath.Path) -> int:
-    """A descriptor of the lock's file, which whoever may write to its folder may hold."""
+    """Opens the lock's file, with the modes of its folder: who may write there may hold it."""
     try:
         made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:

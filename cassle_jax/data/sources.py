@@ -92,7 +92,7 @@ def content_of(source: Source) -> object:
 
 def has_changed(source: Source) -> bool:
     """Whether image files are others now than when `content_of` was first asked; looks at each."""
-    return getattr(source, "has_changed", bool)()
+    return getattr(source, "has_changed", lambda: False)()
 
 
 def root_of(source: Source) -> str:

@@ -36,7 +36,7 @@ COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 # Of DINOv2, DINOv3, MAE and Hugging Face's ViT.
-OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_", "decoder.", "pooler.")
+OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_", "pooler.")
 BESIDE = HEADS + OF_TRAINING
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
 # An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.

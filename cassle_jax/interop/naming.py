@@ -30,7 +30,7 @@ VIT_BLOCK_ARRAYS = {
 # Of a SwiGLU, which timm calls as other networks; and the registers.
 DINOV2 = {"reg_token": "register_tokens"}
 DINOV3 = {"storage_tokens": "reg_token", "rope_embed.periods": "pos_embed"}
-# Of one axis: a quarter of a head's 64 channels.
+# The periods of its rotary positions, for a head of 64 channels: a quarter of them per axis.
 DINOV3_PERIODS = np.float32(100.0) ** (np.arange(16, dtype=np.float32) / 16)
 DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
 # Of Hugging Face's ViTModel, ViTMAEModel, Dinov2Model and DINOv3ViTModel, in their files and, where
@@ -65,7 +65,7 @@ HUGGING_FACE = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-PARTS = ("query", "key", "value")
+QUERY_KEY_VALUE = ("query", "key", "value")
 # Of a ConvNeXt's block; the place in torchvision's `Sequential`.
 CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
@@ -195,13 +195,13 @@ def _from_hugging_face(state: State, prefix: str) -> State:
         inner["pos_embed"] = DINOV3_PERIODS
     for name, array in inner.items():
         part = re.fullmatch(r"(.+)\.attention\.(query|key|value)\.(.+)", name)
-        value = name.replace(".mlp.gate_proj.", ".mlp.fc1.")
-        if value != name and value in inner:
-            found[prefix + value] = np.concatenate([array, inner[value]])
+        gated = name.replace(".mlp.gate_proj.", ".mlp.fc1.")
+        if gated != name and gated in inner:
+            found[prefix + gated] = np.concatenate([array, inner[gated]])
         elif part is None:
             found.setdefault(prefix + name, array)
         elif part[2] == "query":
-            parts = [inner.get(f"{part[1]}.attention.{each}.{part[3]}") for each in PARTS]
+            parts = [inner.get(f"{part[1]}.attention.{each}.{part[3]}") for each in QUERY_KEY_VALUE]
             # DINOv3's keys have no bias.
             filled = [np.zeros_like(array) if each is None else each for each in parts]
             found[f"{prefix}{part[1]}.attn.qkv.{part[3]}"] = np.concatenate(filled)

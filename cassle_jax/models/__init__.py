@@ -99,7 +99,8 @@ def make_encoder(
 def _check_has(name: str, of_vit: Mapping[str, int | float], small_images: bool) -> None:
     """Refuses settings that the architecture lacks."""
     vit = name.startswith("vit")
-    for setting, value in of_vit.items() if not vit else ():
+    if of_vit and not vit:
+        setting, value = next(iter(of_vit.items()))
         raise ConfigError(
             f"encoder.{setting}={value} does not go with encoder.name={name!r}; "
             f"use a ViT, or {type(value)()}"

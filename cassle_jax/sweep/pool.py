@@ -93,8 +93,8 @@ class WorkerPool:
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
         try:
-            # What starts the runs, from the first of them on, is deaf to a signal to all processes,
-            # as of a terminal or SLURM: it reports how the runs end.
+            # The fork server, which starts with the first run, must report how runs end. So it
+            # blocks the signals that a terminal or SLURM sends to all processes.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             process.start()
         except OSError as error:
