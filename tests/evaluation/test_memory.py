@@ -25,7 +25,7 @@ def test_features_beyond_the_memory_are_refused_before_extraction(tmp_path, monk
 
 def test_the_bytes_are_those_of_the_arrays():
     rows, width = 1_281_167, 2048
-    assert logistic_bytes(rows, width, 1000) == (8 * rows * 2049, 8 * rows * (2049 + 6000))
+    assert logistic_bytes(rows, width, 1000) == (8 * rows * 2049, 8 * rows * (2 * 2049 + 6000))
     assert logistic_bytes(10, width, 2)[0] == 8 * 10 * 10  # no more axes than rows
     assert absolute_bytes(rows, width)[0] == 8 * rows * 2049
 
