@@ -90,6 +90,7 @@ class KeptRecords:
 
     def __init__(self, source: Source, records: int, memory: int):
         self._source, self._records, self._free = source, records, memory
+        self.class_names, self.name = source.class_names, source.name
         self._kept: dict[int, Record] = {}
 
     def __getattr__(self, name: str) -> Any:

@@ -144,13 +144,15 @@ def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
-    """The squared correlation; 0 where the float32 predictions differ by rounding alone."""
+    """The squared correlation; 0 where it, or the predictions' difference, is all rounding."""
     targets, predicted = targets.ravel().astype(np.float64), predicted.ravel().astype(np.float64)
     if np.ptp(predicted) <= 8 * np.finfo(np.float32).eps * np.abs(predicted).max():
         return 0.0
     targets, predicted = targets - targets.mean(), predicted - predicted.mean()
-    scale = np.sum(targets**2) * np.sum(predicted**2)
-    return float(np.sum(targets * predicted) ** 2 / scale) if scale > 0 else 0.0
+    products = targets * predicted
+    if abs(np.sum(products)) <= len(products) * np.finfo(np.float64).eps * np.abs(products).sum():
+        return 0.0
+    return float(np.sum(products) ** 2 / (np.sum(targets**2) * np.sum(predicted**2)))
 
 
 def _run(bench: Bench, _: Settings) -> list[Finding]:
