@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError, did_you_mean
-from cassle_jax.storage import path_of
+from cassle_jax.storage import check_ends, path_of
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel has the folder inside the package, a clone beside it.
@@ -29,8 +29,10 @@ def find_file(setting: str, written: str, folder: Path = CONFIGS) -> str:
     """
     path = Path(path_of(written))
     if path.suffix == ".py" or len(path.parts) != 1 or path.is_file():
-        found = (each for each in (path, CONFIGS.parent / path) if each.exists())
-        return str(next(found, path))
+        found = next((each for each in (path, CONFIGS.parent / path) if each.exists()), path)
+        if found.exists():
+            check_ends(found)
+        return str(found)
     known = sorted(file.stem for file in folder.glob("*.py"))
     if written not in known:
         raise ConfigError(

@@ -119,6 +119,13 @@ def check_ends(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
+def read_whole(path: epath.Path | Path) -> bytes:
+    """The content of a file; see `check_ends`."""
+    if not on_object_store(path):
+        check_ends(Path(path))
+    return path.read_bytes()
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
 
@@ -155,7 +162,7 @@ def kept_json(
       OSError, Outage: the file cannot be read, for now or for good.
     """
     try:
-        content = json.loads(retried(str(path), epath.Path(path).read_bytes))
+        content = json.loads(retried(str(path), lambda: read_whole(epath.Path(path))))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     whole = isinstance(content, kind) and all(name in content for name in needed)

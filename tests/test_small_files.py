@@ -17,16 +17,18 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from cassle_jax import evaluate, faults, quickstart
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, code_of
+from cassle_jax.config_files import find_config, find_file
 from cassle_jax.data import DamagedLog
+from cassle_jax.data.sources import read_class_list
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import GrowingFile, write_whole
+from cassle_jax.storage import GrowingFile, kept_json, write_whole
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -132,6 +134,27 @@ def test_a_run_whose_evaluation_is_damaged_is_done_again(tmp_path):
         assert results.write_page() is None  # as for a run that has not finished
     report.unlink()
     assert results.is_missing(run)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda pipe: read_config(pipe.parent),
+        lambda pipe: read_metrics(pipe.parent),
+        lambda pipe: kept_json(pipe),
+        lambda pipe: read_report(pipe),
+        lambda pipe: load_weights(pipe),
+        lambda pipe: read_class_list(str(pipe)),
+        lambda pipe: find_file("table", str(pipe)),
+        lambda pipe: find_config(f"{pipe}:method=simclr"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    for name in ("config.json", "metrics.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises((OSError, UserError), match="a pipe or a device") as raised:
+        read(tmp_path / "config.json")
+    assert code_of(raised.value) == EXIT_WRONG_SETTING
 
 
 # --- out of reach for now, and for good
@@ -297,7 +320,7 @@ def test_a_folder_too_deep_for_sockets_is_named_in_one_line(tmp_path):
     program = f"""
 import tempfile
 from pathlib import Path
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.worker import Job

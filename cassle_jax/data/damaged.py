@@ -7,7 +7,7 @@ import threading
 from etils import epath
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.storage import GrowingFile, is_there
+from cassle_jax.storage import GrowingFile, is_there, read_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class DamagedLog:
 
 def _whole_lines(path: epath.Path) -> bytes:
     """The content without a torn last line: a kill may have cut it before its newline."""
-    content = path.read_bytes()
+    content = read_whole(path)
     return content[: content.rfind(b"\n") + 1]
 
 

@@ -23,7 +23,7 @@ from cassle_jax.data.sources import (
     digest_of,
     read_class_list,
 )
-from cassle_jax.storage import on_object_store, path_of
+from cassle_jax.storage import on_object_store, path_of, read_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _annotated(
 ) -> dict[bytes, str]:
     """The class of each file: the field after its name in an annotation line, between tabs."""
     try:
-        lines = annotations.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_whole(annotations).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.path: {str(annotations)!r} cannot be read: {error}") from error
     class_of_name = dict(line.split("\t")[:2] for line in lines if "\t" in line)

@@ -7,6 +7,7 @@ to. A point outside the square lies outside [0, 1].
 
 import csv
 import functools
+import io
 import os
 import pathlib
 from typing import Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder, list_folders, list_images
 from cassle_jax.data.sources import Record, Source, closest, content_of_files
-from cassle_jax.storage import path_of
+from cassle_jax.storage import path_of, read_whole
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
@@ -145,8 +146,8 @@ def _image_files(root: pathlib.Path, split: str) -> list[str]:
 def _read_table(table: pathlib.Path, numbers: int) -> dict[str, Float[np.ndarray, " numbers"]]:
     """The numbers of every line, by file name."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))[1:]
+        text = read_whole(table).decode("utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text, newline="")))[1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{str(table)!r} cannot be read ({error}); it holds a heading, then for each image "

@@ -14,7 +14,7 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Record, Source, content_of_files, digest_of
-from cassle_jax.storage import is_there, path_of
+from cassle_jax.storage import is_there, path_of, read_whole
 
 LATENTS = 7
 """Numbers per image: angles about x, y and z, floor hue, light θ, light φ, light hue."""
@@ -151,7 +151,7 @@ def _listed(path: pathlib.Path) -> list[str]:
 
 def _array_of(path: pathlib.Path, wanted: str) -> np.ndarray:
     try:
-        return np.lib.format.read_array(io.BytesIO(path.read_bytes()))
+        return np.lib.format.read_array(io.BytesIO(read_whole(path)))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{str(path)!r} cannot be read ({error}); it should hold {wanted}"

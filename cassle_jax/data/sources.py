@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
-from cassle_jax.storage import check_ends, on_object_store, path_of
+from cassle_jax.storage import path_of, read_whole
 
 DAMAGED = -2
 """The label of an image that cannot be read."""
@@ -146,10 +146,7 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
         text = importlib.resources.files(__package__).joinpath(f"{classes}_wnids.txt").read_text()
     else:
         try:
-            file = path_of(classes)
-            if not on_object_store(file):
-                check_ends(pathlib.Path(file))
-            text = file.read_bytes().decode("utf-8-sig")
+            text = read_whole(path_of(classes)).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "

@@ -43,7 +43,7 @@ from cassle_jax.report.overview_table import (
 )
 from cassle_jax.report.page import html_page, paragraphs_html
 from cassle_jax.report.table import cell_text, decimals_of
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import read_whole, write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
@@ -199,7 +199,7 @@ def _read(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts, bool]:
 
 
 def _held(path: str | PathLike[str]) -> dict:
-    held = json.loads(retried(str(path), Path(path).read_bytes))
+    held = json.loads(retried(str(path), lambda: read_whole(Path(path))))
     if not isinstance(held, dict):
         raise ValueError("it holds no report")
     return held

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from cassle_jax.faults import retried
-from cassle_jax.storage import GrowingFile, is_there, write_whole
+from cassle_jax.storage import GrowingFile, is_there, read_whole, write_whole
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class JsonLines:
         lines = [each for each in read_lines(path) if each["step"] <= step]
         self.measured = {name for each in lines if each["step"] == step for name in each}
         kept = b"".join(map(_as_line, lines))
-        if not is_there(path) or path.read_bytes() != kept:
+        if not is_there(path) or read_whole(path) != kept:
             write_whole(path, kept)
         self._file = GrowingFile(path, kept)
         self.close = self._file.close
@@ -136,7 +136,7 @@ def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> lis
       OSError, Outage: the file cannot be read, for good or for now.
     """
     lines, path = [], epath.Path(path)
-    content = retried(str(path), lambda: path.read_bytes() if is_there(path) else b"")
+    content = retried(str(path), lambda: read_whole(path) if is_there(path) else b"")
     for line in content.split(b"\n"):
         try:
             lines.append(json.loads(line))

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.faults import retried
-from cassle_jax.storage import is_there, write_whole
+from cassle_jax.storage import is_there, read_whole, write_whole
 
 # Settings that may differ when a run is continued: its results do not depend on them.
 FREE_TO_CHANGE = (
@@ -124,7 +124,7 @@ def write_config(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     path = epath.Path(workdir, "config.json")
     content = json.dumps(config.to_dict(), indent=2).encode()
-    if not is_there(path) or path.read_bytes() != content:
+    if not is_there(path) or read_whole(path) != content:
         write_whole(path, content)
 
 
@@ -137,7 +137,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     """
     path = epath.Path(workdir, "config.json")
     try:
-        settings = json.loads(retried(str(path), path.read_bytes))
+        settings = json.loads(retried(str(path), lambda: read_whole(path)))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(settings, dict):
