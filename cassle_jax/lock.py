@@ -11,14 +11,13 @@ import socket
 import stat
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import IO
 
 from etils import epath
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import retried
-from cassle_jax.storage import on_object_store
+from cassle_jax.storage import on_object_store, open_shared
 
 LOG = logging.getLogger(__name__)
 
@@ -101,17 +100,9 @@ def await_turn(file: IO) -> None:
 
 
 def _opened(path: epath.Path) -> int:
-    """Opens the lock's file, with the modes of its folder: who may write there may hold it."""
+    """Opens the lock's file: who may write to its folder may hold it."""
     try:
-        made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileExistsError:
-        pass
-    else:
-        with contextlib.suppress(OSError):  # a file system without modes
-            os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
-        return made
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return open_shared(path, os.O_RDWR)
     except PermissionError:  # another user made it before locks had the modes of their folders
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 

@@ -126,6 +126,26 @@ def read_whole(path: epath.Path | Path) -> bytes:
     return path.read_bytes()
 
 
+def open_shared(path: epath.PathLike, flags: int) -> int:
+    """Opens a local file for writing, made with its folder's modes: who may write there may here.
+
+    Args:
+      path: of the file.
+      flags: as of `os.open`, without O_CREAT.
+
+    Returns:
+      The descriptor, which child processes do not inherit.
+    """
+    flags |= os.O_CREAT | os.O_CLOEXEC
+    try:
+        made = os.open(path, flags | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(path, flags, 0o666)
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
+    return made
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
 
@@ -279,7 +299,7 @@ class GrowingFile:
     def _write(self) -> None:
         if self._appends:
             self._path.parent.mkdir(exist_ok=True)  # where it was deleted meanwhile
-            with self._path.open("ab") as file:
+            with os.fdopen(open_shared(self._path, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 self._size = min(self._size, file.tell())  # else zeros would fill the gap
                 file.truncate(self._size)  # where a write failed, a part of it may be there
                 file.write(self._waiting)

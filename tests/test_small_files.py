@@ -28,7 +28,7 @@ from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import GrowingFile, kept_json, write_whole
+from cassle_jax.storage import GrowingFile, kept_json, open_shared, write_whole
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -155,6 +155,20 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     with pytest.raises((OSError, UserError), match="a pipe or a device") as raised:
         read(tmp_path / "config.json")
     assert code_of(raised.value) == EXIT_WRONG_SETTING
+
+
+@pytest.mark.parametrize("name", ["log.txt", "job.lock", "metrics.jsonl"])
+def test_whoever_may_write_to_the_folder_may_write_to_its_files(tmp_path, name):
+    tmp_path.chmod(0o775)
+    previous = os.umask(0o022)
+    try:
+        if name == "metrics.jsonl":
+            GrowingFile(epath.Path(tmp_path / name)).append(b"{}\n")
+        else:
+            os.close(open_shared(tmp_path / name, os.O_WRONLY))
+    finally:
+        os.umask(previous)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o664
 
 
 # --- out of reach for now, and for good

@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.lock import await_turn
-from cassle_jax.storage import kept_json, write_surely
+from cassle_jax.storage import kept_json, open_shared, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE, JOB_LOCK = "outcome.json", "log.txt", "job.lock"
@@ -62,8 +62,8 @@ class Command:
         is_first = job.global_rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            (self.folder / JOB_LOCK).open("w") as lock,
-            (self.folder / LOG_FILE).open("a") as log,
+            os.fdopen(open_shared(self.folder / JOB_LOCK, os.O_WRONLY), "w") as lock,
+            os.fdopen(open_shared(self.folder / LOG_FILE, os.O_WRONLY | os.O_APPEND), "a") as log,
         ):
             if is_first:
                 await_turn(lock)

@@ -23,6 +23,7 @@ from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.lock import await_turn
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
+from cassle_jax.storage import open_shared
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.jobs import JOB_LOCK, LOG_FILE, outcome_of, write_outcome
 from cassle_jax.sweep.space import parsed
@@ -147,12 +148,12 @@ def _evaluate(job: Job, source: Path, report: Path) -> None:
 
 def _opened(workdir: Path) -> IO:
     """Redirects the output of this process to the run's log; returns the file of its turn."""
-    file = os.open(workdir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = open_shared(workdir / LOG_FILE, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
     command.set_up_logging()
-    return (workdir / JOB_LOCK).open("w")
+    return os.fdopen(open_shared(workdir / JOB_LOCK, os.O_WRONLY), "w")
 
 
 def _stop(*_) -> None:
