@@ -34,6 +34,7 @@ class DamagedLog:
         path: str | os.PathLike[str] | None = None,
         *,
         process_index: int = 0,
+        setting: str | None = "data.max_bad_fraction",
     ):
         """Opens the account.
 
@@ -42,6 +43,7 @@ class DamagedLog:
           max_fraction: the tolerated share of damaged records, in [0, 1]; more stops the run.
           path: directory to remember them in, made if missing; None remembers nothing.
           process_index: number of this process in the run; each process writes its own file.
+          setting: the one that gives `max_fraction`; None where the user cannot change it.
 
         Raises:
           DataError: `max_fraction` is outside [0, 1].
@@ -51,7 +53,7 @@ class DamagedLog:
                 f"data.max_bad_fraction={max_fraction} is not a fraction; give a value in [0, 1]"
             )
         self._total = total
-        self._max_fraction = max_fraction
+        self._max_fraction, self._setting = max_fraction, setting
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
         self._remembered: dict[str, str] = {}
@@ -104,9 +106,14 @@ class DamagedLog:
             return
         listed = sorted(self._reasons.items())[:_LISTED]
         rest = f", and {count - len(listed)} more" if count > len(listed) else ""
+        allowed = f"{self._max_fraction:g}"
+        bound, mend = (
+            (f"{self._setting}={allowed} allows", "mend them, or raise it")
+            if self._setting
+            else (f"the fraction {allowed} that is tolerated", "mend them, or take them away")
+        )
         raise TooManyDamaged(
-            f"{count} of {self._total} images are damaged, more than "
-            f"data.max_bad_fraction={self._max_fraction:g} allows; mend them, or raise it: "
+            f"{count} of {self._total} images are damaged, more than {bound}; {mend}: "
             + "; ".join(f"{name} ({reason})" for name, reason in listed)
             + rest
         )

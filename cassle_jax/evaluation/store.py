@@ -30,7 +30,8 @@ _MAX_BAD_FRACTION = 0.01
 
 def tolerant_log(source: Source) -> DamagedLog:
     """A log that tolerates 1 % of damaged images, and one however few images there are."""
-    return DamagedLog(len(source), min(1.0, _MAX_BAD_FRACTION + 1 / len(source)))
+    bound = min(1.0, _MAX_BAD_FRACTION + 1 / len(source))
+    return DamagedLog(len(source), bound, setting=None)
 
 
 PREPARATION = 2

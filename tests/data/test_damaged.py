@@ -104,3 +104,17 @@ def test_a_line_torn_by_a_kill_does_not_count(tmp_path):
 def test_fraction_outside_its_range(fraction):
     with pytest.raises(DataError, match=r"data\.max_bad_fraction="):
         DamagedLog(10, fraction)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "more than data.max_bad_fraction=0.01 allows; mend them, or raise it: "),
+        ({"setting": None}, "more than the fraction 0.01 that is tolerated; mend them, or take "),
+    ],
+)
+def test_only_a_setting_that_the_user_has_is_named(settings, advice):
+    log = DamagedLog(100, 0.01, **settings)
+    log.add("a", "empty")
+    with pytest.raises(TooManyDamaged, match=advice):
+        log.add("b", "torn")
