@@ -8,6 +8,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -51,10 +52,16 @@ def run(main: Callable[[], None]) -> None:
     except (Stop, KeyboardInterrupt) as error:
         _leave(stop_of(error))
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        end_undisturbed()
         hurry.set()  # Python waits for reading threads before it ends
         flush_log()
+
+
+def end_undisturbed() -> None:
+    """Ignores SIGTERM, which has nothing left to stop; another Ctrl-C kills the process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(number: int, _) -> NoReturn:

@@ -27,7 +27,7 @@ import jax
 from jax._src import distributed as runtime
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, Stop, say_error, stop_of
+from cassle_jax.command import EXIT_OUTAGE, Stop, end_undisturbed, say_error, stop_of
 from cassle_jax.faults import hurry
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -338,6 +338,7 @@ class _ProcessGroup:
 
     def fail(self, message: str, code: int) -> NoReturn:
         """Ends this process with a failure, and the others with the same one."""
+        end_undisturbed()  # a handler that raised here would come back to the lock
         self._ending.acquire()
         with contextlib.suppress(Exception):  # the first of several failures is the one reported
             self._client.key_value_set(_FAILURE_KEY, json.dumps([str(self), code, message]))
@@ -348,6 +349,7 @@ class _ProcessGroup:
 
         If another process has reported its failure, `_listen` ends this one during the wait.
         """
+        end_undisturbed()
         if self._ending.locked():  # by `_listen`, which ends this process: no news
             self._ending.acquire()
         with contextlib.suppress(OSError):  # standard error may be a file on a full disk

@@ -1,5 +1,6 @@
 """Ends a command that cannot start with one line: it lacks a package, or was stopped."""
 
+import itertools
 import sys
 import traceback
 from types import TracebackType
@@ -31,7 +32,7 @@ def explain_failed_starts() -> None:
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
         package = (getattr(error, "name", None) or "").partition(".")[0]
         needing = _outermost_module(trace)
-        if isinstance(error, KeyboardInterrupt) and needing in _REQUIREMENT_OF:
+        if isinstance(error, KeyboardInterrupt) and needing in _commands_started():
             print("error: stopped; the same command continues", file=sys.stderr)
             sys.exit(75)  # as in `command`, which imports what may be missing
         missing = isinstance(error, ModuleNotFoundError) and package not in ("", "cassle_jax")
@@ -42,6 +43,15 @@ def explain_failed_starts() -> None:
         sys.exit(2)
 
     sys.excepthook = report
+
+
+def _commands_started() -> set[str]:
+    """The modules that this process was started with as `python -m`: one, or none."""
+    return {
+        module
+        for option, module in itertools.pairwise(sys.orig_argv)
+        if option == "-m" and module in _REQUIREMENT_OF
+    }
 
 
 def _outermost_module(trace: TracebackType | None) -> str:

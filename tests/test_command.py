@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,26 @@ def test_the_pretraining_command_ends_with_one_line(arguments, message, tmp_path
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1 and message in ended.stderr
     assert "Traceback" not in ended.stderr and not ended.stdout
+
+
+@pytest.mark.parametrize("ends", ["fail", "fail_after"])
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_the_others(ends, tmp_path):
+    program = f"""
+import signal, threading
+from types import SimpleNamespace
+from cassle_jax import distributed
+group = object.__new__(distributed._ProcessGroup)
+stopped_again = lambda *_: signal.raise_signal(signal.SIGINT)
+group._client = SimpleNamespace(key_value_set=lambda *_: None, wait_at_barrier=stopped_again)
+group._death_message = SimpleNamespace(cancel=lambda: None)
+group._index, group._count, group._ending = 1, 2, threading.Lock()
+try:
+    group.fail("first", 1)
+except KeyboardInterrupt as error:
+    group.{ends}(*(("second", 75) if "{ends}" == "fail" else (error,)))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == "error: first\n"

@@ -213,6 +213,12 @@ def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
     assert ended.returncode == 75 and not ended.stdout
 
 
+def test_ctrl_c_in_another_program_keeps_its_traceback(tmp_path):
+    (tmp_path / "absl.py").write_text("raise KeyboardInterrupt")
+    ended = started_without((), tmp_path, "-c", "import cassle_jax.evaluate")
+    assert ended.stderr.startswith("Traceback") and ended.returncode not in (0, 75)
+
+
 def test_another_programs_missing_package_keeps_its_traceback(tmp_path):
     program = "import runpy, cassle_jax; import none_such"
     ended = started_without((), tmp_path, "-c", program)
