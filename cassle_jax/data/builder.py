@@ -108,6 +108,10 @@ class TfdsSource:
         """See `content_of`."""
         return self._shards.content
 
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return self._shards.has_changed()
+
     def _check_file(self, position: int, error: Exception) -> None:
         """See `Shards.check`; an outage leaves new readers, as one that failed once fails again.
 

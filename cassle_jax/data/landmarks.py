@@ -75,9 +75,16 @@ class LandmarkFolder:
         path = pathlib.Path(self.name) / self._files[index]
         return Record(path.read_bytes(), -1, str(path))
 
-    @property
+    @functools.cached_property
     def content(self) -> str:
         """See `content_of`."""
+        return self._files_now()
+
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return self._files_now() != self.content
+
+    def _files_now(self) -> str:
         files = [f"{self.name}/{file}" for file in self._files]
         return content_of_files([f"{self.name}.csv", *files])
 
@@ -109,6 +116,10 @@ class CelebaSource:
     def content(self) -> str:
         """See `content_of`."""
         return self._images.content
+
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return self._images.has_changed()
 
     @functools.cached_property
     def targets(self) -> Float32[np.ndarray, "images 10"]:

@@ -48,6 +48,10 @@ class Shards:
             if "://" not in path:
                 self._check_opens(path)
 
+    def has_changed(self) -> bool:
+        """See the function of this name in `sources`."""
+        return content_of_files(self.paths) != self.content
+
     @property
     def names(self) -> str:
         """See `names_of`: the files' names, and the end of each one's records in the split."""

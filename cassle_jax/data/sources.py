@@ -91,7 +91,7 @@ def content_of(source: Source) -> object:
 
 
 def has_changed(source: Source) -> bool:
-    """Whether image files are others now than when `content_of` was first asked; looks at each."""
+    """Whether the files are others now than when `content_of` first looked; looks at each."""
     return getattr(source, "has_changed", lambda: False)()
 
 

@@ -90,6 +90,10 @@ class TarSource:
             return self[index]  # what was read may be of a file that was half written
         return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
 
+    def has_changed(self) -> bool:
+        """See the function of this name."""
+        return content_of_files(self._tars) != self.content
+
     @property
     def names(self) -> str:
         """See `names_of`."""

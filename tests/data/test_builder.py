@@ -23,7 +23,7 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import builder as builder_module
-from cassle_jax.data.sources import DAMAGED, content_of, labels_of
+from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of
 
 KINDS = ("ant", "bee", "cat", "dog")
 TRAIN, UNLABELLED, TEST = 30, 6, 8
@@ -202,6 +202,10 @@ def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
 
     (*before, its_content), (*after, other_content) = opened(0), opened(1)
     assert before == after and its_content != other_content
+    opened_before = open_source(tiny(path=str(root)), "train")
+    assert not has_changed(opened_before)
+    opened(2)
+    assert has_changed(opened_before)
     (kept,) = builder_module.label_cache_folder().iterdir()  # what nobody can read has gone
     assert "tiny_animals-1.2.0-train" in kept.name
 

@@ -24,7 +24,7 @@ from cassle_jax.data.builder import TfdsSource
 from cassle_jax.data.datasets import DATASETS, open_dataset
 from cassle_jax.data.folder import open_folder
 from cassle_jax.data.landmarks import LandmarkFolder
-from cassle_jax.data.sources import content_of, labels_of, root_of
+from cassle_jax.data.sources import content_of, has_changed, labels_of, root_of
 from cassle_jax.data.splits import Crops, Joined, Part, cut, cut_shots, held_out
 
 SPEC = {
@@ -692,9 +692,11 @@ def test_points_are_fractions_of_the_central_square(tmp_path):
 @pytest.mark.parametrize("changed", ["test.csv", "test/a.png"])
 def test_other_points_and_other_images_are_other_content(tmp_path, changed):
     root = landmark_folder(tmp_path, 6)
-    before = content_of(LandmarkFolder(str(root), "test", 6))
-    assert content_of(LandmarkFolder(str(root), "test", 6)) == before
+    source = LandmarkFolder(str(root), "test", 6)
+    before = content_of(source)
+    assert content_of(LandmarkFolder(str(root), "test", 6)) == before and not has_changed(source)
     os.utime(root / changed, (0, 0))
+    assert content_of(source) == before and has_changed(source)
     assert content_of(LandmarkFolder(str(root), "test", 6)) != before
 
 

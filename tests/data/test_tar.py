@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.data import DataError, open_source
-from cassle_jax.data.sources import content_of
+from cassle_jax.data.sources import content_of, has_changed
 
 
 def write_tar(path, members, mode="w"):
@@ -60,6 +60,14 @@ def test_names_are_those_of_the_images_and_content_is_that_of_the_files(tars, se
     assert opened()[0] == names and opened()[1] != content
     (tars / "train" / "1.tar").rename(tars / "train" / "2.tar")
     assert opened()[0] != names
+
+
+def test_tars_that_are_replaced_are_noticed(tars, settings):
+    source = open_source(settings(source="webdataset", path=str(tars)), "train")
+    content = content_of(source)
+    assert not has_changed(source)
+    os.utime(tars / "train" / "1.tar", (0, 0))
+    assert content_of(source) == content and has_changed(source)
 
 
 def test_files_of_a_split_may_lie_side_by_side(tmp_path, settings, image_bytes):
