@@ -243,8 +243,6 @@ def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
         ["bash", "launch/gpu_host.sh", *RUN],
         cwd=ROOT,
         env=environment,
-        # As in a terminal: what a script starts in the background ignores Ctrl-C, these tests, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 600
     while not (tmp_path / "ready").exists() and time.monotonic() < end:
