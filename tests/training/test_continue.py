@@ -19,6 +19,7 @@ from PIL import Image
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
+from cassle_jax.training import loop
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from tests.tiny import cropped_only, tiny_config
@@ -110,6 +111,16 @@ def test_a_run_continues_with_an_optimiser_of_optax_and_its_settings(tmp_path):
 def test_a_finished_run_is_left_alone(uninterrupted):
     config, workdir, expected = uninterrupted
     assert_identical(values(pretrain(config, workdir)), expected)
+
+
+def test_no_process_begins_its_steps_before_the_picture_is_drawn(tmp_path, monkeypatch):
+    """Where the first one draws for long, the others' first step would give up the wait for it."""
+    calls = []
+    monkeypatch.setattr(loop, "write_contact_sheet", lambda *_: calls.append("picture"))
+    monkeypatch.setattr(loop, "agree", lambda _: calls.append("wait"))
+    monkeypatch.setattr(loop._Loop, "train", lambda run, _: (calls.append("steps"), run.state)[1])
+    pretrain(tiny_config(), tmp_path)
+    assert calls[-3:] == ["picture", "wait", "steps"]
 
 
 def test_a_run_begins_with_a_picture_of_what_it_sees(tmp_path, contact_sheets, monkeypatch):
