@@ -109,6 +109,10 @@ class RenderedObjects:
         """See `content_of`; of the list alone, for there are millions of images."""
         return content_of_files([self._list]), self.views
 
+    def has_changed(self) -> bool:
+        """See the function of this name; of the list alone, as `content` is."""
+        return content_of_files([self._list]) != self.content[0]
+
     @property
     def names(self) -> str:
         """See `names_of`."""

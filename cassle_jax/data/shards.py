@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import content_of_files, digest_of
 from cassle_jax.faults import passing
+from cassle_jax.storage import check_ends
 
 # A missing file or a failing disk, as array_record reports them.
 _SYSTEM_ERROR = re.compile(r"\w+\(\) failed: [^;]+")
@@ -60,6 +62,7 @@ class Shards:
 
     def _check_opens(self, path: str) -> None:
         try:
+            check_ends(pathlib.Path(path))
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError as error:
             raise self._unreadable(path, "it is not there") from error

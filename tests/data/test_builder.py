@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -208,6 +209,16 @@ def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
     assert has_changed(opened_before)
     (kept,) = builder_module.label_cache_folder().iterdir()  # what nobody can read has gone
     assert "tiny_animals-1.2.0-train" in kept.name
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tiny, tmp_path, image_bytes):
+    root = tmp_path / "tfds"
+    build_animals(root, image_bytes)
+    file = next(root.rglob("*-train.*"))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        open_source(tiny(path=str(root)), "train")
 
 
 def test_labels_read_while_a_builder_is_rebuilt_are_not_those_of_the_new_one(

@@ -1,6 +1,7 @@
 """Images of objects in several views: drawn ones, and a drawn miniature of 3DIEBench."""
 
 import dataclasses
+import os
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from cassle_jax.data import DataError, Motifs, Scenes
 from cassle_jax.data.datasets import DATASETS, open_dataset
 from cassle_jax.data.objects import RenderedObjects
-from cassle_jax.data.sources import labels_of, views_of
+from cassle_jax.data.sources import content_of, has_changed, labels_of, views_of
 from cassle_jax.data.splits import cut
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.equivariance import RIGHT, EquivarianceSettings
@@ -104,6 +105,14 @@ def test_the_views_of_an_object_are_not_cut_apart(rendered):
         place = np.array([len(part) - 1])
         path = part[int(place[0])].name.replace("image_", "latent_").replace(".jpg", ".npy")
         assert part.factors_of(place)["floor hue"][0] == np.load(path)[3]
+
+
+def test_a_list_of_objects_that_is_replaced_is_noticed(rendered):
+    source = RenderedObjects(str(rendered), "train")
+    content = content_of(source)
+    assert not has_changed(source)
+    os.utime(rendered / "train_images.npy", (0, 0))
+    assert content_of(source) == content and has_changed(source)
 
 
 def test_one_object_cannot_be_cut():
