@@ -115,7 +115,7 @@ def stop_of(error: BaseException) -> Stop | None:
     if isinstance(error, KeyboardInterrupt):
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
     if (code := code_of(error)) is not None:  # its words may quote any other error
-        return Stop(str(error), code, alone=True)
+        return Stop(words_of(error), code, alone=True)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
         said = next(iter(str(error).splitlines()), "none is left")  # a device says much more
         line = f"this machine's memory does not suffice: {said}; use smaller settings"
@@ -181,8 +181,15 @@ def _check_overrides(arguments: Sequence[str]) -> None:
 
 def _last_line(error: Exception) -> str:
     """The last line of an error; a failing configuration file arrives as a whole traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in words_of(error).splitlines() if line.strip()]
     return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if lines else repr(error)
+
+
+def words_of(error: BaseException) -> str:
+    """An error's words; of one of the file system, the path and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def _leave(stop: Stop) -> None:

@@ -305,3 +305,11 @@ except KeyboardInterrupt as error:
     )
     assert ended.returncode == -signal.SIGINT
     assert ended.stderr == "error: first\n"
+
+
+@pytest.mark.parametrize("path", ["a b/c", b"a\xff", "a\nb"])
+def test_an_error_of_the_file_system_begins_with_its_path(path):
+    stop = command.stop_of(PermissionError(13, "Permission denied", path))
+    assert str(stop) == f"{os.fsdecode(path)}: Permission denied"
+    moved = command.stop_of(PermissionError(13, "Permission denied", path, None, "there"))
+    assert "there" in str(moved) and "Permission denied" in str(moved)

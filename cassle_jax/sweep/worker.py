@@ -95,7 +95,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
         try:
             write_outcome(job.workdir, code, line, seconds=time.monotonic() - start)
         except (OSError, Outage) as error:
-            code, line = command.code_of(error) or 1, str(error)
+            code, line = command.code_of(error) or 1, command.words_of(error)
     if code:
         command.say_error(line)
     elif not job.keep_weights:  # what a killed process has recorded as done is not done again

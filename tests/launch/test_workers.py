@@ -197,7 +197,7 @@ def test_an_outcome_that_cannot_be_written_is_the_error(work, monkeypatch, capsy
 
     monkeypatch.setattr(worker, "write_outcome", full)
     assert work(None) == 2
-    assert "error: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert "error: outcome.json: Read-only file system" in capsys.readouterr().err
 
 
 def test_a_worker_whose_parent_is_gone_is_told_to_save(monkeypatch):
