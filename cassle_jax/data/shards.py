@@ -62,8 +62,8 @@ class Shards:
 
     def _check_opens(self, path: str) -> None:
         try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             check_ends(pathlib.Path(path))
-            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError as error:
             raise self._unreadable(path, "it is not there") from error
         except OSError as error:
