@@ -129,9 +129,11 @@ def read_whole(path: epath.Path | Path) -> bytes:
 def open_shared(path: epath.PathLike, flags: int) -> int:
     """Opens a local file for writing, made with its folder's modes: who may write there may here.
 
+    An `opener` of `open`. See also `check_ends`.
+
     Args:
       path: of the file.
-      flags: as of `os.open`, without O_CREAT.
+      flags: as of `os.open`.
 
     Returns:
       The descriptor, which child processes do not inherit.
@@ -140,6 +142,7 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
     try:
         made = os.open(path, flags | os.O_EXCL, 0o666)
     except FileExistsError:
+        check_ends(Path(os.fspath(path)))
         return os.open(path, flags, 0o666)
     with contextlib.suppress(OSError):  # a file system without modes
         os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
@@ -299,7 +302,7 @@ class GrowingFile:
     def _write(self) -> None:
         if self._appends:
             self._path.parent.mkdir(exist_ok=True)  # where it was deleted meanwhile
-            with os.fdopen(open_shared(self._path, os.O_WRONLY | os.O_APPEND), "ab") as file:
+            with open(self._path, "ab", opener=open_shared) as file:
                 self._size = min(self._size, file.tell())  # else zeros would fill the gap
                 file.truncate(self._size)  # where a write failed, a part of it may be there
                 file.write(self._waiting)

@@ -152,6 +152,8 @@ def test_a_run_whose_evaluation_is_damaged_is_done_again(tmp_path):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     for name in ("config.json", "metrics.jsonl"):
         os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="a pipe or a device"):
+        open_shared(tmp_path / name, os.O_WRONLY)
     with pytest.raises((OSError, UserError), match="a pipe or a device") as raised:
         read(tmp_path / "config.json")
     assert code_of(raised.value) == EXIT_WRONG_SETTING

@@ -62,8 +62,8 @@ class Command:
         is_first = job.global_rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            os.fdopen(open_shared(self.folder / JOB_LOCK, os.O_WRONLY), "w") as lock,
-            os.fdopen(open_shared(self.folder / LOG_FILE, os.O_WRONLY | os.O_APPEND), "a") as log,
+            open(self.folder / JOB_LOCK, "w", opener=open_shared) as lock,
+            open(self.folder / LOG_FILE, "a", opener=open_shared) as log,
         ):
             if is_first:
                 await_turn(lock)

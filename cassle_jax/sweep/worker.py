@@ -153,7 +153,7 @@ def _opened(workdir: Path) -> IO:
         os.dup2(file, stream)
     os.close(file)
     command.set_up_logging()
-    return os.fdopen(open_shared(workdir / JOB_LOCK, os.O_WRONLY), "w")
+    return open(workdir / JOB_LOCK, "w", opener=open_shared)
 
 
 def _stop(*_) -> None:
