@@ -1,7 +1,9 @@
 """Writes a stretch of a source's images as one shard that tensorflow-datasets reads."""
 
+import contextlib
 import errno
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -85,7 +87,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
     unreadable: list[tuple[str, str]] = []
     sums: list[int] = []
     size = 0
-    with becoming(path) as partial:
+    with becoming(path) as partial, _system_errors(path):
         writer = ArrayRecordWriter(str(partial), _GROUP)
         for record in _records(source, indices, encoding, unreadable):
             writer.write(record)
@@ -97,6 +99,18 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
     written = Written(len(sums), size, unreadable)
     write_whole(_note(path), json.dumps(written._asdict()))
     return written
+
+
+@contextlib.contextmanager
+def _system_errors(path: pathlib.Path) -> Iterator[None]:
+    """Raises, as errors of this file, those that array_record has words for alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = next((each for each in errno.errorcode if os.strerror(each) in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def forget_unreadable(path: pathlib.Path, written: Written) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,3 +394,14 @@ def test_a_source_that_cannot_be_prepared_is_refused(capsys):
     assert run_command("prepare", "--source=scenes", "--path=x", "--to=y") == 2
     said = "error: --source='scenes' is unknown; use folder, tfds, webdataset\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_limit_of_a_files_size_is_one_line(images, tmp_path):
+    command = f"ulimit -f 8; exec {sys.executable} -m cassle_jax.prepare --path={images} --as=p"
+    ended = subprocess.run(
+        ["bash", "-c", f"{command} --splits=train --max_bad_fraction=1 --to={tmp_path}/to"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.endswith(": File too large\n")
