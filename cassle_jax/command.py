@@ -187,8 +187,9 @@ def _last_line(error: Exception) -> str:
 
 def words_of(error: BaseException) -> str:
     """An error's words; of one of the file system, the path and what is wrong with it."""
-    if isinstance(error, OSError) and error.strerror and error.filename and not error.filename2:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    path = getattr(error, "filename", None)  # or a descriptor
+    if isinstance(error, OSError) and isinstance(path, str | bytes) and error.filename2 is None:
+        return f"{os.fsdecode(path)}: {error.strerror}"
     return str(error)
 
 

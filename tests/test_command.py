@@ -285,7 +285,7 @@ def test_the_pretraining_command_ends_with_one_line(arguments, message, tmp_path
 
 
 @pytest.mark.parametrize("ends", ["fail", "fail_after"])
-def test_a_second_ctrl_c_ends_a_process_that_waits_for_the_others(ends, tmp_path):
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_the_others(ends):
     program = f"""
 import signal, threading
 from types import SimpleNamespace
@@ -311,5 +311,8 @@ except KeyboardInterrupt as error:
 def test_an_error_of_the_file_system_begins_with_its_path(path):
     stop = command.stop_of(PermissionError(13, "Permission denied", path))
     assert str(stop) == f"{os.fsdecode(path)}: Permission denied"
+    assert command.words_of(OSError(9, "Bad file descriptor", 7)) == str(
+        OSError(9, "Bad file descriptor", 7)
+    )
     moved = command.stop_of(PermissionError(13, "Permission denied", path, None, "there"))
     assert "there" in str(moved) and "Permission denied" in str(moved)
