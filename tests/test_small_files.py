@@ -153,7 +153,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     for name in ("config.json", "metrics.jsonl"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(OSError, match="a pipe or a device"):
-        open_shared(tmp_path / name, os.O_WRONLY)
+        open_shared(tmp_path / "metrics.jsonl", os.O_WRONLY)
     with pytest.raises((OSError, UserError), match="a pipe or a device") as raised:
         read(tmp_path / "config.json")
     assert code_of(raised.value) == EXIT_WRONG_SETTING
@@ -336,7 +336,7 @@ def test_a_folder_too_deep_for_sockets_is_named_in_one_line(tmp_path):
     program = f"""
 import tempfile
 from pathlib import Path
-from cassle_jax.checks import ConfigError, UserError
+from cassle_jax.checks import ConfigError
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.worker import Job

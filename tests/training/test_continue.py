@@ -199,6 +199,7 @@ def test_killed_at_any_moment_it_ends_bit_identical(tmp_path):
             process.wait()
         kills += 1
         print(f"kill {kills}: {moment:.2f} s after the start, at step {newest_step(killed)}")
+    assert kills
     assert start(killed).wait(600) == 0
     found = final_arrays(killed)
     assert found.keys() == expected.keys() and found
