@@ -26,13 +26,15 @@ def find_file(setting: str, written: str, folder: Path = CONFIGS) -> str:
 
     Raises:
       ConfigError: the name is unknown, with the closest known one.
+      OSError: it is a pipe or a device.
     """
     path = Path(path_of(written))
     if path.suffix == ".py" or len(path.parts) != 1 or path.is_file():
-        found = next((each for each in (path, CONFIGS.parent / path) if each.exists()), path)
-        if found.exists():
-            check_ends(found)
-        return str(found)
+        for found in (path, CONFIGS.parent / path):
+            if found.exists():
+                check_ends(found)
+                return str(found)
+        return str(path)
     known = sorted(file.stem for file in folder.glob("*.py"))
     if written not in known:
         raise ConfigError(

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from cassle_jax.checks import ConfigError
@@ -69,7 +69,7 @@ def _code_of(error: BaseException) -> int | None:
     library = type(error).__module__.split(".")[0]
     if library == _OURS:
         return None
-    if not isinstance(error, OSError) and (code := _named_in(str(error))):
+    if not isinstance(error, OSError) and (code := code_in(str(error), sorted(_PASSING))):
         return code
     status = getattr(error, "status", getattr(error, "code", None))
     kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
@@ -80,9 +80,9 @@ def _code_of(error: BaseException) -> int | None:
     return errno.ECONNRESET if unreachable or overloaded else None
 
 
-def _named_in(text: str) -> int | None:
-    """The errno of the temporary fault that a text names."""
-    return next((code for code in sorted(_PASSING) if os.strerror(code) in text), None)
+def code_in(text: str, codes: Iterable[int] = errno.errorcode) -> int | None:
+    """The first of some errnos whose words are in a text; `None` without one."""
+    return next((code for code in codes if os.strerror(code) in text), None)
 
 
 def is_of_machine(fault: OSError) -> bool:

@@ -126,6 +126,15 @@ def read_whole(path: epath.Path | Path) -> bytes:
     return path.read_bytes()
 
 
+def read_surely(path: epath.Path | Path) -> bytes:
+    """The content of a file, as `read_whole` has it; waits while a fault may pass.
+
+    Raises:
+      OSError, Outage: it cannot be read, for good or for now.
+    """
+    return retried(str(path), lambda: read_whole(path))
+
+
 def open_shared(path: epath.PathLike, flags: int) -> int:
     """Opens a local file for writing, made with its folder's modes: who may write there may here.
 
@@ -185,7 +194,7 @@ def kept_json(
       OSError, Outage: the file cannot be read, for now or for good.
     """
     try:
-        content = json.loads(retried(str(path), lambda: read_whole(epath.Path(path))))
+        content = json.loads(read_surely(epath.Path(path)))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     whole = isinstance(content, kind) and all(name in content for name in needed)

@@ -106,14 +106,12 @@ class DamagedLog:
             return
         listed = sorted(self._reasons.items())[:_LISTED]
         rest = f", and {count - len(listed)} more" if count > len(listed) else ""
-        allowed = f"{self._max_fraction:g}"
-        bound, mend = (
-            (f"{self._setting}={allowed} allows", "mend them, or raise it")
-            if self._setting
-            else (f"the fraction {allowed} that is tolerated", "mend them, or take them away")
-        )
+        most = f"{self._max_fraction:g}"
+        bound = f"the fraction {most} that is tolerated; mend them, or take them away"
+        if self._setting:
+            bound = f"{self._setting}={most} allows; mend them, or raise it"
         raise TooManyDamaged(
-            f"{count} of {self._total} images are damaged, more than {bound}; {mend}: "
+            f"{count} of {self._total} images are damaged, more than {bound}: "
             + "; ".join(f"{name} ({reason})" for name, reason in listed)
             + rest
         )

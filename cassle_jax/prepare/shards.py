@@ -17,6 +17,7 @@ from tensorflow_datasets.core import example_serializer
 
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import Source
+from cassle_jax.faults import code_in
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import PARTIAL, becoming, kept_json, write_whole
 
@@ -107,7 +108,7 @@ def _system_errors(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        code = next((each for each in errno.errorcode if os.strerror(each) in str(error)), None)
+        code = code_in(str(error))
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error

@@ -11,7 +11,6 @@ from pathlib import Path
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Finding, Gallery, Score, from_json, to_json
 from cassle_jax.evaluation.protocols import title_of
-from cassle_jax.faults import retried
 from cassle_jax.report.comparison import (
     Estimate,
     FindingsBySubject,
@@ -43,7 +42,7 @@ from cassle_jax.report.overview_table import (
 )
 from cassle_jax.report.page import html_page, paragraphs_html
 from cassle_jax.report.table import cell_text, decimals_of
-from cassle_jax.storage import read_whole, write_whole
+from cassle_jax.storage import read_surely, write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
@@ -199,7 +198,7 @@ def _read(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts, bool]:
 
 
 def _held(path: str | PathLike[str]) -> dict:
-    held = json.loads(retried(str(path), lambda: read_whole(Path(path))))
+    held = json.loads(read_surely(Path(path)))
     if not isinstance(held, dict):
         raise ValueError("it holds no report")
     return held

@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import base_config, flat_settings
-from cassle_jax.faults import retried
-from cassle_jax.storage import is_there, read_whole, write_whole
+from cassle_jax.storage import is_there, read_surely, read_whole, write_whole
 
 # Settings that may differ when a run is continued: its results do not depend on them.
 FREE_TO_CHANGE = (
@@ -137,7 +136,7 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     """
     path = epath.Path(workdir, "config.json")
     try:
-        settings = json.loads(retried(str(path), lambda: read_whole(path)))
+        settings = json.loads(read_surely(path))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(settings, dict):
