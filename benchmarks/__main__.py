@@ -174,7 +174,8 @@ def earlier(path: Path, measured_on: dict) -> dict[str, list[Row]]:
     """The rows that earlier calls wrote, by measurement; empty without a file.
 
     Raises:
-      ConfigError: the file holds another machine's results, or another workload's.
+      ConfigError: the file holds another machine's results, or another workload's, or was written
+        when rows did not name their measurement.
     """
     written = kept_json(path, ("about", "workload", "rows"))
     if not written:
@@ -190,10 +191,24 @@ def earlier(path: Path, measured_on: dict) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     fields = [field.name for field in dataclasses.fields(Row)]
     for entry in written["rows"]:
+        if lacking := [name for name in ("of", *fields) if name not in entry]:
+            raise ConfigError(
+                f"to={path} has rows without {lacking[0]!r}, of an earlier version of this "
+                "command; use another file"
+            )
         values = {name: entry[name] for name in fields}
         values |= {name: tuple(values[name]) for name in ("values", "ratios")}
         found.setdefault(entry["of"], []).append(Row(**values))
     return found
+
+
+def to_measure(names: Sequence[str], found: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The measurements that a call begins: those without rows, then those of which a row failed.
+
+    What fails for good then takes no time from the others.
+    """
+    failed = [name for name in names if any(row.failed for row in found.get(name, ()))]
+    return [name for name in names if name not in found] + failed
 
 
 def chosen_workload(flag_values: flags.FlagValues, platform: str) -> Workload:
@@ -268,16 +283,17 @@ if __name__ == "__main__":
             settings = {**vars(work), "jpegs": jpegs}
             measured_on = {"about": machine, "load": load, "workload": settings}
             found = earlier(to, measured_on) if call_flag.value else {}
-            missing = [name for name in only_flag.value if name not in found]
+            left = to_measure(only_flag.value, found)
             print_header(measured_on)
             if load > BUSY:
                 LOG.warning("load average %.1f: the machine is busy, ratios are unreliable", load)
             work = dataclasses.replace(work, jpegs=files)
-            for name, rows in measured(missing, work, seconds_flag.value, until):
+            for name, rows in measured(tuple(left), work, seconds_flag.value, until):
                 found[name] = rows
+                left.remove(name)
                 if to_flag.value:
                     write(to, measured_on, found)
-        if left := [name for name in missing if name not in found]:
+        if left:
             raise command.Stop(
                 f"{', '.join(left)} not measured yet; the same command continues",
                 command.EXIT_PREEMPTED,

@@ -211,6 +211,24 @@ def test_a_file_is_continued_on_the_same_machine_alone(tmp_path):
         command_line.earlier(path, other)
 
 
+def test_what_failed_is_measured_again_after_what_is_missing():
+    good, bad = Row("it", "ours", "images/s", (1.0,)), Row("it", "theirs", "", failed=True)
+    absent = Row("it", "theirs", "", note="not installed")
+    found = {"step": [good, bad], "input": [good, absent], "run": [], "linear": [bad]}
+    assert command_line.to_measure(["step", "input", "run", "vit"], found) == ["vit", "step"]
+
+
+def test_a_file_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    path, about = tmp_path / "all.json", {"about": {}, "workload": {}}
+    command_line.write(path, about, {"step": [Row("step", "ours", "images/s", (1.0,))]})
+    for name in ("of", "failed"):
+        written = json.loads(path.read_text())
+        del written["rows"][0][name]
+        (older := tmp_path / f"{name}.json").write_text(json.dumps(written))
+        with pytest.raises(ConfigError, match=f"rows without '{name}', .*; use another file$"):
+            command_line.earlier(older, about)
+
+
 def test_a_batch_that_does_not_fit_hides_no_other(work, monkeypatch):
     def fits(config):
         if config.encoder.remat:
