@@ -32,6 +32,20 @@ def judged(missing: Iterable[str], excused: str, of: str) -> tuple[list[str], li
     )
 
 
+def gone(excused: str, root: Path) -> list[str]:
+    """The lines of the list that are no line of their file any more; paths are below `root`."""
+    found = []
+    for each in excused.splitlines():
+        if not each or each.startswith("#"):
+            continue
+        path, _, text = key(each).partition(": ")
+        file = root / path
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        if text not in map(str.strip, lines):
+            found.append(each)
+    return found
+
+
 def missing_lines(of: str) -> Iterator[str]:
     """The lines in a folder that the measurement in COVERAGE_FILE did not see."""
     from coverage import Coverage
@@ -46,14 +60,19 @@ def missing_lines(of: str) -> Iterator[str]:
 
 
 def main(of: str) -> int:
-    """Prints both lists; returns 1 where a line is missing without an excuse."""
-    lines, covered = judged(missing_lines(of), EXCUSED.read_text(encoding="utf-8"), of)
+    """Prints the lists; returns 1 where a line has no excuse, or an excuse has no line."""
+    excused = EXCUSED.read_text(encoding="utf-8")
+    lines, covered = judged(missing_lines(of), excused, of)
+    stale = gone(excused, ROOT)
     for line in lines:
         print(line)
     for line in covered:
-        print(f"{EXCUSED.relative_to(ROOT)} need not excuse this: {line}")
+        if line not in map(key, stale):
+            print(f"{EXCUSED.relative_to(ROOT)} need not excuse this: {line}")
+    for line in stale:
+        print(f"{EXCUSED.relative_to(ROOT)} excuses what is no line any more: {line}")
     print(f"{len(lines)} lines of {of} are reached by no test")
-    return int(bool(lines))
+    return int(bool(lines or stale))
 
 
 if __name__ == "__main__":

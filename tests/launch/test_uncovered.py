@@ -37,6 +37,28 @@ def test_an_excuse_without_need_is_named_in_the_folder_of_interest():
     assert judged(MISSING[2:], excused, "cassle_jax/b")[1] == ["cassle_jax/b/c.py: gone, too"]
 
 
+def test_an_excuse_of_what_is_no_line_any_more_is_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.py").write_text("def f():\n    raise A\n")
+    excused = "# why\na.py: raise A\na.py:7: raise A\na.py: raise B\nb.py: raise A\na.py: raise\n"
+    stale = ["a.py: raise B", "b.py: raise A", "a.py: raise"]
+    assert UNCOVERED["gone"](excused, tmp_path) == stale
+
+    (tmp_path / "uncovered.txt").write_text(excused)
+    state = UNCOVERED["main"].__globals__
+    for name, value in (("ROOT", tmp_path), ("EXCUSED", tmp_path / "uncovered.txt")):
+        monkeypatch.setitem(state, name, value)
+    monkeypatch.setitem(state, "missing_lines", lambda of: ["a.py:2: raise A"])
+    assert UNCOVERED["main"](".") == 1
+    said = capsys.readouterr().out
+    assert all(f"excuses what is no line any more: {line}\n" in said for line in stale)
+    (tmp_path / "uncovered.txt").write_text("a.py: raise A\n")
+    assert UNCOVERED["main"](".") == 0
+
+
+def test_every_excuse_of_this_project_has_its_line():
+    assert not UNCOVERED["gone"](UNCOVERED["EXCUSED"].read_text(), UNCOVERED["ROOT"])
+
+
 def test_lines_that_no_test_reaches_are_named_with_their_text(tmp_path, monkeypatch):
     pytest.importorskip("coverage")
     source = tmp_path / "half.py"
