@@ -414,6 +414,8 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
     if "pos_embed" not in state:
         raise WeightsError("its ViT has no pos_embed, and ViTs here need one")
     width, channels, patch_size, _ = _shape(state, "patch_embed.proj.weight", 4)
+    if has_swiglu(state):
+        _check_swiglu(state["blocks.0.mlp.fc2.weight"].shape[1], width)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     scaled = "blocks.0.ls1.gamma" in state
     heads = (SCALED_VIT_HEADS if scaled else VIT_HEADS).get(width) if heads is None else heads
@@ -441,6 +443,15 @@ def _vit(state: State, heads: int | None, position_offset: float | None) -> ViTA
         position_offset,
         rotary,
     )
+
+
+def _check_swiglu(found: int, width: int) -> None:
+    """Raises WeightsError for gated networks of another width than a ViT of `width` has here."""
+    if found != swiglu_width(width):
+        raise WeightsError(
+            f"its ViT has a SwiGLU {found} wide, as DINOv3's larger models have; those here are "
+            f"{swiglu_width(width)} wide on tokens of {width}, as DINOv2's"
+        )
 
 
 def _convnext(state: State) -> ConvNeXtArchitecture:

@@ -497,6 +497,29 @@ def test_what_is_missing_here_is_named(tmp_path, name, message):
         opened(state, tmp_path)
 
 
+@pytest.mark.parametrize("gate", ["gate_proj", None])
+def test_gates_of_another_width_are_named(tmp_path, gate):
+    """DINOv3's plus models by Hugging Face, and one whose gates are already joined."""
+    state, hidden = published(swiglu=True), 4 * WIDTH
+    for block in (f"blocks.{index}.mlp" for index in range(DEPTH)):
+        for leaf, shape in (("weight", (hidden, WIDTH)), ("bias", (hidden,))):
+            part = np.ones(shape, np.float32)
+            del state[f"{block}.w12.{leaf}"]
+            if gate:
+                state |= {f"{block}.{name}.{leaf}": part for name in ("gate_proj", "up_proj")}
+            else:
+                state[f"{block}.w12.{leaf}"] = np.concatenate([part, part])
+        state[f"{block}.w3.weight"] = np.ones((WIDTH, hidden), np.float32)
+        if gate:
+            for leaf in ("weight", "bias"):
+                state[f"{block}.down_proj.{leaf}"] = state.pop(f"{block}.w3.{leaf}")
+    if gate:
+        state["embeddings.cls_token"] = state.pop("cls_token")
+    message = f"its ViT has a SwiGLU {hidden} wide, as DINOv3's larger models have; those here are"
+    with pytest.raises(WeightsError, match=message):
+        opened(state, tmp_path)
+
+
 def test_a_vit_without_positions_is_refused(tmp_path):
     state = published()
     del state["pos_embed"]
