@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
@@ -82,3 +83,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean …?' with the known name closest to `name`; '' where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def naming(setting: str, value: object, error: Exception) -> str:
+    """The words of an error about the file or folder that a setting gives, with both named."""
+    words = str(error)
+    if re.match(r"\w+=", words) and str(value) in words:  # as `step=3 is not in VALUE`
+        return words
+    named = words.startswith((f"{value}: ", f"{value} "))
+    return f"{setting}={words}" if named else f"{setting}={value}: {words}"

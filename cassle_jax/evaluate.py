@@ -36,11 +36,18 @@ from cassle_jax.evaluation.protocols import (
 )
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
-from cassle_jax.faults import Outage, retried
+from cassle_jax.faults import Outage, reason_of, retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import check_writable, is_there, local_folder, on_object_store, path_of
+from cassle_jax.storage import (
+    cache_folder,
+    check_writable,
+    is_there,
+    local_folder,
+    on_object_store,
+    path_of,
+)
 from cassle_jax.subjects import open_subject
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
@@ -220,7 +227,7 @@ def _written(report: GrowingReport, *, complete: bool) -> Path:
     try:
         return retried("the report", partial(report.write, complete=complete))
     except OSError as error:
-        raise ConfigError(f"the report cannot be written: {error.strerror or error}") from error
+        raise ConfigError(f"the report cannot be written: {reason_of(error)}") from error
 
 
 def _failure_line(failures: Sequence[tuple[str, Failure]], page: Path) -> str:
@@ -401,8 +408,9 @@ def define_flags(into: flags.FlagValues) -> None:
     flags.DEFINE_string("data_dir", "", "data_dir of tensorflow-datasets.", flag_values=into)
     flags.DEFINE_string(
         "cache",
-        "~/.cache/cassle_jax/features",
-        "Folder that keeps features; empty for none.",
+        None,
+        "Folder that keeps features; empty for none. Default: $XDG_CACHE_HOME/cassle_jax/features, "
+        "in ~/.cache where the variable is not set.",
         flag_values=into,
     )
     flags.DEFINE_float(
@@ -458,7 +466,7 @@ def _main() -> None:
             to=values.to,
             tasks=values.tasks,
             data_dir=values.data_dir,
-            cache=values.cache,
+            cache=str(cache_folder() / "features") if values.cache is None else values.cache,
             cache_gib=values.cache_gib,
             **_settings_in(values),
         )

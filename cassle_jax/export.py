@@ -10,8 +10,8 @@ from absl import flags
 from safetensors import SafetensorError
 
 from cassle_jax import command
-from cassle_jax.checks import ConfigError, check_one_of
-from cassle_jax.faults import retried
+from cassle_jax.checks import ConfigError, check_one_of, naming
+from cassle_jax.faults import reason_of, retried
 from cassle_jax.interop.architecture import Architecture, architecture_of, check_arrays
 from cassle_jax.interop.card import file_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
@@ -68,8 +68,8 @@ def export_command(
             read = dataclasses.replace(read, card=file_card(Path(path_of(weights)), read.card))
         export(read, folder, formats)
     except WeightsError as error:
-        where = "" if not run or str(run) in str(error) else f"run={run}: "
-        raise ConfigError(f"{where}{error}") from error
+        setting = "run" if run else "weights"
+        raise ConfigError(naming(setting, run or weights, error)) from error
 
 
 def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
@@ -97,7 +97,7 @@ def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
         with folder_held_for("export", folder, leaves_file=False):
             retried(f"to={folder}", write)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error
     LOG.info("%s written to %s as %s", architecture.name, folder, ", ".join(formats))
 

@@ -85,6 +85,11 @@ def code_in(text: str, codes: Iterable[int] = errno.errorcode) -> int | None:
     return next((code for code in codes if os.strerror(code) in text), None)
 
 
+def reason_of(error: BaseException) -> str:
+    """What is wrong, in words; without the number and path in the text of an OSError."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def is_of_machine(fault: OSError) -> bool:
     """Whether this machine ran out of something: no file or device is at fault."""
     return errno.errorcode.get(fault.errno) in RESOURCES
@@ -134,7 +139,7 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
             fault = passing(error)
             if fault is None:
                 raise
-            reason = f"{what}: {fault.strerror or fault}"
+            reason = f"{what}: {reason_of(fault)}"
             left = until - time.monotonic()
             if left <= 0 or hurry.is_set():
                 why = f"for {seconds:g} s" if left <= 0 else "and the process is to end"

@@ -20,7 +20,7 @@ from typing import IO, Any
 from etils import epath
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.faults import retried
+from cassle_jax.faults import reason_of, retried
 
 LOG = logging.getLogger(__name__)
 
@@ -112,21 +112,43 @@ def is_there(path: epath.PathLike) -> bool:
     return True
 
 
-def check_ends(path: Path) -> None:
-    """Raises OSError, of EINVAL, for a pipe or device: reading one may wait, or last, for ever."""
-    mode = path.stat().st_mode
+def check_ends(path: epath.PathLike, known: os.stat_result | None = None) -> None:
+    """Raises OSError, of ESPIPE, for a pipe or device: reading one may wait, or last, for ever."""
+    mode = (known or os.stat(path)).st_mode  # noqa: PTH116 - quicker
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        raise OSError(errno.ESPIPE, "it is a pipe or a device, not a file", os.fspath(path))
 
 
-def read_whole(path: epath.Path | Path) -> bytes:
+def open_to_read(path: epath.PathLike, buffering: int = -1) -> IO[bytes]:
+    """Opens a local file as `open` does, and see `check_ends`."""
+    return open(path, "rb", buffering, opener=_open_ending)
+
+
+def _open_ending(path: str, flags: int) -> int:
+    try:
+        # Without waiting for a pipe's writer; a file's reads wait as ever.
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is gone
+            check_ends(path)
+        raise
+    try:
+        check_ends(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_whole(path: epath.PathLike) -> bytes:
     """The content of a file; see `check_ends`."""
-    if not on_object_store(path):
-        check_ends(Path(path))
-    return path.read_bytes()
+    if on_object_store(path):
+        return epath.Path(path).read_bytes()
+    with open_to_read(path, buffering=0) as file:
+        return file.read()
 
 
-def read_surely(path: epath.Path | Path) -> bytes:
+def read_surely(path: epath.PathLike) -> bytes:
     """The content of a file, as `read_whole` has it; waits while a fault may pass.
 
     Raises:
@@ -151,7 +173,7 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
     try:
         made = os.open(path, flags | os.O_EXCL, 0o666)
     except FileExistsError:
-        check_ends(Path(os.fspath(path)))
+        check_ends(path)
         return os.open(path, flags, 0o666)
     with contextlib.suppress(OSError):  # a file system without modes
         os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
@@ -169,7 +191,7 @@ def check_writable(flag: str, folder: Path) -> None:
     try:
         retried(f"{flag}={folder}", write)
     except OSError as error:
-        raise ConfigError(f"{flag}={folder} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{flag}={folder} cannot be written: {reason_of(error)}") from error
 
 
 def free_bytes(folder: epath.PathLike) -> int | None:
@@ -295,7 +317,7 @@ class GrowingFile:
             self._write()
         except Exception as error:  # OSError, or whatever the store's library raises
             if not self._failing:
-                reason = getattr(error, "strerror", None) or error
+                reason = reason_of(error)
                 LOG.warning("%s cannot be written for now: %s", self._path, reason)
             self._failing = True
         else:

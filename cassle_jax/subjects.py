@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, naming
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import retried
 from cassle_jax.interop.architecture import architecture_of
@@ -44,15 +44,16 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
     # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     if not retried(str(path), lambda: is_there(path)):
-        raise ConfigError(f"{path} does not exist; use the workdir of a run or a file of weights")
+        raise ConfigError(
+            f"run={path} does not exist; use the workdir of a run or a file of weights"
+        )
     try:
         weights = read_run(path, network=network) if path.is_dir() else load_weights(str(path))
         if "config" in weights.card:
             return _of_run(name, weights)
         return _of_encoder(name, weights)
     except ValueError as error:
-        where = "" if str(path) in str(error) else f"{path}: "
-        raise ConfigError(f"{where}{error}") from error
+        raise ConfigError(naming("run", path, error)) from error
 
 
 def _of_run(name: str, weights: Weights | RunWeights) -> Subject:

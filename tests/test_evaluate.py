@@ -306,6 +306,13 @@ def test_the_command_without_a_run_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_features_are_kept_where_the_user_keeps_caches(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    arguments = (f"--run={run}", "--datasets=scenes", "--tasks=spectrum", "--limit=8", "--batch=8")
+    assert run_command("evaluate", *arguments, f"--to={tmp_path / 'report'}") == 0
+    assert list((tmp_path / "caches" / "cassle_jax" / "features").rglob("*.npz"))
+
+
 def test_two_runs_of_one_name_need_names(run, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^run=.* would be a seed of another run called '.*'; give"

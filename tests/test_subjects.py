@@ -94,15 +94,21 @@ def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
 
 
 def test_what_cannot_be_opened_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere does not exist; use the workdir of a run"):
+    with pytest.raises(
+        ConfigError, match=r"^run=.*/nowhere does not exist; use the workdir of a run"
+    ):
         open_subject(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"^run=.* has no config\.json"):
         open_subject(tmp_path)
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match=r"neither a ResNet's conv1\.weight nor"):
+    with pytest.raises(
+        ConfigError, match=r"^run=.*/a\.safetensors: .*neither a ResNet's conv1\.weight nor"
+    ):
         open_subject(tmp_path / "a.safetensors")
     save_file({"conv1.weight": np.ones((4, 3, 7, 7), np.float32)}, tmp_path / "b.safetensors")
-    with pytest.raises(ConfigError, match=r"b\.safetensors: a ResNet of .* is not known here"):
+    with pytest.raises(
+        ConfigError, match=r"^run=.*/b\.safetensors: a ResNet of .* is not known here"
+    ):
         open_subject(tmp_path / "b.safetensors")
 
 

@@ -27,7 +27,7 @@ from cassle_jax.data.sources import (
     closest,
     read_class_list,
 )
-from cassle_jax.storage import cache_folder, path_of, written_whole
+from cassle_jax.storage import cache_folder, open_to_read, path_of, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -339,7 +339,8 @@ def _cached_numbers(
 ) -> Int[np.ndarray, "records numbers"]:
     """Numbers of all records, from the cache where it has them; `scan` yields them in lists."""
     try:
-        numbers = np.load(cache_file, allow_pickle=False)
+        with open_to_read(cache_file) as file:
+            numbers = np.load(file)
         if numbers.shape == shape:
             return numbers
     except Exception:  # A damaged file raises any type, depending on its bytes.

@@ -1,7 +1,6 @@
 """Decodes one image file into uint8 RGB that fits a square canvas, whatever the file holds."""
 
 import io
-import os
 import struct
 import zlib
 
@@ -111,11 +110,11 @@ def decode(
     return _decode_with_pillow(ended if whole else data, canvas)
 
 
-def open_image(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+def open_image(file: io.BufferedIOBase) -> Image.Image:
     """Opens an image of the raster formats with Pillow; only its header is read.
 
     Raises:
-      OSError: the file cannot be read, or is not such an image.
+      OSError: it cannot be read, or is not such an image.
     """
     return Image.open(file, formats=_FORMATS)
 

@@ -23,6 +23,7 @@ from cassle_jax.data.sources import (
     digest_of,
     read_class_list,
 )
+from cassle_jax.faults import reason_of
 from cassle_jax.storage import on_object_store, path_of, read_whole
 
 LOG = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class FolderSource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         path = self._path(index)
-        return Record(pathlib.Path(path).read_bytes(), int(self.labels[index]), path)
+        return Record(read_whole(path), int(self.labels[index]), path)
 
     def _path(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
@@ -221,7 +222,9 @@ def _annotated(
     try:
         lines = read_whole(annotations).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.path: {str(annotations)!r} cannot be read: {error}") from error
+        raise DataError(
+            f"data.path: {str(annotations)!r} cannot be read: {reason_of(error)}"
+        ) from error
     class_of_name = dict(line.split("\t")[:2] for line in lines if "\t" in line)
     class_of = {}
     for file in files:

@@ -19,7 +19,8 @@ from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder, list_folders, list_images
 from cassle_jax.data.sources import Record, Source, closest, content_of_files
-from cassle_jax.storage import path_of, read_whole
+from cassle_jax.faults import reason_of
+from cassle_jax.storage import open_to_read, path_of, read_whole
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
@@ -73,7 +74,7 @@ class LandmarkFolder:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         path = pathlib.Path(self.name) / self._files[index]
-        return Record(path.read_bytes(), -1, str(path))
+        return Record(read_whole(path), -1, str(path))
 
     @functools.cached_property
     def content(self) -> str:
@@ -161,8 +162,8 @@ def _read_table(table: pathlib.Path, numbers: int) -> dict[str, Float[np.ndarray
         lines = list(csv.reader(io.StringIO(text, newline="")))[1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
-            f"{str(table)!r} cannot be read ({error}); it holds a heading, then for each image "
-            f"its file name and {numbers} numbers, x and y of each point in pixels"
+            f"{str(table)!r} cannot be read ({reason_of(error)}); it holds a heading, then for "
+            f"each image its file name and {numbers} numbers, x and y of each point in pixels"
         ) from error
     points = {}
     for number, (name, *values) in enumerate(filter(None, lines), start=2):
@@ -207,10 +208,10 @@ def _check_same_files(
 def _shown_size(path: pathlib.Path) -> tuple[int, int]:
     """Height and width of an image when upright; reads only its header."""
     try:
-        with open_image(path) as image:
+        with open_to_read(path) as file, open_image(file) as image:
             width, height = image.size
             # For a PNG without EXIF, Pillow would decode the whole file to look for some.
             orientation = orientation_of(image) if "exif" in image.info else 1
     except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read as an image: {error}") from error
+        raise DataError(f"{str(path)!r} cannot be read as an image: {reason_of(error)}") from error
     return (width, height) if orientation in SIDEWAYS else (height, width)

@@ -14,6 +14,7 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Record, Source, content_of_files, digest_of
+from cassle_jax.faults import reason_of
 from cassle_jax.storage import is_there, path_of, read_whole
 
 LATENTS = 7
@@ -93,7 +94,7 @@ class RenderedObjects:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         path = self._path(index, "image_{}.jpg")
-        return Record(path.read_bytes(), int(self._classes[index // self.views]), str(path))
+        return Record(read_whole(path), int(self._classes[index // self.views]), str(path))
 
     def _path(self, index: int, file: str) -> pathlib.Path:
         place, view = divmod(index, self.views)
@@ -158,7 +159,7 @@ def _array_of(path: pathlib.Path, wanted: str) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(read_whole(path)))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{str(path)!r} cannot be read ({error}); it should hold {wanted}"
+            f"{str(path)!r} cannot be read ({reason_of(error)}); it should hold {wanted}"
         ) from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, Source, root_of
-from cassle_jax.faults import Outage, is_of_machine, passing, retried, storage_seconds
+from cassle_jax.faults import Outage, is_of_machine, passing, reason_of, retried, storage_seconds
 
 # Distances to other images, whose reading distinguishes a bad file from a storage outage.
 _OTHERS = (1, 17, 1009)
@@ -29,6 +29,7 @@ _FILE_ERRORS = (
     errno.ENOTDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.ESPIPE,  # a pipe or a device
 )
 
 
@@ -76,7 +77,7 @@ class RecordReader:
         except DamagedImage as error:
             raise UnreadableRecord(name, str(error)) from error
         except OSError as error:
-            reason, fault = error.strerror or str(error), passing(error)
+            reason, fault = reason_of(error), passing(error)
             if error.errno in _FILE_ERRORS or (fault is not None and not is_of_machine(fault)):
                 raise UnreadableRecord(error.filename or name, reason) from error
             raise DataError(f"{name} cannot be read: {reason}") from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import content_of_files, digest_of
-from cassle_jax.faults import passing
-from cassle_jax.storage import check_ends
+from cassle_jax.faults import passing, reason_of
+from cassle_jax.storage import open_to_read
 
 # A missing file or a failing disk, as array_record reports them.
 _SYSTEM_ERROR = re.compile(r"\w+\(\) failed: [^;]+")
@@ -62,14 +61,13 @@ class Shards:
 
     def _check_opens(self, path: str) -> None:
         try:
-            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-            check_ends(pathlib.Path(path))
+            open_to_read(path).close()
         except FileNotFoundError as error:
             raise self._unreadable(path, "it is not there") from error
         except OSError as error:
             if passing(error):
                 raise
-            raise self._unreadable(path, error.strerror) from error
+            raise self._unreadable(path, reason_of(error)) from error
 
     def check(self, position: int, error: Exception) -> None:
         """Raises DataError where `error` is the fault of a record's file, not of the record.

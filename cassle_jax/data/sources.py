@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+from cassle_jax.faults import reason_of
 from cassle_jax.storage import path_of, read_whole
 
 DAMAGED = -2
@@ -149,8 +150,9 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
             text = read_whole(path_of(classes)).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"data.classes={classes!r} cannot be read ({error}); give '' for all classes, "
-                f"{', '.join(map(repr, CLASS_LISTS))}, or a text file with one class name a line"
+                f"data.classes={classes!r} cannot be read ({reason_of(error)}); give '' for all "
+                f"classes, {', '.join(map(repr, CLASS_LISTS))}, or a text file with one class name "
+                "a line"
             ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:

@@ -16,7 +16,7 @@ from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.sources import Record, content_of_files, digest_of
-from cassle_jax.storage import check_ends, path_of
+from cassle_jax.storage import check_ends, open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class TarSource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         tar, offset, size = self._places[index].tolist()
-        with pathlib.Path(self._tars[tar]).open("rb") as file:
+        with open_to_read(self._tars[tar]) as file:
             file.seek(offset)
             image = file.read(size)
             version = _version(os.fstat(file.fileno()))
@@ -151,7 +151,7 @@ def _version(status: os.stat_result) -> tuple[int, int]:
 
 def _indexed(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
     """The `_images` of a file, and its `_version` before they were read."""
-    check_ends(pathlib.Path(tar))
+    check_ends(tar)
     version = _version(os.stat(tar))  # noqa: PTH116
     return list(_images(tar)), version
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cassle_jax.storage import remove_dead_partials, written_whole
+from cassle_jax.storage import open_to_read, remove_dead_partials, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FeatureCache:
         """The arrays by name; `None` where there is no file, or one that cannot be read."""
         path = self._path(subject, key)
         try:
-            with np.load(path) as kept:
+            with open_to_read(path) as file, np.load(file) as kept:
                 arrays = dict(kept)
         except FileNotFoundError:
             return None

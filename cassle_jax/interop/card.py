@@ -13,6 +13,7 @@ from cassle_jax.augment.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
 from cassle_jax.interop.architecture import Architecture
 from cassle_jax.methods import AUXILIARIES
 from cassle_jax.models.conditioning import is_conditioned
+from cassle_jax.storage import open_to_read
 from cassle_jax.versions import versions
 
 Card = dict[str, Any]
@@ -78,7 +79,7 @@ def run_card(
 
 def file_card(path: Path, card: Mapping[str, Any]) -> Card:
     """The card of weights from a file, around the card that the file carries, if any."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     source = {"file": path.name, "sha256": digest}
     known = {"input": ASSUMED_INPUT, "versions": versions(), **card}

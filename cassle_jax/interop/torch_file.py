@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from cassle_jax.faults import reason_of
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.storage import written_whole
+from cassle_jax.storage import open_to_read, written_whole
 
 # Element type by storage class; bfloat16 is read as the integers it is stored in.
 STORAGES = {
@@ -55,7 +56,7 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path, begin = Path(path), b""
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             begin = file.read(_BEGIN)
             if zipfile.is_zipfile(file):
                 return _read_zip(file)
@@ -64,7 +65,7 @@ def read_torch_file(path: str | Path) -> Any:
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
     except Exception as error:  # A damaged pickle raises any type, depending on its bytes.
         raise WeightsError(
             f"{path} is damaged or no PyTorch file ({type(error).__name__}): it begins with {begin}"

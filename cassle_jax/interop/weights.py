@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cassle_jax.faults import retried
+from cassle_jax.faults import reason_of, retried
 from cassle_jax.interop.card import is_card
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.layouts import networks_in
@@ -31,7 +31,7 @@ from cassle_jax.interop.pytorch import (
     projector_to_pytorch,
 )
 from cassle_jax.interop.torch_file import read_torch_file
-from cassle_jax.storage import check_ends, path_of
+from cassle_jax.storage import open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -198,11 +198,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
 def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as a safetensors file does, whatever its name."""
     try:
-        check_ends(path)
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             size, begin = os.fstat(file.fileno()).st_size, file.read(9)
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
     return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
 
 
@@ -214,7 +213,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
     except (SafetensorError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or no safetensors file ({error})") from error
     half = ("float16", "bfloat16")

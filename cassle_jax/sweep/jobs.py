@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.lock import await_turn
-from cassle_jax.storage import kept_json, open_shared, write_surely
+from cassle_jax.storage import kept_json, open_shared, read_whole, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE, JOB_LOCK = "outcome.json", "log.txt", "job.lock"
@@ -77,7 +77,9 @@ class Command:
                 time.sleep(pause)
                 code, starts = self._run(lock, log), starts + 1
             if is_first:
-                lines = (self.folder / LOG_FILE).read_text(errors="replace").strip().splitlines()
+                lines = (
+                    read_whole(self.folder / LOG_FILE).decode(errors="replace").strip().splitlines()
+                )
                 write_outcome(self.folder, code, lines[-1] if lines else "")
         return code
 

@@ -28,7 +28,7 @@ from cassle_jax.data import (
     open_source,
 )
 from cassle_jax.distributed import agree, all_arrive, is_first_to
-from cassle_jax.faults import Outage, hurry
+from cassle_jax.faults import Outage, hurry, reason_of
 from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
@@ -471,7 +471,7 @@ def _mend_workdir(
         write_config(config, workdir)
         record_start(workdir, **start)
     except OSError as error:
-        LOG.warning("workdir=%s cannot be written: %s", workdir, error.strerror or error)
+        LOG.warning("workdir=%s cannot be written: %s", workdir, reason_of(error))
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:

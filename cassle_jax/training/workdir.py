@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.faults import retried
+from cassle_jax.faults import reason_of, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.storage import is_utf8, on_object_store, path_of
 
@@ -42,9 +42,7 @@ def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
     try:
         return retried(f"workdir={workdir}", write)
     except OSError as error:
-        raise ConfigError(
-            f"workdir={workdir} cannot be written: {error.strerror or error}"
-        ) from error
+        raise ConfigError(f"workdir={workdir} cannot be written: {reason_of(error)}") from error
 
 
 @contextlib.contextmanager

@@ -184,6 +184,10 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
     for content in (b"torn by a kill", b"", b"PK\x05\x06" + bytes(18)):  # the last: an empty zip
         cached.write_bytes(content)
         assert len(open_source(config, "train")) == len(first)
+    cached.unlink()
+    os.mkfifo(cached)
+    assert len(open_source(config, "train")) == len(first)
+    assert cached.is_file()
 
 
 def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):

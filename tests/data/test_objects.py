@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -87,6 +88,15 @@ def test_its_factors_are_those_that_a_view_was_rendered_from(rendered):
         np.testing.assert_array_equal(found["rotation"][row], numbers[:3])
         by_name = ("floor hue", "light theta", "light phi", "light hue")
         assert [found[each][row] for each in by_name] == numbers[3:].tolist()
+
+
+def test_a_pipe_in_the_place_of_an_image_is_refused_and_not_waited_for(rendered):
+    objects = RenderedObjects(str(rendered), "train")
+    path = pathlib.Path(objects[0].name)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="a pipe or a device"):
+        objects[0]
 
 
 def test_the_views_of_an_object_are_not_cut_apart(rendered):

@@ -1,6 +1,7 @@
 """The batches: their order, their pixels, exact restarts, and what damaged files do to them."""
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -239,12 +240,15 @@ def test_an_unreadable_file_counts_as_damaged(image_folder, settings):
     source = open_source(settings(source="folder", path=str(root)), "train")
     (root / "train" / "a" / "002.png").unlink()
     (root / "train" / "b" / "001.png").write_bytes(b"")
+    (pipe := root / "train" / "b" / "003.png").unlink()
+    os.mkfifo(pipe)
     damaged = DamagedLog(14, 0.5)
     batch = next(training(source, batch=14, canvas=20, damaged=damaged))
-    assert not {2, 7} & set(batch["index"].tolist())
+    assert not {2, 7, 9} & set(batch["index"].tolist())
     assert [name.rsplit("/", 2)[1:] for name in damaged.names] == [
         ["a", "002.png"],
         ["b", "001.png"],
+        ["b", "003.png"],
     ]
 
 

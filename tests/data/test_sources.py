@@ -38,7 +38,7 @@ def test_folder_is_ordered_by_class_and_file_name(image_folder, settings, monkey
     for record in records:
         assert record.image == Path(record.name).read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_bytes", lambda _: pytest.fail("read for its label"))
+        patched.setattr(os, "open", lambda *_: pytest.fail("read for its label"))
         assert labels_of(source).tolist() == [0, 0, 1, 1, 2, 2, 2]
 
     scandir = os.scandir

@@ -71,11 +71,16 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, caplog):
     assert sorted(path.name for path in dead.parent.iterdir()) == [f"{key(1)}.npz", alive.name]
 
 
-@pytest.mark.parametrize("damage", [b"", b"torn", b"PK\3\4 torn"])
+@pytest.mark.parametrize("damage", [b"", b"torn", b"PK\3\4 torn", "a pipe"])
 def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     cache = FeatureCache(tmp_path)
     cache.write(SUBJECT, key(1), ARRAYS)
-    (tmp_path / SUBJECT / f"{key(1)}.npz").write_bytes(damage)
+    path = tmp_path / SUBJECT / f"{key(1)}.npz"
+    if damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(damage)
     assert cache.read(SUBJECT, key(1)) is None
     assert f"{key(1)}.npz cannot be read and is made anew" in caplog.text
     cache.write(SUBJECT, key(1), ARRAYS)
