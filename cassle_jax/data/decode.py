@@ -38,6 +38,7 @@ EXTENSIONS = frozenset(each for extensions in _EXTENSIONS.values() for each in e
 _METADATA_WITH_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+_JPEG_SCAN = 0xDA  # marks the pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
@@ -177,14 +178,25 @@ def _decode_jpeg(
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)
-    # Only files that carry an orientation pay for its reading.
-    if not any(start in data for start in _METADATA_WITH_ORIENTATION):
+    if not _may_have_orientation(data):  # as most: Pillow would take longer to look for it
         return image
     try:
         with open_image(io.BytesIO(data)) as opened:
             return _upright(image, orientation_of(opened))
     except Exception:  # As below: libjpeg-turbo has decoded what Pillow cannot open.
         return image
+
+
+def _may_have_orientation(data: bytes) -> bool:
+    """Whether one of a JPEG's segments before its pixels is of EXIF or XMP."""
+    start = 2
+    while data[start : start + 1] == b"\xff" and data[start + 1] != _JPEG_SCAN:
+        if data.startswith(_METADATA_WITH_ORIENTATION, start + 4):
+            return True
+        start += 2 + int.from_bytes(data[start + 2 : start + 4])
+    # What is no segment, such as a filling byte, is left to the search for the names themselves.
+    is_scan = data[start : start + 2] == bytes((0xFF, _JPEG_SCAN))
+    return not is_scan and any(name in data for name in _METADATA_WITH_ORIENTATION)
 
 
 def _is_whole_cmyk(data: bytes) -> bool:

@@ -219,17 +219,19 @@ def test_a_jpeg_may_lack_its_last_marker(options, lost):
         decode(whole[:-40], 96)
 
 
+@pytest.mark.parametrize("profile", [bytes(200_000), b"\xff\xda" * 100])
+@pytest.mark.parametrize("before", [b"", b"\xff", b"\xff\xff\xff"])
 @pytest.mark.parametrize("kind", ["EXIF", "XMP"])
-def test_orientation_is_found_behind_a_large_colour_profile(kind):
+def test_orientation_is_found_behind_colour_profiles_and_filling_bytes(kind, before, profile):
     if kind == "EXIF":
         described = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     else:
         described = b"http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation='6'/>"
         described = described.replace(b"'", b'"')
-    data = encoded(photo(24, 40), "JPEG", icc_profile=bytes(200_000), quality=95)
+    data = encoded(photo(24, 40), "JPEG", icc_profile=profile, quality=95)
     table = data.index(b"\xff\xdb")
     segment = b"\xff\xe1" + struct.pack(">H", len(described) + 2) + described
-    turned = data[:table] + segment + data[table:]
+    turned = data[:table] + before + segment + data[table:]
     assert decode(turned, 64).shape == (40, 24, 3)
     assert_close(decode(turned, 64), pillow_rgb(turned), mean=0.5, most=4)
 
