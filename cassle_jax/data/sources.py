@@ -1,5 +1,6 @@
 """Defines a source of labelled images, and the classes that a config keeps of it."""
 
+import collections
 import difflib
 import hashlib
 import importlib.resources
@@ -157,7 +158,7 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
         raise DataError(f"data.classes={classes!r} names no class; write one a line")
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if repeated:
         raise DataError(f"data.classes={classes!r} names {repeated[0]!r} more than once")
     return names

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import posixpath
 import tarfile
 import threading
 import time
@@ -25,13 +26,15 @@ _MOST_CLASSES = 1 << 20
 _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
+_TAIL = 1 << 16  # bytes after the last member that are looked at
 
 
 class TarSource:
     """The images of uncompressed tar files, in the files' and their members' order.
 
     Members whose names differ in their extension alone belong together: one is the image, and
-    `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on.
+    `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on. Links to other
+    members are followed.
 
     Attributes:
       name: name of the source.
@@ -61,7 +64,10 @@ class TarSource:
         self._seen = [version for _, version in indexed]
         found = [(number, *each) for number, (images, _) in enumerate(indexed) for each in images]
         if not found:
-            raise DataError(f"data.path: the tar files of {name} hold no images")
+            raise DataError(
+                f"data.path: the tar files of {name} hold no images, such as 0001.jpg; the "
+                "extension of a member begins at the first dot of its name"
+            )
         tars, self._members, offsets, sizes, labels = zip(*found, strict=True)
         self._places = np.array([tars, offsets, sizes], np.int64).T
         self.labels = np.array(labels, np.int32)
@@ -166,7 +172,8 @@ def _indexed_when_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tupl
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(each for each in folder.iterdir() if each.suffix.lower() == ".tar")
+    found = (each for each in folder.iterdir() if each.suffix.lower() == ".tar")
+    return sorted(each for each in found if not each.name.startswith("."))
 
 
 def _images(tar: str) -> Iterator[tuple[str, int, int, int]]:
@@ -174,10 +181,13 @@ def _images(tar: str) -> Iterator[tuple[str, int, int, int]]:
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with tarfile.open(tar, "r:") as file:
+            named = {posixpath.normpath(member.name): member for member in file}
+            _check_end(file)
             for member in file:
                 stem, extension = _split_name(member.name)
-                if member.isfile():
-                    members.setdefault(stem, {})[extension] = member
+                content = named.get(_target(member)) if _is_link(member) else member
+                if content and content.isfile():
+                    members.setdefault(stem, {})[extension] = content
             for stem, parts in members.items():
                 label = _label(tar, file, stem, parts)
                 for extension in sorted(EXTENSIONS & parts.keys())[:1]:
@@ -187,6 +197,24 @@ def _images(tar: str) -> Iterator[tuple[str, int, int, int]]:
         raise DataError(
             f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
         ) from error
+
+
+def _is_link(member: tarfile.TarInfo) -> bool:
+    return member.issym() or member.islnk()
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The name of the member that a link leads to; a symbolic one begins at its own folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
+
+
+def _check_end(file: tarfile.TarFile) -> None:
+    """Raises ReadError unless zeros follow the last member: tarfile takes anything for the end."""
+    file.fileobj.seek(file.offset)
+    tail = file.fileobj.read(_TAIL)
+    if len(tail) < tarfile.BLOCKSIZE or any(tail):
+        raise tarfile.ReadError(f"cut short, damaged or joined to another at byte {file.offset}")
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -89,7 +89,7 @@ def test_images_without_classes_are_unlabelled(tmp_path, settings, image_bytes):
     ("members", "mode", "message"),
     [
         ({"a.png": b"x"}, "w:gz", "has no tar files of split|uncompressed"),
-        ({"a.txt": b"x"}, "w", "hold no images"),
+        ({"a.v1.png": b"x"}, "w", "hold no images.*begins at the first dot"),
         ({"a.png": b"x", "a.cls": b"cat"}, "w", "has the class b'cat'; use 0, 1, 2"),
         ({"a.png": b"x", "a.cls": b"1", "b.png": b"x"}, "w", "1 of the 2 images .* no class"),
     ],
@@ -105,6 +105,51 @@ def test_a_tar_that_was_cut_short_is_refused(tars, settings):
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(DataError, match=r"1\.tar cannot be read .*whole, uncompressed"):
         open_source(settings(source="webdataset", path=str(tars)), "train")
+
+
+def _with_the_second_header_damaged(whole):
+    return whole[:1024] + b"\xff" + whole[1025:]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        pytest.param(lambda whole: whole[:1100], id="cut within a header"),
+        pytest.param(lambda whole: whole[:1024], id="cut between two members"),
+        pytest.param(_with_the_second_header_damaged, id="a damaged header"),
+        pytest.param(lambda whole: whole + whole, id="two archives in one file"),
+    ],
+)
+def test_no_image_is_left_out_where_a_tar_is_not_whole(tmp_path, settings, image_bytes, damaged):
+    image = image_bytes(1, form="PNG")[:500]  # one block
+    write_tar(tmp_path / "train.tar", {"a.png": image, "b.png": image, "c.png": image})
+    whole = (tmp_path / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(damaged(whole))
+    with pytest.raises(DataError, match=r"train\.tar cannot be read \(.*\d+.*must be a whole"):
+        open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("folder", ["", "./", "d/"])
+def test_links_in_a_tar_are_followed(tmp_path, settings, image_bytes, folder):
+    content = image_bytes(1)
+    with tarfile.open(tmp_path / "train.tar", "w") as file:
+        for name, kind, target in (
+            ("0.png", tarfile.REGTYPE, ""),
+            ("1.png", tarfile.SYMTYPE, "0.png"),
+            ("2.png", tarfile.LNKTYPE, f"{folder}0.png"),
+            ("3.png", tarfile.SYMTYPE, "nowhere.png"),
+        ):
+            member = tarfile.TarInfo(folder + name)
+            member.type, member.linkname = kind, target
+            member.size = len(content) if kind == tarfile.REGTYPE else 0
+            file.addfile(member, io.BytesIO(content))
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert [source[index].image for index in range(len(source))] == [content] * 3
+
+
+def test_what_macos_leaves_beside_a_tar_is_no_tar(tars, settings):
+    (tars / "train" / "._0.tar").write_bytes(b"of the Finder")
+    assert len(open_source(settings(source="webdataset", path=str(tars)), "train")) == 6
 
 
 def test_classes_and_a_missing_split_are_refused(tars, settings):
