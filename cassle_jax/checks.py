@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
+import numpy as np
+
 # Larger values are typing errors. Without these bounds, Python and the libraries below would raise
 # errors that name no setting, or compute for ever.
 _MOST = 2**31 - 1
@@ -83,6 +85,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean …?' with the known name closest to `name`; '' where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether all numbers of an array are finite; needs no memory of the array's size."""
+    return values.size == 0 or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def naming(setting: str, value: object, error: Exception) -> str:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import check_at_least, is_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
 from cassle_jax.evaluation.needs import Needs
-from cassle_jax.evaluation.neighbours import nearest
+from cassle_jax.evaluation.neighbours import Parts, nearest, parts_of
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings, setting
 
@@ -42,7 +42,7 @@ class KnnResult:
 
 
 def knn_evaluation(
-    train: tuple[Float[np.ndarray, "_ _"], Int[np.ndarray, " _"]],
+    train: tuple[Float[np.ndarray, "_ _"] | Parts, Int[np.ndarray, " _"]],
     test: tuple[Float[np.ndarray, "_ _"], Int[np.ndarray, " _"]],
     *,
     k: int = 1,
@@ -50,7 +50,8 @@ def knn_evaluation(
     """Classifies test rows by their neighbours among the training rows, as `knn_accuracy` does.
 
     Args:
-      train: Features and labels (any integers) of the rows to search.
+      train: Features and labels (any integers) of the rows to search; the features of several
+        parts may be in as many arrays.
       test: Features and labels of the rows to classify.
       k: Number of neighbours; the CASSLE paper uses 1.
 
@@ -61,13 +62,16 @@ def knn_evaluation(
       ValueError: If a split has no rows, another number of labels, another width or a feature that
         is not finite; if the training rows are all of one class; or if ``k`` is out of range.
     """
+    width = test[0].shape[-1]
     for name, (features, labels) in (("train", train), ("test", test)):
-        if features.ndim != 2 or 0 in features.shape:
-            raise ValueError(f"{name} has features of shape {features.shape}; none are empty")
-        if labels.shape != (len(features),):
-            raise ValueError(f"{name} has labels of shape {labels.shape} for {len(features)} rows")
-    if train[0].shape[1] != test[0].shape[1]:
-        raise ValueError(f"test has {test[0].shape[1]} features; train has {train[0].shape[1]}")
+        for part in parts_of(features):
+            if part.ndim != 2 or 0 in part.shape:
+                raise ValueError(f"{name} has features of shape {part.shape}; none are empty")
+            if part.shape[1] != width:
+                raise ValueError(f"test has {width} features; train has {part.shape[1]}")
+        rows = sum(map(len, parts_of(features)))
+        if labels.shape != (rows,):
+            raise ValueError(f"{name} has labels of shape {labels.shape} for {rows} rows")
     if (train[1] == train[1][0]).all():
         raise ValueError(f"train has labels {train[1][0]} only; at least two classes must occur")
     right = _predict(*train, test[0], k) == test[1]
@@ -89,7 +93,7 @@ def knn_accuracy(
     neighbour has one vote; among labels with equally many votes, the one with the nearest
     neighbour wins. The CASSLE paper uses ``k = 1``.
 
-    Memory in addition to the features: one block of 1024 × 8192 similarities.
+    Memory in addition to the features: see `nearest`.
 
     Args:
       train_features: Features of the rows to search, any scale.
@@ -110,17 +114,18 @@ def knn_accuracy(
 
 def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.ndarray, " test"]:
     """The label each test row's k nearest training rows vote for."""
-    train_features = np.asarray(train_features, np.float32)
+    parts = [np.asarray(part, np.float32) for part in parts_of(train_features)]
     test_features = np.asarray(test_features, np.float32)
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k={k} must lie between 1 and the {len(train_features)} training rows")
+    rows = sum(map(len, parts))
+    if not 1 <= k <= rows:
+        raise ValueError(f"k={k} must lie between 1 and the {rows} training rows")
     if len(test_features) == 0:
         raise ValueError("test_features has no rows")
-    for name, features in (("train_features", train_features), ("test_features", test_features)):
-        if not np.isfinite(features).all():
+    for name, arrays in (("train_features", parts), ("test_features", [test_features])):
+        if not all(map(is_finite, arrays)):
             raise ValueError(f"{name} holds values that are not finite")
     classes, labels = np.unique(np.asarray(train_labels), return_inverse=True)
-    votes = labels.astype(np.int32)[nearest(test_features, train_features, k).rows]
+    votes = labels.astype(np.int32)[nearest(test_features, parts, k).rows]
     winners = [
         np.asarray(_winner(jnp.asarray(votes[first : first + _VOTE_ROWS])))
         for first in range(0, len(votes), _VOTE_ROWS)
@@ -153,12 +158,10 @@ def _needs(settings: KnnSettings, _: int) -> Needs:
 
 
 def _run(bench: Bench, settings: KnnSettings) -> list[Finding]:
-    features, labels = (
-        np.concatenate([getattr(part, name) for part in bench.fitted])
-        for name in ("features", "labels")
-    )
+    train = [part.features for part in bench.fitted]
+    labels = np.concatenate([part.labels for part in bench.fitted])
     test = (bench.test.features, bench.test.labels)
-    result = knn_evaluation((features, labels), test, k=settings.neighbours)
+    result = knn_evaluation((train, labels), test, k=settings.neighbours)
     return result.findings(bench.data.name)
 
 

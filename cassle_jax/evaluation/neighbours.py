@@ -7,8 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
+from cassle_jax.checks import is_finite
 from cassle_jax.data import Source, decode
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Gallery, Pixels
@@ -18,8 +19,11 @@ from cassle_jax.evaluation.settings import Settings
 GALLERY_QUERIES, GALLERY_NEIGHBOURS = 8, 6
 THUMBNAIL = 96  # pixels
 
-_QUERY_ROWS = 1024
-_SEARCH_ROWS = 8192
+Parts = Sequence[Float[Array | np.ndarray, "_ _"]]
+"""Features in several arrays, one after the other."""
+
+_QUERY_ROWS = 8192
+_SEARCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Neighbours:
 
 def nearest(
     queries: Float[Array | np.ndarray, "queries features"],
-    rows: Float[Array | np.ndarray, "rows features"],
+    rows: Float[Array | np.ndarray, "rows features"] | Parts,
     k: int,
     *,
     own_rows: Int[np.ndarray, " queries"] | None = None,
@@ -85,12 +89,12 @@ def nearest(
     The search is exact and in float32, block by block of both sides. A row of zeros has similarity
     0 to everything. Among equally similar rows the earlier one is the nearer.
 
-    The device holds the rows and one block of 1024 × 8192 similarities: for 75 000 × 2048 features
-    0.7 GB.
+    Memory in addition to the features, whatever their number: three blocks of at most 8192 rows,
+    and 8192 × 1024 similarities; with 2048 features 0.1 GB.
 
     Args:
       queries: Features, any scale.
-      rows: Features to search, any scale.
+      rows: Features to search, any scale; several parts count as one after the other.
       k: Number of neighbours to find.
       own_rows: The place of each query among the rows, where it is left out; −1 for a query that is
         not among them. So the neighbours of images within their own set are
@@ -103,20 +107,17 @@ def nearest(
       ValueError: If ``k`` is out of range, there are no queries, a feature is not finite, or an own
         row is not among the rows.
     """
-    queries, rows = (np.asarray(jax.device_get(side), np.float32) for side in (queries, rows))
-    available = len(rows) if own_rows is None else len(rows) - 1
-    own_rows = np.full(len(queries), -1) if own_rows is None else own_rows
-    _check_search(queries, rows, k, available, own_rows)
-
-    # A block must hold k rows, so that top_k can find k.
-    block_rows = max(k, min(_SEARCH_ROWS, len(rows)))
-    blocks = jnp.asarray(_blocks(rows, block_rows))
-    is_row = jnp.asarray(_blocks(np.ones(len(rows), bool), block_rows))
-    query_rows = min(_QUERY_ROWS, len(queries))
-    parts = zip(
-        _blocks(queries, query_rows), _blocks(own_rows.astype(np.int32), query_rows), strict=True
+    queries, *parts = (
+        np.asarray(jax.device_get(side), np.float32) for side in (queries, *parts_of(rows))
     )
-    found = [jax.device_get(_search(*part, blocks, is_row, k=k)) for part in parts]
+    own_rows = np.full(len(queries), -1) if own_rows is None else own_rows
+    _check_search(queries, parts, k, own_rows)
+    own_rows = own_rows.astype(np.int32)
+    size = min(_QUERY_ROWS, len(queries))
+    found = [
+        _search(_block(queries, first, size), _block(own_rows, first, size), parts, k)
+        for first in range(0, len(queries), size)
+    ]
     places, similarities = (
         np.concatenate(side)[: len(queries)] for side in zip(*found, strict=True)
     )
@@ -124,61 +125,90 @@ def nearest(
 
 
 def _check_search(
-    queries: np.ndarray, rows: np.ndarray, k: int, available: int, own_rows: np.ndarray
+    queries: np.ndarray, parts: Sequence[np.ndarray], k: int, own_rows: np.ndarray
 ) -> None:
     """Raises the errors of `nearest`."""
+    count = sum(map(len, parts))
+    available = count - int(own_rows.max(initial=-1) >= 0)
     if not 1 <= k <= available:
         raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
     if len(queries) == 0:
         raise ValueError("queries has no rows")
-    for name, side in (("queries", queries), ("rows", rows)):
-        if not np.isfinite(side).all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if own_rows.min() < -1 or own_rows.max() >= len(rows):
+    if not is_finite(queries):
+        raise ValueError("queries holds values that are not finite")
+    if not all(map(is_finite, parts)):
+        raise ValueError("rows holds values that are not finite")
+    if own_rows.min() < -1 or own_rows.max() >= count:
         raise ValueError(
-            f"own_rows are from {own_rows.min()} to {own_rows.max()}; there are {len(rows)} rows "
+            f"own_rows are from {own_rows.min()} to {own_rows.max()}; there are {count} rows "
             f"from 0, and -1 stands for none"
         )
 
 
-def _blocks(rows: np.ndarray, block_rows: int) -> np.ndarray:
-    """Cuts rows into blocks of equal length, the last one filled up with zeros."""
-    missing = -len(rows) % block_rows
-    padded = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
-    return padded.reshape(-1, block_rows, *rows.shape[1:])
+def parts_of(rows: Float[Array | np.ndarray, "rows features"] | Parts) -> Parts:
+    """The arrays of rows that are given in one, or in several."""
+    return rows if isinstance(rows, Sequence) else [rows]
 
 
-@partial(jax.jit, static_argnames="k")
+def _block(rows: np.ndarray, first: int, size: int) -> np.ndarray:
+    """Rows from `first` on, filled up with zeros to `size`."""
+    block = rows[first : first + size]
+    return np.pad(block, [(0, size - len(block))] + [(0, 0)] * (rows.ndim - 1))
+
+
 def _search(
-    queries: Float[Array | np.ndarray, "queries features"],
-    own_rows: Int[Array | np.ndarray, " queries"],
-    blocks: Float[Array, "blocks rows features"],
-    is_row: Bool[Array, "blocks rows"],
-    *,
+    queries: Float32[np.ndarray, "queries features"],
+    own_rows: Int32[np.ndarray, " queries"],
+    parts: Sequence[Float32[np.ndarray, "_ features"]],
     k: int,
-) -> tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]]:
-    """The nearest rows to each query, found block by block, and their similarities."""
-    queries = _normalise(jnp.asarray(queries))
-
-    def merge(nearest, block):
-        rows, is_row, first = block
-        similarity = jnp.matmul(queries, _normalise(rows).T, precision=jax.lax.Precision.HIGHEST)
-        places = first + jnp.arange(len(rows))
-        allowed = is_row & (places != jnp.asarray(own_rows)[:, None])
-        found, kept = jax.lax.top_k(jnp.where(allowed, similarity, -jnp.inf), k)
-        # Earlier finds come first: top_k then keeps the earlier of equal ones.
-        similarity = jnp.concatenate([nearest[1], found], axis=1)
-        places = jnp.concatenate([nearest[0], places[kept]], axis=1)
-        similarity, kept = jax.lax.top_k(similarity, k)
-        return (jnp.take_along_axis(places, kept, axis=1), similarity), None
-
-    nothing = (
+) -> tuple[Int32[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+    """The nearest rows to each query of one block, and their similarities."""
+    queries, own_rows = _normalise(jnp.asarray(queries)), jnp.asarray(own_rows)
+    size = max(k, min(_SEARCH_ROWS, max(map(len, parts))))  # so that top_k can find k
+    found = (
         jnp.zeros((len(queries), k), jnp.int32),
         jnp.full((len(queries), k), -jnp.inf, jnp.float32),
     )
-    firsts = jnp.arange(len(blocks)) * blocks.shape[1]
-    found, _ = jax.lax.scan(merge, nothing, (blocks, is_row, firsts))
-    return found
+    before = 0
+    for part in parts:
+        for first in range(0, len(part), size):
+            earlier, place = found, before + first
+            found = _merged(
+                queries,
+                own_rows,
+                earlier,
+                _block(part, first, size),
+                place,
+                before + len(part),
+                k=k,
+            )
+            jax.block_until_ready(earlier)  # the device is one block ahead, and holds no more
+        before += len(part)
+    return jax.device_get(found)
+
+
+@partial(jax.jit, static_argnames="k")
+def _merged(
+    queries: Float[Array, "queries features"],
+    own_rows: Int[Array, " queries"],
+    found: tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]],
+    block: Float[Array | np.ndarray, "rows features"],
+    first: int | Int[Array, ""],
+    end: int | Int[Array, ""],
+    *,
+    k: int,
+) -> tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]]:
+    """What was found, and a block of rows at the places [first, end): the nearest of both."""
+    rows = _normalise(jnp.asarray(block))
+    similarity = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
+    places = first + jnp.arange(len(rows))
+    allowed = (places < end) & (places != own_rows[:, None])
+    nearer, kept = jax.lax.top_k(jnp.where(allowed, similarity, -jnp.inf), k)
+    # Earlier finds come first: top_k then keeps the earlier of equal ones.
+    similarity = jnp.concatenate([found[1], nearer], axis=1)
+    places = jnp.concatenate([found[0], places[kept].astype(jnp.int32)], axis=1)
+    similarity, kept = jax.lax.top_k(similarity, k)
+    return jnp.take_along_axis(places, kept, axis=1), similarity
 
 
 def _normalise(rows: Float[Array, "rows features"]) -> Float[Array, "rows features"]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_positive, is_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.features import view_extractor
 from cassle_jax.evaluation.findings import Chart, Finding, Score
@@ -99,15 +99,15 @@ def spectrum(
       measuring eigenspectrum decay, NeurIPS 2022; its fit is that of Stringer et al.,
       High-dimensional geometry of population responses in visual cortex, Nature 2019.
     """
-    matrix = _finite(features, "features")
+    matrix = _checked(features)
     if len(matrix) < 2:
         raise ValueError(f"a variance needs two rows; {len(matrix)} row is too few")
     first, last = ranks
     check_at_least("ranks", first, 1)
     check_at_least("ranks", last, first + 1)
     effective_rank = rank_me(matrix)
-    centred = matrix - matrix.mean(axis=0)
-    variances = _squared_singular_values(centred)[::-1] / (len(matrix) - 1)
+    mean = matrix.mean(axis=0, dtype=np.float64)
+    variances = _squared_singular_values(matrix, mean)[::-1] / (len(matrix) - 1)
     return Spectrum(variances, _power_law(variances, first, last), ranks, effective_rank)
 
 
@@ -145,7 +145,7 @@ def rank_me(features: Float[Array | np.ndarray, "rows features"]) -> float:
       Representations by Their Rank, ICML 2023, equation 1 (without its 1e-7 inside the logarithm,
       as 0 · log 0 is taken as 0).
     """
-    return _effective_rank(np.sqrt(_squared_singular_values(_finite(features, "features"))))
+    return _effective_rank(np.sqrt(_squared_singular_values(_checked(features))))
 
 
 def lidar(
@@ -175,7 +175,7 @@ def lidar(
     """
     from scipy.linalg import eigh  # pretraining starts faster without SciPy
 
-    points = _finite(features, "features")
+    points = _checked(features).astype(np.float64)
     images, views, width = points.shape
     check_at_least("images", images, 2)
     check_at_least("views", views, 2)
@@ -215,17 +215,31 @@ def alignment_and_uniformity(
     """
     if len(features_1) < 2:
         raise ValueError(f"uniformity compares different images; {len(features_1)} row is too few")
-    first = unit_rows(_finite(features_1, "features_1"))
-    second = unit_rows(_finite(features_2, "features_2"))
+    first = unit_rows(_checked(features_1, "features_1").astype(np.float64))
+    second = unit_rows(_checked(features_2, "features_2").astype(np.float64))
     alignment = np.mean(np.sum((first - second) ** 2, axis=1))
     return float(alignment), (_uniformity(first) + _uniformity(second)) / 2
 
 
-def _squared_singular_values(matrix: np.ndarray) -> Float64[np.ndarray, " _"]:
-    """Squared singular values in ascending order, from the smaller of the two Gram matrices."""
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix = matrix.T
-    return np.linalg.eigvalsh(matrix.T @ matrix).clip(0)
+def _squared_singular_values(
+    matrix: np.ndarray, centre: np.ndarray | float = 0.0
+) -> Float64[np.ndarray, " _"]:
+    """Squared singular values of the rows about a centre, in ascending order.
+
+    They come from the smaller of the two Gram matrices, which is summed over blocks of rows: memory
+    does not grow with their number.
+    """
+    rows, width = matrix.shape
+    blocks = (
+        matrix[first : first + _ROWS].astype(np.float64) - centre for first in range(0, rows, _ROWS)
+    )
+    if rows < width:
+        whole = np.concatenate(list(blocks))
+        return np.linalg.eigvalsh(whole @ whole.T).clip(0)
+    gram = np.zeros((width, width))
+    for block in blocks:
+        gram += block.T @ block
+    return np.linalg.eigvalsh(gram).clip(0)
 
 
 def _effective_rank(values: np.ndarray) -> float:
@@ -252,11 +266,14 @@ def _uniformity(points: np.ndarray) -> float:
     return float(np.log(total / (count * (count - 1))))
 
 
-def _finite(features: Array | np.ndarray, name: str) -> np.ndarray:
-    matrix = np.asarray(jax.device_get(features), np.float64)
+def _checked(features: Array | np.ndarray, name: str = "features") -> np.ndarray:
+    """The features on the host, in float32 or as precise as they are."""
+    matrix = np.asarray(jax.device_get(features))
     if matrix.size == 0:
         raise ValueError(f"{name} of shape {matrix.shape} is empty")
-    if not np.isfinite(matrix).all():
+    if matrix.dtype not in (np.float32, np.float64):
+        matrix = matrix.astype(np.float32)
+    if not is_finite(matrix):
         raise ValueError(f"{name} holds values that are not finite")
     return matrix
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from cassle_jax.checks import is_finite
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.pipeline import evenly_spaced
 from cassle_jax.data.sources import content_of, has_changed
@@ -138,7 +139,7 @@ class FeatureStore:
             params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
             extracted = self._extract(params, batch_stats, self._views(source, short_side))
             features = Features(*extracted)
-            if not np.isfinite(features.features).all():
+            if not is_finite(features.features):
                 raise DataError(
                     f"{self._subject.name} has features that are not finite on {source.name}; "
                     "its weights are damaged or its training diverged"

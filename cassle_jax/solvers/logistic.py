@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_positive, is_finite
 from cassle_jax.solvers.principal_axes import blocks, principal_axes
 
 _TOLERANCE = 1e-6
@@ -156,7 +156,7 @@ def check_rows(name: str, features: np.ndarray, labels: np.ndarray, classes: int
         )
     if labels.shape != (len(features),):
         raise ValueError(f"{name} has labels of shape {labels.shape} for {len(features)} rows")
-    if not np.isfinite(features).all():
+    if not is_finite(features):
         raise ValueError(f"{name} holds features that are not finite")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(

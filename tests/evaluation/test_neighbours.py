@@ -5,6 +5,7 @@ from sklearn.neighbors import NearestNeighbors
 from cassle_jax.evaluation import neighbours
 from cassle_jax.evaluation.findings import Gallery
 from cassle_jax.evaluation.neighbours import nearest
+from tests.evaluation.traced import peak_bytes
 
 
 def points(rows: int, seed: int, width: int = 9) -> np.ndarray:
@@ -42,6 +43,23 @@ def test_a_query_does_not_find_itself(k, small_blocks):
     assert nearest(copies[:1], copies, 3, own_rows=np.array([0])).rows.tolist() == [[1, 2, 3]]
     mixed = nearest(copies[:2], copies, 2, own_rows=np.array([-1, 1]))
     assert mixed.rows.tolist() == [[0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("lengths", [(150,), (64, 86), (3, 147), (149, 1)])
+def test_rows_in_several_parts_are_those_of_one(lengths, small_blocks):
+    queries, rows = points(70, seed=1), points(150, seed=2)
+    images = np.array([0, *range(64, 132), 149])
+    parts = np.split(rows, np.cumsum(lengths)[:-1])
+    whole = nearest(queries, rows, 7, own_rows=images)
+    found = nearest(queries, parts, 7, own_rows=images)
+    np.testing.assert_array_equal(found.rows, whole.rows)
+    np.testing.assert_allclose(found.similarities, whole.similarities, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_rows_searched(small_blocks):
+    rows = points(40_000, seed=2, width=32)
+    nearest(rows[:100], rows[:100], 3)  # compiles
+    assert peak_bytes(lambda: nearest(rows[:100], [rows, rows], 3)) < rows.nbytes / 10
 
 
 def picture(shade: int) -> np.ndarray:

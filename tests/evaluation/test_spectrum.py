@@ -7,6 +7,7 @@ from sklearn.linear_model import LinearRegression
 
 from cassle_jax.evaluation import spectrum
 from cassle_jax.evaluation.spectrum import alignment_and_uniformity, rank_me
+from tests.evaluation.traced import peak_bytes
 
 
 def with_singular_values(values, rows: int = 60, width: int = 20) -> np.ndarray:
@@ -79,6 +80,15 @@ def test_variances_are_those_of_scikit_learns_pca():
             found.explained, np.cumsum(pca.explained_variance_ratio_), rtol=1e-8
         )
         assert found.rank_me == pytest.approx(rank_me(features))
+
+
+def test_blocks_of_rows_change_nothing_and_memory_does_not_grow_with_them():
+    generator = np.random.default_rng(0)
+    features = (3 + generator.normal(size=(30_000, 24))).astype(np.float32)
+    found = spectrum.spectrum(features)
+    pca = PCA(svd_solver="full").fit(features.astype(np.float64))
+    np.testing.assert_allclose(found.variances, pca.explained_variance_, rtol=1e-9)
+    assert peak_bytes(lambda: spectrum.spectrum(features)) < features.nbytes / 2
 
 
 def power_law(alpha: float, axes: int = 100, rows: int = 110) -> np.ndarray:
