@@ -17,6 +17,13 @@ TEMPERATURE = 0.2
 _ROWS_AT_ONCE = 1024
 
 
+def unit_length(rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Rows of length 1, whatever their scale; rows of zeros as they are."""
+    # A power of two rounds nothing, and keeps squares from becoming 0 or infinite.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
+    return normalize(jnp.ldexp(rows, -exponent))
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """Agreement between the embeddings of two views of the same images.
@@ -128,7 +135,7 @@ def agreement_sums(
         info_nce = optax.softmax_cross_entropy_with_integer_labels(logits, own)
         return similarities[own], info_nce, jnp.argmax(logits) == own
 
-    queries = normalize(queries)
+    queries = unit_length(queries)
     same, info_nce, matched = jax.lax.map(
         compare, (queries, rows.position), batch_size=_ROWS_AT_ONCE
     )
@@ -202,4 +209,4 @@ def _among_all(
     queries: Float[Array, "N D"], keys: Float[Array, "N D"], temperature: float | Float[Array, ""]
 ) -> tuple[AgreementSums, Counts]:
     rows = batch_rows(jnp.ones(len(keys), bool), None)
-    return agreement_sums(rows, queries, normalize(keys), temperature), counts(rows)
+    return agreement_sums(rows, queries, unit_length(keys), temperature), counts(rows)

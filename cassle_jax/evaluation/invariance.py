@@ -20,6 +20,7 @@ from cassle_jax.evaluation.agreement import (
     agreement_sums,
     batch_rows,
     counts,
+    unit_length,
 )
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score
@@ -46,7 +47,7 @@ from cassle_jax.evaluation.views import (
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
-from cassle_jax.methods.losses import gather, normalize
+from cassle_jax.methods.losses import gather
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 
 LOG = logging.getLogger(__name__)
@@ -313,7 +314,7 @@ class _Measurement:
         view = view_under(nothing(), drawn, batch, self._spec)
         omega, _ = self._omegas(view, view)
         stages = _stages(self._networks, variables, ViewBatch(view.image, omega))
-        keys = {name: gather(normalize(stage), AXIS) for name, stage in stages.items()}
+        keys = {name: gather(unit_length(stage), AXIS) for name, stage in stages.items()}
         return (drawn, view, stages["features"]), keys, jax.lax.psum(counts(rows), AXIS)
 
     def _compare(self, variables, batch, local, keys, number, chosen):
@@ -331,7 +332,7 @@ class _Measurement:
 
         if has_projector(variables):
             plain_projected = projected(plain_view, plain_omega, plain_features)
-            keys[PROJECTOR] = gather(normalize(plain_projected), AXIS)
+            keys[PROJECTOR] = gather(unit_length(plain_projected), AXIS)
             queries[PROJECTOR] = projected(view, omega, features)
         if "wrong" in batch:
             wrong = batch["wrong"][:, number]

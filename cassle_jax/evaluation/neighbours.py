@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from cassle_jax.checks import is_finite
 from cassle_jax.data import Source, decode
+from cassle_jax.evaluation.agreement import unit_length
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Gallery, Pixels
 from cassle_jax.evaluation.protocol import Protocol
@@ -163,7 +164,7 @@ def _search(
     k: int,
 ) -> tuple[Int32[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
     """The nearest rows to each query of one block, and their similarities."""
-    queries, own_rows = _normalise(jnp.asarray(queries)), jnp.asarray(own_rows)
+    queries, own_rows = unit_length(jnp.asarray(queries)), jnp.asarray(own_rows)
     size = max(k, min(_SEARCH_ROWS, max(map(len, parts))))  # so that top_k can find k
     found = (
         jnp.zeros((len(queries), k), jnp.int32),
@@ -199,7 +200,7 @@ def _merged(
     k: int,
 ) -> tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]]:
     """What was found, and a block of rows at the places [first, end): the nearest of both."""
-    rows = _normalise(jnp.asarray(block))
+    rows = unit_length(jnp.asarray(block))
     similarity = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
     places = first + jnp.arange(len(rows))
     allowed = (places < end) & (places != own_rows[:, None])
@@ -209,11 +210,6 @@ def _merged(
     places = jnp.concatenate([found[0], places[kept].astype(jnp.int32)], axis=1)
     similarity, kept = jax.lax.top_k(similarity, k)
     return jnp.take_along_axis(places, kept, axis=1), similarity
-
-
-def _normalise(rows: Float[Array, "rows features"]) -> Float[Array, "rows features"]:
-    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.where(norm == 0, 1, norm)
 
 
 def _run(bench: Bench, _: Settings) -> list[Finding]:

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from cassle_jax.evaluation.agreement import both_ways
 from cassle_jax.evaluation.findings import Score, from_json, to_json
 from cassle_jax.evaluation.matching import (
     ANOTHER,
@@ -240,6 +241,16 @@ def test_findings_survive_json_and_say_which_way_is_up(measured):
     names = [FEATURES, RIGHT, WRONG, NONE, MEAN, ANOTHER, CHANCE]
     assert all([name for name, _ in chart.series[metric]] == names
                for chart, metric in zip(charts, ("InfoNCE", "accuracy"), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-32, 1e32])
+def test_the_scale_of_embeddings_changes_nothing(scale):
+    pairs = np.random.default_rng(0).normal(size=(9, 2, 5)).astype(np.float32)
+    unit = pairs / np.linalg.norm(pairs, axis=2, keepdims=True)
+    found = both_ways((scale * pairs).astype(np.float32), 0.2, "pairs")
+    assert found.same == pytest.approx(np.sum(unit[:, 0] * unit[:, 1], axis=1).mean(), abs=1e-6)
+    expected = dataclasses.astuple(both_ways(pairs, 0.2, "pairs"))
+    assert dataclasses.astuple(found) == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -20,10 +20,10 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(neighbours, "_QUERY_ROWS", 32)
 
 
-@pytest.mark.parametrize("k", [1, 5, 150])
-def test_the_search_is_scikit_learns(k, small_blocks):
+@pytest.mark.parametrize(("k", "scale"), [(1, 1), (5, 1), (150, 1), (5, 1e-32), (5, 1e35)])
+def test_the_search_is_scikit_learns(k, scale, small_blocks):
     queries, rows = points(70, seed=1), points(150, seed=2)
-    found = nearest(queries, rows, k)
+    found = nearest(scale * queries, scale * rows, k)
     witness = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(rows)
     distances, places = witness.kneighbors(queries)
     np.testing.assert_array_equal(found.rows, places)
