@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cassle_jax.augment.spec import LEAST_SIGMA
+
 __all__ = ["check_image", "check_key", "check_one", "check_params", "check_size"]
 
 # parameter: (the flag it belongs to, lowest, highest)
@@ -19,7 +21,7 @@ _RANGES = {
     "contrast": ("jitter", 0, np.inf),
     "saturation": ("jitter", 0, np.inf),
     "hue": ("jitter", -0.5, 0.5),
-    "sigma": ("blur", 1e-6, np.inf),
+    "sigma": ("blur", LEAST_SIGMA, np.inf),
     "solarize_threshold": ("solarize", 0, 1),
     "turns": ("", 0, 3),
     "crop": ("", 0, 1),
@@ -102,16 +104,22 @@ def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
         raise ValueError(f"size={tuple(pixels.tolist())} is no picture's; use at least 1×1{most}")
 
 
-def check_key(key: Any) -> None:
-    """Refuses anything but one random key.
+def check_key(name: str, key: Any) -> None:
+    """Refuses anything but one random key, of `jax.random.key` or `jax.random.PRNGKey`.
 
     Raises:
       ValueError: the message names the key or its shape, and what would work.
     """
-    if not hasattr(key, "dtype"):
-        raise ValueError(f"key={key!r} is no random key; use one, as by jax.random.key(0)")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        check_one("key", key)
+    dtype = getattr(key, "dtype", None)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        try:
+            key = jax.random.wrap_key_data(key)
+        except (TypeError, ValueError, AttributeError) as error:
+            given = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
+            raise ValueError(
+                f"{name}={given} is no random key; use one, as by jax.random.key(0)"
+            ) from error
+    check_one(name, key)
 
 
 def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:

@@ -24,18 +24,23 @@ STL10_STD = (0.27, 0.26, 0.27)
 
 Number = float | int
 
+_SMALLEST, _LARGEST = 1e-30, 1e30  # with which float32 computes well
+
+LEAST_SIGMA = 1e-6
+"""Smallest standard deviation of a blur, pixels; it changes nothing."""
+
 # setting: (smallest low end, largest high end)
 _RANGES = {
     "crop_area": (0.0, 1.0),
-    "crop_aspect": (0.0, float("inf")),
-    "brightness": (0.0, float("inf")),
-    "contrast": (0.0, float("inf")),
-    "saturation": (0.0, float("inf")),
+    "crop_aspect": (0.0, _LARGEST),
+    "brightness": (0.0, _LARGEST),
+    "contrast": (0.0, _LARGEST),
+    "saturation": (0.0, _LARGEST),
     "hue": (-0.5, 0.5),
-    "sigma": (0.0, float("inf")),
+    "sigma": (LEAST_SIGMA, _LARGEST),
     "solarize_threshold": (0.0, 1.0),
 }
-_POSITIVE_RANGES = ("crop_area", "crop_aspect", "sigma")
+_POSITIVE_RANGES = ("crop_area", "crop_aspect")
 
 CHANCES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
 """The settings that are the probability of an augmentation."""
@@ -113,6 +118,8 @@ class AugmentSpec:
             self._set_floats(name, 3, "use three numbers, one a channel")
         if min(self.std) <= 0:
             raise ConfigError(f"augment.std={self.std} has a value that is not positive; use > 0")
+        if self.crop not in (True, False):
+            raise ConfigError(f"augment.crop={self.crop!r} is not valid; use True or False")
         check_one_of("augment.jitter_order", self.jitter_order, ("image", "batch"))
         check_one_of("augment.solarize_after", self.solarize_after, ("jitter", "blur"))
         self._check_kernel()
@@ -190,8 +197,11 @@ class AugmentSpec:
         value = getattr(self, name)
         if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
             raise ConfigError(f"augment.{name}={value} does not have {length} values; {advice}")
-        if not all(isinstance(entry, Real) and math.isfinite(entry) for entry in value):
-            raise ConfigError(f"augment.{name}={value} has a value that is no number; {advice}")
+        if not all(map(_is_number, value)):
+            raise ConfigError(
+                f"augment.{name}={value} has a value that is too large, too small or no number; "
+                f"{advice}"
+            )
         floats = tuple(float(entry) for entry in value)
         object.__setattr__(self, name, floats)
         return floats
@@ -209,6 +219,11 @@ class AugmentSpec:
                 f"than a view of augment.size={self.size} has; use a kernel of at most "
                 f"{2 * self.size - 1}, or augment.blur=0"
             )
+
+
+def _is_number(value: object) -> bool:
+    """Whether float32 can compute with it."""
+    return isinstance(value, Real) and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
 
 
 RARE = tuple(

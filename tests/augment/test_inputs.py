@@ -1,5 +1,7 @@
 """What cannot be meant is refused in one line while a program is traced, and costs it nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -107,10 +109,36 @@ def test_a_size_that_is_none(size, message):
         center_view(BYTES, size, SPEC)
 
 
-@pytest.mark.parametrize("key", [0, None])
-def test_a_key_that_is_none(key):
-    with pytest.raises(ValueError, match=rf"key={key} is no random key; use one, as by"):
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        (0, "0"),
+        (None, "None"),
+        (np.int32(3), r"int32\[\]"),
+        (jnp.zeros(3, jnp.uint32), r"uint32\[3\]"),
+        (jnp.zeros(2), r"float32\[2\]"),
+        (BYTES, r"uint8\[12, 10, 3\]"),  # arguments in another order
+    ],
+)
+def test_a_key_that_is_none(key, named):
+    with pytest.raises(ValueError, match=rf"^key={named} is no random key; use one, as by"):
         augment(key, BYTES, SPEC)
+    if key is not None:
+        spec = dataclasses.replace(SPEC, jitter_order="batch")
+        with pytest.raises(ValueError, match=rf"^order_key={named} is no random key"):
+            augment(KEY, BYTES, spec, order_key=key)
+
+
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)])
+def test_keys_of_both_kinds_draw_the_same(key):
+    drawn, expected = (draw(each, np.array([12, 10]), SPEC) for each in (key, jax.random.key(3)))
+    np.testing.assert_array_equal(drawn.crop, expected.crop)
+
+
+def test_settings_at_their_bounds_give_numbers():
+    bounds = dict.fromkeys(("brightness", "contrast", "saturation"), (1e30, 1e30))
+    spec = AugmentSpec(8, jitter=1, blur=1, sigma=(1e-6, 1e-6), crop_aspect=(1e30, 1e30), **bounds)
+    assert np.isfinite(augment(KEY, BYTES, spec).image).all()
 
 
 def test_several_keys_views_or_parameters_want_vmap(view):
@@ -168,6 +196,7 @@ def test_pictures_have_their_channels_last(view):
     [
         ({"size": float("nan")}, r"augment\.size=nan .*integer >= 1"),
         ({"size": "8"}, r"augment\.size=8 .*integer >= 1"),
+        ({"crop": "no"}, r"augment\.crop='no' is not valid; use True or False"),
         ({"flip": "often"}, r"augment\.flip=often is not a probability"),
         ({"sigma": ("a", 2)}, r"augment\.sigma=.*no number; use \(low, high\)"),
         ({"sigma": None}, r"augment\.sigma=None does not have 2 values; use \(low, high\)"),
