@@ -269,8 +269,10 @@ def _split_names(entry: Entry, path: str) -> tuple[str, str]:
     if not path:
         return entry.val, entry.test
     test = split_there(path, "test") if entry is _OWN else entry.folder_test
-    has_val = test != "val" and is_folder(pathlib.Path(path_of(path)) / "val")
-    return "val" if entry.val or has_val else "", test
+    if test != "test":  # the validation images are the test part
+        return "", test
+    val = split_there(path, "val")
+    return val if entry.val or is_folder(pathlib.Path(path_of(path)) / val) else "", test
 
 
 def _check_classes(entry: Entry, parts: list[Source]) -> None:

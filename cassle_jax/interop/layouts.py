@@ -33,6 +33,7 @@ WRAPPERS = {
 }
 # Networks that are not evaluated where a file has another one: DINO evaluates the teacher.
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
+COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and torch's AveragedModel
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 # Of DINOv2, DINOv3, MAE and Hugging Face's ViT.
@@ -135,7 +136,7 @@ def _arrays_in(flat: Mapping[str, Any]) -> State:
     return {
         name: value
         for name, value in flat.items()
-        if isinstance(value, np.ndarray) and not name.endswith("num_batches_tracked")
+        if isinstance(value, np.ndarray) and not name.endswith(COUNTERS)
     }
 
 

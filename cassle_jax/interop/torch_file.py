@@ -93,7 +93,10 @@ def _read_zip(file: io.BufferedIOBase) -> Any:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise WeightsError("it is a zip file without PyTorch's one data.pkl")
+            raise WeightsError(
+                "it is a zip file without PyTorch's one data.pkl; save the arrays of others, such "
+                "as NumPy's, with safetensors.numpy.save_file"
+            )
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in names:
             raise WeightsError(

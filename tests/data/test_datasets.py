@@ -531,10 +531,12 @@ def test_a_folder_of_ones_own(image_folder):
     assert images(open_dataset(f"folder:{moved}").val) == before
 
 
-def test_a_validation_folder_is_used_where_there_is_one(image_folder):
-    root = with_test(with_test(image_folder({"ant": 4, "bee": 4, "cat": 4})), split="val", each=1)
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_used_where_there_is_one(image_folder, name):
+    root = with_test(with_test(image_folder({"ant": 4, "bee": 4, "cat": 4})), split=name, each=1)
     data = open_dataset(f"folder:{root}")
     assert [len(part) for part in (data.train, data.val, data.test)] == [12, 3, 6]
+    assert data.val.name == str(root / name)
 
 
 def test_a_dataset_with_a_builder_can_be_a_folder(image_folder, caplog):

@@ -436,7 +436,7 @@ def test_a_storage_that_an_older_file_does_not_list_is_missed(tmp_path):
     [
         ({"archive/constants.pkl": b""}, "TorchScript.*torch.jit.load"),
         ({"archive/byteorder": b"big"}, "big-endian"),
-        ({"other/data.pkl": b""}, "one data.pkl"),
+        ({"other/data.pkl": b""}, r"one data\.pkl; save the arrays of others, such as NumPy's"),
     ],
 )
 def test_other_archives_are_told_apart(tmp_path, extra, message):

@@ -63,6 +63,14 @@ def saved(path, state):
     return path
 
 
+def test_the_counter_of_averaged_weights_is_no_weight(variables, tmp_path):
+    encoder = weights_of(variables).encoder
+    averaged = {f"module.{name}": array for name, array in encoder.items()}  # torch's AveragedModel
+    averaged["n_averaged"] = np.asarray([7])
+    loaded = load_weights(saved(tmp_path / "averaged", averaged))
+    assert loaded.encoder.keys() == encoder.keys()
+
+
 def zeros_like(variables):
     return jax.tree.map(np.zeros_like, variables)
 
