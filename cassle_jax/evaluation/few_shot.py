@@ -102,11 +102,10 @@ def few_shot(
     drawn = _draw(rows_of, ways, shots + queries, episodes, seed)
 
     together = _episodes_together(drawn.shape, shots, features.shape[1])
-    table = jnp.asarray(features)
     right, converged = [], []
     for part in _parts(drawn, together):
         fit = fit_one_against_rest(features[part[:, :, :shots]])
-        right.append(_count_right(table, part[:, :, shots:], fit.weights, fit.intercepts))
+        right.append(_count_right(features[part[:, :, shots:]], fit.weights, fit.intercepts))
         converged.append(fit.converged.all(axis=1))
     right, converged = (np.concatenate(parts)[:episodes] for parts in (right, converged))
     if not converged.all():
@@ -171,15 +170,12 @@ def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
 
 @jax.jit
 def _count_right(
-    features: Float32[Array, "rows features"],
-    queries: Int[Array | np.ndarray, "episodes ways queries"],
+    queries: Float32[Array | np.ndarray, "episodes ways queries features"],
     weights: Float32[Array, "episodes ways features"],
     intercepts: Float32[Array, "episodes ways"],
 ) -> Int[Array, " episodes"]:
     """The number of queries classified correctly, per episode."""
-    scores = jnp.einsum(
-        "evqd,ewd->evqw", features[queries], weights, precision=jax.lax.Precision.HIGHEST
-    )
+    scores = jnp.einsum("evqd,ewd->evqw", queries, weights, precision=jax.lax.Precision.HIGHEST)
     found = jnp.argmax(scores + intercepts[:, None, None], axis=-1)
     return jnp.sum(found == jnp.arange(queries.shape[1])[:, None], axis=(1, 2))
 
