@@ -64,9 +64,10 @@ class TfdsSource:
         self._label_key = _label_path(features)
         self.name = f"{tfds_builder.info.full_name} {split}"
         if self._image_key is None:
+            found = ((".".join(path), type(leaf).__name__) for path, leaf in _leaves(features))
             raise DataError(
-                f"data.name={tfds_builder.info.full_name!r} has no image feature, only "
-                f"{', '.join(features)}"
+                f"data.name={tfds_builder.info.full_name!r} has no Image among its features, "
+                f"only {', '.join(f'{name} ({kind})' for name, kind in found)}"
             )
         self.class_names = _class_names(features, self._label_key)
         wanted = read_class_list(classes)

@@ -163,7 +163,8 @@ def lidar(
       delta: The δ on the diagonal of Σw, above 0.
 
     Returns:
-      A value between 1 and min(images − 1, features); 0 if all images' means are the same.
+      A value between 1 and min(images − 1, features); 0 if all images' means are the same; NaN if
+      the views differ so much in some directions that δ is all rounding in others.
 
     Raises:
       ValueError: If there are fewer than two images or views, a feature is not finite, or δ is not
@@ -183,6 +184,9 @@ def lidar(
     means = points.mean(axis=1)
     within = (points - means[:, None]).reshape(-1, width)
     within = within.T @ within / (images * (views - 1)) + delta * np.eye(width)
+    least, most = np.linalg.eigvalsh(within)[[0, -1]]
+    if least <= width * np.finfo(np.float64).eps * most:
+        return float("nan")
     between = means - means.mean(axis=0)
     between = between.T @ between / (images - 1)
     # The eigenvalues λ of Σb v = λ Σw v are those of Σw^−½ Σb Σw^−½.

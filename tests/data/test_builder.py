@@ -410,7 +410,11 @@ WRONG = {
     "wrong version": ({"name": "tiny_animals:9.9.9"}, "train", ["9.9.9", "not prepared"]),
     "wrong split": ({}, "tran", ["'tran'", "did you mean 'train'", "test", "unlabelled"]),
     "bad slice": ({}, "train[:ten]", ["'train[:ten]'", "there:"]),
-    "no image": ({"name": "tiny_numbers"}, "train", ["no image feature", "value"]),
+    "no image": (
+        {"name": "tiny_numbers"},
+        "train",
+        ["no Image among", "value (Scalar)"],
+    ),
     "no folder": ({"path": "/no/such/folder"}, "train", ["data.path='/no/such/folder'"]),
     "unknown classes": ({"classes": "imagenet100"}, "train", ["100 of its 100", "ant, bee"]),
 }

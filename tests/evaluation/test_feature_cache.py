@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -134,6 +135,21 @@ def test_images_that_are_replaced_while_they_are_read_have_no_features(tmp_path,
     assert list(tmp_path.rglob("*.npz")) == kept
     monkeypatch.undo()
     assert len(features(open_folder(str(tmp_path / "images"), "train")).features) == 6
+
+
+def test_a_damaged_image_is_reported_once_however_often_it_is_read(tmp_path, caplog):
+    for index in range(4):
+        file = tmp_path / "train" / "ab"[index % 2] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(file)
+    file.write_bytes(b"")
+    source = open_folder(str(tmp_path), "train")
+    features = FeatureStore(colour_subject(), devices(1), batch=2)
+    assert len(features(source).features) == 3
+    for _ in range(3):
+        with closing(features.batches(source)) as batches:
+            assert sum(int(each["mask"].sum()) for each in batches) == 3
+    assert caplog.text.count("damaged image") == 1
 
 
 def test_what_reads_images_itself_reads_those_whose_features_there_are():

@@ -163,6 +163,13 @@ def test_lidar_counts_directions_that_tell_images_apart():
     assert spectrum.lidar(np.ones((4, 3, 2))) == 0
 
 
+def test_lidar_is_no_number_where_delta_is_all_rounding():
+    few = 1e7 * views(3, 4, np.ones(20), np.ones(20))  # views differ in 9 of 20 directions
+    assert np.isnan(spectrum.lidar(few))
+    many = views(30, 5, np.ones(7), np.ones(7))  # in all of them
+    assert spectrum.lidar(1e7 * many) == pytest.approx(spectrum.lidar(many), rel=1e-3)
+
+
 def test_bad_spectra_are_named():
     with pytest.raises(ValueError, match="1 row is too few"):
         spectrum.spectrum(np.ones((1, 4)))
