@@ -67,7 +67,7 @@ class BatchRows:
 
 
 def batch_rows(mask: Bool[Array, " B"], axis_name: str | None) -> BatchRows:
-    """The candidates this device's rows are compared with.
+    """Locates this device's rows among the candidates of the global batch.
 
     Args:
       mask: which rows of this device hold an image.
@@ -174,7 +174,7 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
       ValueError: a mean is not finite.
     """
     sums, counts = jax.tree.map(partial(np.asarray, dtype=np.float64), (sums, counts))
-    # The sum over all pairs, minus the sum over pairs of one image.
+    # Sum over all pairs minus sum over the pairs of the same image.
     different = np.vdot(sums.queries, sums.keys) - sums.same
     found = Agreement(
         same=float(sums.same / counts.images),
@@ -198,9 +198,11 @@ def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: 
     Raises:
       ValueError: an embedding is not finite.
     """
-    there = _among_all(embeddings[:, 0], embeddings[:, 1], temperature)
-    back = _among_all(embeddings[:, 1], embeddings[:, 0], temperature)
-    ways = [dataclasses.astuple(agreement(*each, name)) for each in (there, back)]
+    first, second = embeddings[:, 0], embeddings[:, 1]
+    ways = [
+        dataclasses.astuple(agreement(*_among_all(queries, keys, temperature), name))
+        for queries, keys in ((first, second), (second, first))
+    ]
     return Agreement(*(float(each) for each in np.mean(ways, axis=0)))
 
 

@@ -1,4 +1,4 @@
-"""Reads how a view was augmented off frozen features with linear probes."""
+"""Predicts how a view was augmented from frozen features, with linear probes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +31,7 @@ from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 
 _HELD_OUT_OF = 4
 FEWEST_IMAGES = 13
+_CONSTANT = "constant answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Reading:
     from_augmented: float
     constant: float
 
+    def by_source(self) -> dict[str, float]:
+        """The scores by what the probe sees. A constant answer's R² is 0 and is left out."""
+        scores = {"plain and augmented": self.from_pair, "augmented": self.from_augmented}
+        return scores | ({_CONSTANT: self.constant} if self.metric == "accuracy" else {})
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationReadings:
@@ -68,38 +74,35 @@ class AugmentationReadings:
     def findings(self, dataset: str) -> list[Finding]:
         """The readings, as scores and as bars."""
         scores = [
-            Score(PROTOCOL.name, dataset, f"{metric} of {name}, {source}", value)
-            for name, metric, values in self._values()
-            for source, value in values.items()
-            if source != "constant answer"
+            Score(PROTOCOL.name, dataset, f"{reading.metric} of {name}, {source}", value)
+            for name, reading in self.readings.items()
+            for source, value in reading.by_source().items()
+            if source != _CONSTANT
         ]
-        return scores + [
-            Chart(
-                PROTOCOL.name,
-                dataset,
-                f"{metric} of a linear probe on frozen features",
-                "descriptor",
-                metric,
-                {
-                    source: tuple((name, values[source]) for name, values in of_metric)
-                    for source in of_metric[0][1]
-                },
-            )
-            for metric in ("R²", "accuracy")
-            if (of_metric := [(name, each) for name, of, each in self._values() if of == metric])
-        ]
+        charts = [self._bars(dataset, metric) for metric in ("R²", "accuracy")]
+        return [*scores, *filter(None, charts)]
 
-    def _values(self):
-        """The name, metric and values of each component."""
-        for name, reading in self.readings.items():
-            values = {
-                "plain and augmented": reading.from_pair,
-                "augmented": reading.from_augmented,
-            }
-            # A constant answer's R² is 0: bars of no height.
-            if reading.metric == "accuracy":
-                values["constant answer"] = reading.constant
-            yield name, reading.metric, values
+    def _bars(self, dataset: str, metric: str) -> Chart | None:
+        """The readings in one metric; `None` where there are none."""
+        values = {
+            name: reading.by_source()
+            for name, reading in self.readings.items()
+            if reading.metric == metric
+        }
+        if not values:
+            return None
+        sources = next(iter(values.values()))
+        return Chart(
+            PROTOCOL.name,
+            dataset,
+            f"{metric} of a linear probe on frozen features",
+            "descriptor",
+            metric,
+            {
+                source: tuple((name, each[source]) for name, each in values.items())
+                for source in sources
+            },
+        )
 
 
 def augmentation_prober(
@@ -107,11 +110,11 @@ def augmentation_prober(
 ) -> Callable[..., AugmentationReadings]:
     """Returns a function that probes features for augmentations; its first call compiles it.
 
-    Every image is encoded plain (its largest centred square) and augmented as in training. Every
-    fourth image is held out. On the others `probe_factors` fits a ridge regression to each
-    component of each descriptor, or a logistic regression to one that is a class, and chooses its
-    penalty on a part of them. Components that are constant over the fitted or over the held-out
-    images are left out. An encoder that takes ω in with the image gets `neutral`.
+    Encodes every image plain (its largest centred square) and augmented as in training. Holds out
+    every fourth image. On the others, `probe_factors` fits a ridge regression to each component of
+    each descriptor, or a logistic regression to a class, and chooses the penalty on a part of them.
+    Leaves out components that are constant over the fitted or the held-out images. An encoder
+    conditioned on ω gets `neutral`.
 
     Args:
       networks: the run's networks.
@@ -121,7 +124,7 @@ def augmentation_prober(
 
     Returns:
       A function of variables (`params` and `batch_stats`), batches (as from `evaluation_batches`)
-      and the seed of the augmentations (default 0). It returns the same in every process. It raises
+      and the seed of the augmentations (default 0). Every process gets the same result. Raises
       ValueError for fewer than 13 images, features that are not finite, or augmentations that never
       differ.
     """
@@ -165,8 +168,8 @@ def read_augmentations(
     }
     if not factors:
         raise ValueError(
-            "the views are all augmented alike, so there is nothing to read off their features; "
-            "use augmentations that are drawn at random"
+            "all views have the same augmentation, so there is nothing to predict; use "
+            "augmentations that are drawn at random"
         )
     kinds = {
         name: "class" if np.issubdtype(values.dtype, np.integer) else "value"
@@ -204,7 +207,7 @@ def _encoding(networks: Networks, spec: AugmentSpec, neutral: Array) -> Callable
 
 
 def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every component by its name, [N]: a number or a class."""
+    """The values of every component, numbers or classes [N], by name."""
     factors = {}
     for name, values in descriptors.items():
         descriptor = DESCRIPTORS[name]
@@ -223,7 +226,7 @@ def _factors(descriptors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _reading(
     from_pair: float, from_augmented: float, tested: np.ndarray, is_class: bool
 ) -> Reading:
-    """A reading, from the shares of a constant answer's error that the probes remove."""
+    """The reading of a component, from its scores by `probe_factors`."""
     if not is_class:
         return Reading("R²", from_pair, from_augmented, 0.0)
     constant = np.unique(tested, return_counts=True)[1].max() / len(tested)

@@ -1,4 +1,4 @@
-"""The bench of a protocol: one subject on one dataset, with the features that protocols share."""
+"""A bench: one subject on one dataset, with the features that the protocols share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Bench:
         return self.store.mesh
 
     def identity(self) -> str:
-        """All that results depend on except the protocol: weights, images, devices, code."""
+        """Identifies the weights, images, devices and code that results depend on."""
         parts = (self.data.train, self.data.val, self.data.test)
         images = [None if part is None else described(part) for part in parts]
         data = self.data.name, self.data.task, self.data.metric, self.data.ten_crops
@@ -66,10 +66,10 @@ class Bench:
         return self.store(self.data.test)
 
     def cropped(self) -> list[Features]:
-        """Features of the three parts, as linear evaluation takes them.
+        """Features of the three parts for linear evaluation.
 
-        Where the dataset calls for ten crops, the crops of every image to fit are separate rows,
-        and a test image is the centre of an image resized alike.
+        Where the dataset calls for ten crops, every crop of a training or validation image is a
+        row. A test image is resized to the same size, and its centre is cropped.
         """
         data, size = self.data, self.subject.spec.size
         if not data.ten_crops:
@@ -79,7 +79,7 @@ class Bench:
         return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments):
-        """The result of `make` for the subject, made for one dataset and kept for the others."""
+        """Calls `make` for the first dataset, and returns the same result for all others."""
         programs = self.store.programs
         if make.__name__ not in programs:
             programs[make.__name__] = make(*arguments, self.mesh)
@@ -96,12 +96,12 @@ class Bench:
         return [self.train, self.val]
 
     def analysed(self, images: int):
-        """Batches of the test images that an analysis looks at, in one random order for all.
+        """Batches of test images in a random order, the same one for all analyses.
 
-        So a batch holds images of all classes even where the dataset is sorted by class.
+        A batch holds images of all classes even where the dataset is sorted by class.
 
         Args:
-          images: their number; 0 for all.
+          images: number of images; 0 for all.
         """
         order = np.random.default_rng(0).permutation(len(self.data.test))
         return self.store.batches(Part(self.data.test, order, "shuffled"), images)

@@ -3,8 +3,8 @@
 The protocols that train on images share this file. Training images are cropped at random and
 flipped, nothing else. Test images are resized so that the short side is 256/224 of the view, and
 the view is cut out of the centre. The head sees float32 features. Order and augmentation depend
-only on the seed, the step and an image's position in the global batch: any number of devices trains
-the same classifier.
+only on the seed, the step and an image's position in the global batch. So any number of devices
+trains the same classifier.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ class Training:
 
     Attributes:
       rates: the learning rate over the steps, by trained part: the `head`, and the `encoder` unless
-        it is frozen. A frozen encoder is in evaluation mode; the BatchNorm of a trained one takes
-        the statistics of the batch over all devices.
+        it is frozen. A frozen encoder is in evaluation mode. In a trained one, BatchNorm uses the
+        statistics of the batch over all devices.
       steps: number of steps.
       batch: images per step, all devices together.
       seed: seed of the head's initial values, the order of the images and their augmentation.
@@ -160,8 +160,8 @@ def train_classifier(
 ) -> PyTree:
     """Trains a linear head on the subject's encoder, and the encoder where it has a learning rate.
 
-    The head begins at N(0, 0.01) with biases 0. An encoder that takes ω in with the image gets the
-    ω of an unaugmented image; its layers for ω are not trained.
+    The head's weights start from N(0, 0.01), its biases from 0. An encoder conditioned on ω gets
+    the ω of an unaugmented image; its layers for ω are not trained.
 
     Args:
       subject: provides the encoder; it is not changed.
@@ -320,7 +320,7 @@ def _start(
     size, neutral = subject.spec.size, subject.conditioning.neutral
 
     def start(variables):
-        # The compiler leaves out the computation of parameters that the subject already has.
+        # XLA drops the computation of parameters that the subject already has.
         made = networks.init(
             jax.random.key(training.seed),
             jnp.zeros((2, size, size, 3)),
@@ -419,14 +419,14 @@ def _measurement(
 
 
 def _ahead(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The number of classes ranked above the label; ties rank by class number, NaN ranks above."""
+    """The number of classes ranked above the label; ties go to the lower class, NaN ranks first."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1]) < labels[:, None]
     return jnp.sum(~(logits <= own) | ((logits == own) & earlier), axis=1)
 
 
 def _shuffled(train: Source, training: Training, canvas: int) -> BatchIterator:
-    """Endless batches. At least one damaged image is tolerated, however few images there are."""
+    """Endless batches; tolerates one damaged image even in the smallest dataset."""
     return training_batches(
         train,
         batch=training.batch,
@@ -440,9 +440,9 @@ def _shuffled(train: Source, training: Training, canvas: int) -> BatchIterator:
 
 
 def _steps_behind(results: Iterable[Array]) -> Iterator[np.ndarray]:
-    """Yields results on the host, in order, each once the devices have two more to compute.
+    """Yields results on the host, in order, two steps behind the devices.
 
-    So the host neither waits for the devices nor runs far ahead of them.
+    So the devices never wait for the host, and the host does not run far ahead.
     """
     pending: deque = deque()
     for result in results:

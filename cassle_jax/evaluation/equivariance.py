@@ -1,4 +1,4 @@
-"""Reads the difference of two views off their features, and finds a view by a known change."""
+"""Predicts the change between two views from their features, and a view from the change."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -62,19 +62,19 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Equivariance:
-    """What features know of the difference of two views of an object.
+    """What features know of the change between two views of an object.
 
     Attributes:
-      read: R² of the change in each factor, read off the features of both views.
-      found: MRR, H@1 and H@5 of each test object's pairs, by what the predictor was given: `RIGHT`
-        or `WRONG`; `CHANCE` is those of a random order.
+      read: R² of the change in each factor, predicted from the features of both views.
+      found: MRR, H@1 and H@5 of each test object's pairs, by the change that the predictor takes:
+        `RIGHT` or `WRONG`; `CHANCE` for a random order of the views.
     """
 
     read: Mapping[str, float]
     found: Mapping[str, Float[np.ndarray, "objects 3"]]
 
     def findings(self, dataset: str, groups: Mapping[str, str]) -> list[Finding]:
-        """R² by factor, and how well the other view is found, as scores and as bars.
+        """R² by factor, and retrieval of the other view, as scores and as bars.
 
         Args:
           dataset: name of the dataset.
@@ -116,16 +116,16 @@ class Equivariance:
 def equivariance(
     train: Views, val: Views, test: Views, kinds: Mapping[str, str], *, seed: int = 0
 ) -> Equivariance:
-    """Measures how well features tell, and follow, the difference of two views of an object.
+    """Measures how well features reveal, and follow, the change between two views of an object.
 
-    Each image forms one pair with another image of its object, drawn at random. Two ridge
-    regressions with a kernel of degree 2 are fitted to the training pairs. One reads the change in
-    each factor off both features. The other predicts the second feature from the first one and all
-    changes; so it can be any map of the feature that is linear in the change, as the hypernetwork
-    of SIE (Garrido et al., 2023). The views of the object, the first one included, are then ordered
-    by the cosine of their standardised features with the prediction. MRR is the mean of 1/rank of
-    the second view, H@k the share of pairs whose second view is among the first k; of views of
-    equal cosine every order is as likely.
+    Each image forms a pair with another image of its object, drawn at random. Two ridge regressions
+    with a kernel of degree 2 are fitted to the training pairs. One predicts the change in each
+    factor from both features. The other predicts the second feature from the first feature and all
+    changes. Among its solutions are all maps of the feature that are linear in the change, such as
+    the hypernetwork of SIE (Garrido et al., 2023). The object's views, the first one included, are
+    then ranked by the cosine of their standardised features with the prediction. MRR is the mean of
+    1/rank of the second view. H@k is the share of pairs whose second view is among the first k.
+    Views of equal cosine are ranked at random: both measures are the mean over their orders.
 
     ========= ========================================= ============================
     kind      change                                    R²
@@ -196,23 +196,23 @@ class _Pairs(NamedTuple):
         return cls(rows, features[first], features[second], changes)
 
     def both(self) -> list[Rows]:
-        """What a change is read off."""
+        """The inputs that predict a change."""
         return [self.first, self.second]
 
     def given(self) -> list[Rows]:
-        """What the second feature is predicted from."""
+        """The inputs that predict the second feature."""
         return [self.first, np.concatenate(list(self.changes.values()), axis=1)]
 
     def with_another_change(self) -> "_Pairs":
-        """The pairs, each with the change of the pair before."""
+        """The pairs, each with the change of the previous pair."""
         rolled = {name: np.roll(each, 1, axis=0) for name, each in self.changes.items()}
         return self._replace(changes=rolled)
 
 
 def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, "pairs 2"]:
-    """Rows of two views of an object: each image, and another one drawn at random.
+    """Pairs each image with another view of its object, drawn at random; returns their rows.
 
-    Images without another view of their object are left out.
+    Leaves out images without another view of their object.
 
     Raises:
       ValueError: no image is left.
@@ -244,7 +244,7 @@ def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
 
 
 def _retrieved(views: Views, pairs: _Pairs, predicted: Rows) -> Float[np.ndarray, "objects 3"]:
-    """MRR, H@1 and H@5 of each object's pairs, of predicted second features."""
+    """MRR, H@1 and H@5 of each object's pairs, for predictions of their second features."""
     found = []
     objects = views.objects[pairs.rows[:, 0]]
     for each in np.unique(objects):
@@ -273,7 +273,10 @@ def retrieval(
 
 
 def _in_views(part: Source, images: int, most_views: int | None) -> ObjectSource:
-    """Objects of a part, in at most this many images and views each; drawn ones are drawn anew."""
+    """Objects of a part, with at most `images` images in all and `most_views` views of each.
+
+    Drawn objects are drawn again, with the views they need.
+    """
     images = min(images, len(part))
     if isinstance(part, Drawn):
         views = min(most_views or VIEWS, images)
@@ -294,7 +297,7 @@ def _run(bench: Bench, settings: EquivarianceSettings) -> list[Finding]:
     data, known = bench.data, bench.data.test.changing
     kinds = {name: factor.kind for name, factor in known.items()}
     groups = {name: factor.group for name, factor in known.items()}
-    # Two views each are fitted, so that there are many objects; a view is found among all.
+    # Fits see two views of each object, so that there are many objects; retrieval sees all views.
     parts = views(data.train, 2), views(data.val, 2), views(data.test, None)
     return equivariance(*parts, kinds, seed=settings.seed).findings(data.name, groups)
 

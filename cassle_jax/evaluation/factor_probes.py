@@ -1,4 +1,4 @@
-"""Reads known factors of the images off frozen features with linear probes."""
+"""Predicts known factors of the images from frozen features, with linear probes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -30,8 +30,8 @@ def probe_factors(
 ) -> dict[str, float]:
     """Scores linear probes that predict each factor from the features of unseen images.
 
-    Every score is the share of a constant answer's error that the probe removes, on the test rows:
-    1 is perfect, 0 is what the best constant answer gets, below 0 is worse than that.
+    A score is 1 − error / error of the best constant answer, on the test rows: 1 is perfect, 0 is
+    as good as the constant answer, below 0 is worse.
 
     ======= ======================= ============================ ===========================
     kind    factor                  probe                        error
@@ -62,7 +62,7 @@ def probe_factors(
         than ten training rows.
     """
     train, test = _standardised(train_features, test_features)
-    # A generator of its own: the split is the same for every factor and every call.
+    # A fixed seed: the split is the same for every factor and every call.
     order = np.random.default_rng(0).permutation(len(train))
     validation, fit = np.split(order, [int(_VALIDATION_SHARE * len(train))])
     probes = {kind: _Logistic if kind == "class" else _Ridge for kind in kinds.values()}
@@ -181,7 +181,7 @@ class _Ridge:
 
 
 def _score(kind: FactorKind, predicted: np.ndarray, factor: np.ndarray) -> float:
-    """Share of the best constant answer's error that the prediction removes."""
+    """1 − error / error of the best constant answer."""
     if kind == "class":
         error = np.mean(predicted != factor)
         constant_error = 1 - np.unique(factor, return_counts=True)[1].max() / len(factor)

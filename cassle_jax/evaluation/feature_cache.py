@@ -1,4 +1,4 @@
-"""Keeps arrays in a folder of bounded size; the least recently read ones are removed first."""
+"""Keeps arrays in a folder of bounded size; removes the least recently read ones first."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 class FeatureCache:
     """Files `<folder>/<subject>/<key>.npz` of bounded total size.
 
-    Several processes may share the folder. A file that cannot be read or written stops nothing.
+    Several processes may share the folder. A file that cannot be read or written only costs time.
 
     Args:
       folder: the folder of all subjects; made by the first write. Other files in it are left alone.

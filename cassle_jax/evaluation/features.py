@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from cassle_jax.augment import AugmentSpec, center_view
-from cassle_jax.evaluation.views import view_as_in_training
+from cassle_jax.evaluation.views import of_all_images, view_as_in_training
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import REPLICATED, SHARDED, parallel, shard_batch
@@ -29,8 +29,8 @@ def feature_extractor(
     """Returns a function that turns a dataset into features; its first call compiles it.
 
     Images are resized to `spec.size` on their short side (bicubic), cropped at the centre and
-    normalised, unless the batches already have that size. An encoder that takes ω in with the image
-    gets `neutral`.
+    normalised, unless the batches already have that size. An encoder conditioned on ω gets
+    `neutral`.
 
     Args:
       networks: the run's networks.
@@ -78,7 +78,7 @@ def view_extractor(
     Args:
       networks: the run's networks.
       spec: the augmentation of the views.
-      neutral: the ω given to an encoder that takes it in with the image.
+      neutral: ω for an encoder that is conditioned on it.
       mesh: the devices.
 
     Returns:
@@ -88,17 +88,9 @@ def view_extractor(
     def features(variables, key, batch):
         images = view_as_in_training(key, batch, spec).image
         view = ViewBatch(images, jnp.broadcast_to(neutral, (len(images), neutral.size)))
-        return networks.apply(variables, view, train=False, method="encode"), batch["mask"]
+        return networks.apply(variables, view, train=False, method="encode")
 
     on_devices = parallel(features, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=SHARDED)
-
-    def extract(variables, batches, key):
-        parts = []
-        for batch in batches:
-            wanted = {name: batch[name] for name in ("image", "size", "index", "mask")}
-            results = on_devices(variables, key, shard_batch(wanted, mesh))
-            encoded, mask = multihost_utils.process_allgather(results, tiled=True)
-            parts.append(encoded[mask])
-        return np.concatenate(parts)
-
-    return extract
+    return lambda variables, batches, key: of_all_images(
+        partial(on_devices, variables, key), batches, mesh
+    )

@@ -1,7 +1,7 @@
 """Few-shot classification: logistic regressions of many small episodes.
 
-An episode draws N classes, and per class K images to fit and 16 others to classify, one class
-against the rest.
+An episode draws N classes, and of each K images to fit and 16 others to classify. Its logistic
+regressions separate each class from the other ones.
 """
 
 import warnings
@@ -74,7 +74,7 @@ def few_shot(
 ) -> FewShotResult:
     """The CASSLE paper's few-shot protocol on frozen features.
 
-    The same seed draws the same episodes, on any device and for any number solved together.
+    The same seed draws the same episodes on any device.
 
     Args:
       features: One row per image; used as they are.
@@ -121,7 +121,7 @@ def few_shot(
 def _rows_of_classes(
     features: np.ndarray, labels: np.ndarray, ways: int, images: int
 ) -> list[Int[np.ndarray, " _"]]:
-    """The rows of each class; raises ValueError where a class has too few."""
+    """The rows of each class; raises the errors of `few_shot`."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features of shape {features.shape} must be rows × features")
     if labels.shape != (len(features),):
@@ -156,13 +156,13 @@ def _episodes_together(drawn: tuple[int, int, int], shots: int, width: int) -> i
     """The number of episodes that fit in 1 GiB, at most 256."""
     episodes, ways, images = drawn
     fitted = ways * shots
-    # The images (those to fit twice), and per class a Hessian, with its parts and its factor.
+    # The images (twice those to fit), and per class a Hessian, its summands and its factor.
     numbers = ways * images * width + fitted * (width + 1) + 4 * ways * fitted**2
     return max(1, min(_TOGETHER, episodes, _WORKING_BYTES // (4 * numbers)))
 
 
 def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
-    """Equally many episodes at a time; the last part is filled up with the first episodes."""
+    """Yields parts of `together` episodes; fills the last part up with the first episodes."""
     missing = -len(drawn) % together
     filled = np.concatenate([drawn, drawn[:missing]])
     yield from np.split(filled, len(filled) // together)

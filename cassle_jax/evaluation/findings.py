@@ -1,4 +1,4 @@
-"""Findings of a protocol for the report: scores, curves, galleries, a failure; and their JSON."""
+"""Findings of a protocol for the report: scores, charts, galleries and failures; their JSON."""
 
 import base64
 import dataclasses
@@ -65,7 +65,7 @@ class Chart:
       y_label: label of the axis of values.
       series: points (x, y) by name; x is a number for lines and a name for bars.
       log_x: whether x has a logarithmic axis.
-      log_y: whether y has one; not for bars, which begin at zero.
+      log_y: whether y has one; never for bars, which start at zero.
     """
 
     task: str

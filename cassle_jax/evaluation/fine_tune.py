@@ -28,11 +28,12 @@ from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Seeded, check_distinct, setting
 from cassle_jax.evaluation.subject import Subject
+from cassle_jax.methods.base import Schedule
 
 LOG = logging.getLogger(__name__)
 
 EPOCHS = 20
-# The number in 20 epochs on 1 % of ImageNet; on small datasets 20 epochs are a handful of steps.
+# As many as 20 epochs of 1 % of ImageNet; on a small dataset 20 epochs are a handful of steps.
 LEAST_STEPS = 1000
 
 
@@ -43,8 +44,15 @@ class Rates:
     encoder: float
     head: float
 
+    def schedules(self, batch: int, steps: int) -> dict[str, Schedule]:
+        """Half a cosine from the rate for a batch of this size down to 0, by trained part."""
+        return {
+            part: optax.cosine_decay_schedule(rate * batch / 256, steps)
+            for part, rate in vars(self).items()
+        }
 
-# SwAV's on ImageNet. SwAV has none for all labels; as in SimCLR they take the rates for 10 %.
+
+# SwAV's on ImageNet. SwAV gives none for all labels: as in SimCLR, they are those for 10 %.
 FEW_LABELS, MANY_LABELS = Rates(0.02, 5.0), Rates(0.01, 0.2)
 FEW = 0.03  # fractions up to it are nearer to 1 % than to 10 %
 
@@ -120,7 +128,8 @@ def fine_tune(
         devices can share.
       encoder_rate: initial learning rate of the encoder for a batch of 256; it is scaled by
         batch / 256. 0 for SwAV's: 0.02 up to 3 % of the labels, 0.01 above.
-      head_rate: the same for the head; 0 for SwAV's: 5 up to 3 % of the labels, 0.2 above.
+      head_rate: initial learning rate of the head, scaled likewise. 0 for SwAV's: 5 up to 3 % of
+        the labels, 0.2 above.
       seed: seed of the head's initial values, the order of the images and their augmentation; the
         subset does not depend on it.
       dtype: dtype of the encoder's products; `None` for bfloat16 on accelerators, float32 on CPUs.
@@ -145,12 +154,8 @@ def fine_tune(
     steps = epochs * steps_per_epoch or max(EPOCHS * steps_per_epoch, LEAST_STEPS)
     LOG.info("fine-tuning on %d images, %d steps of %d", len(subset), steps, shared)
     usual = FEW_LABELS if fraction <= FEW else MANY_LABELS
-    first = {"encoder": encoder_rate or usual.encoder, "head": head_rate or usual.head}
-    rates = {
-        part: optax.cosine_decay_schedule(rate * shared / 256, steps)
-        for part, rate in first.items()
-    }
-    training = Training(rates, steps, shared, seed, dtype)
+    first = Rates(encoder_rate or usual.encoder, head_rate or usual.head)
+    training = Training(first.schedules(shared, steps), steps, shared, seed, dtype)
     variables = train_classifier(subject, subset, training, classes=classes, mesh=mesh)
     found = measured_accuracies(
         subject, variables, test, classes=classes, batch=batch, mesh=mesh, dtype=dtype
@@ -169,9 +174,10 @@ def fine_tune(
 def labelled_subset(labels: Int[np.ndarray, " N"], fraction: float) -> Int[np.ndarray, " chosen"]:
     """Chooses the images that keep their labels: the same share of every class.
 
-    A class with n images keeps round(fraction · n) of them, at least one: those whose place in the
-    dataset has the first BLAKE2b digests (8 bytes, of the place in decimal ASCII). So the subset is
-    the same for every subject, and a smaller fraction's subset lies within a larger one's.
+    A class with n images keeps round(fraction · n) of them, at least one. They are those with the
+    smallest BLAKE2b digests (8 bytes) of their place in the dataset, as decimal ASCII. So every
+    subject gets the same subset, and the subset of a smaller fraction lies within that of a larger
+    one.
 
     Args:
       labels: labels of all images; images with a negative one are never chosen.

@@ -74,8 +74,8 @@ class Invariance:
       agreements: agreements by augmentation and strength, then by stage. The projector is there
         only where the run has one, and `WRONG_PROJECTOR` only where another image's ω differs.
       images: number of images.
-      candidates: the number of images among which InfoNCE looks for the plain one; the mean over
-        the images.
+      candidates: number of images among which InfoNCE looks for the plain one, averaged over the
+        images.
     """
 
     agreements: Mapping[tuple[str, float], Mapping[str, Agreement]]
@@ -153,38 +153,40 @@ def invariance_meter(
 ) -> Callable[..., Invariance]:
     """Returns a function that measures invariance stage by stage; its first call compiles it.
 
-    Every image is compared with itself under each augmentation alone. The augmentation is applied
-    to all images and drawn from the run's own ranges; the same draws of jitter and blur are also
+    Compares every image with itself under each augmentation alone. The augmentation is drawn from
+    the run's own ranges and applied to all images. The same draws of jitter and blur are also
     applied at other strengths (see `Chosen`). The plain image and the uncropped ones show the
     image's largest centred square, resized as a crop is, so that they differ by the augmentation
     alone.
 
     Stages are the feature maps that the encoder sows, its features and, where the run has one, the
-    projector. A feature map is compared as one vector of all positions and channels, so that a
-    change of place counts as a change. The projector takes each view's own ω; as `WRONG_PROJECTOR`,
-    the augmented view takes the ω that the same augmentation has for another image
-    (`another_image`). "Different images" are all pairs of them. InfoNCE and accuracy look for the
-    plain image of an augmented one among the images of its batch. These two depend on the batch:
+    projection. A feature map is compared as one vector of all positions and channels, so a change
+    of place counts as a change. The projector takes each view's own ω. In the stage
+    `WRONG_PROJECTOR`, the augmented view takes the ω that the same augmentation has for another
+    image (`another_image`).
+
+    The similarity of different images is the mean over all pairs. InfoNCE and accuracy look for the
+    plain image of an augmented one among the images of its batch. So they depend on the batch:
     compare them only between equal batch sizes, with images in random order. BatchNorm uses its
     running statistics.
 
-    Each device holds the plain feature maps of a whole batch while the augmentations take turns:
-    7 MB per image of 224 pixels for a ResNet-50 in float32. It also holds two sums of feature maps
-    per augmentation and strength, 0.5 GB in all.
+    Each device holds the plain feature maps of a whole batch: 7 MB per image of 224 pixels for a
+    ResNet-50 in float32. It also holds two sums of feature maps per augmentation and strength,
+    0.5 GB in all.
 
     Args:
       networks: the run's networks.
       conditioning: the projector's conditioning.
       spec: the run's augmentation.
       mesh: the devices.
-      strengths: strengths of jitter and blur to add to the run's own, 1; positive; empty for no
-        curves.
+      strengths: strengths of jitter and blur besides the run's own, which is 1; each above 0; empty
+        for no curves.
       temperature: the temperature of InfoNCE.
 
     Returns:
-      A function of three arguments: the variables (`params` and `batch_stats`), a function that
-      returns the batches (as from `evaluation_batches`) and is called twice where the projector
-      takes ω, and the seed of the augmentations (default 0). It raises ValueError for fewer than
+      A function of the variables (`params` and `batch_stats`), of a function that returns the
+      batches (as from `evaluation_batches`), and of the seed of the augmentations (default 0). It
+      asks for the batches twice where the projector takes ω. It raises ValueError for fewer than
       two images, where no batch has two, or where an embedding is not finite.
 
     Raises:
@@ -204,17 +206,16 @@ def invariance_meter(
         variables: PyTree, batches: Callable[[], Iterable[Batch]], seed: int = 0
     ) -> Invariance:
         key, circle_key = jax.random.split(protocol_key("invariance", seed))
-        conditioned = has_projector(variables) and projector_takes_omega(conditioning)
+        if has_projector(variables) and projector_takes_omega(conditioning):
+            analysed = with_wrong_omega(partial(describe, key), batches, circle_key, mesh)
+        else:
+            analysed = batches()
         sums = None
-        for batch in (
-            with_wrong_omega(partial(describe, key), batches, circle_key, mesh)
-            if conditioned
-            else batches()
-        ):
+        for batch in analysed:
             found = measure(variables, key, on_devices(batch, mesh))
             sums = found if sums is None else add(sums, found)
         if sums is None:
-            raise ValueError("there are no batches to analyse; give one at least")
+            raise ValueError("there are no batches to analyse; give at least one")
         return _invariance(compared, *jax.device_get(sums))
 
     return meter
@@ -237,7 +238,7 @@ def _invariance(compared: Sequence[tuple[str, float]], every, omega_differs, cou
 
 
 def _compared(spec: AugmentSpec, strengths: Sequence[float]) -> list[tuple[str, float]]:
-    """Every drawn augmentation at every strength, once."""
+    """Every augmentation that the run draws, at every strength, once."""
     alone = [("crop", 1.0), *((name, 1.0) for name in CHANCES if getattr(spec, name) > 0)]
     curves = [(name, float(strength)) for name in INTERPOLATED for strength in strengths]
     return list(dict.fromkeys(alone + curves))
@@ -265,7 +266,7 @@ def _description(
 
 
 class _Measurement:
-    """Compares the images of a batch with themselves under each of the augmentations `compared`."""
+    """Compares the images of a batch with themselves under each augmentation in `compared`."""
 
     def __init__(
         self,
@@ -299,7 +300,7 @@ class _Measurement:
           differs from their own for each; and the `Counts`.
         """
         local, keys, count = self._plain(variables, key, batch)
-        # The choice is an argument, so that one compiled program serves all.
+        # The augmentation is an argument, so that one compiled program serves all.
         every = [
             self._under(variables, batch, local, keys, np.int32(number), alone(*each))
             for number, each in enumerate(self._compared)
@@ -338,7 +339,7 @@ class _Measurement:
             wrong = batch["wrong"][:, number]
             keys[WRONG_PROJECTOR] = keys[PROJECTOR]
             queries[WRONG_PROJECTOR] = projected(view, wrong, features)
-            # Another program computed `wrong`, so equal ones may differ by rounding.
+            # Another program computed `wrong`, so equal values may differ by rounding.
             differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
             omega_differs = differs.sum(dtype=jnp.float32)
         sums = {
@@ -368,7 +369,7 @@ def _flat(array: Float[Array, "B ..."]) -> Float[Array, "B D"]:
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
-        LOG.info("invariance of %s: no projector, so of its encoder alone", subject.name)
+        LOG.info("invariance of %s: its encoder alone, as it has no projector", subject.name)
     meter = bench.once(invariance_meter, subject.networks, subject.conditioning, subject.spec)
     batches = partial(bench.analysed, settings.analysed)
     return meter(bench.store.variables, batches, settings.seed).findings(bench.data.name)

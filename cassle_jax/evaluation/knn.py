@@ -33,7 +33,7 @@ class KnnResult:
     class_average: float
 
     def findings(self, dataset: str) -> list[Finding]:
-        """Both accuracies; their names say k where it is not 1, which is usual."""
+        """Both accuracies; their names contain k unless it is 1."""
         scores = {"accuracy": self.accuracy, "mean per class": self.class_average}
         note = "" if self.k == 1 else f", k = {self.k}"
         return [

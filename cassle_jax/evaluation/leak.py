@@ -35,11 +35,10 @@ LOG = logging.getLogger(__name__)
 
 BATCH, TEMPERATURE = 128, 0.2
 
-# Image means, from which such descriptors are computed, hardly depend on the view's size.
+# Descriptors of the image are computed from its means, which hardly depend on its size.
 _PICTURE, _VIEW = 32, 16
 _LEARNING_RATE = 3e-3
-# Candidate shares of the embeddings in their mixture with a constant; at 0 all embeddings are
-# equal.
+# Candidate shares of the embeddings in their mixture with a constant; 0 makes them all equal.
 _SHARES = np.linspace(0, 1, 17) ** 2
 _DRAWS = 8  # views per held-out image
 FEWEST_IMAGES = 8  # two held-out batches of two
@@ -100,21 +99,20 @@ def leak_of(
 ) -> Leak:
     """Trains an MLP on the ω of pairs of views, and measures its NT-Xent on other images.
 
-    Half of the images are for training, with views drawn anew at every step; the other half is held
-    out. The MLP has three layers, two of them hidden and 256 wide. After training, a constant is
-    mixed into its embeddings, by a share chosen on further views of the first half: an MLP that has
-    learnt nothing is then at chance and not above. A loss below chance proves that ω gives away
+    Half of the images are for training, with new views at every step; the other half is held out.
+    The MLP has three layers, two of them hidden and 256 wide. After training, a constant is mixed
+    into its embeddings, in a proportion chosen on further views of the training images. So an MLP
+    that has learnt nothing is at chance, not above. A loss below chance proves that ω gives away
     something of the image. A loss at chance says that this MLP found nothing. With the defaults it
     takes about half a minute of one CPU core; half of it is compilation.
 
     Args:
       conditioning: the descriptors that make up ω.
       specs: the run's augmentation of each view; the first two are compared.
-      images: whole pictures, resized to squares or not; see `pictures_of`.
+      images: whole pictures of any aspect ratio; see `pictures_of`.
       sizes: original height and width of each picture, which decide the crops that are drawn;
         `None` for the size of `images`.
-      batch: images per training step and held-out batch; fewer where a half does not hold two
-        batches.
+      batch: images per training step and held-out batch; at most a quarter of the images.
       temperature: temperature of the loss.
       steps: number of training steps.
       seed: seed of the MLP's initial values, the images of a step and their augmentation.
@@ -133,9 +131,10 @@ def leak_of(
         sizes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
     batch = min(batch, len(images) // 4)
     order_key, key = jax.random.split(protocol_key("leak", seed))
+    # Some more batches of training images choose the constant's share.
     ends = steps, steps + math.ceil(steps / 10)
-    teach, test = _batches(np.asarray(jax.random.key_data(order_key)), len(images), batch, ends[1])
-    rows = np.concatenate([teach, *[test] * _DRAWS])
+    train, test = _batches(np.asarray(jax.random.key_data(order_key)), len(images), batch, ends[1])
+    rows = np.concatenate([train, *[test] * _DRAWS])
     keys = jax.random.split(key, len(rows))
     omega = _drawn(conditioning, tuple(specs[:2]))(keys, images, sizes, rows)
     losses = _held_out_losses(*jnp.split(omega, ends), jax.random.key(seed), temperature)
@@ -154,10 +153,7 @@ def leak_of(
 def pictures_of(
     batches: Iterable[Batch], mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N side side 3"], Int[np.ndarray, "N 2"]]:
-    """Small squares of all images, each the whole picture, and the original sizes.
-
-    They are in the order of `index`, whatever the batches.
-    """
+    """All images, each resized whole to a small square, and their original sizes, by `index`."""
 
     def resize(image, size):
         whole, unmirrored = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array(False)
@@ -175,18 +171,18 @@ def pictures_of(
 def _batches(
     seed: np.ndarray, images: int, batch: int, steps: int
 ) -> tuple[Int[np.ndarray, "steps batch"], Int[np.ndarray, "_ batch"]]:
-    """The images of every training step, and the held-out batches, which hold each image once."""
+    """The images of every training step, and the held-out batches, which share no image."""
     draw = np.random.default_rng(seed)
     order = draw.permutation(images)
-    taught, held_out = order[: images // 2], order[images // 2 :]
-    teach = np.stack([draw.choice(taught, batch, replace=False) for _ in range(steps)])
+    train, held_out = order[: images // 2], order[images // 2 :]
+    drawn = np.stack([draw.choice(train, batch, replace=False) for _ in range(steps)])
     count = len(held_out) // batch
-    return teach, held_out[: count * batch].reshape(count, batch)
+    return drawn, held_out[: count * batch].reshape(count, batch)
 
 
 def _drawn(conditioning: Conditioning, specs: Sequence[AugmentSpec]):
-    """The compiled function that returns both ω per image of many batches, [batches, B, 2, D]."""
-    # The compiled program leaves the views out, except for what ω is computed from.
+    """The compiled function that returns ω of both views of many batches, [batches, B, 2, D]."""
+    # XLA drops the views, except for what ω is computed from.
     specs = [
         dataclasses.replace(spec, size=min(spec.size, _VIEW), kernel_size=3, jitter_order="image")
         for spec in specs
@@ -211,66 +207,67 @@ def _drawn(conditioning: Conditioning, specs: Sequence[AugmentSpec]):
     return omega
 
 
-def _standardised(taught: Float[Array, "steps B 2 D"], *others: Array) -> tuple[Array, ...]:
-    """All with the mean and the deviation of what is taught."""
-    mean, deviation = taught.mean((0, 1, 2)), taught.std((0, 1, 2))
+def _standardised(train: Float[Array, "steps B 2 D"], *others: Array) -> tuple[Array, ...]:
+    """Standardises all by the mean and the deviation of `train`."""
+    mean, deviation = train.mean((0, 1, 2)), train.std((0, 1, 2))
     scale = jnp.where(deviation > 0, deviation, 1)
-    return tuple((each - mean) / scale for each in (taught, *others))
+    return tuple((each - mean) / scale for each in (train, *others))
 
 
 @partial(jax.jit, static_argnames="temperature")
 def _held_out_losses(
-    taught: Float[Array, "steps B 2 D"],
-    chosen_by: Float[Array, "choices B 2 D"],
-    held_out: Float[Array, "batches B 2 D"],
+    train: Float[Array, "steps B 2 D"],
+    val: Float[Array, "choices B 2 D"],
+    test: Float[Array, "batches B 2 D"],
     key: PRNGKeyArray,
     temperature: float,
 ) -> Float[Array, " batches"]:
-    """NT-Xent of every held-out batch, after one step of AdamW on each batch of `taught`.
+    """NT-Xent of every batch of `test`, after one step of AdamW on each batch of `train`.
 
-    The batches of `chosen_by` decide the constant's share of the embeddings.
+    The batches of `val` choose the constant's share of the embeddings.
     """
-    taught, chosen_by, held_out = _standardised(taught, chosen_by, held_out)
+    train, val, test = _standardised(train, val, test)
     # Without the last BatchNorm, training takes longer to leave the state of equal embeddings.
     network = MLP(hidden=256, out=64, depth=3, last_bn=True)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(taught)))
+    optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, len(train)))
 
-    def loss(params, batch_stats, omega, *, train, share=1.0):
+    def loss(params, batch_stats, omega, *, is_training, share=1.0):
         embeddings, changed = network.apply(
             {"params": params, "batch_stats": batch_stats},
             omega.reshape(-1, omega.shape[-1]),
-            train,
-            mutable=["batch_stats"] if train else [],
+            is_training,
+            mutable=["batch_stats"] if is_training else [],
         )
         first, second = jnp.moveaxis(embeddings.reshape(*omega.shape[:2], -1), 1, 0)
-        # With a constant, cosines c become share · c + (1 - share): as at another temperature.
+        # A constant turns cosines c into share · c + (1 - share), like another temperature.
         loss = nt_xent(first, second, temperature=temperature / share, axis_name=None)
         return loss, changed.get("batch_stats", batch_stats)
 
     def step(state, omega):
         params, batch_stats, opt_state = state
-        gradient, batch_stats = jax.grad(partial(loss, train=True), has_aux=True)(
+        gradient, batch_stats = jax.grad(partial(loss, is_training=True), has_aux=True)(
             params, batch_stats, omega
         )
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), batch_stats, opt_state), None
 
-    variables = network.init(key, taught[0, :, 0], True)
+    variables = network.init(key, train[0, :, 0], True)
     state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-    (*learnt, _), _ = jax.lax.scan(step, state, taught)
+    (*learnt, _), _ = jax.lax.scan(step, state, train)
 
     def losses(batches, share):
-        return jax.lax.map(lambda omega: loss(*learnt, omega, train=False, share=share)[0], batches)
+        held_out = partial(loss, *learnt, is_training=False, share=share)
+        return jax.lax.map(lambda omega: held_out(omega)[0], batches)
 
     shares = jnp.asarray(_SHARES, jnp.float32)
-    of_share = jax.lax.map(lambda share: losses(chosen_by, share).mean(), shares)
-    return losses(held_out, shares[jnp.argmin(of_share)])
+    of_share = jax.lax.map(lambda share: losses(val, share).mean(), shares)
+    return losses(test, shares[jnp.argmin(of_share)])
 
 
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
     subject = bench.subject
     if not subject.conditioning.descriptors:
-        LOG.info("leak of %s: left out, as it has no ω", subject.name)
+        LOG.info("leak of %s: left out, as the run has no ω", subject.name)
         return []
     pictures = pictures_of(bench.analysed(settings.analysed), bench.mesh)
     found = leak_of(subject.conditioning, subject.views, *pictures, seed=settings.seed)

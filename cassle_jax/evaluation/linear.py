@@ -1,4 +1,4 @@
-"""Linear evaluation: logistic regression of frozen features, over many penalties."""
+"""Linear evaluation: logistic regression on frozen features, over many penalties."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ from cassle_jax.parallel import REPLICATED, SHARDED, parallel
 LOG = logging.getLogger(__name__)
 
 FEATURES, RIGHT, WRONG, NONE = "features", "right ω", "wrong ω", "no ω"
-PROJECTED = "what the projector sees"  # where that is an earlier stage's features
+PROJECTED = "what the projector sees"  # where it sees the features of an earlier stage
 MEAN, ANOTHER = "ω alone (mean features)", "ω alone (another image's features)"
 CHANCE = "chance"
 
@@ -104,13 +104,13 @@ class ViewMatcher:
 
     The encoder and the projector embed two views of every image, augmented as in training. The
     projector takes the view's own ω, then that of the same view of another image
-    (`another_image`), then that of an unaugmented image. Each view looks for the other among those
-    of all images. So the result does not depend on the batch size, the order of the images or the
-    number of devices. It does depend on the number of images: matching among more is harder.
+    (`another_image`), then that of an unaugmented image. Each view looks for the other among the
+    views of all images. So the result does not depend on the batch size, the order of the images
+    or the number of devices. It depends on the number of images: matching among more is harder.
 
-    To show the effect of ω alone, the features are replaced by the mean of all, and by those of
-    other images (`donors`; needs 4 images). Encoders that take ω with the image have no features
-    without it, and are left out of this part.
+    To show the effect of ω alone, the mean of all features replaces each image's features, and so
+    do the features of other images (`donors`; needs 4 images). This part leaves out encoders that
+    are conditioned on ω, as they have no features without it.
 
     The host keeps the features and embeddings of all images.
     """
@@ -164,11 +164,14 @@ class ViewMatcher:
         circle_key, *keys = jax.random.split(protocol_key("matching", seed), 3)
         keys = jnp.stack(keys)
         conditioned = has_projector(variables) and projector_takes_omega(self._conditioning)
+        if conditioned:
+            describe = partial(self._describe, keys)
+            analysed = with_wrong_omega(describe, batches, circle_key, self._mesh)
+        else:
+            analysed = batches()
         index, (omega, pairs) = of_all_images(
             lambda batch: (batch["index"], self._embed(variables, keys, batch)),
-            with_wrong_omega(partial(self._describe, keys), batches, circle_key, self._mesh)
-            if conditioned
-            else batches(),
+            analysed,
             self._mesh,
         )
         check_two(len(index))
@@ -227,9 +230,9 @@ class ViewMatcher:
 def donors(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, "N 2"]:
     """Rows of two other images per image, whose features replace those of its two views.
 
-    One half of the images gives features to first views, the other half to second views. So no
-    first view has the same image's features as any second view, and features neither help nor
-    hinder matching.
+    One half of the images gives features to first views, the other half to second views. So a first
+    view and a second view never have the same image's features, and features do not affect
+    matching.
 
     Args:
       key: the random key.
@@ -269,9 +272,9 @@ def _batches_of(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Iterable[Batch]
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
     subject = bench.subject
     if not subject.has_projector:
-        LOG.info("matching of %s: no projector, so by its features alone", subject.name)
+        LOG.info("matching of %s: by its features alone, as it has no projector", subject.name)
     elif projector_takes_omega(subject.conditioning) and encoder_takes_omega(subject.networks):
-        LOG.info("matching of %s: ω enters with the image, so not by ω alone", subject.name)
+        LOG.info("matching of %s: not by ω alone, as its encoder takes ω", subject.name)
     matcher = bench.once(ViewMatcher, subject.networks, subject.conditioning, subject.views)
     batches = partial(bench.analysed, settings.analysed)
     return matcher(bench.store.variables, batches, settings.seed).findings(bench.data.name)

@@ -22,8 +22,8 @@ def check_memory(
 
     Args:
       bench: the dataset; its training and validation parts are fitted together at the end.
-      bytes_of: bytes that the solver takes for rows × features, on the host and on a device; on
-        CPUs the latter are the host's, too.
+      bytes_of: bytes that the solver takes for rows × features, on the host and on a device. On
+        CPUs both are the host's.
       copies: rows per image of these parts.
 
     Raises:

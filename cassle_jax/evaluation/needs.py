@@ -92,7 +92,7 @@ class Needs:
         unknown = sorted(set(tested.tolist()) - set(classes.tolist()))
         if self.every_class and unknown:
             names = ", ".join(repr(data.test.class_names[label]) for label in unknown[:3])
-            yield f"nothing to learn classes of {data.test.name} from: {names}"
+            yield f"classes of {data.test.name} without an image to learn from: {names}"
 
     def _no_episodes(self, labels: np.ndarray, data: EvaluationData, limit: int) -> Iterator[str]:
         classes, counts = np.unique(labels, return_counts=True)

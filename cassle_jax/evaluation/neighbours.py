@@ -97,9 +97,9 @@ def nearest(
       queries: Features, any scale.
       rows: Features to search, any scale; several parts count as one after the other.
       k: Number of neighbours to find.
-      own_rows: The place of each query among the rows, where it is left out; −1 for a query that is
-        not among them. So the neighbours of images within their own set are
-        `nearest(features[images], features, k, own_rows=images)`.
+      own_rows: The place of each query among the rows, which the search leaves out; −1 for a query
+        that is not among them. `nearest(features[images], features, k, own_rows=images)` finds
+        neighbours of images within their own set.
 
     Returns:
       Rows and similarities, the nearest first.

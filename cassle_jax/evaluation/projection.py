@@ -50,10 +50,10 @@ def project(
 
 
 def another_image(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """A row of another image per image: a permutation without fixed points.
+    """Assigns another image to each image: a permutation without fixed points.
 
-    The images stand in a circle in an order drawn by key, and every image gets its successor. So
-    the other image depends on the key and on the set of images, not on their order.
+    The images form a circle in a random order, and every image gets its successor. So the other
+    image depends on the key and on the set of images, not on their order.
 
     Args:
       key: the random key.
@@ -70,7 +70,7 @@ def another_image(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.nda
 
 
 def circle(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """The images' rows in an order drawn by key."""
+    """The images' rows in a random order, which depends on the key and the set of images alone."""
     of_image = jax.vmap(lambda each: jax.random.bits(jax.random.fold_in(key, each)))
     return np.lexsort((index, np.asarray(of_image(index))))
 

@@ -28,14 +28,14 @@ class Protocol:
     """What is measured of a subject on a dataset, and how.
 
     Attributes:
-      name: its name in `--tasks`, in findings, and so in the report and its CSV.
+      name: its name in `--tasks`, in the report and in its CSV.
       title: heading of its section of the page.
-      run: measures a subject on a dataset, with the settings; its findings have the name as their
-        task.
+      run: measures a subject on a dataset, with the settings; returns findings whose `task` is
+        the protocol's name.
       takes: the kinds of dataset it suits: their tasks, `DRAWN` or `OBJECTS`.
       usual: the kinds that it runs on where no tasks are requested; `None` for all it suits.
-      needs: the least that it needs of a dataset, or a function that returns this from the settings
-        and the number of devices.
+      needs: the least that it needs of a dataset, or a function of the settings and the number of
+        devices that returns it.
       settings: the dataclass of its settings.
     """
 

@@ -86,9 +86,9 @@ def regression(
       val: Features and targets of the rows that choose the penalty.
       test: Features and targets of the rows that R² is reported for.
       penalties: The values of w to try.
-      metric: The metric compared on the validation rows: "r2", the mean over the targets of
-        1 − Σ(y − ŷ)²/Σ(y − ȳ)², or "r2_pooled", the same of all targets together after a linear fit
-        from predictions to targets, which is their squared correlation (as in the published code).
+      metric: The metric compared on the validation rows. "r2" is the mean over the targets of
+        1 − Σ(y − ŷ)²/Σ(y − ȳ)². "r2_pooled" is the squared correlation of all predictions with all
+        targets, as in the published code.
 
     Returns:
       Both R² of the test rows, the chosen penalty and the fit that was tested.
@@ -121,7 +121,7 @@ def regression(
 
 
 def _check_splits(splits: Mapping[str, Split]) -> None:
-    """Raises ValueError as `regression` says."""
+    """Raises the errors of `regression` about its splits."""
     features, targets = splits["train"]
     for name, split in splits.items():
         check_rows(name, *split)
@@ -144,7 +144,7 @@ def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
-    """The squared correlation; 0 where it, or the predictions' difference, is all rounding."""
+    """The squared correlation; 0 where it, or the spread of the predictions, is mere rounding."""
     targets, predicted = targets.ravel().astype(np.float64), predicted.ravel().astype(np.float64)
     if np.ptp(predicted) <= 8 * np.finfo(np.float32).eps * np.abs(predicted).max():
         return 0.0

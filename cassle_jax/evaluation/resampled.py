@@ -1,4 +1,4 @@
-"""Linear evaluation over random splits, for datasets so small that one split is mostly noise."""
+"""Linear evaluation over random splits, for small datasets, where one split is mostly noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,11 +47,10 @@ def resampled_linear_evaluation(
     splits: int = 5,
     seed: int = 0,
 ) -> ResampledResult:
-    """Linear evaluation on random splits of all rows, each with the sizes of the given parts.
+    """Linear evaluation on random splits of all rows, in the proportions of the given parts.
 
-    The rows of a class are shuffled and cut in the parts' proportions, so a part holds the same
-    share of every class. The splits depend on the labels and the seed alone: all encoders are
-    compared on the same ones.
+    Each class is shuffled and cut in these proportions, so a part holds the same share of every
+    class. The splits depend on the labels and the seed alone, so all encoders get the same ones.
 
     Args:
       parts: features and labels (from 0) of the training, validation and test rows.

@@ -1,4 +1,4 @@
-"""Settings of an evaluation: fields of dataclasses, each written once; flags are made of them."""
+"""Settings of an evaluation: fields of dataclasses, from which the flags are made."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +21,13 @@ class Settings:
     """A frozen dataclass that checks itself, and whose fields are made by `setting`.
 
     A field is an int, a float, a str, or a tuple of any length of one of these. Its name is also
-    the name of the flag, of a table's option, and of the setting on the page. So a name belongs to
-    one field: protocols that share a setting inherit it.
+    the name of the flag, of a table's option, and of the setting on the page. So each name may be
+    used once: protocols that share a setting inherit it from a common class.
     """
 
     @classmethod
     def of(cls: type[Group], values: Mapping[str, Any]) -> Group:
-        """The settings with these values; the names that are not theirs are left out.
+        """The settings with these values; ignores names that are not among the fields.
 
         Raises:
           ConfigError: a value is out of its range.
@@ -130,7 +130,7 @@ def _setting(field: dataclasses.Field, kind: Any, group: str) -> Setting:
     one = members[0] if len(members) == 2 and members[1] is ... else kind
     if one not in _VALUES or "help" not in field.metadata:
         raise TypeError(
-            f"{group}.{field.name} is no setting; make it by `setting`, as an int, a float, a str, "
-            "or a tuple of any number of one of them"
+            f"{group}.{field.name} is not a setting; make it with `setting`, of type int, float or "
+            "str, or a tuple of any length of one of them"
         )
     return Setting(field.name, one, one is not kind, field.default, field.metadata["help"])

@@ -153,9 +153,10 @@ def lidar(
 ) -> float:
     """Effective rank of the differences between images, relative to those between their views.
 
-    It is the rank, by the entropy of the eigenvalues, of Σw^−½ Σb Σw^−½. Σb is the covariance of
-    the images' mean features. Σw is the mean over the images of the covariance of their views, plus
-    δ on its diagonal. Both are unbiased. Where δ matters the result depends on the features' scale.
+    It is exp of the entropy of the normalised eigenvalues of Σw^−½ Σb Σw^−½. Σb is the covariance
+    of the images' mean features. Σw is the mean over the images of the covariance of their views,
+    plus δ on its diagonal. Both are unbiased. Where δ matters, the result depends on the features'
+    scale.
 
     Args:
       features: Features of several augmented views per image; the paper takes 50 views of 1000
@@ -197,7 +198,7 @@ def alignment_and_uniformity(
     features_1: Float[Array | np.ndarray, "rows features"],
     features_2: Float[Array | np.ndarray, "rows features"],
 ) -> tuple[float, float]:
-    """Closeness of the two views of an image, and evenness of all images on the sphere.
+    """How close the two views of an image are, and how evenly all images cover the sphere.
 
     Features are divided by their norm first. Alignment is the mean of ‖a − b‖² over the pairs of
     views. Uniformity is log of the mean of exp(−2‖a − b‖²) over all pairs of different images,

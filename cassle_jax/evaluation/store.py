@@ -1,4 +1,4 @@
-"""Features of a subject on a dataset's parts: extracted once, and kept on disk."""
+"""Extracts the features of a subject on a dataset's parts once, and keeps them on disk."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ _MAX_BAD_FRACTION = 0.01
 
 
 def tolerant_log(source: Source) -> DamagedLog:
-    """A log that tolerates 1 % of damaged images, and one however few images there are."""
+    """A log that tolerates 1 % of damaged images, and always at least one."""
     bound = min(1.0, _MAX_BAD_FRACTION + 1 / len(source))
     return DamagedLog(len(source), bound, setting=None)
 
@@ -55,20 +55,17 @@ class Features:
 
 
 def canvas_for(size: int) -> int:
-    """The side that images are decoded into for views of `size` pixels: room for long images."""
+    """Side of the canvas that whole images are decoded into for views of `size` pixels."""
     return max(64, -(-size * 16 // 7 // 16) * 16)
 
 
 def uncropped_side(size: int) -> int:
-    """The side to which an image's short side is resized before views of `size` pixels are cut out.
-
-    256 for 224, in the same proportion for other sizes.
-    """
+    """Pixels of the short side from which a centre crop of `size` is cut: 256 for 224."""
     return round(size * 256 / 224)
 
 
 def described(source: Source) -> tuple[object, ...]:
-    """Facts that distinguish a source from any other, even of the same name, for `repr`."""
+    """Distinguishes a source from all others, even of the same name; made for `repr`."""
     return source.name, len(source), content_of(source), source.class_names
 
 
@@ -120,7 +117,7 @@ class FeatureStore:
         return replicate(self._subject.variables, self.mesh)
 
     def __call__(self, source: Source, short_side: int = 0) -> Features:
-        """The features of a source, read from disk where they are kept.
+        """The features of a source; reads them from disk where they are kept.
 
         Args:
           source: the images.
@@ -128,33 +125,38 @@ class FeatureStore:
             centre; 0 for the view's own size.
 
         Raises:
-          DataError: features that are not finite, too many damaged images, or an image folder
-            that is changed meanwhile.
+          DataError: features are not finite, too many images are damaged, or the images change
+            meanwhile.
         """
         short_side = short_side or self._subject.spec.size
         key = self._key(source, short_side)
         kept = self._cache and self._cache.read(self._fingerprint, key)
         features = kept and Features(**kept)
         # Some processes may find a file that others do not: all must extract, or none.
-        if not in_all_processes(bool(features)):
-            LOG.info("features of %s on %s", self._subject.name, source.name)
-            params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
-            extracted = self._extract(params, batch_stats, self._views(source, short_side))
-            features = Features(*extracted)
-            if not is_finite(features.features):
-                raise DataError(
-                    f"{self._subject.name} has features that are not finite on {source.name}; "
-                    "its weights are damaged or its training diverged"
-                )
-            # Damaged images may be repaired later and must then be read.
-            whole = len(features.features) == len(self.limited(source))
-            if whole and has_changed(source):
-                raise DataError(
-                    f"{source.name}: its images were changed while they were read; the same "
-                    "command reads them anew"
-                )
-            if self._cache and whole and jax.process_index() == 0:
-                self._cache.write(self._fingerprint, key, vars(features))
+        if in_all_processes(bool(features)):
+            return features
+        features = self._extracted(source, short_side)
+        # Damaged images may be repaired later and must then be read.
+        whole = len(features.features) == len(self.limited(source))
+        if whole and has_changed(source):
+            raise DataError(
+                f"{source.name}: its images changed while they were read; the same command reads "
+                "them again"
+            )
+        if self._cache and whole and jax.process_index() == 0:
+            self._cache.write(self._fingerprint, key, vars(features))
+        return features
+
+    def _extracted(self, source: Source, short_side: int) -> Features:
+        LOG.info("features of %s on %s", self._subject.name, source.name)
+        params, batch_stats = (self.variables.get(p, {}) for p in ("params", "batch_stats"))
+        views = self._batches(source, canvas=self._subject.spec.size, short_side=short_side)
+        features = Features(*self._extract(params, batch_stats, views))
+        if not is_finite(features.features):
+            raise DataError(
+                f"{self._subject.name} has features that are not finite on {source.name}; "
+                "its weights are damaged or its training diverged"
+            )
         return features
 
     def limited(self, source: Source) -> Source:
@@ -168,13 +170,9 @@ class FeatureStore:
 
         They are reduced to fit a canvas, as in training. A view without augmentation is therefore
         resampled twice, by other filters than the view that `__call__` encodes. Analyses compare
-        such views among themselves, so that only the augmentation distinguishes them.
+        such views with each other, so only the augmentation makes a difference.
         """
         return self._batches(source, limit, canvas=canvas_for(self._subject.spec.size))
-
-    def _views(self, source: Source, short_side: int) -> Iterator[dict[str, np.ndarray]]:
-        """The evaluated views of a source's images."""
-        return self._batches(source, canvas=self._subject.spec.size, short_side=short_side)
 
     def _batches(self, source: Source, limit: int = 0, **prepared) -> Iterator:
         limits = [each for each in (limit, self.limit) if each]
@@ -190,7 +188,7 @@ class FeatureStore:
         )
 
     def _key(self, source: Source, short_side: int) -> str:
-        """Key of all else that features depend on: images, their preparation, and the device."""
+        """Digest of what features depend on besides the weights: images, preparation, device."""
         spec = self._subject.spec
         settings = (
             PREPARATION,

@@ -1,4 +1,4 @@
-"""Makes the views that analyses compare: plain, under chosen augmentations alone, as in training.
+"""Makes the views that analyses compare: plain, with chosen augmentations, or as in training.
 
 An image's draws depend only on the key and on its index in the dataset, not on the batch size or
 the number of devices. The order of the colour operations is therefore drawn per image, even where
@@ -72,7 +72,7 @@ def of_all_images(
         found, mask = multihost_utils.process_allgather(results, tiled=True)
         parts.append(jax.tree.map(lambda rows, mask=mask: rows[mask], found))
     if not parts:
-        raise ValueError("there are no batches to analyse; give one at least")
+        raise ValueError("there are no batches to analyse; give at least one")
     return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
@@ -105,9 +105,9 @@ def nothing() -> Chosen:
 
 
 def every_augmentation(spec: AugmentSpec) -> AugmentSpec:
-    """`spec` with every augmentation in every view.
+    """`spec` with every augmentation in every view, except those in `RARE` that it never draws.
 
-    Augmentations in `RARE` stay out of the compiled program where the run never draws them.
+    These stay out of the compiled program.
     """
     chances = {name: float(name not in RARE or getattr(spec, name) > 0) for name in CHANCES}
     return dataclasses.replace(spec, crop=True, jitter_order="image", **chances)

@@ -186,7 +186,7 @@ def test_what_cannot_be_probed_is_refused():
     with pytest.raises(ValueError, match="12 images are too few to probe; 13 is the least"):
         read_augmentations(noise(3)[:12], noise(4)[:12], few)
     same = {name: np.zeros_like(values) for name, values in drawn.items()}
-    with pytest.raises(ValueError, match="nothing to read off"):
+    with pytest.raises(ValueError, match="nothing to predict"):
         read_augmentations(noise(3), noise(4), same)
     with pytest.raises(ValueError, match="not finite"):
         read_augmentations(noise(3), noise(4) * np.nan, drawn)

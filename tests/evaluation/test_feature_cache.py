@@ -130,7 +130,7 @@ def test_images_that_are_replaced_while_they_are_read_have_no_features(tmp_path,
         return read(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", replaced)
-    with pytest.raises(DataError, match="its images were changed while they were read"):
+    with pytest.raises(DataError, match="its images changed while they were read"):
         features(source)
     assert list(tmp_path.rglob("*.npz")) == kept
     monkeypatch.undo()

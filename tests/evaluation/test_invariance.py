@@ -298,7 +298,7 @@ def test_what_cannot_be_compared_is_refused():
         measured(images=IMAGES[:1])
     with pytest.raises(ValueError, match="no batch has two images"):
         measured(size=1)
-    with pytest.raises(ValueError, match="there are no batches to analyse; give one at least"):
+    with pytest.raises(ValueError, match="there are no batches to analyse; give at least one"):
         measured(images=IMAGES[:0])
     networks, _ = colour_networks()
     with pytest.raises(ValueError, match=r"strength=-1\.0 must be above 0"):

@@ -80,7 +80,7 @@ def test_what_is_enough_is_not_refused(task):
             "sgd_probe",
             {"train": [0, 1], "val": [0]},
             {},
-            "nothing to learn classes of test from: 'cat'",
+            "classes of test without an image to learn from: 'cat'",
         ),
         ("sgd_probe", {}, {"devices": 64}, "too few images to learn from: 33; 64 is the least"),
         ("fine_tune", {}, {"devices": 8}, "too few images to learn from: 3; 8 is the least"),

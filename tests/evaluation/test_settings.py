@@ -105,5 +105,5 @@ def test_a_name_belongs_to_one_setting():
     assert list(settings_of([Seeded, Analysis, FewShotSettings]))[:2] == ["seed", "analysed"]
     with pytest.raises(TypeError, match=r"two settings are called ways; rename that of OfAnother"):
         settings_of([FewShotSettings, OfAnother])
-    with pytest.raises(TypeError, match=r"OfNoFlag.ranks is no setting"):
+    with pytest.raises(TypeError, match=r"OfNoFlag.ranks is not a setting"):
         settings_of([OfNoFlag])
