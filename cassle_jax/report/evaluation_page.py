@@ -46,7 +46,7 @@ from cassle_jax.storage import read_surely, write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
-"""By subject and run: keys, "" for none, with the number of findings under each, in their order."""
+"""For each subject and run, in order: a key, "" for none, and the number of findings under it."""
 
 HTML, JSON, CSV = "report.html", "report.json", "report.csv"
 CSV_COLUMNS = (
@@ -54,7 +54,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 _SHORT_FACT = 64
-# What reading a file raises whose content is no report, or a part of one.
+# Errors of reading a file that is not a report, or only a part of one.
 _DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
@@ -74,12 +74,12 @@ def write_report(
 
     The page loads no other file; it suits phones, print and dark screens. With several subjects it
     begins with an overview: subjects as rows, datasets as columns, the mean rank, and differences
-    to the baseline with the same seeds; its only script sorts these tables. A section per task has
-    all metrics in a table, a heat map where they are many, charts and galleries. Tables give the
-    mean over a subject's seeds ± half the 95 % interval (Student's t), charts the mean and the
+    to the baseline with the same seeds. Its only script sorts these tables. A section per task has
+    a table of all metrics, charts and galleries; a long table is a heat map. Tables give the mean
+    over a subject's seeds ± half the 95 % interval (Student's t). Charts show the mean and the
     range, galleries the pictures of the first seed. Numbers are printed to three decimals, with all
-    digits in a tooltip. A dash marks a missing value; a red line at the top names a task that
-    failed. All text is escaped.
+    digits in a tooltip. A dash marks a missing value; a red line at the top names a failed task.
+    All text is escaped.
 
     The JSON holds everything; `read_report` reads it. The CSV has one row per score and run, in
     full precision.
@@ -139,7 +139,7 @@ def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
 
 
 def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
-    """By key, the findings of all `parts` that were given to `write_report`; none without a file.
+    """The findings of all `parts` of a report, by key; empty without a file.
 
     Raises:
       OSError, Outage: the file cannot be read, for good or for now.
@@ -162,9 +162,9 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
 
 
 def read_complete(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts] | None:
-    """What `read_report` reads, of an evaluation that finished without a failure; else `None`.
+    """The report, as `read_report` returns it, of an evaluation without failures; else `None`.
 
-    A damaged file is not complete: the evaluation makes it anew.
+    A damaged file is not complete: the evaluation writes it again.
     """
     try:
         subjects, facts, complete = _read(path)
@@ -191,7 +191,7 @@ def _read(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts, bool]:
     except _DAMAGE as error:
         raise ConfigError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it, and the evaluation "
-            "makes it anew"
+            "writes it again"
         ) from error
     facts = {name: facts for name, facts in given.items() if facts}
     return subjects, facts, held.get("complete", True)
@@ -268,13 +268,13 @@ def _page(
 
 
 def _heading(task: str) -> tuple[str, str]:
-    """The title of a task, and its name as a note where that is another."""
+    """The title of a task, and its name as a note where the two differ."""
     title = title_of(task)
     return title, "" if title == task else f' <span class="metric">{escape(task)}</span>'
 
 
 def _failures_html(subjects: FindingsBySubject) -> str:
-    """What could not be run, in red; nothing where all could."""
+    """The failed tasks, in red; empty where all succeeded."""
     lines = "".join(
         f"<li><b>{escape(failure.task)}</b> of {escape(name)} on {escape(failure.dataset)}: "
         f"{escape(failure.reason)}</li>"
@@ -300,7 +300,7 @@ def _overview_html(subjects: FindingsBySubject, pairing: Pairing) -> str:
 
 
 def _notes(counts: Mapping[str, int], baselines: Sequence[str]) -> list[str]:
-    """What the signs of the page mean, one sentence each."""
+    """Explains the page's notation, one sentence per sign."""
     notes = ["± is half the 95 % interval of the protocol, if it has one."]
     if any(count > 1 for count in counts.values()):
         notes = [
@@ -356,7 +356,7 @@ def _scores_html(
 ) -> str:
     """A table with one row per dataset and metric, and columns of values and intervals.
 
-    A heat map where the rows are many, of several subjects.
+    Many rows of several subjects become a heat map.
     """
     is_map = pairing is not None and len(names) > 1 and is_long(rows)
     shades = shades_of(rows, pairing) if is_map else [{}] * len(rows)
@@ -397,7 +397,7 @@ def _row_html(names: Sequence[str], row: Row, shades: Mapping[str, float]) -> st
 
 
 def _shade(value: float) -> tuple[str, str]:
-    """Class and style of a cell that is as much better as the value, from -1 to 1."""
+    """Class and style of a cell, shaded by a value from -1, the worst, to 1, the best."""
     percent = round(40 * abs(value))
     if not percent:
         return "", ""

@@ -14,7 +14,7 @@ from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
 from cassle_jax.report.table import Table, cell_text
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-"""By run, (step, value) in order."""
+"""(step, value) in order, by run."""
 
 _EXAMPLES = 6
 

@@ -1,4 +1,4 @@
-"""Renames the findings in reports of earlier versions, so that they stand beside today's."""
+"""Renames the findings in reports of earlier versions, so that they compare with today's."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ _WITH_SETTING = {r"k-NN \((k = \d+)\)": "knn", r"fine-tuning, (.*)": "fine_tune"
 
 
 def renamed(finding: Finding) -> Finding:
-    """The finding under the name of its protocol; any other as it is."""
+    """The finding under today's name of its protocol."""
     if finding.task in _TASKS:
         return dataclasses.replace(finding, task=_TASKS[finding.task])
     for pattern, name in _WITH_SETTING.items():

@@ -1,4 +1,4 @@
-"""A report that grows while results come in, and that a later call of the command continues."""
+"""A report that grows as results come in; a later call of the command continues it."""
 
 import logging
 import time
@@ -13,18 +13,18 @@ from cassle_jax.report.overview import Pairing, named_baselines
 
 LOG = logging.getLogger(__name__)
 
-# Largest share of the time since a page was written that goes into writing the next.
+# Largest share of the time that goes into writing pages.
 _WRITING_SHARE = 0.05
 
 
 class GrowingReport:
-    """The report in a folder, of subjects whose results come one after the other.
+    """A report whose results come one after the other.
 
     Args:
-      folder: of the report; what an earlier call left there is read.
+      folder: folder of the report; continues the report of an earlier call there.
       summary: see `write_report`.
-      facts: of each subject, see `write_report`.
-      seeds: of each subject's runs, where they are known; see `Pairing`.
+      facts: facts by subject, see `write_report`.
+      seeds: seeds by subject where they are known, see `Pairing`.
       writes: whether this process writes the files; one of several processes does.
     """
 
@@ -49,7 +49,7 @@ class GrowingReport:
 
     @property
     def failures(self) -> list[tuple[str, Failure]]:
-        """What could not be run, each with its subject."""
+        """The protocols that failed, each with its subject."""
         return [
             (name, finding)
             for name, runs in self._runs.items()
@@ -78,7 +78,7 @@ class GrowingReport:
 
         Args:
           findings: see `check`.
-          key: key under which a later call finds them; "" to have them computed anew.
+          key: key under which a later call finds them; "" lets a later call compute them again.
         """
         self._runs[next(reversed(self._runs))][-1].append((key, findings))
         if key:
@@ -103,12 +103,12 @@ class GrowingReport:
         if not self._writes:
             return self._folder / HTML
         runs = {
-            name: [[each for _, part in run for each in part] for run in its]
-            for name, its in self._runs.items()
+            name: [[each for _, part in run for each in part] for run in of_subject]
+            for name, of_subject in self._runs.items()
         }
         parts = {
-            name: [[(key, len(part)) for key, part in run] for run in its]
-            for name, its in self._runs.items()
+            name: [[(key, len(part)) for key, part in run] for run in of_subject]
+            for name, of_subject in self._runs.items()
         }
         return write_report(
             self._folder,

@@ -1,4 +1,4 @@
-"""The figures of a report's first screen: methods by datasets, their ranks and differences."""
+"""Computes the overview of a report: methods by datasets, their ranks and differences."""
 
 import math
 import re
@@ -10,18 +10,18 @@ from cassle_jax.report.comparison import Estimate, FindingsBySubject, Row, rows_
 
 PLAIN = "plain"
 MEAN_OF = "mean of "
-"""How the dataset of a mean over datasets begins."""
+"""Prefix of the dataset's name in a mean over datasets."""
 
 _MOST_COLUMNS = 12
 
 
 class Pairing(NamedTuple):
-    """Which runs are compared with which.
+    """Pairs the runs of a subject with those of its baseline.
 
     Attributes:
-      seeds: seeds of the runs by subject, in the order of the runs; a subject that is not here, or
-        has a seed twice, has no differences.
-      against: baseline by subject; a subject that is not here has none.
+      seeds: seeds of the runs by subject, in the order of the runs. A subject without seeds, or
+        with a seed twice, has no differences.
+      against: baseline by subject; a missing subject has none.
     """
 
     seeds: Mapping[str, Sequence[int]] = {}
@@ -36,9 +36,8 @@ class Overview:
       task: name of the task.
       columns: the metrics, one or several per dataset, means over datasets last.
       differences: differences to the baseline by subject, for each of `columns`.
-      ranked: number of datasets and metrics behind the mean ranks: those that every subject has.
-      mean_ranks: mean over these of a subject's rank, 1 for the best; equal values share the mean
-        of their ranks.
+      ranked: number of columns that every subject has; the mean ranks are over these.
+      mean_ranks: mean rank by subject, 1 for the best; equal values share the mean of their ranks.
     """
 
     task: str
@@ -51,7 +50,7 @@ class Overview:
 def overviews_of(subjects: FindingsBySubject, pairing: Pairing) -> list[Overview]:
     """The overviews of all tasks that have a main metric, in order of appearance.
 
-    A task of very many metrics, such as one per augmentation, has none: see `is_long`.
+    A task with many metrics, such as one per augmentation, has none: see `is_long`.
     """
     found = []
     for task in tasks_of(subjects):
@@ -98,7 +97,7 @@ def differences_of(row: Row, pairing: Pairing) -> dict[str, Estimate]:
     """The mean difference to the baseline with the same seeds, by subject.
 
     Its interval is that of the paired differences (Student's t), so one seed gives none. Empty for
-    a metric of which neither more nor less is better.
+    a metric where neither higher nor lower is better.
     """
     if row.higher_is_better is None:
         return {}
@@ -114,22 +113,22 @@ def differences_of(row: Row, pairing: Pairing) -> dict[str, Estimate]:
 
 
 def difference_rows(rows: Sequence[Row], pairing: Pairing) -> list[Row]:
-    """The rows with differences to the baseline in place of values; rows without any left out."""
+    """The rows with differences to the baseline in place of values; leaves out rows without any."""
     differences = [(row, differences_of(row, pairing)) for row in rows]
     return [replace(row, estimates=found) for row, found in differences if found]
 
 
 def is_long(rows: Sequence[Row]) -> bool:
-    """Whether one dataset has more metrics than a reader compares by their numbers alone."""
+    """Whether a dataset has too many metrics to compare by their numbers alone."""
     counts = [row.dataset for row in rows if row.higher_is_better is not None]
     return max(map(counts.count, counts), default=0) > _MOST_COLUMNS
 
 
 def shades_of(rows: Sequence[Row], pairing: Pairing) -> list[dict[str, float]]:
-    """How much better a subject is than its baseline, for each row and by subject.
+    """How much better each subject is than its baseline, per row; without baselines, than the mean.
 
-    Without baselines, how much better than the mean of the row. In units of the largest difference
-    of all rows: 1 is the best and -1 the worst there is. A value that is not finite has none.
+    The largest difference of all rows is 1 where it is an improvement, else -1. A value that is not
+    finite has no shade.
     """
     shades = []
     for row in rows:
@@ -160,7 +159,7 @@ def _main(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _kind(metric: str) -> str:
-    """What `5-way 1-shot accuracy` and `5-way 5-shot accuracy` share, or `mean, colour` and …."""
+    """The metric without numbers and what follows a comma: both `5-way 1-shot` and `… 5-shot`."""
     return re.sub(r"\d", "", metric.partition(",")[0])
 
 

@@ -1,4 +1,4 @@
-"""Formats the overviews of a report's first screen as tables that a reader can sort."""
+"""Formats the overview of a report as tables that a reader can sort."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -97,7 +97,7 @@ def _head(name: str, first: str, note: str = "", kind: str = "number") -> str:
 def _method_html(
     overview: Overview, runs: Mapping[str, int], name: str, *, with_seeds: bool
 ) -> str:
-    """The row of a method; a line above it where a base method begins."""
+    """The row of a method, with a line above the first row of each base method."""
     names = list(runs)
     place = names.index(name)
     begins = place > 0 and group_of(name) != group_of(names[place - 1])
@@ -146,8 +146,7 @@ def _rank_html(overview: Overview, name: str) -> str:
     return f'<td class="number" data-value="{rank!r}">{text}</td>'
 
 
-# Puts every head into a button, as without the script there is nothing to press. Values that are
-# missing stay last.
+# The script makes the heads buttons, since they do nothing without it. Missing values stay last.
 _SCRIPT = """<script>
 for (const head of document.querySelectorAll(".sortable thead th")) {
   const button = document.createElement("button");

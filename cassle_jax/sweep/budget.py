@@ -22,7 +22,7 @@ _RESERVE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The length of the runs that lets all of them end within the budget.
+    """The length of the runs with which all of them end within the budget.
 
     Attributes:
       minutes: the budget.

@@ -135,9 +135,9 @@ def _plan(
     pool: WorkerPool,
     toy: bool,
 ) -> Plan | None:
-    """Reads the plan of a table's folder; where a budget needs one, makes it.
+    """Reads the plan of a table's folder; makes one where a budget needs it.
 
-    A new plan is made of a measured step per group of rows, and of one evaluation.
+    A new plan measures a step per group of rows, and one evaluation.
     """
     plan = read_plan(to, minutes)
     if plan or not minutes:
@@ -211,7 +211,7 @@ class _Results:
         facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
         path = folder / TABLE_FILE
         saved = kept_json(path) or facts
-        # What an older version did not know counts as today's default.
+        # Settings that an older version lacked count as today's defaults.
         saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
         for name, value in facts.items():
             if saved.get(name) != value:

@@ -70,7 +70,7 @@ class Command:
             code, starts = self._run(lock, log), 1 + int(os.environ.get("SLURM_RESTART_COUNT", 0))
             # It resumes in the requeued SLURM job, or here in the same job.
             while (pause := pause_before_restart(code, starts)) is not None:
-                if job.cluster == "slurm":  # which itself waits before it starts a job anew
+                if job.cluster == "slurm":  # SLURM itself waits before it restarts a job
                     if is_first:
                         _requeue(os.environ["SLURM_JOB_ID"])
                     sys.exit(EXIT_PREEMPTED)  # submitit gets no result
@@ -265,7 +265,7 @@ def _options(text: str) -> dict[str, str | int]:
 def import_in_processes() -> None:
     """Lets processes that are started from here import this project from its clone."""
     root = str(Path(__file__).resolve().parents[2])
-    if root != sysconfig.get_path("purelib"):  # whose packages must not precede Python's own
+    if root != sysconfig.get_path("purelib"):  # its packages must not precede Python's own
         path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
 

@@ -10,7 +10,7 @@ from cassle_jax.report.overview import Pairing
 from cassle_jax.sweep.space import RunSpec, Values
 from cassle_jax.training.findings import pretraining_findings
 
-# Arguments that say what a run does with ω; none of it where all are "none".
+# Arguments that decide how a run uses ω; a plain run has "none" for each.
 _VARIANT = tuple(name for name in ARGUMENTS if name not in ("method", "follow"))
 
 
@@ -42,7 +42,7 @@ def write_page(folder: Path, workdirs: Mapping[RunSpec, Path], evaluation: Path 
 
 
 def _pairing(runs: Sequence[RunSpec]) -> Pairing:
-    """The seeds; the baseline of a run is the run without ω and all else the same."""
+    """Pairs each run with its baseline: the run without ω whose other values are the same."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
         seeds.setdefault(run.subject, []).append(run.config.seed)
@@ -56,5 +56,5 @@ def _plain(values: Values) -> Values:
 
 
 def _others(values: Values) -> frozenset[tuple[str, str]]:
-    """The values but the seed."""
+    """The values without the seed."""
     return frozenset((name, value) for name, value in values.items() if name != "seed")

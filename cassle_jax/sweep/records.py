@@ -16,7 +16,7 @@ FINISHED, DIVERGED, FAILED, MISSING = "finished", "diverged", "failed", "missing
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run, or an evaluation, by its folder; every property reads the folder anew.
+    """A run, or an evaluation, by its folder; every property reads the folder again.
 
     Attributes:
       folder: workdir of the run; need not exist.

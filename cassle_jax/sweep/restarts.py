@@ -1,4 +1,4 @@
-"""Decides whether a command of a sweep or table that ended is started again, and when."""
+"""Decides whether, and when, to restart a command of a sweep or table that ended."""
 
 import signal
 
@@ -8,24 +8,23 @@ from cassle_jax.faults import seconds_in
 FIRST_PAUSE = "CASSLE_RESTART_SECONDS"  # the pause after the first outage; launch/run.sh reads it
 _LONGEST_PAUSE = 300.0
 _MOST_STARTS = {
-    EXIT_PREEMPTED: 100,  # more preemptions than that have another cause
+    EXIT_PREEMPTED: 100,  # more than that are hardly preemptions
     -signal.SIGTERM: 100,
     EXIT_OUTAGE: 20,
 }
 
 
 def pause_before_restart(code: int, starts: int) -> float | None:
-    """Seconds until a command that ended is started again; `None` where it is not.
+    """Seconds until the restart of a command that ended; `None` for no restart.
 
-    A command that was stopped, and saved, goes on at once. After an outage, which it has waited for
-    itself, the pauses double.
+    A command that was stopped and has saved restarts at once. After outages, the pauses double.
 
     Args:
       code: exit code of the command; -15 where SIGTERM ended it.
       starts: number of its starts so far.
 
     Raises:
-      ConfigError: `CASSLE_RESTART_SECONDS` is no number.
+      ConfigError: `CASSLE_RESTART_SECONDS` is not a number.
     """
     if starts >= _MOST_STARTS.get(code, 0):
         return None
@@ -36,6 +35,6 @@ def first_pause() -> float:
     """Seconds of the pause after the first outage: `CASSLE_RESTART_SECONDS`, or ten.
 
     Raises:
-      ConfigError: it is no number.
+      ConfigError: it is not a number.
     """
     return seconds_in(FIRST_PAUSE, 10.0)

@@ -66,7 +66,7 @@ def write_results(
     """Writes `results.json`, `results.csv` and the page of the finished runs.
 
     A metric with several datasets gets a line for its mean over them. The difference of a row to
-    its baseline is the mean over seeds that both rows have, ± half the 95 % interval of the paired
+    its baseline is the mean over the seeds of both rows, ± half the 95 % interval of the paired
     differences (Student's t).
 
     Args:

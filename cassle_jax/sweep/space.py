@@ -253,7 +253,7 @@ def _short_names(values: Values) -> dict[str, str]:
 
 
 def as_folder(name: str) -> str:
-    """A valid folder name; a replaced or shortened name ends in a hash that keeps it unique."""
+    """A valid folder name; a changed or shortened name ends in a hash that keeps it unique."""
     plain = re.sub(r"[^\w.,=+-]", "_", name)
     if plain == name and len(name) <= _LONGEST_NAME:
         return name

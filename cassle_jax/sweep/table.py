@@ -50,7 +50,7 @@ TOY_EVALUATION = (
     "fine_tune_epochs=1",
 )
 
-# A run with fewer than `_SHORT_RUN` steps saves `_SAVES` times and logs `_LOGS` times; a longer run
+# A run with fewer than `_SHORT_RUN` steps saves `_SAVES` times and logs `_LOGS` times. A longer run
 # follows its configuration.
 _SHORT_RUN, _SAVES, _LOGS = 20_000, 5, 50
 

@@ -74,10 +74,10 @@ def work(job: Job, environment: dict[str, str]) -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     code, line, start, done = 0, "", time.monotonic(), False
     try:
-        # The pool blocks it; Ctrl-C stays blocked, for the pool answers it by SIGTERM.
+        # The pool blocks both signals. SIGINT stays blocked: on Ctrl-C the pool sends SIGTERM.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         turn = retried(str(job.workdir), lambda: _opened(job.workdir))
-        await_turn(turn)  # the worker of a command that was killed may be saving still
+        await_turn(turn)  # a worker of a killed command may still be saving
         start, done = time.monotonic(), _is_done(job)
         if not done:
             pretrain_and_evaluate(job)
@@ -98,7 +98,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
             code, line = command.code_of(error) or 1, command.words_of(error)
     if code:
         command.say_error(line)
-    elif not job.keep_weights:  # what a killed process has recorded as done is not done again
+    elif not job.keep_weights:  # also where a process was killed before it could remove them
         shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
     hurry.set()  # Python waits for reading threads before it ends
     command.flush_log()
@@ -106,7 +106,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
 
 
 def _is_done(job: Job) -> bool:
-    """Whether the worker whose turn it was before has finished the run."""
+    """Whether an earlier worker has finished the run."""
     recorded = outcome_of(job.workdir)
     return recorded is not None and recorded["exit_code"] == 0
 
@@ -115,7 +115,7 @@ def pretrain_and_evaluate(job: Job) -> None:
     """Pretrains, exports and evaluates a run; skips the parts that are done already."""
     config, report = parsed(job.arguments), job.workdir / RESULT
     set_up_devices(config)
-    # The runs of a table share their programs; many of them are small, so those are cached as well.
+    # Cache small programs, too: the runs of a table share them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if job.toy:
         jax.config.update("jax_disable_most_optimizations", True)
