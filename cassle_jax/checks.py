@@ -92,6 +92,12 @@ def is_finite(values: np.ndarray) -> bool:
     return values.size == 0 or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
+def check_finite(name: str, values: np.ndarray, what: str = "values") -> None:
+    """Raises ValueError unless all numbers of an array are finite; see `is_finite`."""
+    if not is_finite(values):
+        raise ValueError(f"{name} holds {what} that are not finite")
+
+
 def naming(setting: str, value: object, error: Exception) -> str:
     """The words of an error about the file or folder that a setting gives, with both named."""
     words = str(error)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from threadpoolctl import threadpool_limits
 
+from cassle_jax.checks import check_finite
 from cassle_jax.data import Drawn
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score
@@ -111,8 +112,7 @@ def _standardised(train_features, test_features) -> tuple[np.ndarray, np.ndarray
     if len(train) < 10:
         raise ValueError(f"{len(train)} training rows are too few for a probe; 10 is the least")
     for name, features in (("train_features", train), ("test_features", test)):
-        if not np.isfinite(features).all():
-            raise ValueError(f"{name} holds values that are not finite")
+        check_finite(name, features)
     scaler = StandardScaler().fit(train)
     return scaler.transform(train), scaler.transform(test)
 
@@ -126,8 +126,8 @@ def _target(
     factor = np.asarray(factors[name])
     if factor.shape != (rows,):
         raise ValueError(f"{split}_factors[{name!r}] has shape {factor.shape} for {rows} features")
-    if kind != "class" and not np.isfinite(factor).all():
-        raise ValueError(f"{split}_factors[{name!r}] holds values that are not finite")
+    if kind != "class":
+        check_finite(f"{split}_factors[{name!r}]", factor)
     if (factor == factor[0]).all():
         raise ValueError(f"{split}_factors[{name!r}] is {factor[0]} in every row")
     if kind == "class":

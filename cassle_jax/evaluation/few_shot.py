@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
-from cassle_jax.checks import check_at_least, is_finite
+from cassle_jax.checks import check_at_least, check_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
 from cassle_jax.evaluation.needs import Needs
@@ -126,8 +126,7 @@ def _rows_of_classes(
         raise ValueError(f"features of shape {features.shape} must be rows × features")
     if labels.shape != (len(features),):
         raise ValueError(f"labels of shape {labels.shape} do not fit {len(features)} rows")
-    if not is_finite(features):
-        raise ValueError("features holds values that are not finite")
+    check_finite("features", features)
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < ways:
         raise ValueError(f"ways={ways} is more than the {len(classes)} classes of the labels")

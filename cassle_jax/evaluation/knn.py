@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from cassle_jax.checks import check_at_least, is_finite
+from cassle_jax.checks import check_at_least, check_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
 from cassle_jax.evaluation.needs import Needs
@@ -66,7 +66,9 @@ def knn_evaluation(
     for name, (features, labels) in (("train", train), ("test", test)):
         for part in parts_of(features):
             if part.ndim != 2 or 0 in part.shape:
-                raise ValueError(f"{name} has features of shape {part.shape}; none are empty")
+                raise ValueError(
+                    f"{name} has features of shape {part.shape}; rows × features is needed"
+                )
             if part.shape[1] != width:
                 raise ValueError(f"test has {width} features; train has {part.shape[1]}")
         rows = sum(map(len, parts_of(features)))
@@ -122,8 +124,8 @@ def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.n
     if len(test_features) == 0:
         raise ValueError("test_features has no rows")
     for name, arrays in (("train_features", parts), ("test_features", [test_features])):
-        if not all(map(is_finite, arrays)):
-            raise ValueError(f"{name} holds values that are not finite")
+        for array in arrays:
+            check_finite(name, array)
     classes, labels = np.unique(np.asarray(train_labels), return_inverse=True)
     votes = labels.astype(np.int32)[nearest(test_features, parts, k).rows]
     winners = [

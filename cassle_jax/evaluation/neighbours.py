@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from cassle_jax.checks import is_finite
+from cassle_jax.checks import check_finite
 from cassle_jax.data import Source, decode
 from cassle_jax.evaluation.agreement import unit_length
 from cassle_jax.evaluation.bench import Bench
@@ -135,10 +135,9 @@ def _check_search(
         raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
     if len(queries) == 0:
         raise ValueError("queries has no rows")
-    if not is_finite(queries):
-        raise ValueError("queries holds values that are not finite")
-    if not all(map(is_finite, parts)):
-        raise ValueError("rows holds values that are not finite")
+    check_finite("queries", queries)
+    for part in parts:
+        check_finite("rows", part)
     if own_rows.min() < -1 or own_rows.max() >= count:
         raise ValueError(
             f"own_rows are from {own_rows.min()} to {own_rows.max()}; there are {count} rows "

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from cassle_jax.checks import check_at_least, check_positive, is_finite
+from cassle_jax.checks import check_at_least, check_finite, check_positive
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.features import view_extractor
 from cassle_jax.evaluation.findings import Chart, Finding, Score
@@ -278,8 +278,7 @@ def _checked(features: Array | np.ndarray, name: str = "features") -> np.ndarray
         raise ValueError(f"{name} of shape {matrix.shape} is empty")
     if matrix.dtype not in (np.float32, np.float64):
         matrix = matrix.astype(np.float32)
-    if not is_finite(matrix):
-        raise ValueError(f"{name} holds values that are not finite")
+    check_finite(name, matrix)
     return matrix
 
 

@@ -4,9 +4,9 @@ Every fit minimises Σ |y − θᵀx| + w·‖θ‖² over the weights and the b
 rows, not a mean, and the bias is penalised like the weights. Targets share nothing but w.
 
 The alternating direction method of multipliers solves all targets and several penalties together.
-It splits the residuals from θ. A step is then a ridge regression, which on the features' principal
-axes is a division, and a clipping of every row's residual. The penalties go from large to small;
-each lot starts at the optimum before it.
+It splits the residuals from θ. A step is then a ridge regression, which is a division on the
+features' principal axes, and a clipping of every row's residual. The penalties go from large to
+small; each lot starts at the previous optimum.
 """
 
 import warnings
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
-from cassle_jax.checks import check_at_least, check_positive
+from cassle_jax.checks import check_at_least, check_finite
+from cassle_jax.solvers.inputs import check_features, checked_penalties
 from cassle_jax.solvers.principal_axes import principal_axes
 
 _TOLERANCE = 1e-4
@@ -71,11 +72,11 @@ def fit_absolute(
 ) -> AbsolutePath:
     """Minimises Σ |y − θᵀx| + w·‖θ‖², weights and bias both in θ, for every target and penalty w.
 
-    A step takes two products with the features. A few dozen steps are usual; it takes thousands
-    where the penalty is tiny and there are more rows than features. A fit has converged when its
-    duality gap is below 1e-4 of the objective, or below 1e-5 of the best constant's absolute error,
-    which is about the resolution of float32. One part of the gap grows like 1/w; only as much of it
-    counts as a change of the predictions by twice the residuals' length can gain.
+    A step takes two products with the features. A few dozen steps are usual; a tiny penalty takes
+    thousands where there are more rows than features. A fit has converged when its duality gap is
+    below 1e-4 of the objective, or below 1e-5 of the best constant's absolute error, which is about
+    the resolution of float32. One part of the gap grows like 1/w. It counts only up to the gain
+    from changing the predictions by twice the residuals' length.
 
     The device holds the features and, per penalty of a lot, seven numbers per row and target.
 
@@ -93,11 +94,7 @@ def fit_absolute(
         `max_steps` is not positive.
     """
     check_rows("features", features, targets)
-    penalties = np.asarray(penalties, np.float64)
-    if penalties.ndim != 1 or penalties.size == 0:
-        raise ValueError(f"penalties of shape {penalties.shape} must be a list of one or more")
-    for penalty in penalties:
-        check_positive("penalties", penalty)
+    penalties = checked_penalties(penalties)
     check_at_least("max_steps", max_steps, 1)
 
     rotated, spectrum, axes = _on_device(features)
@@ -155,15 +152,10 @@ def _on_device(
 
 def check_rows(name: str, features: np.ndarray, targets: np.ndarray) -> None:
     """Raises ValueError unless rows of finite features have one row of finite targets each."""
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(
-            f"{name} has features of shape {features.shape}; rows × features is needed"
-        )
+    check_features(name, features)
     if targets.ndim != 2 or len(targets) != len(features) or targets.shape[1] == 0:
         raise ValueError(f"{name} has targets of shape {targets.shape} for {len(features)} rows")
-    for what, values in (("features", features), ("targets", targets)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} holds {what} that are not finite")
+    check_finite(name, targets, "targets")
 
 
 def _penalties_together(penalties: int, targets: int) -> int:
@@ -239,7 +231,7 @@ def _solve(
     state: _State,
     max_checks: int | Int[Array, ""],
 ) -> _State:
-    """Steps until every problem has converged, checked at every tenth step.
+    """Steps until every problem has converged; checks every tenth step.
 
     Strengths change after 10, 20, 40, … steps: with frequent changes they never settle.
     """

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
-from cassle_jax.checks import check_at_least, check_positive, is_finite
+from cassle_jax.checks import check_at_least
+from cassle_jax.solvers.inputs import check_features, checked_penalties
 from cassle_jax.solvers.principal_axes import blocks, principal_axes
 
 _TOLERANCE = 1e-6
@@ -88,9 +89,9 @@ def fit_logistic(
     A fit has converged when its last Newton step was predicted to lower the objective by less than
     1e-6 of its value.
 
-    The device holds the features, all solutions, and per penalty of a lot six numbers per row and
-    class: for 75 000 × 2048 features, 1.2 GB (a CPU: 2.5 GB) and, with 200 classes, 0.7 GB per
-    penalty. See `logistic_bytes`.
+    The device holds the features, all solutions, and six numbers per row, class and penalty of a
+    lot. For 75 000 × 2048 features and 200 classes, these are 1.2 GB (2.5 GB on a CPU) and 0.7 GB
+    per penalty. See `logistic_bytes`.
 
     Args:
       features: Any scale; used as they are.
@@ -99,7 +100,7 @@ def fit_logistic(
       penalties: The values of w, each above 0, in any order.
       start: Weights [classes, features] and biases [classes] from which the largest penalty starts;
         zero by default.
-      together: Number of penalties solved at once, as a lot. Lots of one start nearest to their
+      together: Number of penalties solved at once, as a lot. With 1, each fit starts nearest to its
         optimum.
       max_steps: Largest number of Newton steps per lot.
 
@@ -113,11 +114,7 @@ def fit_logistic(
     check_rows("features", features, labels, classes)
     if (labels == labels[0]).all():
         raise ValueError(f"labels are {labels[0]} in every row; at least two classes must occur")
-    penalties = np.asarray(penalties, np.float64)
-    if penalties.ndim != 1 or penalties.size == 0:
-        raise ValueError(f"penalties of shape {penalties.shape} must be a list of one or more")
-    for penalty in penalties:
-        check_positive("penalties", penalty)
+    penalties = checked_penalties(penalties)
     check_at_least("together", together, 1)
     check_at_least("max_steps", max_steps, 1)
 
@@ -133,7 +130,7 @@ def fit_logistic(
 def logistic_bytes(rows: int, features: int, classes: int) -> tuple[int, int]:
     """Bytes that `fit_logistic` takes with one penalty at a time: on the host, and on the device.
 
-    The host's are those of the rotation, which is over when the device computes. A CPU holds the
+    The host needs them for the rotation, which ends before the device computes. A CPU holds the
     features twice.
     """
     axes = min(rows, features + 1)
@@ -150,14 +147,9 @@ def _on_device(features: np.ndarray) -> tuple[Float[Array, "N D"], np.ndarray]:
 def check_rows(name: str, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Raises ValueError unless rows of finite features have one label in [0, classes) each."""
     check_at_least("classes", classes, 2)
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(
-            f"{name} has features of shape {features.shape}; rows × features is needed"
-        )
+    check_features(name, features)
     if labels.shape != (len(features),):
         raise ValueError(f"{name} has labels of shape {labels.shape} for {len(features)} rows")
-    if not is_finite(features):
-        raise ValueError(f"{name} holds features that are not finite")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"{name} has labels from {labels.min()} to {labels.max()}; "
@@ -175,16 +167,16 @@ def _rotated_start(start, axes: np.ndarray, classes: int) -> Float64[np.ndarray,
             f"{(classes, len(axes) - 1)} and {(classes,)} are needed"
         )
     thetas = np.column_stack([weights, biases]).astype(np.float64)
-    # What all classes share changes no probability, and is zero at the optimum.
+    # The mean over the classes changes no probability, and is zero at the optimum.
     return ((thetas - thetas.mean(axis=0)) @ axes).T
 
 
 def _lots(
     penalties: np.ndarray, together: int
 ) -> tuple[Int[np.ndarray, " penalties"], Float64[np.ndarray, "lots together"]]:
-    """Penalties from large to small in equal lots, and the place of each one in them.
+    """The place of each penalty in the lots, and equal lots of penalties from large to small.
 
-    Repeating the largest, the quickest to solve, fills the lots up.
+    The largest penalty, the quickest to solve, is repeated to fill the first lot up.
     """
     missing = -len(penalties) % together
     descending = np.argsort(-penalties, kind="stable")
@@ -275,7 +267,7 @@ def _lead_on(
     thetas: Float[Array, "D 2 K"],
     exponents: Float[Array, "2 1"],
 ) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"]]:
-    """Extrapolates two solutions linearly in log w; keeps the second where that is better.
+    """Extrapolates two solutions linearly in log w; returns the second where it is better.
 
     Returns:
       θ per penalty, and the relative logits there.
@@ -311,9 +303,6 @@ def _newton(
     if _is_cpu():  # XLA would transpose the features anew for each product
         across = jax.lax.optimization_barrier(across)
 
-    def logits_of(thetas):
-        return _relative(_einsum("nd,dpk->npk", features, thetas), is_label)
-
     def unfinished(state):
         step, _, _, converged = state
         return (step < max_steps) & ~converged.all()
@@ -324,15 +313,13 @@ def _newton(
         gradient = _einsum("dn,npk->dpk", across, residuals) + ridge * thetas
 
         def hessian(vector):
-            change = logits_of(vector)
-            flow = probabilities * (
-                change - jnp.sum(probabilities * change, axis=-1, keepdims=True)
-            )
+            change = _relative(_einsum("nd,dpk->npk", features, vector), is_label)
+            mean = jnp.sum(probabilities * change, axis=-1, keepdims=True)
+            flow = probabilities * (change - mean)
             return _einsum("dn,npk->dpk", across, flow) + ridge * vector, change
 
-        # The Hessian's diagonal.
-        spread = probabilities * jnp.where(is_label, -residuals, 1 - probabilities)
-        inverse = 1 / (_curvatures(features, spread) + ridge)
+        variances = probabilities * jnp.where(is_label, -residuals, 1 - probabilities)
+        inverse = 1 / (_curvatures(features, variances) + ridge)  # of the Hessian's diagonal
         objectives = jnp.sum(losses, axis=(0, 2)) + penalties * _dot(thetas, thetas)
         small = _TOLERANCE * objectives
         direction, change, decrease = _conjugate_gradients(
@@ -351,9 +338,9 @@ def _newton(
 
 
 def _curvatures(
-    features: Float[Array, "N D"], spread: Float[Array, "N P K"]
+    features: Float[Array, "N D"], variances: Float[Array, "N P K"]
 ) -> Float[Array, "D P K"]:
-    """Σ spread · feature² over the rows, in blocks: the squares of all would be as many again."""
+    """Σ variance · feature² over the rows, in blocks: all squares would double the memory."""
     rows = min(len(features), _CURVATURE_ROWS)
 
     def add(index, total):
@@ -361,13 +348,13 @@ def _curvatures(
         first = jnp.minimum(index * rows, len(features) - rows)
         is_new = jnp.arange(rows) + first >= index * rows
         squares, weights = (
-            jax.lax.dynamic_slice_in_dim(each, first, rows) for each in (features, spread)
+            jax.lax.dynamic_slice_in_dim(each, first, rows) for each in (features, variances)
         )
         weights = jnp.where(is_new[:, None, None], weights, 0)
         return total + _einsum("nd,npk->dpk", squares**2, weights)
 
     blocks_of_rows = -(-len(features) // rows)
-    nothing = jnp.zeros((features.shape[1], *spread.shape[1:]), features.dtype)
+    nothing = jnp.zeros((features.shape[1], *variances.shape[1:]), features.dtype)
     return jax.lax.fori_loop(0, blocks_of_rows, add, nothing)
 
 
@@ -377,8 +364,8 @@ def _conjugate_gradients(
     """Newton's direction, its change of the logits, and the predicted decrease of the objective.
 
     A penalty is finished when another step would add little to that decrease: the k-th step adds
-    less than a tenth of the mean of those before it. A decrease below `small` ends a fit, but is
-    only believed after some more steps. Where `active` is false the direction is zero.
+    less than a tenth of the mean of the steps before it. A decrease below `small` would end the
+    fit, so it counts only after some more steps. Where `active` is false, the direction is zero.
 
     References:
       Nash and Sofer, Assessing a search direction within a truncated-Newton method, Operations
@@ -386,7 +373,7 @@ def _conjugate_gradients(
     """
 
     def preconditioned(residual):
-        # What all classes share changes no probability: it stays zero, as in the residual.
+        # The mean over the classes changes no probability: it stays zero, as in the residual.
         scaled = inverse * residual
         return scaled - jnp.mean(scaled, axis=-1, keepdims=True)
 
@@ -407,7 +394,7 @@ def _conjugate_gradients(
         next_product = _dot(residual, scaled)
         unsure = (decrease <= small) & (step < _SURE_STEPS)
         active &= (next_product > 0) & (((step + 1) * gain > 0.1 * decrease) | unsure)
-        # Without a zero here, the vector of a penalty that has finished could become 0/0.
+        # The zero keeps 0/0 out of the vector of a finished penalty.
         keep = jnp.where(active, next_product / product, 0)
         vector = scaled + keep[:, None] * vector
         return step + 1, direction, change, residual, vector, next_product, decrease, active

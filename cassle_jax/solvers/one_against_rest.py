@@ -6,8 +6,8 @@ of a constant one and is penalised like the others. The objective is strictly co
 optimum.
 
 The optimum lies in the span of an episode's N·K images. So each episode is rotated onto the
-principal axes of that span (in float64, on the host), which leaves the penalty unchanged, and
-solved there by Newton's method, all classes of many episodes in one batch.
+principal axes of that span (in float64, on the host), which leaves the penalty unchanged. Newton's
+method solves all classes of many episodes there in one batch.
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ def fit_one_against_rest(
 def _principal_axes(
     images: Float32[np.ndarray, "episodes rows _"],
 ) -> tuple[Float32[np.ndarray, "episodes rows rows"], Float64[np.ndarray, " episodes"]]:
-    """Every episode's images on the principal axes of their span; the longest image's length."""
+    """Each episode's images on the principal axes of their span; the length of its longest one."""
     images = images.astype(np.float64)
     gram = images @ images.swapaxes(1, 2)
     spectrum, axes = np.linalg.eigh(gram)
@@ -79,7 +79,7 @@ def _fit(
     is_solvable: Bool[Array | np.ndarray, " E"],
 ) -> OneAgainstRest:
     margins, converged = _newton(jnp.asarray(rows), jnp.asarray(signs))
-    # At the optimum θ is the sum of the images weighted by their residuals: no need of the axes.
+    # At the optimum θ is the sum of the images weighted by their residuals, whatever the axes.
     thetas = _einsum("ewr,erd->ewd", signs * jax.nn.sigmoid(-margins), images)
     return OneAgainstRest(thetas[..., :-1], thetas[..., -1], converged & is_solvable[:, None])
 

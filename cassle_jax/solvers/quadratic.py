@@ -19,14 +19,14 @@ def fit_quadratic(
 ) -> Callable[[Blocks], dict[str, Rows]]:
     """Fits targets by polynomials of degree 2, with the kernel (1 + Σ ⟨a, b⟩ / width)² over blocks.
 
-    Columns are standardised with the training rows, so every block counts alike whatever its width.
-    Each target takes the penalty with the least squared error of the validation rows (of equal ones
-    the first), and is fitted again to both parts. Time grows with the cube of the rows, memory with
-    their square.
+    Columns are standardised with the training rows. Every block has the same weight, whatever its
+    width. Each target takes the penalty with the least squared error on the validation rows (ties
+    go to the first), and is then fitted to both parts. Time grows with the cube of the rows, memory
+    with their square.
 
     Args:
       train: blocks of inputs and targets by name, one row per example.
-      val: the same of the rows that choose the penalties.
+      val: likewise, of the rows that choose the penalties.
       penalties: the penalties to try, above 0, in units of the mean loss.
 
     Returns:
