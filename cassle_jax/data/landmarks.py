@@ -206,12 +206,12 @@ def _check_same_files(
 
 
 def _shown_size(path: pathlib.Path) -> tuple[int, int]:
-    """Height and width of an image when upright; reads only its header."""
+    """Height and width of an image when upright; reads only its header, of a PNG all."""
     try:
         with open_to_read(path) as file, open_image(file) as image:
             width, height = image.size
-            # For a PNG without EXIF, Pillow would decode the whole file to look for some.
-            orientation = orientation_of(image) if "exif" in image.info else 1
+            # Pillow gives a TIFF's size as it is shown.
+            orientation = 1 if image.format == "TIFF" else orientation_of(image)
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read as an image: {reason_of(error)}") from error
     return (width, height) if orientation in SIDEWAYS else (height, width)

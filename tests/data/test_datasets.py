@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.testing import mocking
 
-from cassle_jax.data import DataError, Record
+from cassle_jax.data import DataError, Record, decode
 from cassle_jax.data.builder import TfdsSource
 from cassle_jax.data.datasets import DATASETS, open_dataset
 from cassle_jax.data.folder import open_folder
@@ -702,13 +702,32 @@ def test_other_points_and_other_images_are_other_content(tmp_path, changed):
     assert content_of(LandmarkFolder(str(root), "test", 6)) != before
 
 
-def test_points_follow_an_image_shown_upright(tmp_path):
+def sideways(form: str) -> bytes:
     """A camera held sideways stores 20 × 30 pixels and shows 30 × 20."""
-    root = landmark_folder(tmp_path, 6)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (30, 20)).save(root / "test" / "a.png", "JPEG", exif=exif)
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    form, where = form.split(" in ")
+    options = {"exif": exif} if where == "EXIF" else {"xmp": xmp}
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, form, **options)
+    stored = file.getvalue()
+    if form == "PNG":  # Pillow writes it before the pixels; others after them
+        found = stored.index(b"eXIf") - 4
+        length = 12 + int.from_bytes(stored[found : found + 4])
+        chunk, end = stored[found : found + length], stored[-12:]
+        stored = stored[:found] + stored[found + length : -12] + chunk + end
+    return stored
+
+
+@pytest.mark.parametrize(
+    "form", ["JPEG in EXIF", "JPEG in XMP", "PNG in EXIF", "WEBP in EXIF", "TIFF in EXIF"]
+)
+def test_points_follow_an_image_shown_upright(tmp_path, form):
+    root = landmark_folder(tmp_path, 6)
+    (root / "test" / "a.png").write_bytes(sideways(form))
     source = LandmarkFolder(str(root), "test", 6)
+    assert decode(source[0].image, 64).shape == (30, 20, 3)
     np.testing.assert_allclose(source.targets[0][:2], [0, -5 / 20], rtol=1e-6)
 
 
