@@ -258,6 +258,7 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Converted here: Pillow's own conversion clips at 255 instead of scaling.
         sixteen = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        sixteen[sixteen == image.info.get("transparency", -1)] = 65535  # white
         return _three_channels(((sixteen * 255 + 32767) // 65535).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

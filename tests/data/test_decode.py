@@ -111,6 +111,16 @@ def test_sixteen_bit_grey_png_is_scaled():
     np.testing.assert_array_equal(image[..., 1], np.round(values / 257).astype(np.uint8))
 
 
+def test_the_transparent_grey_of_a_sixteen_bit_png_is_white():
+    values = np.array([[0, 1000, 60000], [1000, 1001, 65535]], ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    data = png_chunks(3, 2, 16, 0, rows)
+    header = data[:33]  # signature and IHDR
+    data = header + png_chunk(b"tRNS", struct.pack(">H", 1000)) + data[33:]
+    expected = [[0, 255, 233], [255, 4, 255]]
+    np.testing.assert_array_equal(decode(data, 8)[..., 0], expected)
+
+
 def test_sixteen_bit_rgb_png_is_scaled():
     values = np.random.default_rng(0).integers(0, 65536, (5, 6, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
