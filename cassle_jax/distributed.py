@@ -25,6 +25,7 @@ import jax
 
 # The key-value store that the processes share has no public name.
 from jax._src import distributed as runtime
+from jax.experimental import multihost_utils
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, Stop, end_undisturbed, say_error, stop_of
@@ -200,6 +201,8 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
         return
     group = _join(arguments, saves_when_stopped)
     try:
+        # The first exchange of CPUs waits 30 s for the slowest process, each later one much longer.
+        multihost_utils.sync_global_devices("cassle_jax: all have joined")
         yield
     except Stop as stop:
         if stop.alone:

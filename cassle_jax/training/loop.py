@@ -122,7 +122,7 @@ def pretrain(
             start |= {"names": names_of(source), "record": record_of(run)}
             _record_start(config, workdir, run, source, start)
             reports = _open_reports(config, workdir, run, start, opened)
-        agree({})  # the first process drew the picture, and a step waits half a minute at most
+        agree({})  # the first process has drawn the picture
         loop = _Loop(
             config, run, probe, checkpoints, feed, make_train_step(run, mesh), reports,
             state, step, data_state,

@@ -396,6 +396,12 @@ def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, faili
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.exhaustive
+def test_a_process_that_compiles_longer_than_the_others_is_waited_for():
+    codes, errors = ends(start(40, 2, module="tests.training.run_late"))
+    assert codes == [0, 0], errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_ends_all_where_no_step_would_save(tmp_path, number):
     processes = start(tmp_path, 2, module="tests.training.run_waiting")

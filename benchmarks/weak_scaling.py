@@ -1,0 +1,134 @@
+"""Measures weak scaling with real processes, joined over this machine's loopback.
+
+python -m benchmarks.weak_scaling --config=configs/quickstart.py:method=moco_v2 --local_batch=128
+
+Every process has one device, the same number of images, and one CPU; more processes than CPUs share
+them. A step on a resident batch is compared with one that is fed as in training.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks.linear_evaluation import timed
+from benchmarks.scaling import collectives_in, lower_step, optimised
+from benchmarks.training import from_source, steps
+from benchmarks.workload import Workload, synthetic_batch
+from cassle_jax.config import FLAG_OPTIONS
+from cassle_jax.data.pipeline import usable_cpus
+from cassle_jax.distributed import ADDRESS, COUNT, INDEX, all_processes
+from cassle_jax.parallel import device_mesh, shard_batch
+
+
+def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds: int) -> dict:
+    """Measures in this process, one of several that all call this: seconds, and what is exchanged.
+
+    Returns:
+      `step` and `fed`, the seconds per step by round, and `exchanges` and `bytes` of a step.
+    """
+    mesh = device_mesh()
+    config.batch_size, config.optimizer.warmup_epochs = local_batch * mesh.size, 0.0
+    collectives = collectives_in(optimised(lower_step(config, mesh)))
+    work = Workload("", 0, local_batch, "", 0, 0, config.data.canvas, steps_per_round, rounds)
+    ways = {"step": steps(config, work, _resident), "fed": steps(config, work, from_source)}
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, once in ways.items():
+            seconds[name].append(timed(once)[0] / steps_per_round)
+    return {
+        **seconds,
+        "exchanges": sum(each.times for each in collectives),
+        "bytes": sum(each.times * each.bytes for each in collectives),
+    }
+
+
+def _resident(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
+    batch = shard_batch(
+        synthetic_batch(config.batch_size // jax.process_count(), config.data.canvas), mesh
+    )
+    while True:
+        yield batch
+
+
+def run_processes(count: int, arguments: list[str]) -> dict:
+    """Runs this module in `count` processes, and returns what the first one measured.
+
+    Raises:
+      RuntimeError: a process failed.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    environment = {**os.environ, "XLA_FLAGS": "", COUNT: str(count)}
+    if count > 1:
+        environment[ADDRESS] = f"127.0.0.1:{_free_port()}"
+    started = []
+    with contextlib.ExitStack() as processes:
+        for index in range(count):
+            os.sched_setaffinity(0, {cpus[index % len(cpus)]})  # the child inherits it
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.weak_scaling", *arguments, "--joined"],
+                    env={**environment, INDEX: str(index)},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            finally:
+                os.sched_setaffinity(0, cpus)
+            processes.callback(process.kill)
+            started.append(process)
+        said = [process.communicate()[0] for process in started]
+    if failed := [process.returncode for process in started if process.returncode]:
+        raise RuntimeError(f"a process ended with {failed[0]}")
+    return json.loads(said[0].splitlines()[-1])
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a Markdown table, a row per number of processes."""
+    if JOINED.value:
+        with all_processes():
+            found = measured(CONFIG.value, LOCAL_BATCH.value, STEPS.value, ROUNDS.value)
+            if jax.process_index() == 0:
+                print(json.dumps(found))
+        return
+    print(f"{LOCAL_BATCH.value} images per process, {usable_cpus()} CPUs\n")
+    print("| processes | s per step | range | efficiency | outside the step | exchanges | MB |")
+    print("|--:|--:|---|--:|--:|--:|--:|")
+    alone = None
+    for count in map(int, PROCESSES.value):
+        found = run_processes(count, arguments[1:])
+        seconds = statistics.median(found["step"])
+        alone = alone or seconds
+        sharing = max(1, count / usable_cpus())  # which is no loss
+        outside = statistics.median(1 - np.divide(found["step"], found["fed"]))
+        print(
+            f"| {count} | {seconds:.3f} | {min(found['step']):.3f}–{max(found['step']):.3f} "
+            f"| {100 * alone * sharing / seconds:.0f} % | {100 * outside:.1f} % "
+            f"| {found['exchanges']} | {found['bytes'] / 1e6:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", **FLAG_OPTIONS)
+    PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Numbers of processes; 1 first.")
+    LOCAL_BATCH = flags.DEFINE_integer("local_batch", 128, "Images per process.")
+    STEPS = flags.DEFINE_integer("steps", 10, "Steps per round.")
+    ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.")
+    JOINED = flags.DEFINE_boolean("joined", False, "Measure, as one of the processes.")
+    app.run(lambda _: main(sys.argv))
