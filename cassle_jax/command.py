@@ -45,6 +45,7 @@ def run(main: Callable[[], None]) -> None:
 
     SIGTERM stops it as Ctrl-C does, except where `main` handles either itself.
     """
+    open_streams()
     set_up_logging()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -69,6 +70,21 @@ def _interrupt(number: int, _) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def open_streams() -> None:
+    """Opens the standard streams that are closed, as by `2>&-`: no other file takes their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+
+
+def say(text: object) -> None:
+    """Prints a line to standard output; drops it where that cannot be written, as to `| head`."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = str(text).encode(encoding, "backslashreplace").decode(encoding)  # of a path, any bytes
+    with contextlib.suppress(OSError):
+        print(shown, flush=True)
+
+
 def say_error(message: str) -> None:
     """Prints a message as one line to standard error, where that can be written."""
     line = message.replace("\n", "\\n")  # a path may have one
@@ -77,14 +93,15 @@ def say_error(message: str) -> None:
 
 
 def flush_log() -> None:
-    """Drops what standard error cannot write, such as a file on a full disk.
+    """Drops what standard output and error cannot write, such as files on a full disk.
 
     Python's own end would fail with it, and the exit code be another than the command's.
     """
-    try:
-        sys.stderr.flush()
-    except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
 
 
 def set_up_logging() -> None:

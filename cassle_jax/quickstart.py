@@ -228,10 +228,11 @@ def main(method: str, workdir: epath.Path, seed: int) -> None:
     scores = quickstart(method, workdir, seed)
     table = whole_table(scores)
     for name, changed_by, *cells in [table.columns, *table.rows]:
-        print(f"{name:31}{changed_by:26}" + "".join(f"{cell_text(cell):>11}" for cell in cells))
-    print(f"\n{headline(scores)}\n{EXPLANATION}\n")
+        values = "".join(f"{cell_text(cell):>11}" for cell in cells)
+        command.say(f"{name:31}{changed_by:26}{values}")
+    command.say(f"\n{headline(scores)}\n{EXPLANATION}\n")
     for file in (HTML, "quickstart.png", "quickstart.json"):
-        print(workdir / file)
+        command.say(workdir / file)
     LOG.info("took %.0f s", time.monotonic() - start)
 
 

@@ -83,7 +83,7 @@ if __name__ == "__main__":
             "toy": toy_flag.value,
         }
         if dry_flag.value:
-            print(dry_run(table, **selection, rate=rate_flag.value))
+            command.say(dry_run(table, **selection, rate=rate_flag.value))
             return
         run_table(
             table,

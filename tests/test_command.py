@@ -261,6 +261,30 @@ def test_a_log_on_a_full_disk_leaves_the_exit_code(main, code):
     assert ended.returncode == code
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("output", ["| true", "> /dev/full", ">&-", "2>&-", ">&- 2>&- <&-"])
+def test_output_that_nobody_takes_leaves_the_exit_code_and_the_files(tmp_path, output):
+    main = "command.say('many words ' * 10000); command.say('the end'); open('kept', 'w').write(at)"
+    program = (
+        f"import os\nfrom cassle_jax import command\nat = os.getcwd()\ndef main():\n    {main}"
+    )
+    # What writes to the number of standard error must not reach a file that took its place.
+    program += "\n    file = open('numbered', 'w')\n    assert file.fileno() > 2\ncommand.run(main)"
+    line = f'{{ "$@" {output.replace("| true", "")}; echo $? > code; }} '
+    line += "| true" if "|" in output else ""
+    shell = ["bash", "-c", line, "bash", sys.executable, "-c", program]
+    ours = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(shell, cwd=tmp_path, env=ours, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert (tmp_path / "kept").read_text() == str(tmp_path)
+
+
+def test_a_path_of_any_bytes_can_be_printed(capfdbinary):
+    command.say("--config.data.path=/data/\udcff")
+    assert capfdbinary.readouterr().out == b"--config.data.path=/data/\\udcff\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -54,6 +54,7 @@ if __name__ == "__main__":
         )
         LOG.info("%s is complete; a run reads it with", folder)
         options = {"source": "tfds", "name": how.name, "path": _to.value}
-        print(shlex.join(f"--config.data.{name}={value}" for name, value in options.items()))
+        settings = (f"--config.data.{name}={value}" for name, value in options.items())
+        command.say(shlex.join(settings))
 
     command.run(main)
