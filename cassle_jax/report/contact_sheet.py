@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cassle_jax.report.figure import save_png
 from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2
 
 Descriptors = Mapping[str, Float[Array | np.ndarray, "images _"]]
@@ -63,8 +63,7 @@ def contact_sheet(
             _draw_image(axes[row, 1 + 2 * view], views[view][row], colour)
             own = {name: values[row] for name, values in described[view].items()}
             _draw_descriptors(axes[row, 2 + 2 * view], own, colour)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_png(figure, path)
 
 
 def _grid(rows: int, title: str) -> tuple[Figure, np.ndarray]:

@@ -1,17 +1,19 @@
 """Draws a comparison of runs as one figure: loss curves, bar charts, and example views."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
 from cassle_jax.report.table import Table, cell_text
+from cassle_jax.storage import write_whole
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """(step, value) in order, by run."""
@@ -59,8 +61,19 @@ def write_figure(
     _draw_tables(right, tables, columns, colours)
     if strip is not None:
         _draw_examples(strip, images[:shown], view_1[:shown], view_2[:shown])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_png(figure, path)
+
+
+def save_png(figure: Figure, path: PathLike[str] | str) -> None:
+    """Writes a figure as a PNG, whole or not at all, also where another user wrote an earlier one.
+
+    Raises:
+      OSError: it cannot be written; the earlier one is untouched.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, drawn.getvalue())
 
 
 def _draw_loss(axes: Axes, loss: Curves, colours: dict[str, str]) -> None:

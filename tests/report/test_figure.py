@@ -46,6 +46,15 @@ def test_a_run_has_the_same_colour_in_curve_and_bar(tmp_path):
     assert blue[:, :half].any() and blue[:, half:].any()
 
 
+def test_a_picture_takes_the_place_of_an_earlier_one_whole(tmp_path):
+    path, earlier = tmp_path / "figure.png", tmp_path / "earlier.png"
+    path.write_bytes(b"earlier")
+    earlier.hardlink_to(path)  # what is written into the earlier file shows here
+    write_figure(path, title="", loss=LOSS, tables={"": TABLE}, **examples(0))
+    assert earlier.read_bytes() == b"earlier"
+    assert size_of(path)[0] == 1650
+
+
 def test_missing_rows_are_named(tmp_path):
     wrong = examples(2) | {"images": examples(3)["images"]}
     with pytest.raises(ValueError, match="3 images, 2 and 2 views"):
