@@ -24,6 +24,7 @@ from cassle_jax.data.sources import (
     DAMAGED,
     Record,
     check_classes,
+    check_index,
     closest,
     read_class_list,
 )
@@ -86,8 +87,7 @@ class TfdsSource:
         return len(self._records) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         position = index if self._kept is None else int(self._kept[index])
         try:
             example = self._records[position]
@@ -114,9 +114,9 @@ class TfdsSource:
         return self._shards.has_changed()
 
     def _check_file(self, position: int, error: Exception) -> None:
-        """See `Shards.check`; an outage leaves new readers, as one that failed once fails again.
+        """See `Shards.check`; replaces the readers after an outage, as a failed one stays broken.
 
-        Reads of other threads continue with the old ones.
+        Other threads finish with the old readers.
         """
         try:
             self._shards.check(position, error)
@@ -338,7 +338,7 @@ def _at(tree, path: FeaturePath):
 def _cached_numbers(
     scan: Callable[[], Iterator[list[list[int]]]], shape: tuple[int, int], cache_file: pathlib.Path
 ) -> Int[np.ndarray, "records numbers"]:
-    """Numbers of all records, from the cache where it has them; `scan` yields them in lists."""
+    """Numbers of all records, from the cache if it has them, else from `scan`."""
     try:
         with open_to_read(cache_file) as file:
             numbers = np.load(file)
@@ -348,12 +348,12 @@ def _cached_numbers(
         pass
     LOG.info("Reading the labels of %d records once; kept in %s", shape[0], cache_file)
     numbers = np.empty(shape, np.int32)
-    done, said = 0, time.monotonic()
+    done, logged = 0, time.monotonic()
     for chunk in scan():
         numbers[done : done + len(chunk)] = chunk
         done += len(chunk)
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
+        if time.monotonic() - logged > 30:
+            logged = time.monotonic()
             LOG.info("%d of %d labels read", done, len(numbers))
     # Corrupt records may be repaired later, without a change of the file's name.
     if not (numbers == DAMAGED).all(axis=1).any():
@@ -378,7 +378,7 @@ def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> No
 def _cache_file(
     info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath], content: str
 ) -> pathlib.Path:
-    """Names dataset, version and split, then which files and features, then the files' content."""
+    """The cache file of numbers; its name has the dataset, the features and the files' content."""
     files = info.splits[split].file_instructions
     described = repr(
         ([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files], list(paths))

@@ -1,4 +1,4 @@
-"""Keeps account of the images that could not be read, and stops a run that has too many."""
+"""Records the images that could not be read, and stops a run with too many of them."""
 
 import logging
 import os
@@ -36,12 +36,12 @@ class DamagedLog:
         process_index: int = 0,
         setting: str | None = "data.max_bad_fraction",
     ):
-        """Opens the account.
+        """Opens the log.
 
         Args:
           total: number of records in the dataset.
           max_fraction: the tolerated share of damaged records, in [0, 1]; more stops the run.
-          path: directory to remember them in, made if missing; None remembers nothing.
+          path: directory that keeps their names, created if missing; None keeps none.
           process_index: number of this process in the run; each process writes its own file.
           setting: the one that gives `max_fraction`; None where the user cannot change it.
 
@@ -107,9 +107,9 @@ class DamagedLog:
         listed = sorted(self._reasons.items())[:_LISTED]
         rest = f", and {count - len(listed)} more" if count > len(listed) else ""
         most = f"{self._max_fraction:g}"
-        bound = f"the fraction {most} that is tolerated; mend them, or take them away"
+        bound = f"the tolerated fraction {most}; repair or remove them"
         if self._setting:
-            bound = f"{self._setting}={most} allows; mend them, or raise it"
+            bound = f"{self._setting}={most} allows; repair them, or raise it"
         raise TooManyDamaged(
             f"{count} of {self._total} images are damaged, more than {bound}: "
             + "; ".join(f"{name} ({reason})" for name, reason in listed)

@@ -50,7 +50,7 @@ class Entry:
       ten_crops: whether linear evaluation fits to ten crops per image.
       shots: number of images per class to learn from, over the training and validation parts
         together, see `cut_shots`; 0 for all.
-      opens: opens a split, from its folder's root and its name, where it is not an image folder.
+      opens: opens a split from the folder's root and the split's name; `None` for image folders.
     """
 
     builder: str
@@ -222,7 +222,7 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
     train = val = None
     test = open_split(test_split)
     if entry is _OWN and val_split and len(test.class_names) < 2:
-        LOG.info("dataset %r: %s has no labels, %r is tested on", name, test.name, val_split)
+        LOG.info("dataset %r: %s has no labels, testing on %r", name, test.name, val_split)
         test, val_split = open_split(val_split), ""
     if entry.task != "few-shot":
         train = open_split("train")
@@ -230,14 +230,14 @@ def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:
     parts = [part for part in (test, train, val) if part is not None]
     task = entry.task
     if entry is _OWN and not all(part.class_names for part in parts):
-        LOG.info("dataset %r has no labels: the tasks that need them are off", name)
+        LOG.info("dataset %r has no labels: leaving out the tasks that need them", name)
         task = "unlabelled"
     elif task != "regression":
         _check_classes(entry, parts)
     if entry.shots:
         train, val = cut_shots(Joined(train, val), entry.shots)
     elif train is not None and val is None:
-        # The cut of a user's folder does not depend on its place.
+        # The cut of a user's folder does not depend on its path.
         key = "folder" if entry is _OWN else name
         train, val = cut(train, entry.sizes[1] / sum(entry.sizes[:2]), f"{key}/train")
     classes = 0 if task == "unlabelled" else len(test.class_names)
@@ -287,7 +287,7 @@ def _check_classes(entry: Entry, parts: list[Source]) -> None:
 
 
 def _check_same_classes(one: Source, other: Source) -> None:
-    """Refuses splits of other classes: their labels would mean something else."""
+    """Refuses splits whose classes differ: their labels would mean different classes."""
     for having, lacking in ((one, other), (other, one)):
         missing = sorted(set(having.class_names) - set(lacking.class_names))
         if missing:
@@ -299,14 +299,14 @@ def _check_same_classes(one: Source, other: Source) -> None:
 
 
 def _compare_sizes(data: EvaluationData, entry: Entry) -> None:
-    """Logs where a part is not of the published size: figures then do not compare."""
+    """Logs parts that do not have the published size: their results do not compare."""
     if entry is _OWN:
         return
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     for (part, source), size in zip(parts.items(), entry.sizes, strict=True):
         if source is not None and len(source) != size:
             LOG.warning(
-                "dataset %r: the %s part has %d images, as published it has %d",
+                "dataset %r: the %s part has %d images; the published one has %d",
                 data.name,
                 part,
                 len(source),

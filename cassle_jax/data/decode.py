@@ -1,4 +1,4 @@
-"""Decodes one image file into uint8 RGB that fits a square canvas, whatever the file holds."""
+"""Decodes an image file of any raster format into uint8 RGB that fits a square canvas."""
 
 import io
 import struct
@@ -85,8 +85,8 @@ def decode(
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
         or [height, width, 1 or 3].
       canvas: largest side of the result in pixels, ≥ 1.
-      scratch: memory to decode into where it is large enough; the result may lie in it. Threads
-        that decode many images save the kernel the mapping and clearing of fresh memory.
+      scratch: memory to decode into where it is large enough; the result may lie in it. Reusing it
+        for many images saves the mapping and clearing of fresh memory.
       roughly: leaves a JPEG at the size to which libjpeg-turbo reduces it, if that is at least 7/8
         of the canvas. This saves the resize: most of the time of images larger than the canvas.
 
@@ -121,7 +121,7 @@ def open_image(file: io.BufferedIOBase) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of the stored image: 1, upright, where it cannot be read."""
+    """The EXIF orientation of the stored image; 1, upright, where it cannot be read."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises any of a dozen types; broken EXIF does not break the image.
@@ -178,7 +178,7 @@ def _decode_jpeg(
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)
-    if not _may_have_orientation(data):  # as most: Pillow would take longer to look for it
+    if not _may_have_orientation(data):  # most images; asking Pillow would take longer
         return image
     try:
         with open_image(io.BytesIO(data)) as opened:
@@ -188,19 +188,19 @@ def _decode_jpeg(
 
 
 def _may_have_orientation(data: bytes) -> bool:
-    """Whether one of a JPEG's segments before its pixels is of EXIF or XMP."""
+    """Whether a JPEG has an EXIF or XMP segment before its pixels."""
     start = 2
     while data[start : start + 1] == b"\xff" and data[start + 1] != _JPEG_SCAN:
         if data.startswith(_METADATA_WITH_ORIENTATION, start + 4):
             return True
         start += 2 + int.from_bytes(data[start + 2 : start + 4])
-    # What is no segment, such as a filling byte, is left to the search for the names themselves.
+    # Where something other than a segment follows, such as a fill byte, search for the names.
     is_scan = data[start : start + 2] == bytes((0xFF, _JPEG_SCAN))
     return not is_scan and any(name in data for name in _METADATA_WITH_ORIENTATION)
 
 
 def _is_whole_cmyk(data: bytes) -> bool:
-    """Whether libjpeg-turbo, which has no RGB for it, finds all pixels; Pillow would not check."""
+    """Whether a CMYK JPEG has all its pixels: libjpeg-turbo checks this, Pillow does not."""
     try:
         simplejpeg.decode_jpeg(data, colorspace="CMYK")
     except ValueError:

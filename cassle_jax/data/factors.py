@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cassle_jax.data.drawing import uniform_draws
-from cassle_jax.data.sources import Record
+from cassle_jax.data.sources import Record, check_index
 
 COLOUR, FORM, CONTENT = "colour", "contrast, place and sharpness", "content"
 """The groups of factors; augmentations change all but the content."""
@@ -30,7 +30,7 @@ class Factor(NamedTuple):
     group: str = CONTENT
 
     def of(self, draws: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"] | Int[np.ndarray, " n"]:
-        """The factor at draws in [0, 1), no rotation: int64 for classes, float64 for the rest."""
+        """The values at draws in [0, 1): int64 for classes, else float64; not for a rotation."""
         if self.kind == "class":
             return (draws * len(self.values)).astype(np.int64)
         low, high = self.values
@@ -60,8 +60,8 @@ class Drawn:
           seed: seed of the family's images, ≥ 0.
           size: side of an image in pixels, ≥ 8.
           split: any word; different splits are disjoint streams.
-          views: images in turn that show one object: all that no augmentation changes is theirs
-            together, all other factors are each image's own.
+          views: number of consecutive images that show one object. They share the factors that no
+            augmentation changes; each image draws the others.
         """
         self.name = f"{self.FAMILY} {split}" + (f", {views} views of each" if views > 1 else "")
         self.views = views
@@ -79,8 +79,7 @@ class Drawn:
         return len(self._draws)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         row = self._draws[index]
         factors = {name: values.item() for name, values in self._factors(row[None]).items()}
         image = self.draw(factors, row[len(factors) :], self._size)

@@ -18,6 +18,7 @@ from cassle_jax.data.sources import (
     Record,
     Source,
     check_classes,
+    check_index,
     closest,
     content_of_files,
     digest_of,
@@ -40,7 +41,7 @@ _SPLIT = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?)[\W\d_]*", re.IGN
 
 
 class FolderSource:
-    """Image files in a fixed order, with their labels. Holds no file open."""
+    """Image files in a fixed order, with their labels. Keeps no file open."""
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class FolderSource:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         path = self._path(index)
         return Record(read_whole(path), int(self.labels[index]), path)
 
@@ -149,11 +149,11 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
 
     Args:
       setting: setting or flag that names the folder, for the message.
-      folder: what is to be written to; need not exist.
-      source: any source; others than image folders may have anything beside their files.
+      folder: the folder to write to; need not exist.
+      source: any source; only an image folder reads every image in it.
 
     Raises:
-      ConfigError: it lies there.
+      ConfigError: the folder lies among the images.
     """
     if not isinstance(source, FolderSource) or on_object_store(folder):
         return
@@ -161,7 +161,7 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
     if not target.is_relative_to(root.resolve()):
         return
     hidden = any(part.startswith(".") for part in target.relative_to(root.resolve()).parts)
-    if not hidden:  # what is hidden is no image
+    if not hidden:  # a source ignores hidden files
         raise ConfigError(f"{setting}={folder} lies among the images of {root}; use another folder")
 
 
@@ -171,7 +171,7 @@ def split_there(path: str, split: str) -> str:
     if not is_folder(top / split):
         for other in _STAND_INS.get(split, ()):
             if is_folder(top / other):
-                LOG.info("%s has no split %r: %r is taken", path, split, other)
+                LOG.info("%s has no split %r: using %r", path, split, other)
                 return other
     return split
 
@@ -192,7 +192,7 @@ def _root_of(top: pathlib.Path, split: str) -> pathlib.Path:
             f"data.path={str(top)!r} has no split {split!r}{better}; there: {', '.join(folders)}; "
             "the split '' is all images below, without labels"
         )
-    LOG.warning("%s has no split %r, nor another: all images below it are taken", top, split)
+    LOG.warning("%s has no split %r and no other: using all images below it", top, split)
     return top
 
 

@@ -37,13 +37,12 @@ class Images:
           source: the dataset.
           canvas: side of the square canvas, pixels.
           damaged: records every damaged record.
-          substitute: as in training, the next good record replaces a damaged one, and images larger
-            than the canvas are fitted to it roughly, see `decode`. If False, the row of a damaged
-            record is left blank, and batches have a 'mask'.
+          substitute: True for training: the next good record replaces a damaged one, and images
+            larger than the canvas are fitted to it roughly, see `decode`. If False, the row of a
+            damaged record stays blank, and batches have a 'mask'.
           short_side: pixels to resize an image's short side to; the canvas is the centre of the
             result, see `squares_of`. 0 reduces whole images to fit the canvas.
-          cache_bytes: memory for images that stay, see `what_to_keep`; only together with
-            `substitute`.
+          cache_bytes: memory for images that stay, see `what_to_keep`; only with `substitute`.
         """
         if canvas < 1:
             raise DataError(f"data.canvas={canvas} is no size in pixels; use 1 or more")
@@ -136,7 +135,7 @@ class Images:
         raise DataError(f"no image of {self._source.name!r} can be decoded")
 
     def _try_record(self, index: int) -> "_Decoded | None":
-        """The record at `index`; None, after adding it to the account, where it is damaged."""
+        """The record at `index`; None, after logging it, where it is damaged."""
         try:
             record, pixels = self._read(index, self._pixels)
         except UnreadableRecord as error:
@@ -145,7 +144,7 @@ class Images:
         return _Decoded(pixels, record.label, index)
 
     def _pixels(self, image: bytes | np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
-        """An image in the size and form of the canvas."""
+        """An image decoded and resized for the canvas."""
         scratch = self._thread_scratch()
         if not self._short_side:
             return decode(image, self._canvas, scratch, roughly=self._substitute)

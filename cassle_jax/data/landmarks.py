@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Shaped
 from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder, list_folders, list_images
-from cassle_jax.data.sources import Record, Source, closest, content_of_files
+from cassle_jax.data.sources import Record, Source, check_index, closest, content_of_files
 from cassle_jax.faults import reason_of
 from cassle_jax.storage import open_to_read, path_of, read_whole
 
@@ -71,8 +71,7 @@ class LandmarkFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         path = pathlib.Path(self.name) / self._files[index]
         return Record(read_whole(path), -1, str(path))
 

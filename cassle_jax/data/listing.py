@@ -24,7 +24,7 @@ UNREADABLE = "unreadable"
 SPECIAL = "neither file nor folder"
 
 _FOLDER, _IMAGE = "folder", "image"
-# Most datasets have these; files of other kinds may be missed by the user.
+# Most datasets have these; a user should learn of other files that are left out.
 _HARMLESS = (HIDDEN, NOT_AN_IMAGE)
 _ENDINGS = tuple(each.encode() for each in EXTENSIONS)
 
@@ -53,7 +53,7 @@ class Skipped:
 
 
 def list_images(root: pathlib.Path) -> tuple[list[bytes], Skipped]:
-    """The images below a folder at any depth, whatever the file system's order.
+    """The images below a folder at any depth, in an order that no file system changes.
 
     A file is an image by its extension, see `EXTENSIONS`. Links are followed.
 
@@ -129,7 +129,7 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """Folder, image, or the reason why it is neither; only links cost a look at their target."""
+    """Folder, image, or the reason why it is neither; looks at the target of a link."""
     if entry.name.startswith(b"."):
         return HIDDEN
     try:

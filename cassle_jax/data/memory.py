@@ -18,7 +18,7 @@ _SAMPLE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How many images, from the first one on, stay in memory; one of the numbers is 0.
+    """How many images, counted from the first, stay in memory; one of the numbers is 0.
 
     Attributes:
       decoded: number kept as canvases, which need neither reading nor decoding.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
 from cassle_jax.data.listing import is_folder
-from cassle_jax.data.sources import Record, Source, content_of_files, digest_of
+from cassle_jax.data.sources import Record, Source, check_index, content_of_files, digest_of
 from cassle_jax.faults import reason_of
 from cassle_jax.storage import is_there, path_of, read_whole
 
@@ -31,9 +31,9 @@ RENDERED: dict[str, Factor] = {
 
 
 class ObjectSource(Source, Protocol):
-    """Images of objects, in `views` views each that follow each other.
+    """Images of objects: `views` consecutive images show one object.
 
-    The views of an object differ in the factors `changing`, whose values are known.
+    They differ in the factors `changing`, whose values are known.
     """
 
     views: int
@@ -91,8 +91,7 @@ class RenderedObjects:
         return len(self._objects) * self.views
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         path = self._path(index, "image_{}.jpg")
         return Record(read_whole(path), int(self._classes[index // self.views]), str(path))
 
@@ -107,11 +106,11 @@ class RenderedObjects:
 
     @functools.cached_property
     def content(self) -> tuple[str, int]:
-        """See `content_of`; of the list alone, for there are millions of images."""
+        """See `content_of`; covers the list alone, as there are millions of images."""
         return content_of_files([self._list]), self.views
 
     def has_changed(self) -> bool:
-        """See the function of this name; of the list alone, as `content` is."""
+        """See the function of this name; covers the list alone, as `content` does."""
         return content_of_files([self._list]) != self.content[0]
 
     @property

@@ -73,7 +73,7 @@ def open_feed(
     damaged: DamagedLog,
     state: dict[str, int] | None,
 ) -> Feed:
-    """Opens the batches of a run, on its devices; the same ones wherever the images are kept.
+    """Opens the batches of a run on its devices; they do not depend on where images are kept.
 
     Args:
       data_config: the `data` settings of a configuration; these are read:
@@ -86,7 +86,7 @@ def open_feed(
       mesh: the devices, of all processes.
       batch: number of images in a global batch.
       seed: seed of the order.
-      damaged: the account of this process's damaged records.
+      damaged: the log of this process's damaged records.
       state: the data state to continue from; `None` for the first step.
 
     Raises:

@@ -40,8 +40,8 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """Endless shuffled batches, this process's slice of each.
 
-    Every epoch is a permutation of the dataset by `seed` and the epoch's number; its last partial
-    batch is dropped. The global order is a function of seed and step alone. Process p of n takes
+    Every epoch is a permutation of the dataset by `seed` and the epoch's number; drops its last
+    partial batch. The global order is a function of seed and step alone. Process p of n takes
     positions [p·batch/n, (p+1)·batch/n) of each global batch, so the concatenated slices of all
     processes are the batch of a single process. The next good record in the dataset's order
     replaces a damaged one.
@@ -51,7 +51,7 @@ def training_batches(
       batch: number of images in a global batch; a multiple of `process_count`.
       canvas: side of the square each image is decoded into, pixels.
       seed: seed of the order, in [0, 2⁶³).
-      damaged: the account of this dataset's damaged records.
+      damaged: the log of this dataset's damaged records.
       process_index: number of this process, in [0, process_count).
       process_count: number of processes.
       threads: number that read and decode; 0 for half this process's CPUs, from 2 to 32.
@@ -100,13 +100,13 @@ def evaluation_batches(
 
     Slices are cut as in `training_batches`; every process yields the same number of batches. Rows
     without an image have mask False, label and index -1 and a black 1×1 image. They fill up the
-    last batch, and take the place of damaged records, which are not replaced.
+    last batch, and stand for damaged records.
 
     Args:
       source: the dataset.
       batch: number of images in a global batch; a multiple of `process_count`.
       canvas: side of the square each image is decoded into, pixels.
-      damaged: the account of this dataset's damaged records.
+      damaged: the log of this dataset's damaged records.
       process_index: number of this process, in [0, process_count).
       process_count: number of processes.
       threads: as in `training_batches`.
@@ -305,7 +305,7 @@ class EpochOrder:
 
 
 def evenly_spaced(length: int, limit: int) -> Int[np.ndarray, " chosen"]:
-    """One index from each of `limit` equal stretches, at places without a period."""
+    """One index from each of `limit` equal stretches, at a fixed random place in it."""
     if not 0 < limit < length:
         return np.arange(length)
     edges = np.arange(limit + 1) * length // limit

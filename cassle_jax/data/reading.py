@@ -14,9 +14,9 @@ from cassle_jax.data.errors import DataError
 from cassle_jax.data.sources import Record, Source, root_of
 from cassle_jax.faults import Outage, is_of_machine, passing, reason_of, retried, storage_seconds
 
-# Distances to other images, whose reading distinguishes a bad file from a storage outage.
+# Distances to other images. If one can be read, the file is at fault, not the storage.
 _OTHERS = (1, 17, 1009)
-# The wait for one file before the others are tried.
+# Time to wait for one file before trying others.
 _ONE_FILE_SECONDS = 15.0
 
 # Errors of the file itself. Substitutes for images lost to machine or network errors would hide
@@ -40,7 +40,7 @@ class UnreadableRecord(Exception):
     """One record that cannot be read or decoded, and counts as damaged.
 
     Args:
-      name: what a user would look for to find it.
+      name: text by which a user finds it, for example its path.
       reason: why, in words.
     """
 

@@ -38,7 +38,7 @@ class ResidentFeed:
       batch: number of images in a global batch; a multiple of the number of devices.
       canvas: side of the square each image is decoded into, pixels.
       seed: seed of the order, in [0, 2⁶³).
-      damaged: the account of this dataset's damaged records.
+      damaged: the log of this dataset's damaged records.
       threads: number that read and decode; 0 for half the CPUs this process may use.
       state: a data state to continue from; `None` for the first step.
 
@@ -113,7 +113,7 @@ class ResidentFeed:
 
 
 def _draw(mesh: Mesh, batch: int):
-    """The compiled drawing of a batch: images, an epoch's order, and the batch's place in it."""
+    """The compiled function of images, an epoch's order and a place in it, that draws a batch."""
     rows = batch // mesh.size
 
     def draw(images, order, first):

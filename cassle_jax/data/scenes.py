@@ -122,5 +122,5 @@ def _paint_object(
 
 
 def _muted_colour(draws: Iterator[float]) -> Colour:
-    """A colour for backgrounds and blobs: paler and darker than any object, not to outshine it."""
+    """A colour for backgrounds and blobs, paler and darker than that of any object."""
     return rgb_of(2 * np.pi * next(draws), 0.5 * next(draws), 0.25 + 0.5 * next(draws))

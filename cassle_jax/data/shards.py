@@ -40,8 +40,8 @@ class Shards:
     def __init__(self, name: str, instructions: Sequence[Any]):
         self._name = name
         self.paths = [os.fspath(each.filename) for each in instructions]
-        # As the files are before they are opened, and never later: numbers of the former records
-        # would be kept as those of the files that replace them.
+        # Before the files are opened. Were they replaced in between, the cache would keep numbers
+        # of the old records as those of the new files.
         self.content = content_of_files(self.paths)
         self._records = [each.examples_in_shard for each in instructions]
         self._ends = np.cumsum([each.take for each in instructions])
@@ -93,8 +93,8 @@ class Shards:
 
     def _unreadable(self, path: str, reason: str) -> DataError:
         return DataError(
-            f"the file {path} of {self._name} cannot be read ({reason}); mend it or write it anew, "
-            "and the same command continues"
+            f"the file {path} of {self._name} cannot be read ({reason}); repair or replace it, and "
+            "the same command continues"
         )
 
 

@@ -35,7 +35,7 @@ class Record(NamedTuple):
     Attributes:
       image: the bytes of an image file, or uint8 pixels of shape [height, width, 3].
       label: index into the source's `class_names`; -1 where the image has none.
-      name: what a user would look for to find this image, for example its path.
+      name: text by which a user finds the image, for example its path.
     """
 
     image: bytes | np.ndarray
@@ -62,6 +62,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record:
         """The image at `index` in [0, len)."""
         ...
+
+
+def check_index(index: int, source: Source) -> None:
+    """Raises IndexError unless the source has an image at `index`."""
+    if not 0 <= index < len(source):
+        raise IndexError(f"index {index} is outside [0, {len(source)})")
 
 
 def labels_of(source: Source) -> Int[np.ndarray, " images"]:
@@ -93,7 +99,7 @@ def content_of(source: Source) -> object:
 
 
 def has_changed(source: Source) -> bool:
-    """Whether the files are others now than when `content_of` first looked; looks at each."""
+    """Whether a file has changed since `content_of` was first called; looks at every file."""
     return getattr(source, "has_changed", lambda: False)()
 
 
@@ -103,14 +109,14 @@ def root_of(source: Source) -> str:
 
 
 def views_of(source: Source) -> int:
-    """Images in turn that show the same object; 1 where the source does not know of any."""
+    """Number of consecutive images that show the same object; 1 where the source knows of none."""
     return getattr(source, "views", 1)
 
 
 def names_of(source: Source) -> str | None:
     """A digest of the images' names in their order, from a listing alone; `None` where drawn.
 
-    It is the same wherever the images lie.
+    It does not depend on where the images lie.
     """
     return getattr(source, "names", None)
 

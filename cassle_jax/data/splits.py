@@ -1,6 +1,6 @@
-"""Sources made of other sources: parts, chosen by hash, two joined, and the crops of one.
+"""Sources made of other sources: parts, two sources joined, and the crops of one.
 
-A choice by hash is the same on every machine and at every time.
+Images are chosen by hash, so the choice is the same everywhere.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from cassle_jax.data.objects import ObjectSource
 from cassle_jax.data.sources import (
     Record,
     Source,
+    check_index,
     content_of,
     has_changed,
     labels_of,
@@ -46,8 +47,7 @@ class Part:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         return self._source[int(self._indices[index])]
 
     @property
@@ -124,8 +124,7 @@ class Joined:
         return len(self._first) + len(self._second)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         before = len(self._first)
         return self._first[index] if index < before else self._second[index - before]
 
@@ -177,8 +176,7 @@ class Crops:
         return len(self._source) * len(self._crops)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         image, place = divmod(index, len(self._crops))
         square, label, name = self._resized(image)
         crop = self._crops[place]
@@ -224,7 +222,7 @@ def cut(source: Source, fraction: float, key: str) -> tuple[Part, Part]:
     count = len(source) // views_of(source)
     if count < 2:
         raise DataError(
-            f"{source.name} has {count} {what}; a validation part can be cut off 2 or more"
+            f"{source.name} has {count} {what}; cutting off a validation part takes 2 or more"
         )
     held = held_out(count, max(1, round(fraction * count)), key)
     kept = np.delete(np.arange(count), held)

@@ -16,7 +16,7 @@ import numpy as np
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder
-from cassle_jax.data.sources import Record, content_of_files, digest_of
+from cassle_jax.data.sources import Record, check_index, content_of_files, digest_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
@@ -32,9 +32,9 @@ _TAIL = 1 << 16  # bytes after the last member that are looked at
 class TarSource:
     """The images of uncompressed tar files, in the files' and their members' order.
 
-    Members whose names differ in their extension alone belong together: one is the image, and
-    `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on. Links to other
-    members are followed.
+    Members whose names differ only in their extension belong together: one is the image, and
+    `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on. Follows links to
+    other members.
 
     Attributes:
       name: name of the source.
@@ -57,8 +57,8 @@ class TarSource:
         """
         self.name, self.root = name, root
         self._tars = [os.fspath(path) for path in paths]
-        # As the files are before their index is read, and never later: features of the former
-        # images would be kept as those of the files that replace them.
+        # Before the index is read. Were the files replaced in between, the cache would keep
+        # features of the old images as those of the new files.
         self.content = content_of_files(self._tars)
         indexed = [_indexed(tar) for tar in self._tars]
         self._seen = [version for _, version in indexed]
@@ -84,8 +84,7 @@ class TarSource:
         return len(self._members)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        check_index(index, self)
         tar, offset, size = self._places[index].tolist()
         with open_to_read(self._tars[tar]) as file:
             file.seek(offset)
@@ -93,7 +92,7 @@ class TarSource:
             version = _version(os.fstat(file.fileno()))
         if version != self._seen[tar]:
             self._check_same(tar, version)
-            return self[index]  # what was read may be of a file that was half written
+            return self[index]  # the bytes may come from a half-written file
         return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
 
     def has_changed(self) -> bool:
@@ -108,12 +107,12 @@ class TarSource:
         return digest_of(listed, self._places[:, 0].tobytes())
 
     def _check_same(self, number: int, version: tuple[int, int]) -> None:
-        """Raises DataError where a file was written anew, with its images elsewhere in it.
+        """Raises DataError where a file was rewritten with its images at other offsets.
 
-        What stands at the former places is no image, or another one, with the former's label.
+        The old offsets would then give other bytes, with the labels of the old images.
         """
         tar = self._tars[number]
-        with _CHECKING:  # one thread reads the index, and the others then find it known
+        with _CHECKING:  # one thread reads the index for all
             if version == self._seen[number]:
                 return
             mine = [
@@ -123,8 +122,8 @@ class TarSource:
             images, version = _indexed_when_whole(tar)
             if images != mine:
                 raise DataError(
-                    f"data.path: {tar} was written anew, with other images, since it was opened; "
-                    "the same command reads what is there now"
+                    f"data.path: {tar} was rewritten with other images since it was opened; the "
+                    "same command reads the new ones"
                 )
             self._seen[number] = version
 
@@ -151,7 +150,7 @@ def open_tars(path: str, split: str) -> TarSource:
 
 
 def _version(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written to: its bytes and its time, in nanoseconds."""
+    """Identifies what was last written to a file: its bytes, and the time in nanoseconds."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -163,7 +162,7 @@ def _indexed(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]
 
 
 def _indexed_when_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
-    """As `_indexed`; waits some seconds for a file that is being written."""
+    """Like `_indexed`, but waits some seconds for a file that is being written."""
     for seconds in _PAUSES:
         with contextlib.suppress(DataError, FileNotFoundError):
             return _indexed(tar)

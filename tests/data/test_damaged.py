@@ -109,8 +109,8 @@ def test_fraction_outside_its_range(fraction):
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({}, "more than data.max_bad_fraction=0.01 allows; mend them, or raise it: "),
-        ({"setting": None}, "more than the fraction 0.01 that is tolerated; mend them, or take "),
+        ({}, "more than data.max_bad_fraction=0.01 allows; repair them, or raise it: "),
+        ({"setting": None}, "more than the tolerated fraction 0.01; repair or remove them"),
     ],
 )
 def test_only_a_setting_that_the_user_has_is_named(settings, advice):

@@ -546,7 +546,7 @@ def test_a_dataset_with_a_builder_can_be_a_folder(image_folder, caplog):
         data = open_dataset("cifar10", path=str(root))
     assert (data.name, data.classes) == ("cifar10", 10)
     assert [len(part) for part in (data.train, data.val, data.test)] == [45, 5, 20]
-    assert "the test part has 20 images, as published it has 10000" in caplog.text
+    assert "the test part has 20 images; the published one has 10000" in caplog.text
 
 
 def test_data_dir_holds_folders_by_the_datasets_name(image_folder):

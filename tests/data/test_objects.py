@@ -126,7 +126,7 @@ def test_a_list_of_objects_that_is_replaced_is_noticed(rendered):
 
 
 def test_one_object_cannot_be_cut():
-    with pytest.raises(DataError, match="has 1 object; a validation part"):
+    with pytest.raises(DataError, match="has 1 object; cutting off a validation part"):
         cut(Motifs(4, size=8, views=4), 0.1, "motifs/train")
 
 

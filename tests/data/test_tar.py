@@ -184,7 +184,7 @@ def test_a_tar_that_is_written_anew_meanwhile_gives_no_image_another_label(
     assert [source[index].image for index in range(3)] == images
     written(2, 1, 0)
     for index in range(3):
-        with pytest.raises(DataError, match=r"train\.tar was written anew, .* the same command"):
+        with pytest.raises(DataError, match=r"train\.tar was rewritten .* the same command"):
             source[index]
     assert content_of(source) == content  # so no cache takes its features for the new images'
     written(0, 1, 2)
