@@ -1,4 +1,4 @@
-"""Silences reads that are still under way when restoring a checkpoint has failed."""
+"""Silences the reads that are still running after a checkpoint could not be restored."""
 
 import contextlib
 import logging
@@ -7,11 +7,11 @@ import sys
 
 @contextlib.contextmanager
 def abandoned_reads_silenced():
-    """Silences the reads that are still under way when a restore fails.
+    """Silences the reads that are still running when a restore fails.
 
     Orbax closes its event loop at the first array that cannot be read. After that, every read that
-    ends prints a traceback from a thread of TensorStore, and every other failure prints one more
-    whenever it is garbage-collected.
+    ends prints a traceback from a thread of TensorStore. Every other failure prints one more when
+    it is garbage-collected.
     """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers, type_handlers
 
-# What keeps arrays' metadata, such as a key's kind, has no public name.
+# The store of arrays' metadata, such as a key's kind, has no public name.
 from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
 
 from cassle_jax.checks import ConfigError
@@ -49,8 +49,8 @@ class Checkpoints:
     last complete one survives a kill at any moment, or a full disk. The first one is read back in
     the background, so that a run that cannot be continued reports it early.
 
-    The first of several processes saves: the whole state is on every device, and one that writes
-    alone never waits for another whose disk fails. All of them restore.
+    The first of several processes saves. Every device has the whole state, so it need not wait for
+    a process whose disk fails. All processes restore.
 
     Args:
       workdir: workdir of the run.
@@ -117,7 +117,7 @@ class Checkpoints:
         """Saves in the background; the state may be donated as soon as this returns.
 
         A failed write, as on a full disk, does not end the run: it logs one line, and the next
-        checkpoint is tried.
+        checkpoint tries again.
         """
         if self._leads:
             self._settle()
@@ -152,7 +152,7 @@ class Checkpoints:
                 ) from self._cause
             if not warned:
                 LOG.warning(
-                    "step %d would be lost: %s; saving it is tried for %.0f s more",
+                    "step %d would be lost: %s; saving is tried again for %.0f s",
                     step,
                     self._trouble,
                     left,
@@ -221,7 +221,7 @@ class Checkpoints:
         if steps:
             raise ConfigError(
                 f"workdir={self._folder.parent} has checkpoints, and none of them can be read; "
-                "move them away to begin anew"
+                "move them away to start again"
             )
         return None
 
@@ -350,7 +350,7 @@ class Checkpoints:
     def _warn_once(self) -> None:
         if self._trouble and not self._warned:
             LOG.warning(
-                "%s; training goes on and tries again at the next checkpoint; %s",
+                "%s; training continues and tries again at the next checkpoint; %s",
                 self._trouble,
                 self._newest_named(),
             )
@@ -427,7 +427,7 @@ def check_sums(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
     """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
     wrong = [name for name in found if saved and saved.get(name) != found[name]]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} of it are not what was saved")
+        raise ValueError(f"its {', '.join(wrong)} differ from what was saved")
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Names the settings of a run that change nothing, since what they belong to is off."""
+"""Names the settings of a run that change nothing, as the feature they belong to is off."""
 
 import fnmatch
 import inspect
@@ -14,13 +14,13 @@ from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.optimizer import optimizers
 
 
-class _Owner(NamedTuple):
-    """What settings belong to.
+class _Feature(NamedTuple):
+    """A feature of a run, which some settings belong to.
 
     Attributes:
       settings: patterns of the settings' names.
-      switch: the setting that decides whether the owner is on, or words for several such settings.
-      is_on: whether it is.
+      switch: the setting that switches the feature on, or words for several such settings.
+      is_on: whether a configuration has the feature on.
     """
 
     settings: tuple[str, ...]
@@ -28,13 +28,13 @@ class _Owner(NamedTuple):
     is_on: Callable[[ConfigDict], bool]
 
 
-def _auxiliary(name: str) -> _Owner:
+def _auxiliary(name: str) -> _Feature:
     """An auxiliary objective, which is on where it has a weight."""
 
     def is_on(config):
         return bool(AUXILIARIES[name].of(config[name].to_dict()).weights)
 
-    return _Owner((f"{name}.*",), f"{name}=none", is_on)
+    return _Feature((f"{name}.*",), f"{name}=none", is_on)
 
 
 def _conditions(config: ConfigDict) -> bool:
@@ -47,10 +47,10 @@ def _takes_momentum(config: ConfigDict) -> bool:
     return optimizer is None or "momentum" in inspect.signature(optimizer).parameters
 
 
-_OWNERS = (
+_FEATURES = (
     *map(_auxiliary, AUXILIARIES),
-    # The others of the group switch it off, or are refused where it is.
-    _Owner(
+    # The other settings of the group switch conditioning off, or are refused where it is off.
+    _Feature(
         tuple(
             f"conditioning.{name}"
             for name in ("depth", "width", "relative", "into", "hypernetwork_bn")
@@ -58,17 +58,17 @@ _OWNERS = (
         "conditioning=none",
         _conditions,
     ),
-    _Owner(
+    _Feature(
         ("conditioning.hypernetwork_bn",),
         "conditioning.treatment",
         lambda config: config.conditioning.treatment == "hypernetwork",
     ),
-    _Owner(
+    _Feature(
         ("conditioning.depth", "conditioning.width"),
         "conditioning.treatment",
         lambda config: config.conditioning.treatment != "raw",
     ),
-    _Owner(
+    _Feature(
         tuple(
             f"augment.{name}"
             for name in ("brightness", "contrast", "saturation", "hue", "jitter_order")
@@ -76,37 +76,37 @@ _OWNERS = (
         "augment.jitter",
         lambda config: config.augment.jitter > 0,
     ),
-    _Owner(
+    _Feature(
         ("augment.sigma", "augment.kernel_size"),
         "augment.blur",
         lambda config: config.augment.blur > 0 or config.augment.asymmetric,
     ),
-    _Owner(
+    _Feature(
         ("augment.solarize_threshold", "augment.solarize_after"),
         "augment.solarize",
         lambda config: config.augment.solarize > 0 or config.augment.asymmetric,
     ),
-    _Owner(
+    _Feature(
         ("augment.crop_area", "augment.crop_aspect"),
         "augment.crop",
         lambda config: config.augment.crop,
     ),
-    _Owner(("data.name",), "data.source", lambda config: config.data.source == "tfds"),
-    _Owner(
+    _Feature(("data.name",), "data.source", lambda config: config.data.source == "tfds"),
+    _Feature(
         ("data.path", "data.classes"),
         "data.source",
         lambda config: config.data.source not in FAMILIES,
     ),
-    _Owner(("data.scenes",), "data.source", lambda config: config.data.source in FAMILIES),
-    _Owner(
+    _Feature(("data.scenes",), "data.source", lambda config: config.data.source in FAMILIES),
+    _Feature(
         ("encoder.patch_size",),
         "encoder.name",
         lambda config: config.encoder.name.startswith("vit"),
     ),
-    _Owner(("optimizer.momentum",), "optimizer.name", _takes_momentum),
-    _Owner(("probe.*",), "probe.every_epochs", lambda config: config.probe.every_epochs > 0),
-    _Owner(("weights.networks",), "weights.path", lambda config: config.weights.path),
-    _Owner(("epochs",), "steps", lambda config: not config.steps),
+    _Feature(("optimizer.momentum",), "optimizer.name", _takes_momentum),
+    _Feature(("probe.*",), "probe.every_epochs", lambda config: config.probe.every_epochs > 0),
+    _Feature(("weights.networks",), "weights.path", lambda config: config.weights.path),
+    _Feature(("epochs",), "steps", lambda config: not config.steps),
 )
 
 
@@ -119,15 +119,15 @@ def idle_settings(config: ConfigDict, given: Iterable[str]) -> list[str]:
         itself off (0, false, empty) is never named.
 
     Returns:
-      Lines such as "augself.stage=3 has no effect with augself=none"; empty where all do something.
+      Lines such as "augself.stage=3 has no effect with augself=none"; empty where all have one.
     """
     values = flat_settings(config)
     lines = []
     for name in (each for each in given if values.get(each)):
-        for owner in _OWNERS:
-            belongs = any(fnmatch.fnmatchcase(name, pattern) for pattern in owner.settings)
-            if belongs and name != owner.switch and not owner.is_on(config):
-                off = owner.switch
+        for feature in _FEATURES:
+            belongs = any(fnmatch.fnmatchcase(name, pattern) for pattern in feature.settings)
+            if belongs and name != feature.switch and not feature.is_on(config):
+                off = feature.switch
                 off += f"={values[off]!r}" if off in values else ""
                 lines.append(f"{name}={values[name]!r} has no effect with {off}")
                 break

@@ -136,7 +136,7 @@ class _Reports(NamedTuple):
     Attributes:
       writer: writes and sends them.
       progress: shows them on the terminal.
-      mend_workdir: makes a workdir anew that was deleted meanwhile.
+      mend_workdir: creates the workdir again if it was deleted meanwhile.
     """
 
     writer: MetricsWriter
@@ -146,7 +146,7 @@ class _Reports(NamedTuple):
 
 @dataclasses.dataclass
 class _Loop:
-    """One run in progress; `train` is its story, the other methods are its chapters."""
+    """One run in progress; `train` runs all its steps."""
 
     config: ConfigDict
     run: Run
@@ -174,10 +174,10 @@ class _Loop:
             raise
 
     def _save_alone(self, error: DataError | Outage) -> None:
-        """Saves in this process: the next step of the others waits for it.
+        """Saves in this process, while the others wait at their next step.
 
-        Where several fail, the first one saves, and then ends the others. One that is ahead of them
-        has no state to save: its last step waits for theirs.
+        If several processes fail, the first one saves, and then ends the others. A process ahead of
+        the others has no state to save: its last step waits for theirs.
         """
         if jax.process_count() > 1:
             seconds = STOPPING_SAVE_SECONDS if hurry.is_set() else LAST_SAVE_SECONDS
@@ -216,7 +216,7 @@ class _Loop:
         return self.state
 
     def _catch_up(self) -> None:
-        """Runs the probe of the step it continues from, where the run was killed in the middle."""
+        """Runs the probe of the step that the run continues from, if a kill cut it short."""
         if not self.probe or not self.step or not self._is_probed:
             return
         lacking = self.reports is None or MEASURED not in self.reports.writer.measured
@@ -253,12 +253,12 @@ class _Loop:
             measured = self.probe(self.state)
         except Exception as error:
             LOG.warning(
-                "the probe of step %d failed, and nothing else did: %s: %s",
+                "the probe of step %d failed; the run continues: %s: %s",
                 self.step,
                 type(error).__name__,
                 (str(error).strip() or "no reason given").splitlines()[0],
             )
-        # Where it failed in this process alone, the others are still inside the probe: join them.
+        # If it failed in this process alone, the others are still inside the probe: wait for them.
         all_arrive(f"after the probe of step {self.step}")
         return measured
 
@@ -303,12 +303,12 @@ class _Loop:
 
 
 def _check_devices(mesh: Mesh) -> None:
-    """Raises ConfigError where the processes, which read equal shares, have unequal devices."""
+    """Raises ConfigError unless all processes, which read equal shares, have as many devices."""
     counts = Counter(device.process_index for device in mesh.devices.flat)
     if len(set(counts.values())) > 1:
         raise ConfigError(
             f"the processes have {', '.join(map(str, counts.values()))} devices; give all the same "
-            "number (SLURM: --ntasks-per-node and --gpus-per-node alike on all hosts)"
+            "number (SLURM: equal --ntasks-per-node and --gpus-per-node on all hosts)"
         )
 
 
@@ -419,7 +419,7 @@ def _open_feed(
     )
     opened.callback(hurry.clear)
     opened.callback(feed.close)
-    opened.callback(hurry.set)  # closing does not wait for images without use
+    opened.callback(hurry.set)  # closing need not wait for the images being read
     return feed
 
 
@@ -460,11 +460,11 @@ def _mend_workdir(
     start: Mapping[str, Any],
     opened: contextlib.ExitStack,
 ) -> None:
-    """Writes a run's records anew where its workdir was deleted; what was saved there is lost."""
+    """Creates a deleted workdir again, with the run's records; its checkpoints are lost."""
     try:
         if is_there(workdir / "config.json"):
             return
-        LOG.warning("workdir=%s was deleted; the run goes on and writes it anew", workdir)
+        LOG.warning("workdir=%s was deleted; the run continues and creates it again", workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ConfigError):  # this run still holds it
             opened.enter_context(folder_held(workdir))
@@ -481,15 +481,14 @@ def _warn_of_leaks(conditioning: Conditioning) -> None:
     ]
     if leaking:
         LOG.warning(
-            "conditioning.descriptors has %s, which is computed from the image: beside what is "
-            "known of the jitter it gives the image's mean colour away, so that ω alone solves a "
-            "part of the objective; palette says what the jitter does and nothing of the image "
-            "(--config=…:conditioning=leak_free)",
+            "conditioning.descriptors has %s, which is computed from the image: together with the "
+            "jitter it reveals the image's mean colour, so ω alone solves a part of the objective; "
+            "palette describes the jitter without the image (--config=…:conditioning=leak_free)",
             ", ".join(leaking),
         )
     if conditioning.relative and conditioning.descriptors and conditioning.into != "predictor":
         LOG.warning(
-            "conditioning.relative=True gives the projector ω of the two views that mirror each "
-            "other, so that ω alone matches them and solves most of the objective; "
-            "conditioning.into='predictor' keeps ω out of what is matched"
+            "conditioning.relative=True gives the two views opposite ω, so ω alone matches them "
+            "and solves most of the objective; conditioning.into='predictor' keeps ω out of the "
+            "embeddings that are matched"
         )

@@ -99,7 +99,7 @@ class TensorBoard:
         self._file = GrowingFile(folder / name)
         self.close = self._file.close
         self._append(Event(file_version="brain.Event:2"))
-        if step:  # later events of earlier files are void
+        if step:  # TensorBoard then drops later events of the earlier files
             self._append(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -130,7 +130,7 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
 def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> list[dict]:
     """The complete lines of a JSON-lines file that have a step, or another key of some kind.
 
-    A killed run may leave half a line at the end, and a power cut anything.
+    A killed run may leave half a line at the end; a power cut may leave anything.
 
     Raises:
       OSError, Outage: the file cannot be read, for good or for now.

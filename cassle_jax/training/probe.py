@@ -40,7 +40,7 @@ class FeatureReader:
     ) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, " N"]]:
         """Features and labels of at most `limit` images (0 for all), in the source's order.
 
-        Damaged images are left out and recorded in `damaged` (by default an account of this call).
+        Damaged images are left out and recorded in `damaged` (by default a log of this call alone).
         """
         if damaged is None:
             damaged = DamagedLog(len(source), self._data.max_bad_fraction)
@@ -93,17 +93,17 @@ class OnlineProbe:
         except DataError:
             if _has_classes(self._train[0]):
                 raise
-            # RankMe needs no held-out images, and unlabelled datasets seldom have some.
+            # RankMe needs no held-out images, and unlabelled datasets seldom have any.
             self._test = opened("probe.train_split", train_split, config.probe.test_images)
         for source, *_ in (self._train, self._test):
             if not _has_classes(source):
-                LOG.info("k-NN accuracy is off: %s has no labels; RankMe is measured", source.name)
+                LOG.info("measuring RankMe without k-NN accuracy: %s has no labels", source.name)
         _check_same_classes(self._train[0], self._test[0], test_split)
         self._read = FeatureReader(config, run, mesh)
 
     @property
     def sources(self) -> tuple[Source, Source]:
-        """The images whose features are compared: those that are known, and those to classify."""
+        """The training and the test images of the probe."""
         return self._train[0], self._test[0]
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -123,7 +123,7 @@ def _has_classes(source: Source) -> bool:
 
 
 def _check_same_classes(train: Source, test: Source, test_split: str) -> None:
-    """Labels are places in a split's own list of classes: equal meaning needs equal lists."""
+    """Refuses splits with different lists of classes, as labels are places in these lists."""
     different = sorted(set(train.class_names) ^ set(test.class_names))
     if _has_classes(train) and _has_classes(test) and different:
         raise DataError(

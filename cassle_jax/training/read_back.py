@@ -60,7 +60,7 @@ class ReadBack:
             expected = self._saved["checksums"]
             wrong = [name for name in found if found[name] != expected[name]]
             if wrong or saved != self._saved:
-                self._problem = f"{', '.join(wrong) or 'data'} of it are not what was saved"
+                self._problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
         except Exception as error:  # Orbax and TensorStore raise any type
             self._problem = (str(error).strip() or repr(error)).splitlines()[0]
 

@@ -154,7 +154,7 @@ def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:
 
 
 def _check_drawn(run: Run) -> None:
-    """Refuses what conditioning or auxiliaries name and the augmentation never draws."""
+    """Refuses descriptors, of ω or of auxiliaries, whose augmentation is never drawn."""
     named = [("conditioning.descriptors", name) for name in run.conditioning.descriptors]
     named += [(each.name, name) for each in run.auxiliaries for name in each.descriptors]
     for whose, name in named:

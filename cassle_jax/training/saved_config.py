@@ -63,7 +63,7 @@ def check_unchanged(
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"workdir={workdir} has a config.json that is damaged ({error}); write the settings it "
-            "was begun with, or move its checkpoints away to begin anew"
+            "was started with, or move its checkpoints away to start again"
         ) from error
     impossible = [change for name, change in differences.items() if name in NEVER_TO_CHANGE]
     if accept_changes and impossible:

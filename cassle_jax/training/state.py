@@ -115,7 +115,7 @@ def create_state(
     """
     run_key, network_key, memory_key = seed_keys(seed)
     variables = initial_variables(networks, view, network_key)
-    # A branch without ω has a separate memory, which may begin like the other's.
+    # A branch without ω has a memory of its own, which may start with the same values.
     memories = {branch: method.initial_memory(memory_key) for branch in networks.branches}
     return state_from_variables(variables, joined(memories), method, optimizer, run_key)
 

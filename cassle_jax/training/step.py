@@ -278,7 +278,7 @@ class Update:
         return self._apply(losses, params, batch_stats, branch)
 
     def _parts(self, branch, loss) -> tuple[Float[Array, ""], Metrics]:
-        """The method's loss as one number; what is logged of it, and by the method."""
+        """The method's loss as one number, and the metrics to log."""
         parts = {}
         if isinstance(loss, tuple):
             loss, metrics = loss
@@ -294,7 +294,7 @@ class Update:
         return loss, parts
 
     def _auxiliary_losses(self, auxiliary, features: Features, own, params, batch_stats):
-        """An auxiliary objective's weighted loss and what is logged, and running statistics."""
+        """An auxiliary objective's weighted loss and metrics to log, and running statistics."""
 
         def losses(networks: Networks):
             seen = features.at(auxiliary.stage)
@@ -319,9 +319,9 @@ class Update:
         """The momentum networks' parameters, moved towards the trained ones."""
         if not self.method.target_passes:
             return target
-        stays = self.method.target_momentum(self.clock.at(state.step))
+        momentum = self.method.target_momentum(self.clock.at(state.step))
         return jax.tree.map(
-            lambda old, new: stays * old + (1.0 - stays) * new,
+            lambda old, new: momentum * old + (1.0 - momentum) * new,
             target,
             {name: params[name] for name in target},
         )

@@ -12,16 +12,16 @@ from cassle_jax.faults import hurry
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C, while entered, into a request: a step ends, is saved, and stops.
+    """Turns SIGTERM and Ctrl-C, while entered, into a request to save and stop after a step.
 
-    After a first Ctrl-C the previous handler is back: a second one kills. SIGTERM may come again,
-    as SLURM sends it to a job and to each of its steps. With several processes, JAX takes SIGTERM,
-    informs the others and finds the next step that none has begun.
+    A first Ctrl-C restores the previous handler, so a second one kills. SIGTERM may come again, as
+    SLURM sends it to a job and to each of its steps. With several processes, JAX receives SIGTERM,
+    informs the others and finds the next step that none of them has started.
     """
 
     def __enter__(self) -> "StopRequest":
         hurry.clear()
-        self._asked, self._previous = threading.Event(), {}
+        self._requested, self._previous = threading.Event(), {}
         self._alone = jax.process_count() == 1
         self._first: int | None = None
         when_stopped(hurry.set)
@@ -38,15 +38,15 @@ class StopRequest:
     def agreed(self, step: int) -> bool:
         """Whether the run ends with `step` done, equal in all processes; all must call this."""
         if self._alone:
-            return self._asked.is_set()
-        # For JAX a process starts at 0: after a signal before the first step the run ends at 1,
-        # which a continued run would never reach if it counted from its own step.
+            return self._requested.is_set()
+        # JAX counts a process's steps from 0: after a signal before the first step, the run ends at
+        # 1. A continued run, which starts at a later step, would never reach it.
         self._first = step if self._first is None else self._first
         return reached_preemption_sync_point(step - self._first)
 
     def _on_signal(self, number, _) -> None:
         if self._alone:
-            self._asked.set()
+            self._requested.set()
             hurry.set()  # waits may take minutes, but a kill comes in seconds
         else:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -122,9 +122,8 @@ class Tracking:
 
     A tracker that joins late gets what `<workdir>/metrics.jsonl` has. `<workdir>/<name>.json` keeps
     the tracker's run, the last step sent and the names of its metrics. What cannot be sent, as in
-    an outage, is kept and sent with the next report; one line in the log says so. Sending takes a
-    second per report at most, however much there is to catch up with; at the end all is sent,
-    unless the run is to stop.
+    an outage, is kept and sent with the next report; one line in the log says so. A report takes at
+    most a second to send. At the end everything is sent, unless the run must stop.
 
     Args:
       name: a key of `TRACKERS`.
@@ -181,7 +180,7 @@ class Tracking:
             while self._waiting and time.monotonic() < until:
                 step, metrics = self._waiting[0]
                 names = {*metrics, *(self._names if step == self._before else ())}
-                self._note(step, names)  # first, as a kill may follow: rather lost than twice
+                self._note(step, names)  # first: a kill then loses the report, not sends it twice
                 try:
                     self._tracker.write(step, metrics)
                 except Exception:

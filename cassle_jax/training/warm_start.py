@@ -23,12 +23,12 @@ def warm_started(
 ) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
-    Networks that the file lacks are unchanged; without a path, so is everything.
+    Networks that the file lacks are unchanged. Without a path, the whole state is.
 
     Args:
       state: the first state of the run.
       settings: the `weights` settings of the configuration.
-      encoder: the run's encoder, by which a ViT's settings are named that do not fit the file's.
+      encoder: the run's encoder; a message names the settings of a ViT that do not fit the file.
       stage: the encoder's earlier stage that the run's conditioned heads see; 0 for the last one.
 
     Raises:
@@ -66,35 +66,35 @@ def _placed(value: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
-    """Refuses a ViT of other options, or of other heads, whose arrays would fit all the same."""
-    theirs = architecture_of(weights.encoder, weights.heads)
+    """Refuses a ViT with other options or another number of heads, even where its arrays fit."""
+    found = architecture_of(weights.encoder, weights.heads)
     if not isinstance(encoder, VisionTransformer):
         return
     fitting = {
-        name: getattr(theirs, name) for name in ("patch_size", "registers", "swiglu", "rotary")
+        name: getattr(found, name) for name in ("patch_size", "registers", "swiglu", "rotary")
     }
     other = {name: value for name, value in fitting.items() if getattr(encoder, name) != value}
-    if bool(encoder.layer_scale) != theirs.layer_scale:
-        other["layer_scale"] = 1e-5 if theirs.layer_scale else 0.0
+    if bool(encoder.layer_scale) != found.layer_scale:
+        other["layer_scale"] = 1e-5 if found.layer_scale else 0.0
     if other:
         use = ", ".join(f"encoder.{name}={value}" for name, value in other.items())
         raise WeightsError(f"its ViT is of another kind than the run's; use {use}")
-    if encoder.heads != theirs.heads:
+    if encoder.heads != found.heads:
         taken = "has" if weights.heads else "does not record its heads and is taken to have"
         raise WeightsError(
-            f"its ViT {taken} {theirs.heads} heads, not {encoder.heads}; "
-            f"use encoder.heads={theirs.heads}"
+            f"its ViT {taken} {found.heads} heads, not {encoder.heads}; "
+            f"use encoder.heads={found.heads}"
         )
 
 
 def _check_stage(weights: Weights, encoder: nn.Module | None, stage: int) -> None:
-    """Refuses heads of another stage than the run's, whose arrays may fit all the same."""
+    """Refuses heads of another stage than the run's, even where their arrays fit."""
     conditioning = weights.card.get("conditioning")
     if len(weights.networks) == 1 or not isinstance(conditioning, Mapping):
         return
     recorded = conditioning.get("stage", 0)
-    theirs = 0 if recorded == len(getattr(encoder, "stage_widths", ())) else recorded
-    if theirs != stage:
+    found = 0 if recorded == len(getattr(encoder, "stage_widths", ())) else recorded
+    if found != stage:
         raise WeightsError(
             f"its heads are of conditioning.stage={recorded}, not of the run's {stage}; use "
             "weights.networks='encoder'"
@@ -102,7 +102,7 @@ def _check_stage(weights: Weights, encoder: nn.Module | None, stage: int) -> Non
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:
-    """`variables` with the weights' values; an error reports whether the heads alone misfit."""
+    """`variables` with the weights' values; the error says if only the heads do not fit."""
     try:
         return weights.into(variables)
     except WeightsError as error:

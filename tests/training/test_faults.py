@@ -212,7 +212,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     said = [each for each in warnings_of(caplog) if "checkpoint" in each]
     assert len(said) == 2, said
     assert "checkpoint 10 is not saved" in said[0] and str(workdir) in said[0]
-    assert "training goes on" in said[0] and "the newest saved is 5" in said[0]
+    assert "training continues" in said[0] and "the newest saved is 5" in said[0]
     assert said[1] == f"checkpoint {min(set(steps_saved(workdir)) - {5})} is saved"
     assert not any("\n" in each for each in said)
     assert "Traceback" not in capfd.readouterr().err
@@ -639,7 +639,7 @@ def test_another_number_in_an_array_is_noticed(saved, caplog, monkeypatch):
 
     monkeypatch.setattr(checkpoints_module.ocp.StandardCheckpointHandler, "restore", altered)
     assert restored_after(lambda copy: None, workdir, caplog) == 1
-    assert "params of it are not what was saved" in caplog.text
+    assert "its params differ from what was saved" in caplog.text
 
 
 def test_weights_that_are_not_what_was_saved_are_not_exported(run, caplog, monkeypatch):
@@ -655,7 +655,7 @@ def test_weights_that_are_not_what_was_saved_are_not_exported(run, caplog, monke
     monkeypatch.setattr(handler, "restore", altered)
     with caplog.at_level("WARNING", logger="cassle_jax"):
         assert read_run(run).card["step"] == 20
-    assert "checkpoint 24 cannot be read: params of it are not what was saved" in caplog.text
+    assert "checkpoint 24 cannot be read: its params differ from what was saved" in caplog.text
 
 
 # --- an unreadable file of records
