@@ -109,7 +109,7 @@ class Weights:
         for name, state in self.networks.items():
             if name not in variables["params"]:
                 raise WeightsError(
-                    f"the weights have a {name}, which this run has not; choose the method and "
+                    f"the weights have a {name}, which this run lacks; choose the method and "
                     "conditioning they were trained with"
                 )
             of_network = _of_network(variables, name)

@@ -90,7 +90,7 @@ class AugSelf(Auxiliary):
 
     @override
     def losses(self, networks, features, own, axis_name):
-        """A head's loss is the mean over the pairs (1, 2) and (2, 1), its one batch."""
+        """A head's loss is the mean over the pairs (1, 2) and (2, 1), which form one batch."""
         first, second = features.pair
         pairs = jnp.block([[first, second], [second, first]])
         result = {}

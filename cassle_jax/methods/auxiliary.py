@@ -1,4 +1,4 @@
-"""Defines an auxiliary objective: its views, its heads, and its losses beside the method's."""
+"""Defines an auxiliary objective: its views, its heads, and the losses that it adds."""
 
 import dataclasses
 import zlib
@@ -51,7 +51,7 @@ class Features(NamedTuple):
     earlier: dict[int, tuple[dict[int, Float[Array, "B _"]], ...]] = {}  # noqa: RUF012
 
     def at(self, stage: int) -> "Features":
-        """The same with the features of an earlier stage, or of the last one, in their place."""
+        """The same views with the features of an earlier stage; 0 for the last one."""
         if stage not in self.earlier:
             return self
         online, target = self.earlier[stage]
@@ -81,7 +81,7 @@ class Head:
 
 
 class Auxiliary:
-    """An objective beside the method's, on the same encoder; its fields are its settings.
+    """An objective on the method's encoder, added to its loss; its fields are its settings.
 
     A new one is a subclass in its own file and a line in `AUXILIARIES`.
 
@@ -244,7 +244,7 @@ def with_own_views(
 def further_images(
     auxiliaries: Sequence[Auxiliary], key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
 ) -> list[Float[Array, "B _ _ 3"]]:
-    """The further views of all objectives; `key` is the step's, whose other draws stay the same."""
+    """The further views of all objectives, drawn from the step's key without changing its draws."""
     return [
         image
         for each in auxiliaries

@@ -346,9 +346,9 @@ class Method:
           networks: the trained networks, bound, for objectives that apply a head once more.
 
         Returns:
-          The loss; or its terms by name, which are summed and logged one by one as `loss_<name>`.
-          A method with metrics of its own returns a pair, of that and of the metrics by name: means
-          over this device's samples, which are logged as `method_<name>`.
+          The loss; or its terms by name, which are summed, and logged as `loss_<name>`. A method
+          with metrics of its own returns a pair: the loss or its terms, and the metrics by name.
+          These are means over this device's samples, logged as `method_<name>`.
         """
         raise NotImplementedError
 

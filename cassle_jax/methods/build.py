@@ -51,7 +51,7 @@ class Conditioning:
 
     Attributes:
       descriptors: names of the descriptors that make up ω, or of components such as `color.hue`;
-        empty for the plain method, as it is made where treatment or injection is `none`.
+        empty for the plain method. A treatment or injection of `none` makes it empty.
       relative: whether ω is the view's difference from the other one (from the first, for a third
         view and further) instead of its own augmentation.
       into: the conditioned heads: `projector` (CASSLE), `predictor` or `both`.
@@ -277,8 +277,8 @@ def _conditioned_heads(
         return ()
     if conditioning.into != "projector" and not isinstance(predictor, HeadShape):
         raise ConfigError(
-            f"conditioning.into={conditioning.into!r} needs a method with a predictor, which "
-            f"{type(method).__name__} has not; use conditioning.into='projector'"
+            f"conditioning.into={conditioning.into!r} needs a predictor, which "
+            f"{type(method).__name__} lacks; use conditioning.into='projector'"
         )
     if conditioning.into != "projector" and conditioning.injection == "image":
         raise ConfigError(
@@ -289,7 +289,7 @@ def _conditioned_heads(
 
 
 def _check_passes(method: Method, auxiliaries: Sequence[Auxiliary]) -> None:
-    """Refuses views that would pass the image conditioner's BatchNorm all with the same ω."""
+    """Refuses passes whose views all have the same ω, which the image conditioner normalises."""
     for each in auxiliaries:
         own = tuple(range(-each.further, 0))
         if own and own in each.passes(method.online_passes, own):
@@ -300,7 +300,7 @@ def _check_passes(method: Method, auxiliaries: Sequence[Auxiliary]) -> None:
 
 
 def _gamma(conditioning: Conditioning) -> dict[str, object]:
-    """What every conditioned module knows of γ."""
+    """The settings of γ, which every conditioned module takes."""
     return {
         "treatment": conditioning.treatment,
         "condition_depth": conditioning.depth,

@@ -36,10 +36,10 @@ def mean_over_devices(value: Float[Array, "*shape"], axis_name: str | None) -> A
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def agreed_mean(value: Float[Array, "*shape"], axis_name: str | None) -> Array:
-    """`mean_over_devices` of a value from which every device then computes the same.
+    """`mean_over_devices` of a value from which all devices then compute the same loss.
 
-    The gradients that come back are then equal, and need no averaging: half the communication,
-    which matters where the value is a matrix of all units by all units.
+    Their gradients are equal and need no averaging. This halves the communication, which matters
+    for a matrix of all units by all units.
     """
     return mean_over_devices(value, axis_name)
 
@@ -241,7 +241,7 @@ def variance_shortfall(embeddings: Float[Array, "B D"], axis_name: str | None) -
 def cross_covariance(
     first: Float[Array, "B D"], second: Float[Array, "B E"], axis_name: str | None
 ) -> Float[Array, ""]:
-    """Σ c_ij² over each unit of one embedding with each of another, over the global batch."""
+    """Σ c_ij² over all pairs of a unit of one embedding and a unit of another."""
     return jnp.sum(jnp.square(_covariance(first, second, axis_name)))
 
 

@@ -80,17 +80,19 @@ class STL(Auxiliary):
     def losses(self, networks, features, own, axis_name):
         """`cosine` is that of z and its prediction; `gain` is `cosine` minus that of the views."""
         first, second = pair = features.pair
-        there, back = (networks.stl_code(jnp.hstack(views), True) for views in (pair, pair[::-1]))
+        forward, backward = (
+            networks.stl_code(jnp.hstack(views), True) for views in (pair, pair[::-1])
+        )
         partner = jnp.arange(len(first)) ^ 1
         predicted = (
-            networks.stl_predictor(second, back[partner], True),
-            networks.stl_predictor(first, there[partner], True),
+            networks.stl_predictor(second, backward[partner], True),
+            networks.stl_predictor(first, forward[partner], True),
         )
         z, of_predicted = (
             jnp.concatenate([networks.stl_projector(rows, True) for rows in views])
             for views in (pair, predicted)
         )
-        codes = (jnp.concatenate([there[row::2], back[row::2]]) for row in (0, 1))
+        codes = (jnp.concatenate([forward[row::2], backward[row::2]]) for row in (0, 1))
         codes = (networks.stl_code_projector(each, True) for each in codes)
         contrast = partial(losses.nt_xent, temperature=self.temperature, axis_name=axis_name)
         terms = {"equivariance": contrast(z, of_predicted), "transformation": contrast(*codes)}

@@ -14,7 +14,7 @@ from cassle_jax.methods.base import TrainingViews, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.methods.losses import batch_offset
 
-# The draws that paired images share, which STL's paper aligns; all others are each image's own.
+# The draws that paired images share, as in STL's paper.
 _COLOURS = ("jitter", "jitter_order", "brightness", "contrast", "saturation", "hue", "grayscale")
 _PAIRED = ("crop", *_COLOURS)
 
@@ -40,8 +40,8 @@ def augmented_views(
       sizes: true height and width of each picture, in pixels.
       specs: the augmentation of each view.
       axis_name: the devices that share the global batch; `None` for a single one.
-      positions: positions of the images in the global batch; `None` where they are all that this
-        device has of it.
+      positions: positions of the images in the global batch; `None` where `images` are this
+        device's whole share.
       paired: whether the images at positions 2i and 2i + 1 share the draws of crop, jitter and
         grayscale, each within its own size.
     """

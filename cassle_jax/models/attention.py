@@ -32,8 +32,8 @@ def attend(
     if not (flash and fits and have_flash_attention()):
         return jax.nn.dot_product_attention(query, key, value, implementation="xla")
     batch, tokens = query.shape[:2]
-    # JAX refuses the gradient of an odd number of tokens, as with a class token: one that is
-    # ignored is added.
+    # JAX refuses the gradient of an odd number of tokens, as with a class token: add one that is
+    # masked.
     odd = ((0, 0), (0, tokens % 2), (0, 0), (0, 0))
     lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 2 else None
     attended = jax.nn.dot_product_attention(

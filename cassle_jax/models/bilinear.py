@@ -9,10 +9,10 @@ from cassle_jax.models.mlp import MLP
 
 
 class Bilinear(nn.Module):
-    """W(code) · x with W(code) = Σ_k code_k W_k, what a Linear without bias makes of a code.
+    """W(code) · x with W(code) = Σ_k code_k W_k, which a Linear without bias makes of the code.
 
-    Applies W to x ⊗ code, which holds inputs × code numbers a sample; the matrices would hold
-    inputs × out.
+    Computes it from x ⊗ code, which takes inputs × code numbers per sample; the matrices W would
+    take inputs × out.
 
     Attributes:
         out: width of the result.

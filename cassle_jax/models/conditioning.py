@@ -210,7 +210,7 @@ class ImageConditioner(nn.Module):
         dtype: dtype γ's layers compute in; parameters are float32.
 
     References:
-        CASSLE, the injection the published code lists as 'image' and leaves unwritten.
+        CASSLE, the injection that the published code lists as 'image' without implementing it.
     """
 
     treatment: str = "mlp"

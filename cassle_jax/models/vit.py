@@ -1,4 +1,4 @@
-"""The Vision Transformer of MoCo-v3, with timm's layout and names, and the options of DINOv2's."""
+"""The Vision Transformer of MoCo-v3, with timm's layout and names, and DINOv2's options."""
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ MLP_RATIO = 4
 TEMPERATURE = 10_000.0
 STAGES = 4
 
-EPSILON, ROTARY_EPSILON = 1e-6, 1e-5  # of LayerNorm; DINOv3's is the other one
+EPSILON, ROTARY_EPSILON = 1e-6, 1e-5  # of LayerNorm; the second is DINOv3's
 LONGEST_PERIOD = 100.0
 xavier_uniform = nn.initializers.xavier_uniform()
 # Queries, keys and values are three square matrices, each xavier-uniform: ±√(6/(2·width)).
@@ -56,9 +56,9 @@ def resize_positions(
         positions: the positions.
         height: rows of the new grid.
         width: its columns.
-        offset: `None` for timm's interpolation, which antialiases where the grid shrinks; a number
-            for PyTorch's, which does not, to a grid that much larger, as DINOv2's first models have
-            it (0.1).
+        offset: `None` for timm's interpolation, which antialiases where the grid shrinks. A number
+            for PyTorch's, which does not, to a grid larger by this number: 0.1 in DINOv2's first
+            models.
 
     Raises:
         ValueError: if the given positions are not those of a square grid.
@@ -82,9 +82,9 @@ def resize_positions(
 
 
 def _bicubic(side: int, size: int, offset: float) -> Float32[np.ndarray, "size side"]:
-    """The weights of a line's `side` values in each of `size` ones, as PyTorch interpolates.
+    """Weights that interpolate a line of `side` values to `size` values, as PyTorch does.
 
-    Its cubic has the parameter −3/4. Beyond the ends, the values of the ends go on.
+    The cubic's parameter is −3/4. Beyond an end, its value is repeated.
     """
     places = (np.arange(size) + 0.5) * side / (size + offset) - 0.5
     near = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)
@@ -200,7 +200,7 @@ class FeedForward(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor of each channel, `gamma`, which begins as `initial`; as it is where that is 0."""
+    """Scales each channel by `gamma`, which starts at `initial`; does nothing where that is 0."""
 
     initial: float
 
@@ -220,7 +220,7 @@ class Block(nn.Module):
         heads: number of attention heads.
         dtype: dtype the matrix products compute in.
         flash: see `attend`.
-        layer_scale: initial value of the factors of what is added to the shortcut; 0 for none.
+        layer_scale: initial value of the factors on what a block adds to the shortcut; 0 for none.
         swiglu: see `FeedForward`.
         epsilon: LayerNorm's.
     """
@@ -270,7 +270,7 @@ class VisionTransformer(nn.Module):
         remat: recompute each block's activations in the backward pass instead of storing them.
         flash_attention: use cuDNN's flash attention where the devices have it, see `attend`.
         registers: number of further learnt tokens, without positions, as DINOv2 has them.
-        layer_scale: initial value of a factor of each block's every output; 0 for no such factors.
+        layer_scale: initial value of the factors on what blocks add to the shortcut; 0 for none.
         swiglu: gated feed-forward networks, see `FeedForward`.
         position_offset: how positions are interpolated, see `resize_positions`.
         rotary: rotate queries and keys by the patches' places instead of adding positions, and give
@@ -336,7 +336,7 @@ class VisionTransformer(nn.Module):
         return (self.width,) * self.depth
 
     def check_image_size(self, size: int, setting: str = "augment.size") -> None:
-        """Refuses images with sides (`size` pixels, by `setting`) of no whole number of patches.
+        """Refuses images whose sides (`size` pixels, by `setting`) are not whole patches.
 
         Raises:
             ConfigError: the message names the nearest sizes that work.

@@ -213,7 +213,7 @@ def test_a_head_that_a_run_has_not_is_refused_until_left_out(variables):
     weights = weights_of(variables)
     for collection in variables.values():
         del collection["predictor"]
-    with pytest.raises(WeightsError, match="have a predictor, which this run has not"):
+    with pytest.raises(WeightsError, match="have a predictor, which this run lacks"):
         weights.into(variables)
     restored = weights.without("predictor").into(zeros_like(variables))
     assert weights_of(restored).networks.keys() == {"encoder", "projector"}

@@ -138,7 +138,7 @@ def test_the_predictor_can_be_told_instead_of_the_projector_or_as_well(name, int
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - set(WITH_PREDICTOR)))
 def test_a_method_without_a_predictor_cannot_be_told_through_it(name):
-    message = r"conditioning\.into='both' needs a method with a predictor, which .* has not"
+    message = r"conditioning\.into='both' needs a predictor, which .* lacks"
     with pytest.raises(ValueError, match=message):
         start(name, Conditioning(into="both"))
 

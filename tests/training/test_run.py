@@ -134,7 +134,7 @@ REFUSED = [
     ),
     (
         {"conditioning.into": "both"},
-        r"^conditioning\.into='both' needs a method with a predictor, .*SimCLR has not",
+        r"^conditioning\.into='both' needs a predictor, .*SimCLR lacks",
     ),
     (
         {"optimizer.warmup_epochs": 6.0},
