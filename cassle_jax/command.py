@@ -93,9 +93,9 @@ def say_error(message: str) -> None:
 
 
 def flush_log() -> None:
-    """Drops what standard output and error cannot write, such as files on a full disk.
+    """Drops text that standard output and error cannot take, such as files on a full disk.
 
-    Python's own end would fail with it, and the exit code be another than the command's.
+    Otherwise Python would fail at its exit, and change the command's exit code.
     """
     for name in ("stdout", "stderr"):
         try:
@@ -131,7 +131,7 @@ def stop_of(error: BaseException) -> Stop | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
-    if (code := code_of(error)) is not None:  # its words may quote any other error
+    if (code := code_of(error)) is not None:  # first: its words may quote a lack of memory
         return Stop(words_of(error), code, alone=True)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
         said = next(iter(str(error).splitlines()), "none is left")  # a device says much more
@@ -143,8 +143,7 @@ def stop_of(error: BaseException) -> Stop | None:
 def code_of(error: BaseException) -> int | None:
     """The exit code of a user's mistake, or of storage out of reach; `None` for any other error.
 
-    An error that names a file is one of the file system, such as of permissions: it names what to
-    mend.
+    An `OSError` that names a file is a user's mistake, such as wrong permissions.
     """
     mistake, of_system = isinstance(error, UserError), isinstance(error, OSError)
     if isinstance(error, Outage) or ((mistake or of_system) and passing(error)):

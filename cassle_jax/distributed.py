@@ -246,14 +246,14 @@ def all_arrive(where: str) -> None:
 
 
 def is_first_to(act: str) -> bool:
-    """Whether this process is the first to call this for an act that one process does."""
+    """Whether this process is the first to call this with `act`, which one process must do."""
     return _group is None or _group.is_first_to(act)
 
 
 def when_stopped(act: Callable[[], object]) -> None:
-    """Calls `act`, in a thread, once SIGTERM has come to any of several processes.
+    """Calls `act` in a thread as soon as any of several processes gets SIGTERM.
 
-    JAX takes that signal natively, and says so between steps only: a wait inside one would last.
+    JAX handles the signal and reports it between steps only: too late for a wait within a step.
     """
     if _group:
         _group.when_stopped(act)
@@ -312,7 +312,7 @@ class _ProcessGroup:
                     f"{name}={facts.get(name)!r} in {self} and {first.get(name)!r} in process 0; "
                     "start all processes with the same command, on the same data"
                 )
-        # Where another process cannot agree, or has failed before, this one goes no further.
+        # Does not return if another process disagrees or has failed.
         self._client.wait_at_barrier(f"cassle_jax/agreed/{self._said}", _AGREE_MILLISECONDS)
 
     def all_arrive(self, where: str) -> None:
@@ -353,7 +353,7 @@ class _ProcessGroup:
         If another process has reported its failure, `_listen` ends this one during the wait.
         """
         end_undisturbed()
-        if self._ending.locked():  # by `_listen`, which ends this process: no news
+        if self._ending.locked():  # `_listen` is ending this process
             self._ending.acquire()
         with contextlib.suppress(OSError):  # standard error may be a file on a full disk
             traceback.print_exception(error)
@@ -432,7 +432,7 @@ def _killed_by_signals(*, but_for_jax: bool) -> Iterator[None]:
     """Lets SIGTERM and Ctrl-C kill this process while native code waits and runs no Python handler.
 
     Args:
-      but_for_jax: whether JAX takes SIGTERM meanwhile, which is then left to it.
+      but_for_jax: whether JAX handles SIGTERM from then on.
     """
     handlers = {}
     if threading.current_thread() is threading.main_thread():

@@ -22,7 +22,7 @@ _REQUIREMENT_OF["cassle_jax"] = "cassle_jax"
 
 
 def explain_failed_starts() -> None:
-    """Has commands end with one line where a package is missing (2), or Ctrl-C came early (75).
+    """Makes commands end with one line if a package is missing (2) or Ctrl-C comes early (75).
 
     A command imports its packages before its first line runs; only the hook for uncaught errors
     sees all of them fail. Other errors keep their traceback.

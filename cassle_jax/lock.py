@@ -40,7 +40,7 @@ def folder_held(
       folder: what is held, such as the workdir of a run; must exist.
       setting: setting or flag that names the folder, for the message.
       holder: what holds it, for the message.
-      leaves_file: False for a folder that is handed on: it holds without a file that names it.
+      leaves_file: whether `lock` may stay in the folder; False for one that the user passes on.
 
     Raises:
       ConfigError: another process of this host holds it; the message names it and its start.
@@ -100,7 +100,7 @@ def await_turn(file: IO) -> None:
 
 
 def _opened(path: epath.Path) -> int:
-    """Opens the lock's file: who may write to its folder may hold it."""
+    """Opens the lock's file; everyone who can write to its folder can lock it."""
     try:
         return open_shared(path, os.O_RDWR)
     except PermissionError:  # another user made it before locks had the modes of their folders
@@ -123,7 +123,7 @@ def _take(descriptor: int, folder: epath.PathLike, setting: str, holder: str) ->
         if error.errno == errno.EBADF and stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return  # NFS locks files, not folders
         LOG.info(
-            "%s has no locks (%s): see that only one %s uses it", folder, error.strerror, holder
+            "%s has no locks (%s): ensure that only one %s uses it", folder, error.strerror, holder
         )
         return
     this = {

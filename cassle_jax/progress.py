@@ -1,4 +1,4 @@
-"""Shows how far something long is: a bar where standard error is a terminal, nothing elsewhere."""
+"""Shows the progress of long work: a bar if standard error is a terminal, else nothing."""
 
 import sys
 
@@ -13,12 +13,12 @@ from rich.progress import (
 
 
 class ProgressBar:
-    """A bar with what is done, the time left and figures.
+    """A bar with the share that is done, the time left and figures.
 
     Args:
-      what: what is done, in a word.
-      total: how much there is to do.
-      done: how much of it is done at the start.
+      what: name of the work, one word.
+      total: amount of work.
+      done: amount that is done at the start.
 
     Attributes:
       shown: whether there is a bar; `update` does nothing where there is none.

@@ -43,9 +43,9 @@ RUNS = {"plain": "conditioning=none", "CASSLE": "conditioning=cassle"}
 
 UNTRAINED = "untrained"
 EXPLANATION = (
-    "A linear probe reads each factor of the images off the frozen features. 1 is perfect, 0 is "
-    "what a constant answer gets. Nothing but these factors tells two images apart. Augmentations "
-    "change all but the content."
+    "A linear probe predicts each factor of the images from the frozen features. 1 is perfect, 0 "
+    "is the score of a constant answer. Two images differ in these factors only. Augmentations "
+    "change all factors but the content."
 )
 _PROBED = 4000  # images to fit a probe to; more take longer and hardly improve it
 _SHOWN = 4  # images on the page, with their views
@@ -102,7 +102,7 @@ def _config(method: str, arguments: str, seed: int) -> ConfigDict:
 
 
 def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, float]:
-    """The score of each factor, read off a run's features, or off an untrained encoder's."""
+    """The score of each factor from the features of a run, or of an untrained encoder."""
     mesh = device_mesh()
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     probed = np.arange(min(_PROBED, len(train)))

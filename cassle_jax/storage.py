@@ -293,9 +293,8 @@ class GrowingFile:
     """A file of records that grows at its end; a failed write never ends the run.
 
     A record that cannot be written, as on a full disk, is kept and written with the next one; one
-    line in the log says so. No half record stays. A file that is deleted meanwhile is made anew,
-    with the records from then on. On an object store, which cannot append, the file is written anew
-    with every record.
+    line in the log says so. The file never keeps a part of a record. If someone deletes the file, a
+    new one gets the later records. An object store cannot append: each record rewrites the file.
 
     Args:
       path: of the file.

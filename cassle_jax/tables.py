@@ -56,7 +56,7 @@ if __name__ == "__main__":
         "data_dir", "", "Folder of tensorflow-datasets, for the evaluation."
     )
     others_flag = flags.DEFINE_multi_string(
-        "weights_of", [], "Folder of a table whose equal runs lend their weights; repeatable."
+        "weights_of", [], "Folder of another table, to reuse weights of equal runs; repeatable."
     )
     evaluation_flag = flags.DEFINE_multi_string(
         "evaluation", [], "Evaluation option, as name=value, such as limit=1000; repeatable."

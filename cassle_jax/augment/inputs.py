@@ -78,7 +78,7 @@ def _wrong_shape(shape: tuple[int, ...]) -> str:
     if shape[-1] != 3 and shape[0] == 3:
         return "its channels first; use [height, width, 3], as by image.transpose(1, 2, 0)"
     if shape[-1] != 3:
-        return "which has not the three channels of RGB; use [height, width, 3]"
+        return "which lacks RGB's three channels; use [height, width, 3]"
     if 0 in shape:
         return "which has no pixels; use an image of at least 1×1"
     return ""

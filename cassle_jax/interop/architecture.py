@@ -15,7 +15,7 @@ from cassle_jax.models.convnext import ConvNeXt
 from cassle_jax.models.resnet import ARCHITECTURES, Bottleneck, ResNet
 from cassle_jax.models.vit import VisionTransformer, swiglu_width
 
-# By width, where every project has the same number; the second ones are of ViTs with layer scale.
+# Attention heads by width, where all projects agree; SCALED_VIT_HEADS is for ViTs with layer scale.
 VIT_HEADS = {768: 12, 1024: 16, 1280: 16, 1536: 24}
 SCALED_VIT_HEADS = {384: 6, **VIT_HEADS}
 VIT_NAMES = {  # by width
@@ -27,7 +27,7 @@ VIT_NAMES = {  # by width
     1536: "vit_giant",
 }
 TIMM_PATCHES = {"vit_huge": 14, "vit_giant": 14}  # in timm's names; 16 in the others
-# What ViTs of others have in addition, by a pattern of its arrays.
+# Parts of other projects' ViTs that are unknown here, by a pattern of their arrays' names.
 UNKNOWN_OF_VITS = {
     r"rope": "rotary position embeddings of another kind than DINOv3's",
     r".*\.mlp\.w1\.": "a SwiGLU of two matrices, as DINOv3's larger models have",
@@ -146,7 +146,7 @@ class ViTArchitecture:
         registers: number of register tokens.
         layer_scale: whether each block's outputs are scaled.
         swiglu: whether its feed-forward networks are gated.
-        position_offset: how its positions are interpolated, which arrays do not show either.
+        position_offset: how its positions are interpolated, which arrays do not show.
         rotary: whether its positions are DINOv3's, of images of any size.
     """
 

@@ -200,7 +200,7 @@ def _load_dinov2(architecture: ViTArchitecture, _: Card) -> tuple[str, list[str]
         "from safetensors.torch import load_file",
         "",
         *architecture.dinov2_lines(),
-        "# All but mask_token, which features do not use.",
+        "# strict=False: mask_token, which features do not use, is missing.",
         'model.load_state_dict(load_file("dinov2.safetensors"), strict=False)',
     ]
 

@@ -36,11 +36,11 @@ COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and torch's AveragedModel
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
-# Of DINOv2, DINOv3, MAE and Hugging Face's ViT.
+# Arrays that only the pretraining of DINOv2, DINOv3, MAE and Hugging Face's ViT uses.
 OF_TRAINING = ("mask_token", "local_cls_norm.", "decoder_", "pooler.")
 BESIDE = HEADS + OF_TRAINING
 OWN = "head.norm."  # a ConvNeXt's last LayerNorm, which is part of the encoder
-# An array that each encoder has once. Networks of many kinds have a ConvNeXt's stem.0.weight.
+# An array that each encoder has once. A ConvNeXt's stem.0.weight is none: other networks have it.
 STEM = re.compile(
     r"((?:.+\.)?)(?:conv1\.weight|cls_token|class_token"
     r"|stages\.0\.blocks\.0\.gamma|features\.1\.0\.layer_scale)"
@@ -132,7 +132,7 @@ def networks_in(
 
 
 def _arrays_in(flat: Mapping[str, Any]) -> State:
-    """The arrays but the counters that nothing depends on."""
+    """The arrays, without counters, which no result depends on."""
     return {
         name: value
         for name, value in flat.items()

@@ -27,14 +27,14 @@ VIT_BLOCK_ARRAYS = {
 }
 
 
-# Of a SwiGLU, which timm calls as other networks; and the registers.
+# Names in other projects and here.
 DINOV2 = {"reg_token": "register_tokens"}
 DINOV3 = {"storage_tokens": "reg_token", "rope_embed.periods": "pos_embed"}
-# The periods of its rotary positions, for a head of 64 channels: a quarter of them per axis.
+# The periods of DINOv3's rotary positions for a head of 64 channels: 16 for each axis.
 DINOV3_PERIODS = np.float32(100.0) ** (np.arange(16, dtype=np.float32) / 16)
 DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
-# Of Hugging Face's ViTModel, ViTMAEModel, Dinov2Model and DINOv3ViTModel, in their files and, where
-# they differ, in the `state_dict()` of transformers 5. Names with others in them come first.
+# Names of Hugging Face's ViTModel, ViTMAEModel, Dinov2Model and DINOv3ViTModel, in their files and
+# in the `state_dict()` of transformers 5. A name comes before the names that it contains.
 HUGGING_FACE = {
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
@@ -66,7 +66,7 @@ HUGGING_FACE = {
     "output.dense": "mlp.fc2",
 }
 QUERY_KEY_VALUE = ("query", "key", "value")
-# Of a ConvNeXt's block; the place in torchvision's `Sequential`.
+# A ConvNeXt block's modules here and their index in torchvision's `Sequential`.
 CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
 

@@ -236,7 +236,7 @@ def _card(path: Path, text: str) -> dict[str, Any]:
         card = None
     if is_card(card):
         return card
-    LOG.warning("%s has a damaged model card, which is left aside", path)
+    LOG.warning("%s has a damaged model card, which is ignored", path)
     return {}
 
 

@@ -241,8 +241,8 @@ def _check_unreadable(
                 forget_unreadable(path, shard)
             raise DataError(
                 f"{bad} of the {images} images of split {split!r} cannot be read, more than "
-                f"--max_bad_fraction={allowed:g}; mend what {folder / _UNREADABLE} lists, or raise "
-                "it, and the same command continues"
+                f"--max_bad_fraction={allowed:g}; repair what {folder / _UNREADABLE} lists, or "
+                "raise it, and the same command continues"
             )
     if lines:
         LOG.warning("left out %d images that cannot be read: %s", len(lines), folder / _UNREADABLE)

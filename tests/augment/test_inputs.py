@@ -30,7 +30,7 @@ IMAGES = {
     "grey channel": (BYTES[..., :1], r"shape \(12, 10, 1\), that of a grey image; .*np\.repeat"),
     "RGBA": (np.zeros((12, 10, 4), np.uint8), r"transparency; use its RGB, as by image\[\.\.\., :"),
     "channels first": (np.zeros((3, 12, 10), np.uint8), r"channels first; .*transpose\(1, 2, 0\)"),
-    "two channels": (BYTES[..., :2], r"\(12, 10, 2\), which has not the three channels of RGB"),
+    "two channels": (BYTES[..., :2], r"\(12, 10, 2\), which lacks RGB's three channels"),
     "batch": (BYTES[None], r"shape \(1, 12, 10, 3\), that of a batch.* use jax\.vmap"),
     "row": (BYTES[0, 0], r"shape \(3,\), that of no image"),
     "empty": (BYTES[:0], r"shape \(0, 10, 3\), which has no pixels"),

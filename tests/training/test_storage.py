@@ -130,7 +130,7 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, caplo
         folder_held(tmp_path),
     ):
         pass
-    assert caplog.text.count("see that only one run uses it") == 2
+    assert caplog.text.count("ensure that only one run uses it") == 2
 
 
 def test_a_file_is_never_half_written(tmp_path, monkeypatch):
