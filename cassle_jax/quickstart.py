@@ -5,6 +5,7 @@ import logging
 import runpy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from absl import flags
@@ -25,7 +26,7 @@ from cassle_jax.pretrain import pretrain_command
 from cassle_jax.report.evaluation_page import HTML, write_report
 from cassle_jax.report.figure import write_figure
 from cassle_jax.report.table import Table, cell_text
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import make_shared, write_whole
 from cassle_jax.training.findings import TASK, pretraining_findings
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.probe import FeatureReader
@@ -82,6 +83,7 @@ def _quickstart(method: str, workdir: epath.Path, seed: int) -> Scores:
     configs = {name: _config(method, arguments, seed) for name, arguments in RUNS.items()}
     scores = {}
     for name, config in configs.items():
+        written(workdir, partial(make_shared, workdir / name))
         LOG.info("pretraining %s, %s: %d steps", method, name, config.steps)
         scores[name] = factor_scores(config, pretrain_command(config, workdir / name))
     scores[UNTRAINED] = factor_scores(next(iter(configs.values())), None)

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -180,7 +180,42 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
     return made
 
 
-def check_writable(flag: str, folder: Path) -> None:
+def make_shared(folder: epath.PathLike) -> None:
+    """Makes a folder inside another one, where it is missing; see `share`.
+
+    Raises:
+      OSError: it cannot be made, or a file is in its place.
+    """
+    made = epath.Path(folder)
+    if made.is_dir():
+        return
+    if on_object_store(made):
+        made.mkdir(parents=True, exist_ok=True)
+        return
+    make_shared(made.parent)
+    made.mkdir(exist_ok=True)  # another process may be quicker
+    share(made)
+
+
+def share(path: epath.PathLike) -> None:
+    """Adds the modes of a file's or folder's own folder: who may write there may here, and inside.
+
+    Deleting a folder takes the right to write to it. In a sticky folder, such as `/tmp`, everyone
+    keeps to their own.
+    """
+    if on_object_store(path):
+        return
+    top = Path(os.fspath(path))
+    with contextlib.suppress(OSError):  # a file system without modes
+        modes = top.parent.stat().st_mode & (stat.S_ISVTX | 0o777)
+        if modes & stat.S_ISVTX:
+            return
+        for each in (top, *top.rglob("*")):
+            own = stat.S_IMODE(each.stat().st_mode)
+            each.chmod(own | (modes if each.is_dir() else modes & 0o666))
+
+
+def check_writable(flag: str, folder: Path | epath.Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
 
     def write() -> None:
@@ -203,13 +238,13 @@ def free_bytes(folder: epath.PathLike) -> int | None:
 
 
 def kept_json(
-    path: epath.PathLike, needed: Collection[str] = (), *, kind: type = dict
+    path: epath.PathLike, needed: Mapping[str, type] | None = None, *, kind: type = dict
 ) -> Any | None:
     """The content of a JSON file; `None` where it is missing, or damaged as by a power cut.
 
     Args:
       path: of the file.
-      needed: names without which an object counts as damaged.
+      needed: names, and the types of their values, without which an object counts as damaged.
       kind: `dict` for an object, or `list`.
 
     Raises:
@@ -219,7 +254,9 @@ def kept_json(
         content = json.loads(read_surely(epath.Path(path)))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    whole = isinstance(content, kind) and all(name in content for name in needed)
+    if not isinstance(content, kind):
+        return None
+    whole = all(isinstance(content.get(name), own) for name, own in (needed or {}).items())
     return content if whole else None
 
 
@@ -272,6 +309,7 @@ def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield partial
+        share(partial)
         partial.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename is None:
@@ -331,7 +369,7 @@ class GrowingFile:
 
     def _write(self) -> None:
         if self._appends:
-            self._path.parent.mkdir(exist_ok=True)  # where it was deleted meanwhile
+            make_shared(self._path.parent)  # where it was deleted meanwhile
             with open(self._path, "ab", opener=open_shared) as file:
                 self._size = min(self._size, file.tell())  # else zeros would fill the gap
                 file.truncate(self._size)  # where a write failed, a part of it may be there

@@ -74,7 +74,15 @@ def failing(monkeypatch, owner, name, code, times):
 # --- damaged
 
 
-@pytest.mark.parametrize("content", DAMAGED)
+OF_OTHER_TYPES = (
+    '{"exit_code": "x", "last_line": ""}',
+    '{"exit_code": null, "last_line": ""}',
+    '{"minutes": "x", "steps": 3, "seconds": {}, "overhead": 1.0}',
+    '{"minutes": 3.0, "steps": [], "seconds": {}, "overhead": 1.0}',
+)
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, *OF_OTHER_TYPES])
 def test_a_damaged_outcome_or_plan_counts_as_missing(tmp_path, content):
     for name in (OUTCOME, "plan.json"):
         (tmp_path / name).write_text(content)
@@ -90,6 +98,27 @@ def test_damaged_settings_or_results_are_named_in_one_line(tmp_path, content):
         with pytest.raises(ConfigError, match="is damaged") as raised:
             read(tmp_path)
         assert str(tmp_path / name) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", '{"step": 1, "loss": 2.0}\n'
+    wrong = '{"step": 1, "loss": "x", "a": {}, "b": null}\n{"step": "x", "loss": 1.0}\n'
+    path.write_text("\n".join([*DAMAGED, wrong, whole]))
+    assert read_metrics(tmp_path) == {"loss": [(1, 2.0)]}
+    JsonLines(epath.Path(path), 1).close()  # as a run that continues
+    assert read_metrics(tmp_path) == {"loss": [(1, 2.0)]}
+
+
+def test_a_sweep_shows_a_finished_run_whose_metrics_are_gone(tmp_path):
+    (run,) = runs_of(SweepRequest(CONFIG, grid="seed=0"))
+    workdir = workdir_of(tmp_path, run.name)
+    workdir.mkdir(parents=True)
+    write_config(run.config, workdir)
+    write_outcome(workdir, 0, "")
+    lines = _RunLines(tmp_path, [run])
+    lines._write()
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (line["state"], line["result"]) == (FINISHED, {"steps": 0})
 
 
 def test_damaged_lines_of_a_sweep_are_left_out(tmp_path):

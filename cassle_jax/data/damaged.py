@@ -7,7 +7,7 @@ import threading
 from etils import epath
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.storage import GrowingFile, is_there, read_whole
+from cassle_jax.storage import GrowingFile, is_there, make_shared, read_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DamagedLog:
         self._file: GrowingFile | None = None
         if path is not None:
             directory = epath.Path(path)
-            directory.mkdir(parents=True, exist_ok=True)
+            make_shared(directory)
             own = directory / f"damaged-{process_index:05d}.txt"
             for known in sorted(directory.glob("damaged-*.txt")):
                 self._remembered.update(_reasons_in(_whole_lines(known)))

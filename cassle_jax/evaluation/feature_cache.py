@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cassle_jax.storage import open_to_read, remove_dead_partials, written_whole
+from cassle_jax.storage import make_shared, open_to_read, remove_dead_partials, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class FeatureCache:
             return
         path = self._path(subject, key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_shared(path.parent)
             with written_whole(path) as file:
                 np.savez(file, **arrays)
         except OSError as error:

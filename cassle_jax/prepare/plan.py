@@ -97,7 +97,7 @@ def plan_of(
             for split, source in sources.items()
         },
     }
-    earlier = kept_json(folder / PLAN, ("mean_bytes",))
+    earlier = kept_json(folder / PLAN, {"mean_bytes": dict})
     if earlier is None:
         sizes = {split: _mean_size(source, preparation) for split, source in sources.items()}
         return {**about, "mean_bytes": sizes}

@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cassle_jax import command
+from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.evaluate import datasets_in
 from cassle_jax.sweep.jobs import import_in_processes
@@ -43,6 +44,13 @@ def config_arguments(arguments: list[str]) -> tuple[str, tuple[str, ...]]:
         else:
             overrides.append(f"--{name}={value}")
     return config, tuple(overrides)
+
+
+def _words(flag: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"{flag}={text} has a quote without its end") from error
 
 
 if __name__ == "__main__":
@@ -96,7 +104,7 @@ if __name__ == "__main__":
             evaluation=EvaluationOptions(
                 datasets_in(datasets_flag.value),
                 tuple(tasks_flag.value),
-                tuple(shlex.split(evaluation_flag.value)),
+                _words("evaluation", evaluation_flag.value),
             ),
         )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError
@@ -48,11 +49,11 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
       ConfigError: the plan was made for another budget.
     """
     path = folder / PLAN
-    names = [field.name for field in dataclasses.fields(Plan)]
-    content = kept_json(path, names)
+    known = {"minutes": Real, "steps": int, "seconds": dict, "overhead": Real}
+    content = kept_json(path, known)
     if content is None:
         return None
-    plan = Plan(*(content[name] for name in names))
+    plan = Plan(*(content[name] for name in known))
     if minutes not in (0, plan.minutes):
         raise ConfigError(
             f"minutes={minutes:g} was {plan.minutes:g} when {folder} was created, and the length "

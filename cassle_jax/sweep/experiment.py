@@ -18,7 +18,14 @@ from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
-from cassle_jax.storage import check_writable, kept_json, local_folder, path_of, write_surely
+from cassle_jax.storage import (
+    check_writable,
+    kept_json,
+    local_folder,
+    make_shared,
+    path_of,
+    write_surely,
+)
 from cassle_jax.sweep.budget import (
     MEASURED,
     MEASURED_RUN,
@@ -39,6 +46,7 @@ from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.saved_config import holds_run, read_config
+from cassle_jax.training.workdir import known_path
 
 LOG = logging.getLogger("cassle_jax.tables")
 
@@ -98,7 +106,7 @@ def run_table(
     check_at_least("parallel", parallel, 1, LONGEST)
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
-    to = local_folder("to", to).resolve()
+    to = Path(known_path(local_folder("to", to), setting="to").resolve())
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)
@@ -110,6 +118,7 @@ def run_table(
     )
     check_writable("to", to)
     with folder_held_for("table", to):
+        retried(f"to={to}", lambda: make_shared(to / "compiled"))
         results = _Results(to, table, protocol)
         pool = WorkerPool(parallel, 60 * call_minutes)
         if plan := _plan(to, minutes, runs, protocol, pool, toy):

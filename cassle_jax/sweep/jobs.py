@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.lock import await_turn
-from cassle_jax.storage import kept_json, open_shared, read_whole, write_surely
+from cassle_jax.storage import kept_json, make_shared, open_shared, read_whole, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE, JOB_LOCK = "outcome.json", "log.txt", "job.lock"
@@ -60,7 +60,7 @@ class Command:
         """Runs the command inside the job; returns the exit code."""
         job = submitit.JobEnvironment()
         is_first = job.global_rank == 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_shared(self.folder)
         with (
             open(self.folder / JOB_LOCK, "w", opener=open_shared) as lock,
             open(self.folder / LOG_FILE, "a", opener=open_shared) as log,
@@ -129,7 +129,7 @@ def outcome_of(folder: Path) -> dict[str, object] | None:
 
     A damaged file counts as missing, so that the command runs again.
     """
-    return kept_json(folder / OUTCOME, ("exit_code", "last_line"))
+    return kept_json(folder / OUTCOME, {"exit_code": int, "last_line": str})
 
 
 class Local:

@@ -13,6 +13,7 @@ from multiprocessing.connection import wait
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_PREEMPTED
 from cassle_jax.faults import Outage, retried
+from cassle_jax.storage import make_shared
 from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
 from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.worker import Job, work
@@ -89,7 +90,7 @@ class WorkerPool:
         self._stop_requested = True
 
     def _start(self, job: Job, environment: dict[str, str]):
-        retried(str(job.workdir), lambda: job.workdir.mkdir(parents=True, exist_ok=True))
+        retried(str(job.workdir), lambda: make_shared(job.workdir))
         (job.workdir / OUTCOME).unlink(missing_ok=True)
         process = self._forks.Process(target=work, args=(job, environment))
         try:

@@ -15,13 +15,14 @@ from cassle_jax.evaluate import check_names, check_options
 from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.evaluation_page import JSON, is_complete
-from cassle_jax.storage import check_writable, kept_json, local_folder, write_surely
+from cassle_jax.storage import check_writable, kept_json, local_folder, make_shared, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
 from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.metrics import read_lines, read_metrics
+from cassle_jax.training.workdir import known_path
 
 LOG = logging.getLogger("cassle_jax.sweep")
 
@@ -76,7 +77,7 @@ def sweep(
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
-    folder = local_folder("to", folder).resolve()
+    folder = Path(known_path(local_folder("to", folder), setting="to").resolve())
     check_writable("to", folder)
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
@@ -84,6 +85,7 @@ def sweep(
     with folder_held_for("sweep", folder):
         lines = _RunLines(folder, runs)
         jobs = folder / "jobs"
+        retried(f"to={folder}", lambda: make_shared(jobs))
         executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
         missing = [run for run in runs if lines.state(run) != FINISHED]
         LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
@@ -164,7 +166,7 @@ class _RunLines:
         result = outcome_of(workdir) or {}
         if state == FINISHED:
             curves = read_metrics(workdir)
-            result = {"steps": max(curve[-1][0] for curve in curves.values())}
+            result = {"steps": max((curve[-1][0] for curve in curves.values()), default=0)}
             result |= {name: curve[-1][1] for name, curve in curves.items()}
         facts = {"run": run.name, "subject": run.subject, "values": run.values}
         return {**facts, "state": state, "result": result, "config": flat_settings(run.config)}
@@ -190,7 +192,7 @@ def _evaluate(
     newest = max((workdir / OUTCOME).stat().st_mtime for workdir in workdirs.values())
     fresh = record.state == FINISHED and (folder / OUTCOME).stat().st_mtime > newest
     if not (fresh and before == arguments and is_complete(folder / JSON)):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_shared(folder)
         write_surely(saved, json.dumps(arguments))
         (folder / OUTCOME).unlink(missing_ok=True)
         LOG.info("evaluating %d runs", len(workdirs))

@@ -23,7 +23,7 @@ from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.lock import await_turn
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
-from cassle_jax.storage import open_shared
+from cassle_jax.storage import make_shared, open_shared
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.jobs import JOB_LOCK, LOG_FILE, outcome_of, write_outcome
 from cassle_jax.sweep.space import parsed
@@ -129,6 +129,7 @@ def pretrain_and_evaluate(job: Job) -> None:
         source = job.weights or job.workdir
         if job.export:
             folder = job.workdir / EXPORTED
+            make_shared(folder)
             export_command(run=str(source), to=str(folder), formats=job.export)
         if job.evaluation.datasets:
             _evaluate(job, source, report)
@@ -136,6 +137,7 @@ def pretrain_and_evaluate(job: Job) -> None:
 
 def _evaluate(job: Job, source: Path, report: Path) -> None:
     evaluation = job.evaluation
+    make_shared(report)
     evaluate_command(
         runs=[f"{job.subject}={source}"],
         datasets=evaluation.datasets,

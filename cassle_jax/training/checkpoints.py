@@ -26,7 +26,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
-from cassle_jax.storage import free_bytes
+from cassle_jax.storage import check_writable, free_bytes, make_shared, on_object_store, share
 from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
@@ -76,6 +76,9 @@ class Checkpoints:
         self._leads = self._is_first = jax.process_index() == 0
         if self._leads:
             self._open()
+            if not on_object_store(self._folder):
+                # It may be another user's, though the workdir is not; the first save comes late.
+                check_writable("workdir", self._folder)
 
     def take_over(self) -> None:
         """Saves from this process from now on; the others wait for its next step."""
@@ -92,7 +95,7 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_shared(self._folder)
         self._saving: int | None = None
         this = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
@@ -293,6 +296,7 @@ class Checkpoints:
             return
         if self._trouble:
             LOG.warning("checkpoint %d is saved", self._saving)
+        share(self._folder / str(self._saving))  # another user's run deletes it
         self._saving, self._trouble, self._warned = None, "", False
         self._begin_read_back()
 
@@ -397,7 +401,7 @@ class Checkpoints:
         if not unread:
             return
         aside = self._folder.parent / "unreadable"
-        aside.mkdir(exist_ok=True)
+        make_shared(aside)
         for each in unread:
             (self._folder / str(each)).rename(aside / f"{each}-{time.time_ns()}")
         LOG.warning("what could not be read is kept in %s", aside)

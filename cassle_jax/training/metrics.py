@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 from etils import epath
@@ -13,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from cassle_jax.faults import retried
-from cassle_jax.storage import GrowingFile, is_there, read_whole, write_whole
+from cassle_jax.storage import GrowingFile, is_there, make_shared, read_whole, write_whole
 
 
 @runtime_checkable
@@ -90,7 +91,7 @@ class TensorBoard:
     """TensorBoard's events: each with its length, and checksums of both."""
 
     def __init__(self, folder: epath.Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_shared(folder)
         # TensorBoard reads a folder's files in the order of these seconds, so those of a continued
         # run come after the earlier ones, even where the clock was set back.
         before = [re.search(r"tfevents\.(\d+)", each.name) for each in folder.iterdir()]
@@ -123,6 +124,8 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
     for line in read_lines(epath.Path(workdir, "metrics.jsonl")):
         step = line.pop("step")
         for name, value in line.items():
+            if not isinstance(value, Real):  # a power cut leaves anything
+                continue
             curves.setdefault(name, []).append((step, value))
     return curves
 
@@ -140,7 +143,7 @@ def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> lis
     for line in content.split(b"\n"):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [each for each in lines if isinstance(each, dict) and type(each.get(key)) is kind]
 

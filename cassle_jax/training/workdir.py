@@ -19,8 +19,12 @@ from cassle_jax.storage import is_utf8, on_object_store, path_of
 SHARED_FOLDER_SECONDS = 60
 
 
-def known_path(workdir: epath.PathLike) -> epath.Path:
-    """The path; raises ConfigError where no checkpoint can be written, as by an unknown scheme."""
+def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Path:
+    """The path that a setting gives, to write checkpoints in.
+
+    Raises:
+      ConfigError: none can be written there, as by an unknown scheme.
+    """
     if not os.fspath(workdir):
         raise ConfigError("workdir='' names no folder; give one, as in --workdir=runs/first")
     if re.search(r"://|^(gs|s3):/", str(workdir)) and not on_object_store(workdir):
@@ -31,7 +35,7 @@ def known_path(workdir: epath.PathLike) -> epath.Path:
     whole = str(path.resolve())
     if "\\" in whole or not is_utf8(whole):
         raise ConfigError(
-            f"workdir={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
+            f"{setting}={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
             "cannot be written; use a folder without them"
         )
     return path

@@ -466,6 +466,13 @@ def sweep_here(folder, *arguments):
         return run_command("sweep", f"--config={TINY}", f"--to={folder}", *arguments)
 
 
+def test_a_quote_without_its_end_is_told_in_one_line(tmp_path, capsys):
+    code = sweep_here(tmp_path / "none", "--grid=seed=0", "--evaluation=--limit='3")
+    said = "error: evaluation=--limit='3 has a quote without its end\n"
+    assert (code, capsys.readouterr().err) == (2, said)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
     code = sweep_here(tmp_path / "none", "--grid=seed=0,1;conditionin=none")
     said = capsys.readouterr()

@@ -17,7 +17,7 @@ from cassle_jax.evaluate import _held, datasets_in, named_path
 from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
-from cassle_jax.storage import cache_folder, path_of
+from cassle_jax.storage import cache_folder, make_shared, path_of
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep.experiment import run_table
 from cassle_jax.sweep.space import SweepRequest
@@ -58,6 +58,52 @@ def test_a_run_lives_in_a_folder_of_any_name(config, tmp_path, monkeypatch):
     assert os.listdir("runs") == [AWKWARD]  # noqa: PTH208
 
 
+def test_whoever_may_write_to_a_workdir_may_continue_the_run(config, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    workdir.chmod(0o2775)
+    previous = os.umask(0o022)
+    try:
+        pretrain(config, workdir)
+    finally:
+        os.umask(previous)
+    files = [each for each in workdir.glob("**/*") if each.is_file()]
+    files = [each for each in files if each.name != "views.png"]  # the tests draw another
+    assert {"metrics.jsonl", "config.json", "commit_success.txt"} <= {each.name for each in files}
+    assert {oct(each.stat().st_mode & 0o777) for each in files} == {oct(0o664)}
+    inside = [each for each in workdir.rglob("*") if each.is_dir()]
+    assert {"checkpoints", "6", "damaged", "tensorboard"} <= {each.name for each in inside}
+    assert {oct(each.stat().st_mode & 0o7777) for each in inside} == {oct(0o2775)}
+
+
+@pytest.mark.skipif(not Path("/proc/fs").exists(), reason="no folder that not even root writes to")
+def test_a_folder_of_checkpoints_that_takes_no_files_is_told_before_the_first_step(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cassle_jax.training.loop.LAST_SAVE_SECONDS", 0.0)
+    (tmp_path / "checkpoints").symlink_to("/proc/fs")
+    with pytest.raises(ConfigError, match=f"^workdir={tmp_path}/checkpoints cannot be written: "):
+        pretrain(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_folders_get_the_modes_of_the_one_they_are_in_unless_that_is_sticky(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        for modes in (0o700, 0o755, 0o775, 0o1777):
+            outer = tmp_path / oct(modes)
+            outer.mkdir()
+            outer.chmod(modes)
+            make_shared(outer / "a" / "b")
+            made = [(outer / each).stat().st_mode & 0o777 for each in ("a", "a/b")]
+            assert made == [0o750 if modes == 0o1777 else 0o750 | modes] * 2
+    finally:
+        os.umask(previous)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        make_shared(tmp_path / "file")
+
+
 def test_a_leading_tilde_is_the_home_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -92,6 +138,14 @@ def test_a_null_character_is_told_in_one_line(config, tmp_path):
 def test_what_arrays_cannot_be_written_to_is_refused_before_the_first_step(config, tmp_path, name):
     with pytest.raises(ConfigError, match=r"workdir='.*' has a backslash or bytes .* not UTF-8"):
         pretrain(config, tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+    row = Row("a", f"{CONFIGS}/quickstart.py:method=simclr", ("steps=1",))
+    for many in (
+        lambda: run_table(Table("A", "?", (row,), seeds=(0,)), tmp_path / name),
+        lambda: sweep(SweepRequest(f"{CONFIGS}/quickstart.py", grid="seed=0"), tmp_path / name),
+    ):
+        with pytest.raises(ConfigError, match=r"^to='.*' has a backslash or bytes"):
+            many()
     assert not (tmp_path / name).exists()
 
 
