@@ -177,7 +177,7 @@ def earlier(path: Path, measured_on: dict) -> dict[str, list[Row]]:
       ConfigError: the file holds another machine's results, or another workload's, or was written
         when rows did not name their measurement.
     """
-    written = kept_json(path, ("about", "workload", "rows"))
+    written = kept_json(path, {"about": dict, "workload": dict, "rows": list})
     if not written:
         return {}
     for name in ("about", "workload"):

@@ -212,7 +212,9 @@ def share(path: epath.PathLike) -> None:
             return
         for each in (top, *top.rglob("*")):
             own = stat.S_IMODE(each.stat().st_mode)
-            each.chmod(own | (modes if each.is_dir() else modes & 0o666))
+            wanted = own | (modes if each.is_dir() else modes & 0o666)
+            if wanted != own:
+                each.chmod(wanted)
 
 
 def check_writable(flag: str, folder: Path | epath.Path) -> None:
