@@ -260,7 +260,10 @@ def test_reading_back_notices_another_number(tmp_path, monkeypatch):
     checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=2)
     checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0, after_stop=0.0)
     checkpoints.close()
-    for state, problem in ((small_state(1), None), (small_state(2), "step, params, memory of it")):
+    for state, problem in (
+        (small_state(1), None),
+        (small_state(2), "its step, params, memory differ"),
+    ):
         sums = checkpoints_module.checksums(state, {"step": 1})
         sums["data"] = saved["checksums"]["data"]
         read_back = ReadBack(
