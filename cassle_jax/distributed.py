@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -201,6 +202,7 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
         return
     group = _join(arguments, saves_when_stopped)
     try:
+        _check_devices()
         # The first exchange of CPUs waits 30 s for the slowest process, each later one much longer.
         multihost_utils.sync_global_devices("cassle_jax: all have joined")
         yield
@@ -212,6 +214,16 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
         if stop := stop_of(error):
             group.fail(str(stop), stop.code)
         group.fail_after(error)
+
+
+def _check_devices() -> None:
+    """Raises ConfigError unless all processes, which read equal shares, have as many devices."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"the processes have {', '.join(map(str, counts.values()))} devices; give all the same "
+            "number (SLURM: equal --ntasks-per-node and --gpus-per-node on all hosts)"
+        )
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -211,6 +211,8 @@ def share(path: epath.PathLike) -> None:
         if modes & stat.S_ISVTX:
             return
         for each in (top, *top.rglob("*")):
+            if each.is_symlink():  # what it leads to may be private
+                continue
             own = stat.S_IMODE(each.stat().st_mode)
             wanted = own | (modes if each.is_dir() else modes & 0o666)
             if wanted != own:

@@ -30,7 +30,7 @@ from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import GrowingFile, kept_json, open_shared, write_whole
+from cassle_jax.storage import GrowingFile, kept_json, open_shared, share, write_whole
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -461,3 +461,17 @@ def test_files_that_cannot_be_locked_are_used_all_the_same(tmp_path, monkeypatch
     with (tmp_path / JOB_LOCK).open("w") as file:
         failing(monkeypatch, fcntl, "flock", errno.ENOSYS, 1)
         await_turn(file)
+
+
+def test_what_a_link_leads_to_keeps_its_modes(tmp_path):
+    (secret := tmp_path / "secret").write_text("mine")
+    secret.chmod(0o600)
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(0o777)
+    (inside := shared / "inside").mkdir()
+    for folder in (shared, inside):
+        (folder / "link").symlink_to(secret)
+    share(inside)
+    share(shared / "link")
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert inside.stat().st_mode & 0o777 == 0o777

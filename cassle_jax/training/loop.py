@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,7 +96,6 @@ def pretrain(
     """
     workdir = known_path(workdir)
     mesh = device_mesh()
-    _check_devices(mesh)
     source = open_source(config.data, config.data.train_split)
     agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))
@@ -299,16 +298,6 @@ class _Loop:
             self.data_state,
             seconds=seconds,
             after_stop=STOPPING_SAVE_SECONDS,
-        )
-
-
-def _check_devices(mesh: Mesh) -> None:
-    """Raises ConfigError unless all processes, which read equal shares, have as many devices."""
-    counts = Counter(device.process_index for device in mesh.devices.flat)
-    if len(set(counts.values())) > 1:
-        raise ConfigError(
-            f"the processes have {', '.join(map(str, counts.values()))} devices; give all the same "
-            "number (SLURM: equal --ntasks-per-node and --gpus-per-node on all hosts)"
         )
 
 

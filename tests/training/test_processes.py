@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import runtime_arguments
 from cassle_jax.training.metrics import read_lines, read_metrics
 from tests.everyday import everyday
-from tests.training.processes import assert_same, ends, start, steps_saved
+from tests.training.processes import ROOT, assert_same, ends, free_port, start, steps_saved
 
 REPEATS = int(os.environ.get("CASSLE_PROCESS_KILLS", "1"))
 STEPS = "steps=60"
@@ -400,6 +402,28 @@ def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, faili
 def test_a_process_that_compiles_longer_than_the_others_is_waited_for():
     codes, errors = ends(start(40, 2, module="tests.training.run_late"))
     assert codes == [0, 0], errors
+
+
+def test_processes_of_unequal_devices_end_with_one_line():
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.run_late", "0"],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 + index}",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            },
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    codes, errors = ends(processes)
+    assert codes == [2, 2], errors
+    assert all("the processes have 1, 2 devices; give all the same" in each for each in errors)
+    assert not any("Traceback" in each for each in errors), errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
