@@ -203,9 +203,9 @@ def share(path: epath.PathLike) -> None:
     Deleting a folder takes the right to write to it. In a sticky folder, such as `/tmp`, everyone
     keeps to their own.
     """
-    if on_object_store(path):
-        return
     top = Path(os.fspath(path))
+    if on_object_store(path) or top.is_symlink():
+        return
     with contextlib.suppress(OSError):  # a file system without modes
         modes = top.parent.stat().st_mode & (stat.S_ISVTX | 0o777)
         if modes & stat.S_ISVTX:

@@ -473,5 +473,11 @@ def test_what_a_link_leads_to_keeps_its_modes(tmp_path):
         (folder / "link").symlink_to(secret)
     share(inside)
     share(shared / "link")
+    (outside := tmp_path / "outside").mkdir(mode=0o700)
+    (outside / "secret").symlink_to(secret)
+    (file := outside / "file").touch(0o600)
+    (shared / "folder").symlink_to(outside)
+    share(shared / "folder")
+    assert [each.stat().st_mode & 0o777 for each in (outside, file)] == [0o700, 0o600]
     assert secret.stat().st_mode & 0o777 == 0o600
     assert inside.stat().st_mode & 0o777 == 0o777
