@@ -16,13 +16,13 @@ from absl import app, flags
 from benchmarks.contest import one_line
 from benchmarks.isolated import run_isolated
 from benchmarks.linear_evaluation import synthetic_features, timed
+from benchmarks.scaling import IMAGES
 from cassle_jax.evaluation.few_shot import few_shot
 from cassle_jax.evaluation.knn import knn_evaluation
 from cassle_jax.evaluation.linear import PENALTIES
 from cassle_jax.evaluation.spectrum import spectrum
 from cassle_jax.solvers.logistic import fit_logistic
 
-IMAGES = 1_281_167  # in ImageNet-1k's training split
 QUERIES = 1000  # images that k-NN classifies
 
 Call = Callable[[np.ndarray, np.ndarray], object]

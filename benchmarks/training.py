@@ -168,8 +168,8 @@ def _beside_synthetic(measurement: str, work: Workload, ways: dict[str, ConfigDi
 
 
 def synthetic(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
-    """Yields the same batch on the devices forever."""
-    batch = synthetic_batch(config.batch_size, config.data.canvas)
+    """Yields the same batch on the devices of all processes forever."""
+    batch = synthetic_batch(config.batch_size // jax.process_count(), config.data.canvas)
     return itertools.repeat(shard_batch(batch, mesh))
 
 

@@ -13,22 +13,20 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from absl import app, flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks.linear_evaluation import timed
 from benchmarks.scaling import collectives_in, lower_step, optimised
 from benchmarks.training import from_source, steps
-from benchmarks.workload import Workload, synthetic_batch
+from benchmarks.workload import Workload
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.distributed import ADDRESS, COUNT, INDEX, all_processes
-from cassle_jax.parallel import device_mesh, shard_batch
+from cassle_jax.parallel import device_mesh
 
 
 def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds: int) -> dict:
@@ -41,7 +39,7 @@ def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds:
     config.batch_size, config.optimizer.warmup_epochs = local_batch * mesh.size, 0.0
     collectives = collectives_in(optimised(lower_step(config, mesh)))
     work = Workload("", 0, local_batch, "", 0, 0, config.data.canvas, steps_per_round, rounds)
-    ways = {"step": steps(config, work, _resident), "fed": steps(config, work, from_source)}
+    ways = {"step": steps(config, work), "fed": steps(config, work, from_source)}
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, once in ways.items():
@@ -51,14 +49,6 @@ def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds:
         "exchanges": sum(each.times for each in collectives),
         "bytes": sum(each.times * each.bytes for each in collectives),
     }
-
-
-def _resident(config: ConfigDict, mesh: Mesh) -> Iterator[dict]:
-    batch = shard_batch(
-        synthetic_batch(config.batch_size // jax.process_count(), config.data.canvas), mesh
-    )
-    while True:
-        yield batch
 
 
 def run_processes(count: int, arguments: list[str]) -> dict:
@@ -114,7 +104,7 @@ def main(arguments: list[str]) -> None:
         found = run_processes(count, arguments[1:])
         seconds = statistics.median(found["step"])
         alone = alone or seconds
-        sharing = max(1, count / usable_cpus())  # which is no loss
+        sharing = max(1, count / usable_cpus())  # of CPUs: it is no loss of scaling
         outside = statistics.median(1 - np.divide(found["step"], found["fed"]))
         print(
             f"| {count} | {seconds:.3f} | {min(found['step']):.3f}–{max(found['step']):.3f} "
