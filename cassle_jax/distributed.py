@@ -292,12 +292,13 @@ class _ProcessGroup:
         self._client, self._index, self._count = state.client, state.process_id, state.num_processes
         self._said = 0
         self._ending = threading.Lock()
+        self._listeners: list[threading.Thread] = []
         self._death_message = _DeathMessage(
             f"{self} ended abruptly: it was killed, or JAX ended it because another process was; "
             f"{_RESUMABLE}"
         )
         atexit.register(self._leave)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._start(self._listen)
         self.when_stopped(hurry.set)
         if self._index:
             logging.getLogger("cassle_jax").setLevel(logging.WARNING)
@@ -349,7 +350,7 @@ class _ProcessGroup:
                 self._client.blocking_key_value_get(_STOP_KEY, _FOREVER_MILLISECONDS)
                 act()
 
-        threading.Thread(target=listen, daemon=True).start()
+        self._start(listen)
 
     def fail(self, message: str, code: int) -> NoReturn:
         """Ends this process with a failure, and the others with the same one."""
@@ -397,10 +398,16 @@ class _ProcessGroup:
             time.sleep(1)  # JAX aborts processes that still run after the end of process 0
         os._exit(code)
 
+    def _start(self, listen: Callable[[], None]) -> None:
+        self._listeners.append(threading.Thread(target=listen, daemon=True))
+        self._listeners[-1].start()
+
     def _leave(self) -> None:
         with self._ending:
             jax.distributed.shutdown()
             self._death_message.cancel()
+        for each in self._listeners:  # one that returned from native code later would abort Python
+            each.join(_FAILURE_SECONDS)
 
 
 def _initialize(arguments: dict[str, Any]) -> None:

@@ -332,6 +332,28 @@ def test_an_error_of_one_process_ends_it_with_what_it_was(group, capsys, error, 
     assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, ConfigError))
 
 
+def test_no_thread_that_waits_for_the_others_outlives_the_end(group, monkeypatch):
+    """Python aborts a finished run where such a thread comes back while the interpreter ends."""
+    ended = threading.Event()
+
+    class Client:
+        def blocking_key_value_get(self, *_):
+            ended.wait()
+            time.sleep(0.3)
+            raise jax.errors.JaxRuntimeError("CANCELLED: the runtime was shut down")
+
+    group._client, group._listeners = Client(), []
+    group._death_message = SimpleNamespace(cancel=lambda: None)
+    monkeypatch.setattr(distributed, "_FAILURE_SECONDS", 5)
+    monkeypatch.setattr(jax.distributed, "shutdown", ended.set)
+    before = set(threading.enumerate())
+    group._start(group._listen)
+    group.when_stopped(lambda: None)
+    assert len(set(threading.enumerate()) - before) == 2
+    group._leave()
+    assert not set(threading.enumerate()) - before
+
+
 def test_a_runtime_that_does_not_answer_is_an_error_and_no_answer(group):
     def fails(*_):
         raise jax.errors.JaxRuntimeError(reason)
