@@ -9,19 +9,20 @@ import posixpath
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.listing import is_folder
+from cassle_jax.data.listing import CIRCLE, DANGLING, SPECIAL, Skipped, is_folder
 from cassle_jax.data.sources import Record, check_index, content_of_files, digest_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
 
 _CLASS, _JSON = ".cls", ".json"
+_READ = EXTENSIONS | {_CLASS, _JSON}
 _MOST_CLASSES = 1 << 20
 _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
@@ -34,7 +35,7 @@ class TarSource:
 
     Members whose names differ only in their extension belong together: one is the image, and
     `.cls`, or `label` or `cls` in `.json`, has the number of its class, from 0 on. Follows links to
-    other members.
+    other members, and logs those that lead to none.
 
     Attributes:
       name: name of the source.
@@ -60,14 +61,16 @@ class TarSource:
         # Before the index is read. Were the files replaced in between, the cache would keep
         # features of the old images as those of the new files.
         self.content = content_of_files(self._tars)
-        indexed = [_indexed(tar) for tar in self._tars]
+        skipped = Skipped()
+        indexed = [_indexed(tar, skipped) for tar in self._tars]
         self._seen = [version for _, version in indexed]
         found = [(number, *each) for number, (images, _) in enumerate(indexed) for each in images]
         if not found:
             raise DataError(
-                f"data.path: the tar files of {name} hold no images, such as 0001.jpg; the "
-                "extension of a member begins at the first dot of its name"
+                f"data.path: the tar files of {name} hold no images, such as 0001.jpg{skipped}; "
+                "the extension of a member begins at the first dot of its name"
             )
+        skipped.log(name)
         tars, self._members, offsets, sizes, labels = zip(*found, strict=True)
         self._places = np.array([tars, offsets, sizes], np.int64).T
         self.labels = np.array(labels, np.int32)
@@ -154,20 +157,20 @@ def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _indexed(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
+def _indexed(tar: str, skipped: Skipped) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
     """The `_images` of a file, and its `_version` before they were read."""
     check_ends(tar)
     version = _version(os.stat(tar))  # noqa: PTH116
-    return list(_images(tar)), version
+    return list(_images(tar, skipped)), version
 
 
 def _indexed_when_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
     """Like `_indexed`, but waits some seconds for a file that is being written."""
     for seconds in _PAUSES:
         with contextlib.suppress(DataError, FileNotFoundError):
-            return _indexed(tar)
+            return _indexed(tar, Skipped())
         time.sleep(seconds)
-    return _indexed(tar)
+    return _indexed(tar, Skipped())
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -175,37 +178,65 @@ def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(each for each in found if not each.name.startswith("."))
 
 
-def _images(tar: str) -> Iterator[tuple[str, int, int, int]]:
+def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
     """Name, offset, bytes and label of each image; -1 for none."""
-    members: dict[str, dict[str, tarfile.TarInfo]] = {}
+    keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}  # names, and where they lead
     try:
         with tarfile.open(tar, "r:") as file:
-            named = {posixpath.normpath(member.name): member for member in file}
+            named = {_path(member): member for member in file if not _is_own_link(member)}
             _check_end(file)
             for member in file:
                 stem, extension = _split_name(member.name)
-                content = named.get(_target(member)) if _is_link(member) else member
-                if content and content.isfile():
-                    members.setdefault(stem, {})[extension] = content
-            for stem, parts in members.items():
+                content = _content(member, named)
+                if not isinstance(content, str):
+                    keys.setdefault(stem, {})[extension] = member.name, content
+                elif extension in _READ:
+                    skipped.note(content, os.fsencode(f"{tar}/{member.name}"))
+            for stem, parts in keys.items():
                 label = _label(tar, file, stem, parts)
                 for extension in sorted(EXTENSIONS & parts.keys())[:1]:
-                    image = parts[extension]
-                    yield image.name, image.offset_data, image.size, label
+                    own_name, image = parts[extension]  # each link to a damaged image counts
+                    yield own_name, image.offset_data, image.size, label
     except tarfile.TarError as error:
         raise DataError(
             f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
         ) from error
 
 
-def _is_link(member: tarfile.TarInfo) -> bool:
-    return member.issym() or member.islnk()
+def _content(
+    member: tarfile.TarInfo, named: Mapping[str, tarfile.TarInfo]
+) -> tarfile.TarInfo | str:
+    """The file that a member is, or that its links lead to; or the kind of what is there instead.
+
+    Args:
+      member: the member.
+      named: all members by path.
+    """
+    passed = set()
+    while member.issym() or member.islnk():
+        target = _target(member)
+        if target in passed:
+            return CIRCLE
+        if target not in named:
+            return DANGLING
+        passed.add(target)
+        member = named[target]
+    return member if member.isfile() else SPECIAL
+
+
+def _path(member: tarfile.TarInfo) -> str:
+    return posixpath.normpath(member.name)
 
 
 def _target(link: tarfile.TarInfo) -> str:
-    """The name of the member that a link leads to; a symbolic one begins at its own folder."""
+    """The path that a link leads to; a symbolic one begins at its own folder."""
     folder = posixpath.dirname(link.name) if link.issym() else ""
     return posixpath.normpath(posixpath.join(folder, link.linkname))
+
+
+def _is_own_link(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a hard link to its own path: tar was given a file twice."""
+    return member.islnk() and _target(member) == _path(member)
 
 
 def _check_end(file: tarfile.TarFile) -> None:
@@ -223,9 +254,11 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, (dot + extension).lower()
 
 
-def _label(tar: str, file: tarfile.TarFile, stem: str, parts: dict[str, tarfile.TarInfo]) -> int:
+def _label(
+    tar: str, file: tarfile.TarFile, stem: str, parts: Mapping[str, tuple[str, tarfile.TarInfo]]
+) -> int:
     """The class number of an image; -1 for none."""
-    note = parts.get(_CLASS) or parts.get(_JSON)
+    _, note = parts.get(_CLASS) or parts.get(_JSON) or (None, None)
     if note is None or note.size > _LARGEST_NOTE:
         return -1
     text = file.extractfile(note).read()

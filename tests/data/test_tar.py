@@ -129,22 +129,53 @@ def test_no_image_is_left_out_where_a_tar_is_not_whole(tmp_path, settings, image
         open_source(settings(source="webdataset", path=str(tmp_path)), "train")
 
 
+def write_links(path, members):
+    """Writes a tar of files, as bytes, and of links, as their kind and target."""
+    with tarfile.open(path, "w") as file:
+        for name, what in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(what, bytes):
+                member.size = len(what)
+                file.addfile(member, io.BytesIO(what))
+            else:
+                member.type, member.linkname = what
+                file.addfile(member)
+
+
 @pytest.mark.parametrize("folder", ["", "./", "d/"])
-def test_links_in_a_tar_are_followed(tmp_path, settings, image_bytes, folder):
-    content = image_bytes(1)
-    with tarfile.open(tmp_path / "train.tar", "w") as file:
-        for name, kind, target in (
-            ("0.png", tarfile.REGTYPE, ""),
-            ("1.png", tarfile.SYMTYPE, "0.png"),
-            ("2.png", tarfile.LNKTYPE, f"{folder}0.png"),
-            ("3.png", tarfile.SYMTYPE, "nowhere.png"),
-        ):
-            member = tarfile.TarInfo(folder + name)
-            member.type, member.linkname = kind, target
-            member.size = len(content) if kind == tarfile.REGTYPE else 0
-            file.addfile(member, io.BytesIO(content))
+def test_links_in_a_tar_are_followed(tmp_path, settings, image_bytes, caplog, folder):
+    content, soft, hard = image_bytes(1), tarfile.SYMTYPE, tarfile.LNKTYPE
+    members = [
+        ("0.png", content),
+        ("1.png", (soft, "0.png")),
+        ("2.png", (hard, f"{folder}0.png")),
+        ("3.png", (soft, "2.png")),  # a link to a link
+        ("4.png", (hard, f"{folder}3.png")),
+        ("0.png", (hard, f"{folder}0.png")),  # tar was given the file twice
+        ("5.png", (soft, "nowhere.png")),
+        ("6.png", (soft, "5.png")),
+        ("7.png", (soft, "8.png")),
+        ("8.png", (soft, "7.png")),
+        ("9.png", (tarfile.FIFOTYPE, "")),
+        ("readme", (soft, "nowhere")),  # of no interest
+    ]
+    write_links(tmp_path / "train.tar", [(folder + name, what) for name, what in members])
     source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
-    assert [source[index].image for index in range(len(source))] == [content] * 3
+    assert [source[index].image for index in range(len(source))] == [content] * 5
+    names = [source[index].name.rpartition("/")[2] for index in range(len(source))]
+    assert names == [f"{number}.png" for number in range(5)]  # so each counts, if it is damaged
+    for left_out in (
+        f"skipped 2: a dangling link, such as '{tmp_path}/train.tar/{folder}5.png'",
+        f"skipped 2: a link in a circle, such as '{tmp_path}/train.tar/{folder}7.png'",
+        f"skipped 1: neither file nor folder, such as '{tmp_path}/train.tar/{folder}9.png'",
+    ):
+        assert left_out in caplog.text
+
+
+def test_links_to_nowhere_are_named_where_there_are_no_images(tmp_path, settings):
+    write_links(tmp_path / "train.tar", [("0.png", (tarfile.SYMTYPE, "../elsewhere/0.png"))])
+    with pytest.raises(DataError, match=r"hold no images.* \(skipped: 1: a dangling link, such as"):
+        open_source(settings(source="webdataset", path=str(tmp_path)), "train")
 
 
 def test_what_macos_leaves_beside_a_tar_is_no_tar(tars, settings):
