@@ -158,7 +158,7 @@ def read_surely(path: epath.PathLike) -> bytes:
 
 
 def open_shared(path: epath.PathLike, flags: int) -> int:
-    """Opens a local file for writing, made with its folder's modes: who may write there may here.
+    """Opens a local file for writing, made with the modes that `share` adds.
 
     An `opener` of `open`. See also `check_ends`.
 
@@ -176,39 +176,51 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
         check_ends(path)
         return os.open(path, flags, 0o666)
     with contextlib.suppress(OSError):  # a file system without modes
-        os.fchmod(made, Path(os.fspath(path)).parent.stat().st_mode & 0o666)
+        wanted = stat.S_IMODE(os.fstat(made).st_mode)
+        os.fchmod(made, wanted | _given_in(Path(os.fspath(path)).parent) & 0o666)
     return made
 
 
 def make_shared(folder: epath.PathLike) -> None:
-    """Makes a folder inside another one, where it is missing; see `share`.
+    """Makes a folder, and those it lies in, where they are missing; see `share`.
 
     Raises:
       OSError: it cannot be made, or a file is in its place.
     """
-    made = epath.Path(folder)
-    if made.is_dir():
+    if on_object_store(folder):
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
         return
-    if on_object_store(made):
-        made.mkdir(parents=True, exist_ok=True)
+    made = Path(os.fspath(folder))
+    if _is_folder(made):
         return
-    make_shared(made.parent)
-    made.mkdir(exist_ok=True)  # another process may be quicker
+    if not is_there(made.parent):
+        make_shared(made.parent)
+    try:
+        made.mkdir()
+    except FileExistsError:
+        if not _is_folder(made):
+            raise
+        return  # another process was quicker
     share(made)
 
 
-def share(path: epath.PathLike) -> None:
-    """Adds the modes of a file's or folder's own folder: who may write there may here, and inside.
+def _is_folder(path: Path) -> bool:
+    """Whether a local path is a folder; raises OSError where it cannot be found out."""
+    return is_there(path) and path.is_dir()
 
-    Deleting a folder takes the right to write to it. In a sticky folder, such as `/tmp`, everyone
-    keeps to their own.
+
+def share(path: epath.PathLike) -> None:
+    """Lets those who may write to a file's or folder's own folder write here, and inside, too.
+
+    Deleting a folder takes the right to write to it. Nothing is added for others, nor in a sticky
+    folder, such as `/tmp`, where everyone keeps to their own.
     """
     top = Path(os.fspath(path))
     if on_object_store(path) or top.is_symlink():
         return
     with contextlib.suppress(OSError):  # a file system without modes
-        modes = top.parent.stat().st_mode & (stat.S_ISVTX | 0o777)
-        if modes & stat.S_ISVTX:
+        modes = _given_in(top.parent)
+        if not modes:
             return
         for each in (top, *top.rglob("*")):
             if each.is_symlink():  # what it leads to may be private
@@ -219,11 +231,20 @@ def share(path: epath.PathLike) -> None:
                 each.chmod(wanted)
 
 
+def _given_in(folder: Path) -> int:
+    """What a folder permits, of its group and of all others, to those of them who may write."""
+    modes = folder.stat().st_mode
+    if modes & stat.S_ISVTX:
+        return 0
+    may_write = [each for each in (stat.S_IRWXG, stat.S_IRWXO) if modes & each & 0o222]
+    return modes & sum(may_write)
+
+
 def check_writable(flag: str, folder: Path | epath.Path) -> None:
     """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_shared(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
 

@@ -28,7 +28,7 @@ from cassle_jax.data.sources import (
     closest,
     read_class_list,
 )
-from cassle_jax.storage import cache_folder, open_to_read, path_of, written_whole
+from cassle_jax.storage import cache_folder, make_shared, open_to_read, path_of, written_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ def _cached_numbers(
 def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
     """Writes numbers, and deletes those of earlier contents of the same files."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_shared(path.parent)
         with written_whole(path) as file:
             np.save(file, numbers)
         stem = glob.escape(path.stem.rpartition("-")[0])

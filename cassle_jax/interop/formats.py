@@ -20,7 +20,7 @@ from cassle_jax.interop.naming import to_detectron2, to_dinov2, to_timm, to_torc
 from cassle_jax.interop.pytorch import State
 from cassle_jax.interop.torch_file import write_detectron2
 from cassle_jax.interop.weights import Weights
-from cassle_jax.storage import write_whole, written_whole
+from cassle_jax.storage import make_shared, write_whole, written_whole
 
 Card = Mapping[str, Any]
 
@@ -78,7 +78,7 @@ def _write_torchvision(weights: Weights, _: Architecture, card: Card, folder: Pa
 
 
 def _write_timm(weights: Weights, architecture: Architecture, card: Card, folder: Path) -> None:
-    (folder / "timm").mkdir(exist_ok=True)
+    make_shared(folder / "timm")
     save_safetensors(to_timm(weights.encoder), folder / "timm" / "model.safetensors", card)
     config = json.dumps(timm_config(architecture, card), indent=2)
     write_whole(folder / "timm" / "config.json", config)

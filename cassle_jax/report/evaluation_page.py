@@ -42,7 +42,7 @@ from cassle_jax.report.overview_table import (
 )
 from cassle_jax.report.page import html_page, paragraphs_html
 from cassle_jax.report.table import cell_text, decimals_of
-from cassle_jax.storage import read_surely, write_whole
+from cassle_jax.storage import make_shared, read_surely, write_whole
 
 Facts = Mapping[str, Mapping[str, object]]
 Parts = Mapping[str, Sequence[Sequence[tuple[str, int]]]]
@@ -116,7 +116,7 @@ def write_report(
     texts = (question if complete else f"INCOMPLETE. {question}".strip(), summary)
     page = _page(subjects, title, texts, provenance, pairing)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_shared(folder)
     write_whole(folder / HTML, page)
     write_whole(folder / CSV, _csv(subjects))
     summary = "\n\n".join(filter(None, (question, summary)))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from cassle_jax.report.palette import FAINT, INK, VIEW_1, VIEW_2, run_colours
 from cassle_jax.report.table import Table, cell_text
-from cassle_jax.storage import write_whole
+from cassle_jax.storage import make_shared, write_whole
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """(step, value) in order, by run."""
@@ -72,7 +72,7 @@ def save_png(figure: Figure, path: PathLike[str] | str) -> None:
     """
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_shared(epath.Path(path).parent)
     write_whole(path, drawn.getvalue())
 
 

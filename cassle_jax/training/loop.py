@@ -32,7 +32,7 @@ from cassle_jax.faults import Outage, hurry, reason_of
 from cassle_jax.lock import folder_held
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
-from cassle_jax.storage import is_there
+from cassle_jax.storage import is_there, make_shared
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import MEASURED, OnlineProbe
@@ -454,7 +454,7 @@ def _mend_workdir(
         if is_there(workdir / "config.json"):
             return
         LOG.warning("workdir=%s was deleted; the run continues and creates it again", workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_shared(workdir)
         with contextlib.suppress(ConfigError):  # this run still holds it
             opened.enter_context(folder_held(workdir))
         write_config(config, workdir)

@@ -13,7 +13,7 @@ from etils import epath
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import reason_of, retried
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import is_utf8, on_object_store, path_of
+from cassle_jax.storage import is_utf8, make_shared, on_object_store, path_of
 
 # The longest time until one host sees what another has written to a shared folder.
 SHARED_FOLDER_SECONDS = 60
@@ -62,7 +62,7 @@ def workdir_held(workdir: epath.Path, holder: str) -> Iterator[None]:
       Outage: it cannot be written for now.
     """
     with contextlib.ExitStack() as held:
-        written(workdir, lambda: workdir.mkdir(parents=True, exist_ok=True))
+        written(workdir, lambda: make_shared(workdir))
         written(workdir, lambda: held.enter_context(folder_held(workdir, holder=holder)))
         yield
 

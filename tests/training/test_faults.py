@@ -735,9 +735,11 @@ def test_a_workdir_that_is_deleted_is_made_anew_with_all_that_evaluation_needs(
     config, whole, tmp_path, at_step, caplog
 ):
     workdir = tmp_path / "run"
+    tmp_path.chmod(0o777)
     at_step[10] = once_saved(workdir, 5, lambda: shutil.rmtree(workdir))
     assert_identical(pretrain(config, workdir), whole[1])
     assert caplog.text.count("was deleted") == 1
+    assert oct(workdir.stat().st_mode & 0o777) == oct(0o777)
     assert read_config(workdir).to_dict() == json.loads(json.dumps(config.to_dict()))
     assert read_run(workdir).card["step"] == config.steps
     assert "in use" not in caplog.text

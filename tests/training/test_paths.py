@@ -87,21 +87,11 @@ def test_a_folder_of_checkpoints_that_takes_no_files_is_told_before_the_first_st
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_folders_get_the_modes_of_the_one_they_are_in_unless_that_is_sticky(tmp_path):
-    previous = os.umask(0o027)
-    try:
-        for modes in (0o700, 0o755, 0o775, 0o1777):
-            outer = tmp_path / oct(modes)
-            outer.mkdir()
-            outer.chmod(modes)
-            make_shared(outer / "a" / "b")
-            made = [(outer / each).stat().st_mode & 0o777 for each in ("a", "a/b")]
-            assert made == [0o750 if modes == 0o1777 else 0o750 | modes] * 2
-    finally:
-        os.umask(previous)
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        make_shared(tmp_path / "file")
+    for folder in ("file", "file/a"):
+        with pytest.raises(OSError, match="file"):
+            make_shared(tmp_path / folder)
 
 
 def test_a_leading_tilde_is_the_home_folder(config, tmp_path, monkeypatch):
