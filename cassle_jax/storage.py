@@ -129,9 +129,11 @@ def _open_ending(path: str, flags: int) -> int:
         # Without waiting for a pipe's writer; a file's reads wait as ever.
         descriptor = os.open(path, flags | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device that is gone
+        if error.errno in (errno.ENXIO, errno.EAGAIN):  # a socket, or a device that is gone
             check_ends(path)
-        raise
+        if error.errno != errno.EAGAIN:
+            raise
+        descriptor = os.open(path, flags)  # waits until the holder of a lease gives the file up
     try:
         check_ends(path, os.fstat(descriptor))
     except OSError:

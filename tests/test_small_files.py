@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import GrowingFile, kept_json, open_shared, share, write_whole
+from cassle_jax.storage import GrowingFile, kept_json, open_shared, read_whole, share, write_whole
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -208,6 +210,32 @@ def test_whoever_may_write_to_the_folder_may_write_to_its_files(tmp_path, name):
     finally:
         os.umask(previous)
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o664
+
+
+def test_a_file_is_waited_for_whose_server_or_reader_has_a_lease_on_it(tmp_path):
+    (file := tmp_path / "config.json").write_text("{}")
+    leased = os.open(file, os.O_RDWR)
+    asked = threading.Event()
+    previous = signal.signal(signal.SIGIO, lambda *_: asked.set())
+
+    def give_up():
+        asked.wait(60)
+        time.sleep(0.2)
+        os.close(leased)
+
+    giving = threading.Thread(target=give_up)
+    try:
+        try:
+            fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            pytest.skip(f"no leases here: {error}")
+        giving.start()
+        assert read_whole(file) == b"{}"
+        assert asked.is_set()
+    finally:
+        asked.set()
+        signal.signal(signal.SIGIO, previous)
+    giving.join()
 
 
 # --- out of reach for now, and for good
