@@ -25,6 +25,9 @@ Parts = Sequence[Float[Array | np.ndarray, "_ _"]]
 
 _QUERY_ROWS = 8192
 _SEARCH_ROWS = 1024
+# Blocks are whole tiles of a matrix product. What is left of a tile may be summed in another order,
+# which would make equal rows differ by their rounding.
+_TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def _search(
     """The nearest rows to each query of one block, and their similarities."""
     queries, own_rows = unit_length(jnp.asarray(queries)), jnp.asarray(own_rows)
     size = max(k, min(_SEARCH_ROWS, max(map(len, parts))))  # so that top_k can find k
+    size += -size % _TILE_ROWS
     found = (
         jnp.zeros((len(queries), k), jnp.int32),
         jnp.full((len(queries), k), -jnp.inf, jnp.float32),

@@ -45,6 +45,13 @@ def test_a_query_does_not_find_itself(k, small_blocks):
     assert mixed.rows.tolist() == [[0, 1], [0, 2]]
 
 
+@pytest.mark.parametrize(("rows", "width"), [(100, 129), (100, 512), (1030, 37)])
+def test_copies_of_an_image_are_found_in_their_order(rows, width):
+    copies = np.tile(points(1, seed=3, width=width), (rows, 1))
+    found = nearest(copies[:5], copies, 3)
+    np.testing.assert_array_equal(found.rows, np.tile([0, 1, 2], (5, 1)))
+
+
 @pytest.mark.parametrize("lengths", [(150,), (64, 86), (3, 147), (149, 1)])
 def test_rows_in_several_parts_are_those_of_one(lengths, small_blocks):
     queries, rows = points(70, seed=1), points(150, seed=2)
