@@ -111,6 +111,13 @@ def _shared_programs():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _drawn_once():
+    from tests.drawn_once import draw_once
+
+    draw_once()
+
+
 @pytest.fixture(autouse=True)
 def _no_end():
     """A command that ends has the rest of its process wait for no storage, and heed no SIGTERM."""

@@ -9,6 +9,14 @@ import pytest
 from PIL import Image
 
 from cassle_jax.data.decode import MAX_PIXELS
+from tests.drawn_once import ANEW
+
+
+@pytest.fixture(autouse=True)
+def _drawn_anew(monkeypatch):
+    """Here the drawing itself is tested."""
+    for family, draw in ANEW.items():
+        monkeypatch.setattr(family, "draw", staticmethod(draw))
 
 
 def _image_bytes(seed: int, height: int = 20, width: int = 24, form: str = "PNG") -> bytes:
