@@ -16,7 +16,7 @@ from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.findings import Failure, Score
 from cassle_jax.evaluation.protocols import PROTOCOLS
 from cassle_jax.faults import Outage
-from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.parallel import device_mesh
 from cassle_jax.report.evaluation_page import is_complete, read_report
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
@@ -24,6 +24,7 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import write_config
 from tests.commands import run_command
 from tests.interop.states import encoder_state
+from tests.states import filled_state
 from tests.tiny import tiny_config
 
 SMALL = {"analysed": 32}
@@ -34,7 +35,7 @@ def workdir_of(folder, spoil=lambda params: params):
     config = tiny_config("method=byol")
     config.encoder.name, config.encoder.width, config.encoder.small_images = "resnet18", 2, True
     mesh = device_mesh(jax.devices()[:1])
-    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    state = filled_state(build_run(config, mesh, 64), mesh)
     folder.mkdir(exist_ok=True)
     write_config(config, folder)
     checkpoints = Checkpoints(folder, keep=1)

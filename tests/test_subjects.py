@@ -16,13 +16,14 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.methods import METHODS, ViewBatch
-from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.parallel import device_mesh
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import write_config
 from cassle_jax.training.start_records import record_start
+from tests.states import filled_state
 from tests.tiny import tiny_config
 
 
@@ -32,7 +33,7 @@ def run(tmp_path_factory):
     config = tiny_config("method=byol,augself=main")
     config.encoder.name, config.encoder.width, config.encoder.small_images = "resnet18", 2, True
     mesh = device_mesh(jax.devices()[:1])
-    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    state = filled_state(build_run(config, mesh, 64), mesh)
     workdir = tmp_path_factory.mktemp("byol")
     write_config(config, workdir)
     checkpoints = Checkpoints(workdir, keep=1)

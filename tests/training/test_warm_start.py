@@ -12,10 +12,11 @@ from cassle_jax.interop.naming import to_dinov2
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.models import make_encoder
-from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
 from cassle_jax.training.warm_start import warm_started
 from tests.interop.states import assert_same, encoder_state, filled
+from tests.states import filled_state
 from tests.tiny import tiny_config
 
 
@@ -30,15 +31,10 @@ def config_of(**settings):
 
 @pytest.fixture(scope="module")
 def first_states():
-    """The first states of two runs that differ in their seed."""
+    """The states of two runs before their first steps, which differ in every array."""
     mesh = device_mesh()
-
-    def first(seed):
-        config = config_of()
-        config.seed = seed
-        return on_every_device(build_run(config, mesh, 64).initial_state, mesh)
-
-    return first(0), first(1)
+    run = build_run(config_of(), mesh, 64)
+    return filled_state(run, mesh, seed=0), filled_state(run, mesh, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +111,7 @@ def test_heads_of_another_stage_are_refused_though_their_arrays_fit(tmp_path):
     config = config_of()
     config.encoder.update(name="vit_small", width=24, small_images=False, patch_size=8)
     mesh = device_mesh(jax.devices()[:1])
-    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    state = filled_state(build_run(config, mesh, 64), mesh)
     encoder, paths = make_encoder(**config.encoder), {}
     weights = weights_of({"params": state.params, "batch_stats": state.batch_stats}).flat()
     for stage in (3, 12):
@@ -180,7 +176,7 @@ def test_a_vit_of_other_options_is_refused_with_the_settings_that_fit(tmp_path):
     with pytest.raises(ConfigError, match=use):
         warm_started(first_state(), settings, make_encoder(**config.encoder))
     first_state(**options)
-    state = on_every_device(build_run(config, mesh, 64).initial_state, mesh)
+    state = filled_state(build_run(config, mesh, 64), mesh)
     started = warm_started(state, settings, make_encoder(**config.encoder))
     assert_same(
         encoder_to_pytorch({"params": started.params["encoder"]}), encoder_to_pytorch(encoder)
