@@ -27,6 +27,7 @@ LOG = logging.getLogger(__name__)
 OBJECT_STORES = ("gs", "s3")
 
 PARTIAL = ".partial"  # ending of the names of unfinished files
+_MOUNTS: set[Path] = set()  # file systems on which this process made a folder, or found one
 _DEAD_AFTER = 3600.0  # seconds without a new byte after which the writer counts as killed
 
 
@@ -187,7 +188,8 @@ def make_shared(folder: epath.PathLike) -> None:
     """Makes a folder, and those it lies in, where they are missing; see `share`.
 
     Raises:
-      OSError: it cannot be made, or a file is in its place.
+      OSError: it cannot be made, or a file is in its place; ENODEV where a file system on which
+        this process made a folder is not mounted now: the folder would hide what lies there.
     """
     if on_object_store(folder):
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -210,6 +212,7 @@ def _is_folder(path: Path) -> bool:
     """Whether a local path is a folder; raises OSError where it cannot be found out."""
     return is_there(path) and path.is_dir()
 
+    _check_mounted(made.resolve())
 
 def share(path: epath.PathLike) -> None:
     """Lets those who may write to a file's or folder's own folder write here, and inside, too.
@@ -223,6 +226,14 @@ def share(path: epath.PathLike) -> None:
     with contextlib.suppress(OSError):  # a file system without modes
         modes = _given_in(top.parent)
         if not modes:
+def _check_mounted(folder: Path) -> None:
+    """Raises OSError, of ENODEV, where a file system is gone; remembers the one there is now."""
+    for mount in tuple(_MOUNTS):
+        if folder.is_relative_to(mount) and not os.path.ismount(mount):
+            raise OSError(errno.ENODEV, f"{mount} is not mounted any more", str(folder))
+    _MOUNTS.add(next(each for each in (folder, *folder.parents) if os.path.ismount(each)))
+
+
             return
         for each in (top, *top.rglob("*")):
             if each.is_symlink():  # what it leads to may be private

@@ -32,7 +32,16 @@ from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
-from cassle_jax.storage import GrowingFile, kept_json, open_shared, read_whole, share, write_whole
+from cassle_jax.storage import (
+    GrowingFile,
+    check_writable,
+    kept_json,
+    make_shared,
+    open_shared,
+    read_whole,
+    share,
+    write_whole,
+)
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import read_plan
@@ -368,6 +377,32 @@ def test_settings_of_a_newer_version_are_said_to_be_unknown():
     assert changes(newer, config) == {
         "encoder.shiny": "encoder.shiny, which is unknown here, was 'yes'"
     }
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: make_shared(folder),
+        lambda folder: check_writable("to", folder),
+        lambda folder: write_report(folder, {"a": [[Score("knn", "x", "accuracy", 0.5)]]}),
+        lambda folder: GrowingFile(epath.Path(folder / "lines")).append(b"1"),
+    ],
+)
+def test_no_folder_takes_the_place_of_a_file_system_that_is_gone(tmp_path, monkeypatch, write):
+    mounts = {"/", str(tmp_path / "mount")}
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) in mounts)
+    folder = tmp_path / "mount" / "deep" / "er"
+    write(folder)
+    shutil.rmtree(tmp_path / "mount" / "deep")
+    write(folder)  # deleted, and made again
+    mounts.remove(str(tmp_path / "mount"))
+    for vanished in ("deep", ""):
+        shutil.rmtree(tmp_path / "mount" / vanished)
+        with contextlib.suppress(OSError, faults.Outage):
+            write(folder)
+        assert not folder.exists() and not (tmp_path / "mount" / "deep").exists()
+    mounts.add(str(tmp_path / "mount"))
+    write(folder)
 
 
 # --- files that a command may write no longer

@@ -274,6 +274,7 @@ class Checkpoints:
             return
         self._saving = step
         try:
+            make_shared(self._folder)  # Orbax would, also where its file system is gone
             self._check_room(state)
             self._manager.save(
                 step,

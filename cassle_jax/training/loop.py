@@ -453,8 +453,8 @@ def _mend_workdir(
     try:
         if is_there(workdir / "config.json"):
             return
-        LOG.warning("workdir=%s was deleted; the run continues and creates it again", workdir)
         make_shared(workdir)
+        LOG.warning("workdir=%s was deleted; the run continues and creates it again", workdir)
         with contextlib.suppress(ConfigError):  # this run still holds it
             opened.enter_context(folder_held(workdir))
         write_config(config, workdir)

@@ -745,6 +745,34 @@ def test_a_workdir_that_is_deleted_is_made_anew_with_all_that_evaluation_needs(
     assert "in use" not in caplog.text
 
 
+def test_a_file_system_that_is_gone_for_a_time_is_not_replaced_by_a_folder(
+    config, whole, tmp_path, at_step, caplog, monkeypatch
+):
+    mount, elsewhere = tmp_path / "mount", tmp_path / "elsewhere"
+    (workdir := mount / "runs" / "one").mkdir(parents=True)
+    (mount / "mounted").touch()
+    monkeypatch.setattr(
+        "os.path.ismount", lambda path: str(path) == "/" or Path(path, "mounted").exists()
+    )
+
+    def gone():
+        mount.rename(elsewhere)
+        mount.mkdir()
+
+    def there_again():
+        mount.rmdir()  # it is empty
+        elsewhere.rename(mount)
+
+    monkeypatch.setattr(loop_module, "LAST_SAVE_SECONDS", 20.0)
+    at_step[10] = once_saved(workdir, 5, gone)
+    at_step[20] = there_again
+    assert_identical(pretrain(config, workdir), whole[1])
+    assert read_metrics(workdir)["loss"] == read_metrics(whole[0])["loss"]
+    assert read_run(workdir).card["step"] == config.steps
+    assert f"cannot be written for now: {mount} is not mounted any more" in caplog.text
+    assert "was deleted" not in caplog.text
+
+
 def test_records_that_become_unreadable_lose_no_step(of_records, tmp_path, at_step):
     config, files = of_records
     config.checkpoint.every_steps = 100
