@@ -105,8 +105,8 @@ class FeatureStore:
         self.limit, self._threads = limit, threads
         self._fingerprint = subject.fingerprint()
         self._cache = FeatureCache(folder, cache_gib) if folder else None
-        # Of the damaged images, by source: what several protocols read is logged once.
-        self._accounts: dict[tuple[str, int], DamagedLog] = {}
+        # By description of the source: what several protocols read is logged once.
+        self._damaged: dict[str, DamagedLog] = {}
         self._extract = feature_extractor(
             subject.networks, subject.spec, subject.conditioning.neutral, mesh
         )
@@ -179,7 +179,7 @@ class FeatureStore:
         return evaluation_batches(
             source,
             batch=self.batch,
-            damaged=self._accounts.setdefault((source.name, len(source)), tolerant_log(source)),
+            damaged=self._damaged.setdefault(repr(described(source)), tolerant_log(source)),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=self._threads,

@@ -152,6 +152,20 @@ def test_a_damaged_image_is_reported_once_however_often_it_is_read(tmp_path, cap
     assert caplog.text.count("damaged image") == 1
 
 
+def test_images_of_one_source_do_not_count_as_those_of_another_of_its_name(tmp_path):
+    for index in range(20):
+        file = tmp_path / "train" / "a" / f"{index:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(file)
+        if index % 10 == 0:
+            file.write_bytes(b"")
+    whole = open_folder(str(tmp_path), "train")
+    features = FeatureStore(colour_subject(), devices(1), batch=2)
+    for first in (0, 10):  # each has one damaged image, which is tolerated
+        part = Part(whole, np.arange(first, first + 10), "part")
+        assert len(features(part).features) == 9
+
+
 def test_what_reads_images_itself_reads_those_whose_features_there_are():
     source = Motifs(16, size=16)
     of_four = FeatureStore(colour_subject(), devices(1), batch=4, limit=4)
