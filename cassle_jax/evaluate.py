@@ -92,6 +92,8 @@ def evaluate_command(
     check_names((), tasks)
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
+    folder = local_folder("cache", cache) if cache else None
+    local_folder("to", to)
     values = parsed_settings(settings)
     extraction, of_protocols = checked_settings(values)
     check_at_least("cache_gib", cache_gib, 0)
@@ -108,7 +110,7 @@ def evaluate_command(
         FeatureStore,
         mesh=mesh,
         batch=extraction.batch,
-        folder=local_folder("cache", cache) if cache else None,
+        folder=folder,
         cache_gib=cache_gib,
         limit=limit,
     )

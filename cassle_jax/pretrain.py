@@ -14,7 +14,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.distributed import all_processes
 from cassle_jax.faults import FULL, passing
-from cassle_jax.storage import cache_folder, is_utf8, path_of
+from cassle_jax.storage import cache_folder, check_no_file, is_utf8, path_of
 from cassle_jax.training.checkpoints import NotSaved
 from cassle_jax.training.idle import idle_settings
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
@@ -72,6 +72,8 @@ def set_up_devices(config: ConfigDict) -> None:
                 f"compilation_cache={str(cache)!r} has bytes that are not UTF-8; use another, "
                 "or '' for none"
             )
+        if cache:
+            check_no_file("compilation_cache", cache)
         jax.config.update("jax_compilation_cache_dir", str(cache) if cache else None)
 
 

@@ -56,11 +56,28 @@ def local_folder(flag: str, written: epath.PathLike) -> Path:
     """The local folder that a flag gives, to write to.
 
     Raises:
-      ConfigError: it is empty or on an object store, or see `path_of`.
+      ConfigError: it is empty or on an object store, or see `path_of` and `check_no_file`.
     """
     if not os.fspath(written) or on_object_store(written):
         raise ConfigError(f"{flag}={written} is no local folder; give the one to write to")
+    check_no_file(flag, path_of(written))
     return Path(path_of(written))
+
+
+def check_no_file(setting: str, folder: epath.PathLike) -> None:
+    """Raises ConfigError where a file or device is in a folder's place, or where it would lie."""
+    if on_object_store(folder):
+        return
+    for each in (path := Path(os.fspath(folder)), *path.parents):
+        with contextlib.suppress(OSError):  # what is out of reach is waited for later
+            if not is_there(each):
+                continue
+            if not each.is_dir():
+                what = "a file" if each.is_file() else "a pipe or a device"
+                raise ConfigError(
+                    f"{setting}={folder} is no folder: {each} is {what}; use another path"
+                )
+        return
 
 
 def cache_folder() -> Path:
@@ -195,6 +212,7 @@ def make_shared(folder: epath.PathLike) -> None:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         return
     made = Path(os.fspath(folder))
+    _check_mounted(made.resolve())
     if _is_folder(made):
         return
     if not is_there(made.parent):
@@ -208,11 +226,18 @@ def make_shared(folder: epath.PathLike) -> None:
     share(made)
 
 
+def _check_mounted(folder: Path) -> None:
+    """Raises OSError, of ENODEV, where a file system is gone; remembers the one there is now."""
+    for mount in tuple(_MOUNTS):
+        if folder.is_relative_to(mount) and not os.path.ismount(mount):
+            raise OSError(errno.ENODEV, f"{mount} is not mounted any more", str(folder))
+    _MOUNTS.add(next(each for each in (folder, *folder.parents) if os.path.ismount(each)))
+
+
 def _is_folder(path: Path) -> bool:
     """Whether a local path is a folder; raises OSError where it cannot be found out."""
     return is_there(path) and path.is_dir()
 
-    _check_mounted(made.resolve())
 
 def share(path: epath.PathLike) -> None:
     """Lets those who may write to a file's or folder's own folder write here, and inside, too.
@@ -226,14 +251,6 @@ def share(path: epath.PathLike) -> None:
     with contextlib.suppress(OSError):  # a file system without modes
         modes = _given_in(top.parent)
         if not modes:
-def _check_mounted(folder: Path) -> None:
-    """Raises OSError, of ENODEV, where a file system is gone; remembers the one there is now."""
-    for mount in tuple(_MOUNTS):
-        if folder.is_relative_to(mount) and not os.path.ismount(mount):
-            raise OSError(errno.ENODEV, f"{mount} is not mounted any more", str(folder))
-    _MOUNTS.add(next(each for each in (folder, *folder.parents) if os.path.ismount(each)))
-
-
             return
         for each in (top, *top.rglob("*")):
             if each.is_symlink():  # what it leads to may be private

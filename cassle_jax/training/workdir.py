@@ -13,7 +13,7 @@ from etils import epath
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import reason_of, retried
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import is_utf8, make_shared, on_object_store, path_of
+from cassle_jax.storage import check_no_file, is_utf8, make_shared, on_object_store, path_of
 
 # The longest time until one host sees what another has written to a shared folder.
 SHARED_FOLDER_SECONDS = 60
@@ -32,6 +32,7 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
             f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
     path = path_of(workdir)
+    check_no_file(setting, path)
     whole = str(path.resolve())
     if "\\" in whole or not is_utf8(whole):
         raise ConfigError(

@@ -444,8 +444,8 @@ def test_files_of_another_export_do_not_stay_beside_a_new_card(run, tmp_path):
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("file", r"to=.*file cannot be written: File exists"),
-        ("file/out", r"to=.*out cannot be written: Not a directory"),
+        ("file", r"to=.*file is no folder: .*/file is a file; use another path"),
+        ("file/out", r"to=.*out is no folder: .*/file is a file; use another path"),
         ("", "to= is no local folder"),
     ],
 )

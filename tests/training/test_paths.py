@@ -13,10 +13,12 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import DamagedLog, check_outside, open_source
-from cassle_jax.evaluate import _held, datasets_in, named_path
+from cassle_jax.evaluate import _held, datasets_in, evaluate_command, named_path
 from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
-from cassle_jax.pretrain import pretrain_command
+from cassle_jax.prepare.dataset import prepare
+from cassle_jax.prepare.plan import Preparation
+from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.storage import cache_folder, make_shared, path_of
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep.experiment import run_table
@@ -209,6 +211,36 @@ def test_a_scheme_that_is_unknown_is_told_in_one_line(written):
     """As in a link to weights that somebody copied."""
     with pytest.raises(ConfigError, match="has a scheme that is unknown; use a local path, gs://"):
         named_path(written), open_subject(written)
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/null/x", "file", "file/x/y"])
+def test_a_file_or_device_in_the_place_of_a_folder_is_refused_before_anything_starts(
+    config, tmp_path, monkeypatch, place
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    table = Table("t", "q", (Row("plain", f"{CONFIGS}/quickstart.py:method=simclr"),))
+    preparation = Preparation("mine", short_side=8, quality=90, shard_mib=1)
+    evaluated = {"runs": ["none"], "datasets": ["scenes"]}
+    config = config.copy_and_resolve_references()
+    config.compilation_cache = place
+    for setting, command in (
+        ("to", lambda: sweep(SweepRequest(f"{CONFIGS}/quickstart.py", grid="seed=0"), place)),
+        ("to", lambda: run_table(table, place, toy=True)),
+        ("to", lambda: transfer(place, minutes=1.0)),
+        ("to", lambda: export_command(run="run", to=place)),
+        ("--to", lambda: prepare(config.data, ["train"], place, preparation)),
+        ("to", lambda: evaluate_command(**evaluated, to=place)),
+        ("cache", lambda: evaluate_command(**evaluated, to="page", cache=place)),
+        ("workdir", lambda: pretrain(config, place)),
+        ("compilation_cache", lambda: set_up_devices(config)),
+    ):
+        said = (
+            f"^{setting}={place} is no folder: (/dev/null is a pipe or a device|file is a file); "
+        )
+        with pytest.raises(ConfigError, match=said):
+            command()
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("to", ["", "gs://bucket/x"])
