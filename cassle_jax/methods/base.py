@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import LONGEST, WIDEST, ConfigError, check_at_least
+from cassle_jax.methods.losses import widened
 from cassle_jax.models import features_by_stage
 
 PyTree = Any
@@ -60,7 +61,7 @@ class TrainingViews:
 
 @struct.dataclass
 class Encoded:
-    """The networks' outputs for one view; all float32.
+    """The networks' outputs for one view; all float32, whatever the networks' own dtype.
 
     Attributes:
       features: the encoder's output y, or that of the stage that the heads see.
@@ -185,7 +186,7 @@ class Networks(nn.Module):
         images = view.images
         if "image_conditioner" in self.factories:
             images = self.image_conditioner(images, view.descriptor, train)
-        return features_by_stage(self.encoder, images, train, stages)
+        return jax.tree.map(widened, features_by_stage(self.encoder, images, train, stages))
 
     def seen(self, features: Float[Array, "B F"]) -> Float[Array, "B _"]:
         """The features that the method's heads see: all but the reserved ones."""
@@ -203,7 +204,7 @@ class Networks(nn.Module):
         projection = self.projector(self.seen(features), descriptor, train)
         has_predictor = predict and "predictor" in self.factories
         prediction = self.predictor(projection, descriptor, train) if has_predictor else None
-        return Encoded(features, projection, prediction)
+        return jax.tree.map(widened, Encoded(features, projection, prediction))
 
     def embed(self, view: ViewBatch, *, train: bool, predict: bool = True) -> Encoded:
         """Encoder and heads on one view."""

@@ -2,7 +2,9 @@
 
 Every function takes this device's share of a batch and, where it contrasts against the whole
 batch, gathers the rest over `axis_name` (`None`: this device holds the whole batch). Losses are the
-mean over the local samples, so the mean over devices is the mean over the global batch.
+mean over the local samples, so the mean over devices is the mean over the global batch. Embeddings
+of a narrower dtype than float32 are widened first; those of other images than their partners, by
+their shapes, are refused.
 """
 
 from functools import partial
@@ -13,8 +15,26 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 
+def widened(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The values in float32, or as they are where that is narrower."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def _paired(
+    first: Float[Array, "B D"], second: Float[Array, "B D"]
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """Both embeddings, widened; raises ValueError unless they can be of the same images."""
+    if first.shape != second.shape:
+        raise ValueError(
+            f"embeddings of shapes {first.shape} and {second.shape} are not of the same images, "
+            "row by row; give one row per image and equal widths"
+        )
+    return widened(first), widened(second)
+
+
 def normalize(embeddings: Float[Array, "B D"]) -> Float[Array, "B D"]:
     """Scales each embedding to unit length; a zero vector stays zero."""
+    embeddings = widened(embeddings)
     squared_length = jnp.sum(jnp.square(embeddings), axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-24))
 
@@ -84,7 +104,7 @@ def nt_xent(
       Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020,
       eq. 1.
     """
-    first, second = normalize(first), normalize(second)
+    first, second = map(normalize, _paired(first, second))
     all_first, all_second = gather(first, axis_name), gather(second, axis_name)
     size = first.shape[0]
     position = batch_offset(size, axis_name) + jnp.arange(size)
@@ -119,7 +139,7 @@ def queue_info_nce(
     References:
       He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020, eq. 1.
     """
-    queries, keys = normalize(queries), normalize(keys)
+    queries, keys = map(normalize, _paired(queries, keys))
     positives = jnp.sum(queries * keys, axis=-1, keepdims=True)
     logits = jnp.concatenate([positives, similarities(queries, queue)], axis=1) / temperature
     return optax.softmax_cross_entropy_with_integer_labels(
@@ -146,15 +166,17 @@ def batch_info_nce(
       Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021,
       eq. 1 and algorithm 1, without its factor 2τ.
     """
-    keys = gather(normalize(keys), axis_name)
+    queries, keys = map(normalize, _paired(queries, keys))
+    keys = gather(keys, axis_name)
     position = batch_offset(len(queries), axis_name) + jnp.arange(len(queries))
-    logits = similarities(normalize(queries), keys) / temperature
+    logits = similarities(queries, keys) / temperature
     return optax.softmax_cross_entropy_with_integer_labels(logits, position).mean()
 
 
 def cosine(first: Float[Array, "B D"], second: Float[Array, "B D"]) -> Float[Array, ""]:
     """Mean cosine similarity of the rows of `first` with those of `second`, in [-1, 1]."""
-    return jnp.sum(normalize(first) * normalize(second), axis=-1).mean()
+    first, second = map(normalize, _paired(first, second))
+    return jnp.sum(first * second, axis=-1).mean()
 
 
 def cross_correlation(
@@ -173,6 +195,7 @@ def cross_correlation(
     References:
       Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, 2021, eq. 1.
     """
+    first, second = _paired(first, second)
     c = jnp.matmul(first.T, second, precision=jax.lax.Precision.HIGHEST) / len(first)
     c = agreed_mean(c, axis_name)
     invariance = jnp.sum(jnp.square(1 - jnp.diagonal(c)))
@@ -189,7 +212,7 @@ def pair_similarities(
       `positive_similarity` and `negative_similarity`, each in [-1, 1]; a collapsed network has both
       at 1. With one sample there is no negative pair and the second is 0.
     """
-    first, second = normalize(first), normalize(second)
+    first, second = map(normalize, _paired(first, second))
     positives = jnp.sum(first * second)
     sums = jnp.concatenate([first.sum(0), second.sum(0), positives[None]])
     count = first.shape[0]
@@ -224,6 +247,7 @@ def variance_invariance_covariance(
       Bardes, Ponce and LeCun, VICReg: Variance-Invariance-Covariance Regularization for
       Self-Supervised Learning, 2022, eqs. 1 to 5.
     """
+    first, second = _paired(first, second)
     covariances = [_covariance(view, view, axis_name) for view in (first, second)]
     variance = _shortfall(jnp.stack([jnp.diagonal(c) for c in covariances]))
     invariance = jnp.square(first - second).mean()
@@ -261,6 +285,7 @@ def _covariance(
 
 def _centred(embeddings: Float[Array, "B D"], axis_name: str | None) -> Float[Array, "B D"]:
     """The embeddings minus their mean over the global batch."""
+    embeddings = widened(embeddings)
     return embeddings - mean_over_devices(embeddings.mean(0), axis_name)
 
 
@@ -308,6 +333,7 @@ def sinkhorn_codes(
             total = jnp.where(use_queue, jnp.logaddexp(total, logsumexp(queued, 0)), total)
         return jax.tree.map(lambda rows: jax.nn.log_softmax(rows - total), (own, queued))
 
-    logits = jax.tree.map(lambda rows: jax.lax.stop_gradient(rows) / epsilon, (scores, queued))
+    scores, queued = jax.lax.stop_gradient(jax.tree.map(widened, (scores, queued)))
+    logits = jax.tree.map(lambda rows: rows / epsilon, (scores, queued))
     own, _ = jax.lax.fori_loop(0, iterations, iterate, logits)
     return jnp.exp(own)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.methods import HeadShape, Method, SimCLR, TrainingViews, ViewBatch
+from cassle_jax.methods import HeadShape, Method, Networks, SimCLR, TrainingViews, ViewBatch
 from cassle_jax.methods.base import FROZEN, constant
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.losses import normalize
@@ -344,3 +344,22 @@ def test_a_metric_that_is_no_mean_is_refused_by_name():
     _, state, update, _ = training(Reporting(each=True))
     with pytest.raises(ValueError, match=r"^method_length has shape \(4,\); report a mean"):
         jax.eval_shape(update, state, random_views(0))
+
+
+class Narrow(nn.Module):
+    """A network of a user's own whose outputs are not float32."""
+
+    @nn.compact
+    def __call__(self, rows, *_):
+        return nn.Dense(OUT, dtype=jnp.bfloat16)(rows.reshape(len(rows), -1))
+
+
+def test_losses_see_float32_whatever_the_networks_return():
+    networks = Networks(dict.fromkeys(("encoder", "projector", "predictor"), Narrow))
+    view = ViewBatch(jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 0)))
+
+    def embedded(key):
+        return jax.tree.leaves(networks.init_with_output(key, view, train=True, method="embed")[0])
+
+    dtypes = [array.dtype for array in jax.eval_shape(embedded, jax.random.key(0))]
+    assert dtypes == 3 * [jnp.float32]

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -183,6 +184,46 @@ def test_a_zero_embedding_does_not_poison_the_gradient():
     rows = jnp.array([[3.0, 4.0], [0.0, 0.0]])
     gradient = jax.grad(lambda rows: losses.normalize(rows)[:, 0].sum())(rows)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_embeddings_are_computed_with_in_float32(embeddings, dtype):
+    # In float16, the square of 300 is infinite.
+    first, second = ((300 * each).astype(dtype) for each in embeddings[:2])
+    rounded = np.float64(first), np.float64(second)
+    np.testing.assert_allclose(nt_xent(first, second), naive_nt_xent(*rounded), rtol=1e-5)
+    correlation = rounded[0].T @ rounded[1] / BATCH
+    diagonal = correlation.diagonal()
+    wanted = np.sum((1 - diagonal) ** 2), np.sum(correlation**2) - np.sum(diagonal**2)
+    np.testing.assert_allclose(losses.cross_correlation(first, second, None), wanted, rtol=1e-5)
+    _, invariance, covariance = losses.variance_invariance_covariance(first, second, None)
+    np.testing.assert_allclose(invariance, np.mean((rounded[0] - rounded[1]) ** 2), rtol=1e-5)
+    squares = [np.cov(each.T) ** 2 for each in rounded]
+    wanted = sum(each.sum() - each.trace() for each in squares) / WIDTH
+    np.testing.assert_allclose(covariance, wanted, rtol=1e-5)
+    codes = losses.sinkhorn_codes(first / 900, epsilon=0.05, iterations=3, axis_name=None)
+    np.testing.assert_allclose(codes.sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        nt_xent,
+        lambda first, second: queue_info_nce(first, second, jnp.eye(WIDTH)),
+        partial(losses.batch_info_nce, temperature=TEMPERATURE, axis_name=None),
+        losses.cosine,
+        lambda first, second: losses.cross_correlation(first, second, None),
+        lambda first, second: losses.pair_similarities(first, second, None),
+        lambda first, second: losses.variance_invariance_covariance(first, second, None),
+    ],
+)
+def test_embeddings_of_other_images_are_refused(objective, monkeypatch):
+    # Without the checks of shapes that the tests run with, and a user does not.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rows = jnp.ones((BATCH, WIDTH))
+    for first, second in ((rows, rows[:1]), (rows[: BATCH // 2], rows), (rows, rows[:, :1])):
+        with pytest.raises(ValueError, match=r"shapes .* are not of the same images, row by row"):
+            objective(first, second)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.2, float("nan")])
