@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
-from cassle_jax.augment.draw import Size, ViewParams, draw
+from cassle_jax.augment.draw import SWITCHES, Size, ViewParams, draw
 from cassle_jax.augment.inputs import check_params
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
 from cassle_jax.augment.spec import AugmentSpec
@@ -20,7 +20,7 @@ class View:
 
     Attributes:
       image: normalised RGB.
-      params: the parameters drawn for it.
+      params: the parameters that it was made with.
       color_diff: per channel, mean before the colour jitter minus mean after it, in [-1, 1].
     """
 
@@ -34,7 +34,8 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
 
     Crop, resize and flip; colour jitter; solarize; grayscale; blur; rotation; normalisation. Where
     ``spec.solarize_after`` is 'blur', solarize comes after blur. Steps whose probability is 0 in
-    the spec are left out of the compiled program, whatever ``params`` contain for them.
+    the spec are left out of the compiled program, whatever ``params`` contain for them: the view's
+    own ``params`` then say that they were not applied. Crop and flip are always as ``params`` say.
 
     Args:
       image: [height, width, 3] canvas, RGB, uint8 or float in [0, 1]; values outside the picture
@@ -51,6 +52,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
         batch.
     """
     check_params(params)
+    params = _without_left_out(params, spec)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
     color_diff = jnp.zeros(3)
     if spec.jitter:
@@ -71,6 +73,14 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
         view = operations.rotate(view, params.turns)
     view = (view - jnp.array(spec.mean)) / jnp.array(spec.std)
     return View(image=view, params=params, color_diff=color_diff)
+
+
+def _without_left_out(params: ViewParams, spec: AugmentSpec) -> ViewParams:
+    """The parameters, with the steps switched off that the spec leaves out."""
+    left_out = [
+        field for name, field in SWITCHES.items() if name != "flip" and not getattr(spec, name)
+    ]
+    return params.replace(**{field: jnp.zeros_like(getattr(params, field)) for field in left_out})
 
 
 def augment(

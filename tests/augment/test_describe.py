@@ -15,6 +15,7 @@ from cassle_jax.augment import (
     PALETTE,
     AugmentSpec,
     View,
+    apply,
     augment,
     concatenate,
     describe,
@@ -77,6 +78,21 @@ def test_a_view_without_augmentation_has_the_identity_descriptor(make_params):
     omega = _describe()(_view(make_params(1, brightness=1.4, sigma=2, hue=0.1)))
     names = list(DESCRIPTORS)
     np.testing.assert_array_equal(concatenate(omega, names)[0], identity_descriptor(names))
+
+
+def test_steps_that_the_spec_leaves_out_are_described_as_not_applied(make_params):
+    chances = dict.fromkeys(("jitter", "grayscale", "blur", "solarize", "rotation"), 0.0)
+    spec = dataclasses.replace(SPEC, **chances)
+    every = make_params(
+        1, flip=True, jitter=True, hue=0.1, grayscale=True, blur=True, solarize=True, turns=1
+    )
+    image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    view = jax.jit(apply, static_argnums=2)(image, jax.tree.map(lambda each: each[0], every), spec)
+    mirrored = image[:, ::-1] / 255
+    np.testing.assert_allclose(view.image, (mirrored - spec.mean) / spec.std, atol=1e-5)
+    omega = describe(view, spec)
+    assert omega.pop("flip") == 1
+    np.testing.assert_array_equal(concatenate(omega, omega), identity_descriptor(omega))
 
 
 def test_each_descriptor_by_hand(make_params):
