@@ -179,18 +179,28 @@ def records_of(path):
             record = b""
 
 
+def whole_records(path, seconds=60):
+    """All records of a part that has ended: its own process writes them after `finish` returns."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    until, found = time.monotonic() + seconds, []
+    while not any(each.WhichOneof("record_type") == "exit" for each in found):
+        assert time.monotonic() < until, path
+        time.sleep(0.02)
+        found = list(map(Record.FromString, records_of(path)))
+    return found
+
+
 @pytest.mark.trackers
 def test_weights_and_biases_has_one_run_with_every_step_once(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for begin, end in ((0, 3), (2, 4)):
         write(tmp_path, begin, end, "wandb")
     loss, runs, settings = [], set(), {}
     for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for each in map(Record.FromString, records_of(path)):
+        for each in whole_records(path):
             if each.WhichOneof("record_type") == "run":
                 runs.add((each.run.run_id, each.run.display_name))
                 settings |= {item.key: item.value_json for item in each.run.config.update}
