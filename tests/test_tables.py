@@ -17,6 +17,8 @@ from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.pool import gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
+from cassle_jax.sweep.space import SweepRequest
+from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
 from cassle_jax.tables import dry_run, run_table
 from tests.commands import run_command
@@ -114,6 +116,31 @@ def test_a_short_run_saves_seldom_and_warms_up_within_it():
 def test_an_invalid_setting_names_its_row(rows, message):
     with pytest.raises(ConfigError, match=message):
         runs_of_table(table(*rows))
+
+
+OUT_OF_RANGE = [
+    ("batch_size=0", "batch_size=0 must be at least 2"),
+    ("optimizer.momentum=1.5", r"optimizer\.momentum=1\.5 is not in \[0, 1\); 0\.9 is usual"),
+    ("conditioning.dropout=2", r"conditioning\.dropout=2\.0 is not in \[0, 1\)"),
+    ("augment.size=0", r"augment\.size=0 is not valid; use an integer >= 1"),
+    ("data.threads=-1", r"data\.threads=-1 must be at least 0"),
+    ("steps=-3", "steps=-3 must be at least 0"),
+    ("chunk_size=3", "chunk_size=3 must divide batch_size="),
+]
+
+
+@pytest.mark.parametrize(("setting", "message"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_before_any_run_starts(tmp_path, setting, message):
+    name, value = setting.split("=")
+    request = SweepRequest(CONFIG, grid=f"seed=0,1;{name}={value}")
+    for prefix, start in (
+        ("row 'SimCLR, plain'", lambda to: run_table(PAIR, to, overrides=(setting,), toy=True)),
+        ("row 'SimCLR, plain'", lambda to: dry_run(PAIR, overrides=(setting,))),
+        ("run .*", lambda to: sweep(request, to)),
+    ):
+        with pytest.raises(ConfigError, match=f"^{prefix}: .*{message}"):
+            start(tmp_path / "to")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_row_lists_the_known_ones():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_seed
 from cassle_jax.config import ARGUMENTS, FLAG_OPTIONS, check_setting, flat_settings
 from cassle_jax.config_files import find_file
+from cassle_jax.training.run import check_settings
 
 Values = dict[str, str]
 
@@ -82,6 +83,10 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
         subject = ", ".join(setting).replace("=", " ") or "all"
         name = as_folder(name)
         run = run_of(request.config, values, request.overrides, name=name, subject=subject)
+        try:
+            check_settings(run.config)
+        except ConfigError as error:
+            raise ConfigError(f"run {name}: {error}") from error
         runs.setdefault(run.name, run)
     return list(runs.values())
 

@@ -13,6 +13,7 @@ from cassle_jax.config_files import CONFIGS, TABLES, find_file
 from cassle_jax.faults import reason_of
 from cassle_jax.methods import AUXILIARIES
 from cassle_jax.sweep.space import RunSpec, Values, run_of
+from cassle_jax.training.run import check_settings
 
 # Settings of a toy-sized run, which takes seconds; a run ignores those that it does not have.
 TOY = {
@@ -190,6 +191,7 @@ def runs_of_table(
                 if toy:
                     own |= _known_of(TOY, _run(row, seed, own).config)
                 runs.append(_run(row, seed, {**own, **last}))
+                check_settings(runs[-1].config)
             except ConfigError as error:
                 raise ConfigError(f"row {row.subject!r}: {error}") from error
     return runs

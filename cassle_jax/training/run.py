@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,21 +101,14 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
       ConfigError: a setting cannot work; the message names it.
     """
     check_trackers(config.log.to)
-    _check_sizes(config, mesh.size, dataset_size)
-    method = build_method(config)
-    method.check(config.batch_size, config.batch_size // mesh.size)
-    views = view_specs(config, method)
+    _check_ranges(config)
+    _check_shares(config, mesh.size, dataset_size)
+    method, views, auxiliaries = _objectives(config, mesh.size)
     conditioning = Conditioning(**config.conditioning.to_dict())
-    auxiliaries = build_auxiliaries(config)
-    for each in auxiliaries:
-        each.check(config.batch_size, config.batch_size // mesh.size)
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
-    spec = augment_spec(config)
-    sizes = [("method.small_crop_size", view.size) for view in views]
-    for setting, size in sizes + further_sizes(auxiliaries, spec):
-        check_image_size(encoder, size, "augment.size" if size == spec.size else setting)
+    _check_image_sizes(config, encoder, views, auxiliaries)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
@@ -128,7 +122,7 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         batch_size=config.batch_size,
         chunks=config.batch_size // (config.chunk_size or config.batch_size),
         seed=config.seed,
-        augment=spec,
+        augment=augment_spec(config),
         views=views,
         method=method,
         conditioning=conditioning,
@@ -140,6 +134,45 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     )
     _check_drawn(run)
     return run
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Refuses settings that cannot work on any device with any images; looks at neither.
+
+    Raises:
+      ConfigError: a setting cannot work; the message names it.
+    """
+    _check_ranges(config)
+    _check_chunk_size(config.chunk_size, config.batch_size, 1)
+    _, views, auxiliaries = _objectives(config, 1)
+    encoder = networks_of(config, dtype=compute_dtype(config, "cpu")).factories["encoder"]()
+    _check_image_sizes(config, encoder, views, auxiliaries)
+    OptimizerSpec(**config.optimizer.to_dict())
+
+
+def _objectives(
+    config: ConfigDict, devices: int
+) -> tuple[Method, tuple[AugmentSpec, ...], tuple[Auxiliary, ...]]:
+    """The method, the augmentation of each view, and the auxiliary objectives, all checked."""
+    method, auxiliaries = build_method(config), build_auxiliaries(config)
+    method.check(config.batch_size, config.batch_size // devices)
+    views = view_specs(config, method)
+    for each in auxiliaries:
+        each.check(config.batch_size, config.batch_size // devices)
+    return method, views, auxiliaries
+
+
+def _check_image_sizes(
+    config: ConfigDict,
+    encoder: nn.Module,
+    views: Sequence[AugmentSpec],
+    auxiliaries: Sequence[Auxiliary],
+) -> None:
+    """Refuses views whose sides the encoder does not take."""
+    spec = augment_spec(config)
+    sizes = [("method.small_crop_size", view.size) for view in views]
+    for setting, size in sizes + further_sizes(auxiliaries, spec):
+        check_image_size(encoder, size, "augment.size" if size == spec.size else setting)
 
 
 def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:
@@ -259,7 +292,8 @@ def networks_of(
     )
 
 
-def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
+def _check_ranges(config: ConfigDict) -> None:
+    """Refuses values that are out of their range on any device with any images."""
     check_at_least("batch_size", config.batch_size, 2)  # one image has no variance for BatchNorm
     check_at_least("epochs", config.epochs, 1)
     check_at_least("data.canvas", config.data.canvas, 1, LARGEST_SIDE)
@@ -277,6 +311,15 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
     check_at_least("probe.train_images", config.probe.train_images, 0)
     check_at_least("probe.test_images", config.probe.test_images, 0)
     check_one_of("data.on_device", config.data.on_device, ("auto", "always", "never"))
+    if config.data.canvas < augment_spec(config).size:
+        raise ConfigError(
+            f"data.canvas={config.data.canvas} is smaller than augment.size={config.augment.size};"
+            f" use data.canvas={config.augment.size} or more"
+        )
+
+
+def _check_shares(config: ConfigDict, devices: int, dataset_size: int) -> None:
+    """Refuses a batch that these devices cannot share, or these images not fill."""
     if config.batch_size % devices:
         raise ConfigError(
             f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"
@@ -293,11 +336,6 @@ def _check_sizes(config: ConfigDict, devices: int, dataset_size: int) -> None:
             f" use at most {dataset_size // devices * devices}"
         )
     _check_chunk_size(config.chunk_size, config.batch_size, devices)
-    if config.data.canvas < augment_spec(config).size:
-        raise ConfigError(
-            f"data.canvas={config.data.canvas} is smaller than augment.size={config.augment.size};"
-            f" use data.canvas={config.augment.size} or more"
-        )
 
 
 def _check_chunk_size(chunk_size: int, batch_size: int, devices: int) -> None:
