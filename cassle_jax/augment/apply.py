@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
 from cassle_jax.augment.draw import SWITCHES, Size, ViewParams, draw
-from cassle_jax.augment.inputs import check_params
+from cassle_jax.augment.inputs import check_params, check_spec
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
 from cassle_jax.augment.spec import AugmentSpec
 
@@ -39,7 +39,8 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
 
     Args:
       image: [height, width, 3] canvas, RGB, uint8 or float in [0, 1]; values outside the picture
-        do not matter as long as they are finite.
+        do not matter as long as they are finite. Where a program is traced, as by ``jax.jit`` and
+        ``jax.vmap``, values are unknown: there a view of floats outside [0, 1] is NaN.
       params: one view's parameters.
       spec: gives S, the blur's kernel, mean and std, and the steps that exist.
       size: int [2], height and width of the picture at the canvas's top left; None: all of it.
@@ -51,6 +52,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
       ValueError: if the image or the parameters are not one valid view's, such as a grey image or a
         batch.
     """
+    check_spec(spec)
     check_params(params)
     params = _without_left_out(params, spec)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
@@ -123,8 +125,9 @@ def denormalize(
       [..., height, width, 3], RGB clipped to [0, 1].
 
     Raises:
-      ValueError: if the last axis is not RGB.
+      ValueError: if the last axis is not RGB, or the spec is none.
     """
+    check_spec(spec)
     if np.ndim(image) < 3 or image.shape[-1] != 3:
         raise ValueError(
             f"image has shape {np.shape(image)}; use [..., height, width, 3], channels last"

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float32
 
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.descriptors import DESCRIPTORS
-from cassle_jax.augment.inputs import check_one, check_params
+from cassle_jax.augment.inputs import check_one, check_params, check_spec
 from cassle_jax.augment.spec import AugmentSpec
 from cassle_jax.checks import ConfigError
 
@@ -58,6 +58,7 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
     Raises:
       ValueError: if the input is more than one view, or its parameters are out of range.
     """
+    check_spec(spec)
     check_params(view.params)
     check_one("color_diff", view.color_diff, (3,))
     return {name: each.read(view, spec) for name, each in DESCRIPTORS.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, PRNGKeyArray
 
-from cassle_jax.augment.inputs import check_key, check_size
+from cassle_jax.augment.inputs import check_key, check_size, check_spec
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "SWITCHES", "Size", "ViewParams", "draw"]
@@ -95,9 +95,10 @@ def draw(
       ViewParams without batch axes.
 
     Raises:
-      ValueError: if the key or the size belongs to several images; or if ``spec.jitter_order`` is
-        'batch' and there is no ``order_key``.
+      ValueError: if the key or the size belongs to several images, or the spec is none; or if
+        ``spec.jitter_order`` is 'batch' and there is no ``order_key``.
     """
+    check_spec(spec)
     check_size(size)
     check_key("key", key)
     if spec.jitter_order == "batch" and order_key is None:

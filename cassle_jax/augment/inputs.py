@@ -1,4 +1,4 @@
-"""Refuses invalid images, sizes and parameters while a program is traced.
+"""Refuses invalid images, sizes, parameters and distributions while a program is traced.
 
 Shapes and dtypes are known then. Values are checked only where that is free: in numpy arrays and
 in arrays in the host's memory, never in traced arrays or those of a device.
@@ -11,9 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cassle_jax.augment.spec import LEAST_SIGMA
+from cassle_jax.augment.spec import LEAST_SIGMA, AugmentSpec
 
-__all__ = ["check_image", "check_key", "check_one", "check_params", "check_size"]
+__all__ = [
+    "ROUNDING",
+    "check_image",
+    "check_key",
+    "check_one",
+    "check_params",
+    "check_size",
+    "check_spec",
+]
 
 # parameter: (the flag it belongs to, lowest, highest)
 _RANGES = {
@@ -26,7 +34,8 @@ _RANGES = {
     "turns": ("", 0, 3),
     "crop": ("", 0, 1),
 }
-_ROUNDING = 1e-3  # tolerance for computed values
+ROUNDING = 1e-3
+"""Tolerance of an image's range for computed values."""
 
 
 def check_image(image: Any, size: Any = None) -> None:
@@ -56,7 +65,7 @@ def check_image(image: Any, size: Any = None) -> None:
         picture = None if corner is None else picture[: corner[0], : corner[1]]
     if picture is not None:
         low, high = float(picture.min()), float(picture.max())
-        if not (-_ROUNDING <= low <= high <= 1 + _ROUNDING):
+        if not (-ROUNDING <= low <= high <= 1 + ROUNDING):
             raise ValueError(
                 f"image has floats from {low:g} to {high:g}; use floats in [0, 1], such as "
                 "image / 255, or uint8"
@@ -102,6 +111,19 @@ def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
     if pixels.min() < 1 or (canvas is not None and (pixels > canvas).any()):
         most = f", and at most the canvas's {canvas[0]}×{canvas[1]}" if canvas else ""
         raise ValueError(f"size={tuple(pixels.tolist())} is no picture's; use at least 1×1{most}")
+
+
+def check_spec(spec: Any) -> None:
+    """Refuses anything but an `AugmentSpec`, such as the size of a view alone.
+
+    Raises:
+      ValueError: the message names the type and what would work.
+    """
+    if not isinstance(spec, AugmentSpec):
+        raise ValueError(
+            f"spec is of type {type(spec).__name__}; use an AugmentSpec, as by "
+            "AugmentSpec(size=224)"
+        )
 
 
 def check_key(name: str, key: Any) -> None:

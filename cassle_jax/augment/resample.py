@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from cassle_jax.augment.draw import Size
-from cassle_jax.augment.inputs import check_image, check_size
+from cassle_jax.augment.inputs import ROUNDING, check_image, check_size, check_spec
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
@@ -59,7 +59,8 @@ def crop_and_resize(
       [output rows, 3 channels, output columns] in [0, 1]: the layout in which products over rows
       and over columns need no transposition.
     """
-    picture = jnp.asarray(size_of(image, size)).astype(jnp.float32)
+    size = size_of(image, size)
+    picture = jnp.asarray(size).astype(jnp.float32)
     start = jnp.clip(jnp.round(crop[:2] * picture), 0, picture - 1)
     length = jnp.clip(jnp.round(crop[2:] * picture), 1, picture - start)
     position = jnp.arange(output) + 0.5
@@ -70,7 +71,7 @@ def crop_and_resize(
         for axis, at in enumerate((position, mirrored))
     )  # fmt: skip
     height, width = image.shape[:2]
-    pixels = _to_float(image)
+    pixels = _to_float(image, size)
     if width > height:
         view = _apply_rows(rows, _apply_columns(columns, pixels))
     else:
@@ -98,6 +99,7 @@ def center_view(
     Raises:
       ValueError: if ``short_side`` is smaller than S, or the image is invalid; see ``inputs``.
     """
+    check_spec(spec)
     short_side = spec.size if short_side is None else short_side
     if short_side < spec.size:
         raise ValueError(
@@ -116,7 +118,7 @@ def center_view(
     )  # fmt: skip
     # Columns first, and clipped in between as in Pillow: the cubic overshoots at edges.
     white = _white(image)
-    view = jnp.clip(_apply_columns(columns, _to_float(image)), 0, white)
+    view = jnp.clip(_apply_columns(columns, _to_float(image, picture)), 0, white)
     view = jnp.clip(_apply_rows(rows, view), 0, white) / white
     return (view.transpose(0, 2, 1) - jnp.array(spec.mean)) / jnp.array(spec.std)
 
@@ -133,8 +135,18 @@ def _apply_columns(
     return jnp.einsum("hwc,jw->hcj", image, columns, precision=PRECISION)
 
 
-def _to_float(image: Canvas) -> Float32[Array, "height width 3"]:
-    return jnp.asarray(image).astype(jnp.float32)
+def _to_float(image: Canvas, size: Size) -> Float32[Array, "height width 3"]:
+    """The canvas in float32; NaN if a value of a float picture is outside [0, 1].
+
+    Traced values cannot be refused, and floats of 0 to 255 would give views that only look odd.
+    """
+    pixels = jnp.asarray(image).astype(jnp.float32)
+    if image.dtype == np.uint8:
+        return pixels
+    rows, columns = (jnp.arange(image.shape[axis]) < size[axis] for axis in (0, 1))
+    padding = ~(rows[:, None, None] & columns[:, None])
+    valid = padding | ((pixels >= -ROUNDING) & (pixels <= 1 + ROUNDING))
+    return jnp.where(valid.all(), pixels, jnp.nan)
 
 
 def _white(image: Canvas) -> float:

@@ -75,6 +75,37 @@ def test_it_is_refused_while_it_is_traced():
         jax.eval_shape(compiled, jax.ShapeDtypeStruct((4, 2, 12, 10, 3), jnp.uint8))
 
 
+@pytest.mark.parametrize("floats", [255 * FLOATS, FLOATS - 1])
+def test_a_view_of_traced_floats_that_cannot_be_meant_is_nan(floats):
+    def views(image, size):
+        view = augment(KEY, image, SPEC, size)
+        return view.image, view.color_diff, center_view(image, size, SPEC)
+
+    compiled = jax.jit(jax.vmap(views))
+    size = np.array([[8, 9]], np.int32)
+    assert all(np.isnan(each).all() for each in compiled(floats[None], size)[::2])
+    # What lies beyond the picture may be anything finite.
+    padded = np.where((np.arange(12) < 8)[:, None, None], FLOATS, floats)
+    for found, wanted in zip(
+        compiled(padded[None], size), compiled(FLOATS[None], size), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [224, {"size": 224}, None])
+def test_anything_but_a_spec_is_one_line(spec, view):
+    for use in (
+        lambda: augment(KEY, BYTES, spec),
+        lambda: draw(KEY, np.array([12, 10]), spec),
+        lambda: apply(BYTES, view.params, spec),
+        lambda: center_view(BYTES, None, spec),
+        lambda: describe(view, spec),
+        lambda: denormalize(view.image, spec),
+    ):
+        with pytest.raises(ValueError, match=r"spec is of type \w+; use an AugmentSpec, as by"):
+            use()
+
+
 def test_values_of_a_traced_image_are_not_looked_at():
     with jax.transfer_guard("disallow"):
         traced = jax.jit(lambda image: augment(KEY, image, SPEC).image).trace(
