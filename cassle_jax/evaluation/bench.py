@@ -75,7 +75,8 @@ class Bench:
         if not data.ten_crops:
             return [self.train, self.val, self.test]
         side = uncropped_side(size)
-        ten = [Crops(part, size, side, ten=True) for part in (data.train, data.val)]
+        images = map(self.store.limited, (data.train, data.val))
+        ten = (Crops(each, size, side, ten=True) for each in images)
         return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments):

@@ -17,7 +17,7 @@ from cassle_jax.checks import is_finite
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.pipeline import evenly_spaced
 from cassle_jax.data.sources import content_of, has_changed
-from cassle_jax.data.splits import Part
+from cassle_jax.data.splits import Crops, Part
 from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
@@ -84,7 +84,8 @@ class FeatureStore:
       batch: images per step, all devices together.
       folder: folder that keeps features between calls of the command; `None` for none.
       cache_gib: bound of the folder's size, GiB; the least recently read features go first.
-      limit: largest number of images per source; 0 for all.
+      limit: largest number of images per source; 0 for all. `Crops` are taken whole: limit the
+        images that are cropped.
       threads: number of threads that read and decode; 0 for half the CPUs.
     """
 
@@ -161,9 +162,13 @@ class FeatureStore:
 
     def limited(self, source: Source) -> Source:
         """The images that features are taken from, for protocols that read images themselves."""
-        if not 0 < self.limit < len(source):
+        limit = self._limit_of(source)
+        if not 0 < limit < len(source):
             return source
-        return Part(source, evenly_spaced(len(source), self.limit), f"{self.limit} images")
+        return Part(source, evenly_spaced(len(source), limit), f"{limit} images")
+
+    def _limit_of(self, source: Source) -> int:
+        return 0 if isinstance(source, Crops) else self.limit
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The whole images of a source, at most `limit` of them, to draw views from.
@@ -175,7 +180,7 @@ class FeatureStore:
         return self._batches(source, limit, canvas=canvas_for(self._subject.spec.size))
 
     def _batches(self, source: Source, limit: int = 0, **prepared) -> Iterator:
-        limits = [each for each in (limit, self.limit) if each]
+        limits = [each for each in (limit, self._limit_of(source)) if each]
         return evaluation_batches(
             source,
             batch=self.batch,
@@ -194,7 +199,7 @@ class FeatureStore:
             PREPARATION,
             computed_on(self.mesh),
             described(source),
-            self.limit,
+            self._limit_of(source),
             spec.size,
             spec.mean,
             spec.std,

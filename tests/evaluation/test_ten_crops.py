@@ -79,6 +79,19 @@ def test_what_is_fitted_are_ten_crops_and_what_is_tested_is_the_centre(bench):
     np.testing.assert_allclose(test.features, expected, atol=0.002)
 
 
+def test_a_limit_counts_images_and_each_has_its_ten_crops(bench):
+    store = FeatureStore(bench.subject, bench.store.mesh, batch=8, limit=5)
+    limited = Bench(bench.subject, bench.data, store)
+    for few, whole in zip(limited.cropped()[:2], bench.cropped()[:2], strict=True):
+        images = whole.features.reshape(-1, 10, 3)
+        found = few.features.reshape(-1, 10, 3)
+        assert len(found) == min(5, len(images))
+        whose = [np.flatnonzero((images == each).all(axis=(1, 2))) for each in found]
+        assert len(np.unique(np.concatenate(whose))) == len(found)
+    assert limited.train.labels.tolist() == limited.cropped()[0].labels[::10].tolist()
+    assert len(limited.cropped()[2].features) == 5
+
+
 def test_features_of_crops_and_of_whole_images_are_kept_apart(bench, tmp_path):
     whole = [bench.train, bench.val, bench.test]
     cropped = bench.cropped()
