@@ -293,13 +293,15 @@ def free_bytes(folder: epath.PathLike) -> int | None:
 
 
 def kept_json(
-    path: epath.PathLike, needed: Mapping[str, type] | None = None, *, kind: type = dict
+    path: epath.PathLike, needed: Mapping[str, Any] | None = None, *, kind: type = dict
 ) -> Any | None:
     """The content of a JSON file; `None` where it is missing, or damaged as by a power cut.
 
     Args:
       path: of the file.
-      needed: names, and the types of their values, without which an object counts as damaged.
+      needed: names, and the types of their values, without which an object counts as damaged. A
+        type in a list or a dictionary is that of all values in one, types in a tuple those of a
+        list of this length.
       kind: `dict` for an object, or `list`.
 
     Raises:
@@ -311,8 +313,22 @@ def kept_json(
         return None
     if not isinstance(content, kind):
         return None
-    whole = all(isinstance(content.get(name), own) for name, own in (needed or {}).items())
+    whole = all(_is_of(content.get(name), own) for name, own in (needed or {}).items())
     return content if whole else None
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file has a type, see `kept_json`."""
+    if isinstance(kind, type):
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if isinstance(kind, dict):
+        ((_, own),) = kind.items()
+        return isinstance(value, dict) and all(_is_of(each, own) for each in value.values())
+    if not isinstance(value, list):
+        return False
+    if isinstance(kind, list):
+        return all(_is_of(each, kind[0]) for each in value)
+    return len(value) == len(kind) and all(map(_is_of, value, kind))
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:

@@ -30,6 +30,7 @@ from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
+from cassle_jax.prepare.shards import written_shard
 from cassle_jax.report.evaluation_page import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import (
@@ -90,6 +91,7 @@ OF_OTHER_TYPES = (
     '{"exit_code": null, "last_line": ""}',
     '{"minutes": "x", "steps": 3, "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": [], "seconds": {}, "overhead": 1.0}',
+    '{"minutes": 3.0, "steps": 3, "seconds": {"a": "x"}, "overhead": 1.0}',
 )
 
 
@@ -100,6 +102,17 @@ def test_a_damaged_outcome_or_plan_counts_as_missing(tmp_path, content):
     assert RunRecord(tmp_path).exit_code is None
     assert read_plan(tmp_path, 0.0) is None
     assert RunRecord(tmp_path / "none").state == MISSING
+
+
+@pytest.mark.parametrize("unreadable", ["3", "[3]", '[["a"]]', '[["a", 3]]'])
+def test_a_shard_whose_note_has_other_types_counts_as_missing(tmp_path, unreadable):
+    shard = tmp_path / "mine-train.array_record-00000-of-00001"
+    shard.touch()
+    note = tmp_path / f".{shard.name}.written.json"
+    note.write_text(f'{{"records": 1, "size": 2, "unreadable": {unreadable}}}')
+    assert written_shard(shard) is None
+    note.write_text('{"records": 1, "size": 2, "unreadable": [["a", "torn"]]}')
+    assert written_shard(shard) == (1, 2, [("a", "torn")])
 
 
 @pytest.mark.parametrize("content", [each for each in DAMAGED if each != "{}"])

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,18 +98,18 @@ def plan_of(
             for split, source in sources.items()
         },
     }
-    earlier = kept_json(folder / PLAN, {"mean_bytes": dict})
-    if earlier is None:
-        sizes = {split: _mean_size(source, preparation) for split, source in sources.items()}
-        return {**about, "mean_bytes": sizes}
-    differs = [name for name in about if earlier.get(name) != about[name]]
+    earlier = kept_json(folder / PLAN, {"mean_bytes": {str: Real}})
+    differs = [name for name in about if earlier and earlier.get(name) != about[name]]
     if differs:
         was, now = earlier.get(differs[0]), about[differs[0]]
         raise ConfigError(
             f"--to: {folder} was begun with {differs[0]}={was}, and this is {now}; choose another "
             "--to or --as, or remove the folder"
         )
-    return earlier
+    if earlier and earlier["mean_bytes"].keys() == sources.keys():
+        return earlier
+    sizes = {split: _mean_size(source, preparation) for split, source in sources.items()}
+    return {**about, "mean_bytes": sizes}
 
 
 def shards_of(plan: Mapping[str, Any], folder: Path) -> list[Shard]:

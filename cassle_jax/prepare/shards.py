@@ -63,7 +63,7 @@ def features_of(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
 
 def written_shard(path: pathlib.Path) -> Written | None:
     """What a complete shard holds; `None` for a missing one."""
-    noted = kept_json(_note(path), {"records": int, "size": int, "unreadable": list})
+    noted = kept_json(_note(path), {"records": int, "size": int, "unreadable": [(str, str)]})
     if noted is None or not path.exists():
         return None
     return Written(noted["records"], noted["size"], [tuple(each) for each in noted["unreadable"]])

@@ -49,7 +49,7 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
       ConfigError: the plan was made for another budget.
     """
     path = folder / PLAN
-    known = {"minutes": Real, "steps": int, "seconds": dict, "overhead": Real}
+    known = {"minutes": Real, "steps": int, "seconds": {str: Real}, "overhead": Real}
     content = kept_json(path, known)
     if content is None:
         return None

@@ -14,7 +14,7 @@ from etils import epath
 
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.faults import hurry
-from cassle_jax.storage import kept_json, on_object_store, write_whole
+from cassle_jax.storage import is_there, kept_json, on_object_store, write_whole
 from cassle_jax.training.metrics import read_lines
 
 _PORTION_SECONDS = 1.0
@@ -136,7 +136,10 @@ class Tracking:
 
     def __init__(self, name: str, workdir: epath.Path, settings: Mapping[str, Any]):
         self._name, self._file = name, workdir / f"{name}.json"
-        before = {"run": None, "step": 0, "names": [], **(kept_json(self._file) or {})}
+        before = kept_json(self._file, {"run": str, "step": int, "names": [str]})
+        if before is None and is_there(self._file):
+            LOG.warning("%s is damaged; a new run of %s gets every step", self._file, name)
+        before = before or {"run": None, "step": 0, "names": []}
         try:
             self._tracker = TRACKERS[name](workdir, settings, before["run"])
             self._note(before["step"], before["names"])

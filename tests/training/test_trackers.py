@@ -91,6 +91,28 @@ def test_catching_up_takes_a_bounded_time_of_each_report(service, tmp_path, monk
     assert steps_of(records) == sorted([*range(1, 52), *range(2, 51, 2)])
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "", "[]", "{", "{}", '{"run": 3, "step": 2, "names": []}',
+        '{"run": "a", "step": "2", "names": []}', '{"run": "a", "step": null, "names": []}',
+        '{"run": "a", "step": 2, "names": 3}', '{"run": "a", "step": 2, "names": [[]]}',
+        '{"run": ["a"], "step": 2, "names": []}', '{"run": "a", "step": true, "names": []}',
+    ],
+)  # fmt: skip
+def test_a_note_of_other_types_begins_a_run_that_gets_every_step(
+    service, tmp_path, caplog, damaged
+):
+    write(tmp_path, 0, 2, "service")
+    (tmp_path / "service.json").write_text(damaged)
+    Service.runs.clear()
+    write(tmp_path, 2, 3, "service")
+    ((name, records),) = service.runs.items()
+    assert name == f"run 0 of {tmp_path.name}"
+    assert steps_of(records) == [1, 2, 2, 3]
+    assert caplog.text.count("service.json is damaged; a new run of service") == 1
+
+
 def test_a_tracker_that_joins_late_gets_what_was_before(service, tmp_path):
     write(tmp_path, 0, 2, "service")
     write(tmp_path, 2, 4)
