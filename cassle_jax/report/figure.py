@@ -69,7 +69,10 @@ def save_png(figure: Figure, path: PathLike[str] | str) -> None:
 
     Raises:
       OSError: it cannot be written; the earlier one is untouched.
+      ValueError: the path does not end in `.png`.
     """
+    if epath.Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path} would be a PNG; give it a name that ends in .png")
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     make_shared(epath.Path(path).parent)

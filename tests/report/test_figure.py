@@ -55,6 +55,13 @@ def test_a_picture_takes_the_place_of_an_earlier_one_whole(tmp_path):
     assert size_of(path)[0] == 1650
 
 
+@pytest.mark.parametrize("name", ["figure.pdf", "figure", "figure.png.svg"])
+def test_a_picture_of_another_kind_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} would be a PNG; give it a name that ends in"):
+        write_figure(tmp_path / name, title="", loss=LOSS, tables={"": TABLE}, **examples(0))
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_rows_are_named(tmp_path):
     wrong = examples(2) | {"images": examples(3)["images"]}
     with pytest.raises(ValueError, match="3 images, 2 and 2 views"):
