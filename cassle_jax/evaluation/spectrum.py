@@ -272,12 +272,12 @@ def _uniformity(points: np.ndarray) -> float:
 
 
 def _checked(features: Array | np.ndarray, name: str = "features") -> np.ndarray:
-    """The features on the host, in float32 or as precise as they are."""
+    """The features on the host, in float32 where that holds them all, else in float64."""
     matrix = np.asarray(jax.device_get(features))
     if matrix.size == 0:
         raise ValueError(f"{name} of shape {matrix.shape} is empty")
-    if matrix.dtype not in (np.float32, np.float64):
-        matrix = matrix.astype(np.float32)
+    exact = np.can_cast(matrix.dtype, np.float32)
+    matrix = matrix.astype(np.float32 if exact else np.float64, copy=False)
     check_finite(name, matrix)
     return matrix
 

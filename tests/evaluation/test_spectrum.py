@@ -32,6 +32,24 @@ def test_rank_of_unequal_directions_is_the_entropys_exponential():
     assert rank_me(jnp.asarray(features, jnp.float32)) == pytest.approx(2**1.5, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "computed"),
+    [
+        (np.int32, 2**24 + 1, np.float64),  # float32 has no such number
+        (np.longdouble, 1 + 2**-40, np.float64),
+        (np.float64, 1 + 2**-40, np.float64),
+        (np.float32, 0.1, np.float32),
+        (np.float16, 0.1, np.float32),
+        (jnp.bfloat16, 0.1, np.float32),
+        (np.int8, 3, np.float32),
+    ],
+)
+def test_features_keep_their_values_whatever_their_type(kind, value, computed):
+    features = np.full((2, 2), value, kind)
+    checked = spectrum._checked(features)
+    assert checked.dtype == computed and (checked == features).all()
+
+
 def test_rank_of_nothing():
     assert rank_me(np.zeros((8, 4), np.float32)) == 0
     assert rank_me(np.ones((8, 4), np.float32)) == pytest.approx(1, abs=1e-5)
