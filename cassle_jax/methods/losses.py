@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def widened(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The values in float32, or as they are where that is narrower."""
+    """The values in float32; as they are where they are float64."""
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
