@@ -1,6 +1,7 @@
 """A tiny encoder and a tiny configuration: whole runs that compile in seconds."""
 
 import io
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ EVERY_AUXILIARY = ",".join(f"{name}=main" for name in AUXILIARIES)
 
 
 class TinyEncoder(nn.Module):
-    """Two 3×3 stride-2 convolutions with BatchNorm and ReLU, then the global mean."""
+    """Two 3×3 stride-2 convolutions with BatchNorm and activation, then the global mean."""
 
     axis_name: str | None = None
     dtype: jnp.dtype = jnp.float32
@@ -24,6 +25,7 @@ class TinyEncoder(nn.Module):
     small_images: bool = False
     patch_size: int = 16
     remat: bool = False
+    activation: Callable = nn.relu
 
     @property
     def feature_width(self):
@@ -36,7 +38,7 @@ class TinyEncoder(nn.Module):
             convolution = partial(nn.Conv, use_bias=False, dtype=self.dtype, name=f"net_{index}")
             norm = partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
             x = convolution(width, (3, 3), 2, padding=1)(x)
-            x = nn.relu(norm(name=f"net_{index + 1}")(x, train))
+            x = self.activation(norm(name=f"net_{index + 1}")(x, train))
         return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -332,7 +332,7 @@ def test_a_place_that_would_confuse_is_refused(images):
 
 def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--to=.*file.* cannot be written"):
+    with pytest.raises(ConfigError, match=r"--to=.*file is no folder: .*is a file"):
         prepare(settings(images), ["train"], str(tmp_path / "file"), HOW, **BAD)
     with pytest.raises(ConfigError, match="--to=gs://b is no local folder"):
         prepare(settings(images), ["train"], "gs://b", HOW, **BAD)
