@@ -92,8 +92,8 @@ def evaluate_command(
     check_names((), tasks)
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
-    folder = local_folder("cache", cache) if cache else None
-    local_folder("to", to)
+    kept_in = local_folder("cache", cache) if cache else None
+    folder = local_folder("to", to)
     values = parsed_settings(settings)
     extraction, of_protocols = checked_settings(values)
     check_at_least("cache_gib", cache_gib, 0)
@@ -110,12 +110,12 @@ def evaluate_command(
         FeatureStore,
         mesh=mesh,
         batch=extraction.batch,
-        folder=folder,
+        folder=kept_in,
         cache_gib=cache_gib,
         limit=limit,
     )
-    with _held(to):
-        report = _begun_report(to, opened, planned, extraction, subjects)
+    with _held(folder):
+        report = _begun_report(folder, opened, planned, extraction, subjects)
         page = _evaluate_all(subjects, planned, stores, report)
     if report.failures:
         raise DataError(_failure_line(report.failures, page))
@@ -186,28 +186,27 @@ def _warn_of_idle(
             LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
 
 
-def _held(to: str) -> contextlib.AbstractContextManager:
+def _held(folder: Path) -> contextlib.AbstractContextManager:
     """Holds the folder of the report in the first process: two at once would write one page."""
-    folder = local_folder("to", to)
     check_writable("to", folder)
     first = jax.process_index() == 0
     return folder_held_for("evaluation", folder) if first else contextlib.nullcontext()
 
 
 def _begun_report(
-    to: str,
+    folder: Path,
     opened: Sequence[EvaluationData],
     planned: Sequence[Planned],
     extraction: Extraction,
     subjects: Mapping[str, Sequence[Subject]],
 ) -> GrowingReport:
-    """The report in the folder `to`, with what an earlier call left there."""
+    """The report in its folder, with what an earlier call left there."""
     chosen = {}
     for each in (*(each.settings for each in planned), extraction):
         chosen |= vars(each)
     values = ", ".join(f"{name} {value}" for name, value in chosen.items())
     return GrowingReport(
-        Path(path_of(to)),
+        folder,
         f"{_summary(opened, extraction.limit)} Settings: {values}.",
         {name: _facts(runs) for name, runs in subjects.items()},
         seeds={name: seeds for name, runs in subjects.items() if (seeds := _seeds(runs))},
