@@ -13,7 +13,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import DamagedLog, check_outside, open_source
-from cassle_jax.evaluate import _held, datasets_in, evaluate_command, named_path
+from cassle_jax.evaluate import datasets_in, evaluate_command, named_path
 from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
 from cassle_jax.prepare.dataset import prepare
@@ -253,7 +253,7 @@ def test_what_is_written_to_a_local_folder_names_one(to, tmp_path, monkeypatch):
         lambda: run_table(table, to, toy=True),
         lambda: transfer(to, minutes=1.0),
         lambda: export_command(run="run", to=to),
-        lambda: _held(to),
+        lambda: evaluate_command(runs=["run"], datasets=["motifs"], to=to),
     ):
         with pytest.raises(ConfigError, match=f"^to={to} is no local folder; give the one"):
             command()
