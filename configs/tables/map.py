@@ -7,34 +7,9 @@ On one H200 shared with five other runs, a run of the base cell compiles for 93 
 22 s. On one CPU core, runs with MoCo-v2 or Barlow Twins take 12 to 28 minutes.
 """
 
+from cassle_jax.sweep.slim import BASE, METHODS, VARIANTS
 from cassle_jax.sweep.table import Row, Table
 
-VARIANTS = {
-    "plain": ("conditioning=none",),
-    "CASSLE": ("conditioning=cassle",),
-    "CASSLE + plain branch": ("conditioning=cassle", "conditioning.plain_branch=0.5"),
-}
-BASE = (
-    "data.source=folder",
-    "epochs=12",
-    "batch_size=256",
-    "encoder.small_images=False",
-    "encoder.width=8",
-    "optimizer.name=adamw",
-    "optimizer.base_learning_rate=0.004",
-    "optimizer.weight_decay=1e-4",
-    "optimizer.warmup_epochs=1.0",
-    "checkpoint.every_steps=100000",
-)
-METHODS = {
-    "simclr": ("method.projector_hidden=256",),
-    "moco_v2": ("method.projector_hidden=256", "method.momentum=0.99", "method.queue_size=16384"),
-    "barlow_twins": (
-        "method.projector_hidden=512",
-        "method.projector_out=512",
-        "method.vector_rate=1.0",
-    ),
-}
 # Method and differences from the base by cell; the learning rate scales with the root of the batch.
 CELLS = {
     "SimCLR": ("simclr", ()),

@@ -22,9 +22,9 @@ FOR_SCENES = {"few_shot", "invariance", "knn", "linear", "matching", "spectrum"}
 
 
 def tasks_by_table():
-    """Of every table the tasks that none before it has."""
+    """Per table, the tasks that no table with fewer tasks has."""
     own, seen = {}, set()
-    for name in NAMES:
+    for name in sorted(NAMES, key=lambda name: len(find_table(name).tasks)):
         tasks = set(find_table(name).tasks) & FOR_SCENES
         own[name] = tuple(sorted(tasks - seen))
         seen |= tasks
