@@ -6,6 +6,7 @@ python -m cassle_jax.tables --table=field --to=runs/field --parallel=2 \\
 Without `--datasets`, the motifs' factors alone: nothing has to be downloaded.
 """
 
+from cassle_jax.sweep.slim import HEADS
 from cassle_jax.sweep.table import Row, Table
 
 # Arguments of the configuration by method and variant.
@@ -30,16 +31,6 @@ VARIANTS = {
     },
 }
 
-# The widths of the quickstart's heads, for an encoder of 64 features.
-SLIM = (
-    "equimod.hidden=256",
-    "equimod.out=128",
-    "sie.hidden=256",
-    "sie.out=256",
-    "stl.code=32",
-    "probe.every_epochs=0",
-)
-
 
 def get_table():
     return Table(
@@ -51,11 +42,12 @@ def get_table():
             Row(
                 f"{method}, {variant}",
                 f"configs/quickstart.py:method={method.lower()},{arguments}",
-                SLIM,
+                HEADS,
             )
             for method, variants in VARIANTS.items()
             for variant, arguments in variants.items()
         ),
         datasets=("motifs",),
         tasks=("factors", "equivariance", "linear", "knn"),
+        overrides=("probe.every_epochs=0",),
     )
