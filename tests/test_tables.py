@@ -334,6 +334,13 @@ def test_a_dry_run_counts_steps_and_hours_without_the_dataset():
     ]
 
 
+def test_a_dry_run_does_not_promise_runs_of_seconds():
+    small = ("encoder.width=8", "augment.size=32", "epochs=1")
+    output = dry_run(table(Row("slim", "configs/imagenet100.py", small)), rate=3780.0)
+    assert "(1 epochs): less than 0.01 GPU hours per run" in output
+    assert "3 runs, less than 0.01 GPU hours without evaluation" in output
+
+
 @pytest.mark.parametrize(
     ("row", "work"),
     [

@@ -107,10 +107,15 @@ def cost_table(runs: Sequence[RunSpec], images: Sequence[int], rate: float) -> s
         epochs = config.steps / max(1, count // config.batch_size)
         lines.append(
             f"{subject:{width}}  {len(seeds)} × {config.steps} steps of {config.batch_size} images "
-            f"({epochs:.3g} epochs): {hours:.3g} GPU hours per run"
+            f"({epochs:.3g} epochs): {_shown(hours)} per run"
         )
     lines.append(
-        f"{len(runs)} runs, {total:.3g} GPU hours without evaluation, where a ResNet-50 at 224 px "
+        f"{len(runs)} runs, {_shown(total)} without evaluation, where a ResNet-50 at 224 px "
         f"with MoCo-v2 makes {rate:g} images/s"
     )
     return "\n".join(lines)
+
+
+def _shown(hours: float) -> str:
+    """The hours as text; below a hundredth, compiling takes longer than the steps."""
+    return f"{hours:.3g} GPU hours" if hours >= 0.01 else "less than 0.01 GPU hours"
