@@ -17,7 +17,7 @@ from cassle_jax.augment.describe import (
     identity_difference,
 )
 from cassle_jax.augment.descriptors import DESCRIPTORS, PALETTE, Descriptor
-from cassle_jax.augment.draw import SWITCHES, ViewParams, draw
+from cassle_jax.augment.draw import ViewParams, draw
 from cassle_jax.augment.resample import center_view
 from cassle_jax.augment.spec import (
     CHANCES,
@@ -26,6 +26,7 @@ from cassle_jax.augment.spec import (
     RARE,
     STL10_MEAN,
     STL10_STD,
+    SWITCHES,
     AugmentSpec,
 )
 

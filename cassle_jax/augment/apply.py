@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
-from cassle_jax.augment.draw import SWITCHES, Size, ViewParams, draw
+from cassle_jax.augment.draw import Size, ViewParams, draw
 from cassle_jax.augment.inputs import check_params, check_spec
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
-from cassle_jax.augment.spec import AugmentSpec
+from cassle_jax.augment.spec import SWITCHES, AugmentSpec
 
 __all__ = ["View", "apply", "augment", "denormalize"]
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float32
 from cassle_jax.augment import operations
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.draw import ViewParams
-from cassle_jax.augment.spec import AugmentSpec
+from cassle_jax.augment.spec import CHANCES, AugmentSpec
+from cassle_jax.checks import check_one_of
 
 Reader = Callable[[View, AugmentSpec], Float32[Array, "_"]]
 Comparison = Callable[[View, View], Float32[Array, "_"]]
@@ -43,14 +44,18 @@ class Descriptor:
       setting: the field of ``AugmentSpec`` that decides whether the augmentation is ever drawn.
       kind: `value` for real numbers, `binary` for one number that is 0 or 1, `class` for one-hot
         numbers. Decides AugSelf's loss and the probe of an evaluation.
-      neutral: the numbers of an unaugmented image; zeros by default.
+      neutral: the numbers of an unaugmented image; zeros by default, which are no `class`.
       compare: returns the augmentation of view 1 relative to view 2; by default the difference of
-        their numbers.
+        their numbers. A head predicts it by the loss of ``kind``, so a predicted `binary` or
+        `class` needs one that returns 0 or 1, or one-hot numbers.
       alike: the result of ``compare`` for two views with equal augmentation; zeros by default.
       predicted: whether AugSelf has a head for it.
       from_image: whether the numbers are computed from the image, and so may reveal it.
       restates: another descriptor that has the same information in fewer numbers; probes and
         pictures show that one.
+
+    Raises:
+      ValueError: numbers that do not fit the components or the kind; the message says what would.
     """
 
     components: tuple[str, ...]
@@ -68,6 +73,39 @@ class Descriptor:
         zeros = (0.0,) * len(self.components)
         object.__setattr__(self, "neutral", self.neutral or zeros)
         object.__setattr__(self, "alike", self.alike or zeros)
+        check_one_of("setting", self.setting, ("crop", *CHANCES))
+        check_one_of("kind", self.kind, ("value", "binary", "class"))
+        self._check_lengths()
+        self._check_class()
+
+    def _check_lengths(self) -> None:
+        for name in ("neutral", "alike"):
+            if len(getattr(self, name)) != self.size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not have one number for each of the "
+                    f"components {self.components}; use {self.size}"
+                )
+        if self.kind == "binary" and self.size != 1:
+            raise ValueError(
+                f"kind='binary' is one number, and the components are {self.components}; use one, "
+                "or kind='class'"
+            )
+
+    def _check_class(self) -> None:
+        """Refuses numbers and differences that are no class, which would be a wrong target."""
+        if self.predicted and self.kind != "value" and self.compare is None:
+            raise ValueError(
+                f"a head cannot predict the difference of numbers of kind={self.kind!r} "
+                f"{self.components}; set compare to a function of two views whose result is of "
+                "this kind, too, and alike to its result for equal views"
+            )
+        compared = ("alike",) if self.compare else ()
+        for name in ("neutral", *compared) if self.kind == "class" else ():
+            if sorted(getattr(self, name)) != [0.0] * (self.size - 1) + [1.0]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is none of the classes {self.components}; use 1 "
+                    "for one of them, and 0 for the others"
+                )
 
     @property
     def size(self) -> int:

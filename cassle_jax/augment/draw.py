@@ -12,20 +12,10 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, PRNGKeyArray
 from cassle_jax.augment.inputs import check_key, check_size, check_spec
 from cassle_jax.augment.spec import AugmentSpec
 
-__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "SWITCHES", "Size", "ViewParams", "draw"]
+__all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Size", "ViewParams", "draw"]
 
 # The colour operations in ViewParams.jitter_order.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-SWITCHES = {
-    "flip": "flip",
-    "jitter": "jitter",
-    "grayscale": "grayscale",
-    "blur": "blur",
-    "solarize": "solarize",
-    "rotation": "turns",
-}
-"""The field of `ViewParams` that is false, or 0, where an augmentation is not applied."""
 
 _CROP_TRIES = 10
 # A new step goes last: the keys of the others then stay the same.

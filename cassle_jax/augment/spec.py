@@ -42,7 +42,17 @@ _RANGES = {
 }
 _POSITIVE_RANGES = ("crop_area", "crop_aspect")
 
-CHANCES = ("flip", "jitter", "grayscale", "blur", "solarize", "rotation")
+SWITCHES = {
+    "flip": "flip",
+    "jitter": "jitter",
+    "grayscale": "grayscale",
+    "blur": "blur",
+    "solarize": "solarize",
+    "rotation": "turns",
+}
+"""The field of `ViewParams` that is false, or 0, where an augmentation is not applied."""
+
+CHANCES = tuple(SWITCHES)
 """The settings that are the probability of an augmentation."""
 
 

@@ -14,6 +14,7 @@ from cassle_jax.augment import (
     LEAK_FREE_DESCRIPTORS,
     PALETTE,
     AugmentSpec,
+    Descriptor,
     View,
     apply,
     augment,
@@ -27,6 +28,7 @@ from cassle_jax.augment import (
 )
 
 SPEC = AugmentSpec(8, solarize=0.5, rotation=0.5)
+ENTRY = {"components": ("left", "right"), "read": lambda *_: jnp.zeros(2), "setting": "rotation"}
 
 
 def _view(params):
@@ -174,6 +176,32 @@ def test_rotation_difference_is_a_class(make_params):
     views = [_view(make_params(16, turns=turns)) for turns in (turns_1, turns_2)]
     classes = _difference()(*views)["rotation"].argmax(1)
     np.testing.assert_array_equal(classes, (turns_1 - turns_2) % 4)
+
+
+@pytest.mark.parametrize("kind", ["binary", "class"])
+def test_a_head_for_classes_needs_a_difference_that_is_a_class(kind):
+    # The difference of one-hot numbers has a 1, a -1 or neither, and cross-entropy takes it.
+    one = {**ENTRY, "components": ("tilted",), "kind": kind, "neutral": (1.0,)}
+    with pytest.raises(ValueError, match=f"cannot predict .*kind='{kind}'.*; set compare"):
+        Descriptor(**one, predicted=True)
+    Descriptor(**one)
+    Descriptor(**one, predicted=True, compare=lambda *_: jnp.ones(1), alike=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"kind": "class"}, r"neutral=\(0.0, 0.0\) is none of the classes .*; use 1 for one"),
+        ({"neutral": (1.0,)}, r"neutral=\(1.0,\) does not have one number .*; use 2"),
+        ({"alike": (1.0, 0.0, 0.0)}, r"alike=\(1.0, 0.0, 0.0\) does not have .*; use 2"),
+        ({"kind": "binary"}, r"kind='binary' is one number.*; use one, or kind='class'"),
+        ({"setting": "turns"}, r"setting='turns' is unknown; use one of blur, crop, "),
+    ],
+)
+def test_an_entry_that_contradicts_itself_is_refused(fault, message):
+    Descriptor(**ENTRY)
+    with pytest.raises(ValueError, match=message):
+        Descriptor(**{**ENTRY, **fault})
 
 
 def test_concatenation_is_alphabetical(pair):
