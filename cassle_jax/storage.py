@@ -292,6 +292,15 @@ def free_bytes(folder: epath.PathLike) -> int | None:
         return None
 
 
+def free_files(folder: epath.PathLike) -> int | None:
+    """Files and folders that can be made where a folder lies; `None` where no bound is known."""
+    try:
+        known = None if on_object_store(folder) else os.statvfs(folder)
+    except OSError:
+        return None
+    return known.f_favail if known and known.f_files else None
+
+
 def kept_json(
     path: epath.PathLike, needed: Mapping[str, Any] | None = None, *, kind: type = dict
 ) -> Any | None:

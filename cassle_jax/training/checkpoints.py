@@ -26,13 +26,21 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
-from cassle_jax.storage import check_writable, free_bytes, make_shared, on_object_store, share
+from cassle_jax.storage import (
+    check_writable,
+    free_bytes,
+    free_files,
+    make_shared,
+    on_object_store,
+    share,
+)
 from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
 WRITING_SECONDS = 30.0
+_FEW_FILES = 1000  # more than a checkpoint has
 
 LOG = logging.getLogger(__name__)
 
@@ -106,6 +114,9 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 create=False,
                 multiprocessing_options=alone,
+                # Where a folder cannot be made, as without inodes, its writers would wait for it
+                # for ten minutes each, and the process for them.
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_handlers={
                 "state": _whole_arrays(alone),
@@ -149,9 +160,11 @@ class Checkpoints:
         while self._leads and not self._is_saved(step, state, data_state):
             left = min(left, after_stop) if hurry.is_set() else left
             if left <= 0:
+                goes_on = "where the same command continues"
+                goes_on = goes_on if self._newest() else "so the same command begins anew"
                 raise NotSaved(
                     f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, "
-                    "where the same command continues"
+                    f"{goes_on}"
                 ) from self._cause
             if not warned:
                 LOG.warning(
@@ -330,9 +343,8 @@ class Checkpoints:
             self._cause = error
             self._trouble = f"checkpoint {step} is not saved: {error}"
             return
-        free = free_bytes(self._folder)
-        room = "" if free is None else f" ({_mb(free)} free)"
-        self._trouble = f"checkpoint {step} is not saved: {self._folder}{room}: {_reason(error)}"
+        where = f"{self._folder}{_room(self._folder)}"
+        self._trouble = f"checkpoint {step} is not saved: {where}: {_reason(error)}"
         self._cause = error
         # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.
         for mend in (self._manager.close, self._drop_incomplete, self._open):
@@ -514,8 +526,17 @@ def _bytes(state: TrainState) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+def _room(folder: epath.Path) -> str:
+    """What is free, in words; the number of files only where it can be the lack."""
+    free, files = free_bytes(folder), free_files(folder)
+    if free is None:
+        return ""
+    few = f" and {files} inodes" if files is not None and files < _FEW_FILES else ""
+    return f" ({_mb(free)}{few} free)"
+
+
 def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size / 1e3:,.1f} kB"
 
 
 def _reason(error: Exception) -> str:

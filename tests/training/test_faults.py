@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -138,10 +139,12 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_identical(tmp_path):
 class _Tmpfs:
     """A file system of a few megabytes; needs the right to mount one."""
 
+    options = "size=6m"
+
     def __init__(self, folder):
         self.folder = folder / "disk"
         self.folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(self.folder)]
+        command = ["mount", "-t", "tmpfs", "-o", self.options, "tmpfs", str(self.folder)]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting is not permitted here")
 
@@ -155,6 +158,21 @@ class _Tmpfs:
 
     def close(self):
         subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+
+class _Inodes(_Tmpfs):
+    """A file system that has room, and no number left for another file or folder."""
+
+    options = "size=60m,nr_inodes=1000"
+
+    def fill(self):
+        (self.folder / "ballast").mkdir()
+        with contextlib.suppress(OSError):
+            for number in range(1000):
+                (self.folder / "ballast" / str(number)).touch()
+
+    def free(self):
+        shutil.rmtree(self.folder / "ballast")
 
 
 class _FileSizeLimit:
@@ -173,11 +191,16 @@ class _FileSizeLimit:
     close = free
 
 
-@pytest.fixture(params=[_Tmpfs, _FileSizeLimit])
+@pytest.fixture(params=[_Tmpfs, _Inodes, _FileSizeLimit])
 def disk(request, tmp_path):
     disk = request.param(tmp_path)
     yield disk
     disk.close()
+
+
+def awaited_threads():
+    """The threads that a process waits for when it ends."""
+    return {each for each in threading.enumerate() if not each.daemon}
 
 
 def warnings_of(caplog):
@@ -226,7 +249,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(
     monkeypatch.setattr(loop_module, "LAST_SAVE_SECONDS", seconds)
     monkeypatch.setattr(loop_module, "STOPPING_SAVE_SECONDS", 0.4)
     monkeypatch.setattr(checkpoints_module, "RETRY_SECONDS", 0.2)
-    workdir = disk.folder / "run"
+    workdir, others = disk.folder / "run", awaited_threads()
 
     def fill():
         disk.fill()
@@ -247,6 +270,11 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(
     ) as end:
         pretrain_command(config, workdir)
     assert end.value.code == EXIT_NOT_SAVED and "\n" not in str(end.value)
+    assert (" and 0 inodes free" in str(end.value)) == isinstance(disk, _Inodes)
+    until = time.monotonic() + 20
+    while awaited_threads() - others:  # the process would wait for them at its end
+        assert time.monotonic() < until, awaited_threads() - others
+        time.sleep(0.1)
     disk.free()
     assert_identical(pretrain(config, workdir), whole[1])
 
