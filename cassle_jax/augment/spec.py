@@ -60,8 +60,8 @@ CHANCES = tuple(SWITCHES)
 class AugmentSpec:
     """The distribution augmentations are drawn from; the defaults are CASSLE's for ImageNet.
 
-    Hashable, so that it can be a static argument of a compiled function. Lists and integers become
-    tuples and floats, so that values may come straight from a config file.
+    Hashable, so that it can be a static argument of a compiled function. Lists, integers and arrays
+    become tuples and floats, so that values may come straight from a config file.
 
     Args:
       size: height and width S of a view, pixels.
@@ -117,6 +117,8 @@ class AugmentSpec:
     std: Sequence[Number] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
         self._check_integer("size", 1)
         check_at_least("augment.size", self.size, 1, LARGEST_SIDE)
         self._check_integer("kernel_size", 0)
@@ -128,7 +130,7 @@ class AugmentSpec:
             self._set_floats(name, 3, "use three numbers, one a channel")
         if min(self.std) <= 0:
             raise ConfigError(f"augment.std={self.std} has a value that is not positive; use > 0")
-        if self.crop not in (True, False):
+        if not isinstance(self.crop, Real) or self.crop not in (True, False):
             raise ConfigError(f"augment.crop={self.crop!r} is not valid; use True or False")
         check_one_of("augment.jitter_order", self.jitter_order, ("image", "batch"))
         check_one_of("augment.solarize_after", self.solarize_after, ("jitter", "blur"))
@@ -168,6 +170,7 @@ class AugmentSpec:
         Raises:
           ConfigError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
         """
+        strength = _plain("color_strength", strength)
         hue = tuple(strength * end for end in self.hue)
         possible = strength >= 0 and max(map(abs, hue)) <= 0.5 and strength * self.grayscale <= 1
         if not (possible and math.isfinite(strength)):
@@ -186,7 +189,9 @@ class AugmentSpec:
         value = getattr(self, name)
         number = isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool)
         if not number or int(value) != value or value < smallest:
-            raise ConfigError(f"augment.{name}={value} is not valid; use an integer >= {smallest}")
+            raise ConfigError(
+                f"augment.{name}={value!r} is not valid; use an integer >= {smallest}"
+            )
         object.__setattr__(self, name, int(value))
 
     def _check_probability(self, name: str) -> None:
@@ -229,6 +234,18 @@ class AugmentSpec:
                 f"than a view of augment.size={self.size} has; use a kernel of at most "
                 f"{2 * self.size - 1}, or augment.blur=0"
             )
+
+
+def _plain(name: str, value: object) -> object:
+    """Numbers and lists in the place of arrays, also inside a list; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(name, each) for each in value)
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except TypeError as error:  # JAX traces it
+        raise ConfigError(
+            f"augment.{name} is traced, and a spec is static: make it outside the compiled function"
+        ) from error
 
 
 def _is_number(value: object) -> bool:

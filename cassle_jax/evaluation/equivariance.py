@@ -151,11 +151,12 @@ def equivariance(
     """
     from sklearn.metrics import r2_score  # commands start faster without scikit-learn
 
-    centre, scale = train.features.mean(axis=0), train.features.std(axis=0)
+    exact = [np.asarray(part.features, np.float64) for part in (train, val, test)]
+    centre, scale = exact[0].mean(axis=0), exact[0].std(axis=0)
     scale = np.where(scale > 0, scale, 1)
     parts = [
-        dataclasses.replace(part, features=((part.features - centre) / scale).astype(np.float64))
-        for part in (train, val, test)
+        dataclasses.replace(part, features=(features - centre) / scale)
+        for part, features in zip((train, val, test), exact, strict=True)
     ]
     fitted, chosen, tested = (
         _Pairs.of(part, kinds, seed + place) for place, part in enumerate(parts)
@@ -231,6 +232,7 @@ def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, 
 
 def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
     """The change in a factor from the first view to the second one, as `equivariance` says."""
+    first, second = (np.asarray(each, np.float64) for each in (first, second))
     if kind == "rotation":
         from scipy.spatial.transform import Rotation  # commands start faster without SciPy
 

@@ -1,8 +1,15 @@
 """What an AugmentSpec accepts, and what it says of what it does not."""
 
+import inspect
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 import pytest
 
 from cassle_jax.augment import AugmentSpec
+from cassle_jax.checks import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +26,31 @@ def test_values_from_a_config_file_make_a_hashable_spec():
     )
     assert spec == expected
     assert hash(spec) == hash(expected)
+
+
+@pytest.fixture
+def as_outside_tests(monkeypatch):
+    """Nothing checks the types of arguments."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_arrays_are_the_numbers_that_they_hold(array, as_outside_tests):
+    given = {"size": 32, "kernel_size": 5, "crop": False, "flip": 0.25, "crop_area": (0.5, 1.0)}
+    expected = AugmentSpec(**given, std=(0.5, 0.25, 1.0), hue=(-0.25, 0.25))
+    spec = AugmentSpec(
+        **{name: array(value) for name, value in given.items()},
+        std=array([0.5, 0.25, 1], jnp.bfloat16),
+        hue=(array(-0.25), array(0.25)),
+    )
+    assert spec == expected and hash(spec) == hash(expected) and repr(spec) == repr(expected)
+    with_strength = inspect.unwrap(AugmentSpec.with_color_strength)  # which no test checks
+    assert with_strength(spec, array(0.5)) == expected.with_color_strength(0.5)
+
+
+def test_what_is_traced_is_refused_in_words(as_outside_tests):
+    with pytest.raises(ConfigError, match=r"^augment\.size is traced, .* outside the compiled"):
+        jax.jit(lambda size: AugmentSpec(size).size)(8)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +83,9 @@ def test_impossible_color_strength(strength):
     ("settings", "message"),
     [
         ({"size": 0}, r"augment\.size=0 .*integer >= 1"),
+        ({"size": "8"}, r"augment\.size='8' is not valid; use an integer >= 1"),
+        ({"size": np.array([8])}, r"augment\.size=\[8\] is not valid; use an integer >= 1"),
+        ({"crop": np.array([1, 0])}, r"augment\.crop=\[1, 0\] is not valid; use True or False"),
         ({"flip": float("nan")}, r"augment\.flip=nan is not a probability"),
         ({"hue": (0.0, float("nan"))}, r"augment\.hue=.*no number; use \(low, high\)"),
         ({"sigma": (0.1, float("inf"))}, r"augment\.sigma=.*no number; use \(low, high"),
@@ -81,7 +116,7 @@ def test_impossible_color_strength(strength):
         ({"std": (1.0, 0.0, 1.0)}, r"augment\.std=.* not positive; use > 0"),
     ],
 )
-def test_wrong_settings_are_named(settings, message):
+def test_wrong_settings_are_named(settings, message, as_outside_tests):
     with pytest.raises(ValueError, match=message):
         AugmentSpec(**({"size": 32} | settings))
 

@@ -126,6 +126,28 @@ def test_the_same_seed_gives_the_same_result():
     np.testing.assert_array_equal(first.found[RIGHT], same.found[RIGHT])
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_features_and_factors_are_computed_with_exactly_whatever_their_type(kind):
+    def rounded(part):
+        features = np.round(1000 * part.features + 3000)  # float16 has these numbers, not their sum
+        return dataclasses.replace(part, features=features.astype(np.float16).astype(np.float64))
+
+    parts = [rounded(views(size, place, known)) for place, size in enumerate((60, 12, 30))]
+    exact = equivariance(*parts, KINDS)
+    given = [dataclasses.replace(part, features=part.features.astype(kind)) for part in parts]
+    found = equivariance(*given, KINDS)
+    assert found.read == pytest.approx(exact.read, rel=1e-12)
+    assert all((found.found[name] == exact.found[name]).all() for name in exact.found)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float16])
+def test_a_change_has_the_precision_and_the_sign_that_its_factors_type_lacks(kind):
+    first, second = np.array([200, 3], kind), np.array([100, 4], kind)
+    assert change_of("value", first, second).ravel().tolist() == [-100, 1]
+    expected = np.stack([np.sin([-100.0, 1.0]), np.cos([-100.0, 1.0])], axis=1)
+    np.testing.assert_array_equal(change_of("angle", first, second), expected)
+
+
 def test_ranks_are_those_counted_by_hand():
     # Two views are better and two as good as the right one: its rank is 3, 4 or 5.
     third_to_fifth = [(1 / 3 + 1 / 4 + 1 / 5) / 3, 0, 1]
