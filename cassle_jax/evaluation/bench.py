@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -79,12 +81,19 @@ class Bench:
         ten = (Crops(each, size, side, ten=True) for each in images)
         return [*map(self.store, ten), self.store(data.test, side)]
 
-    def once(self, make: Callable, *arguments):
-        """Calls `make` for the first dataset, and returns the same result for all others."""
-        programs = self.store.programs
-        if make.__name__ not in programs:
-            programs[make.__name__] = make(*arguments, self.mesh)
-        return programs[make.__name__]
+    def once(self, make: Callable, *arguments: Any) -> Any:
+        """Makes what serves all datasets of the subject, such as a compiled function.
+
+        Args:
+          make: a function or class; it is called with the arguments and the mesh.
+          *arguments: equal ones, of the same `make`, return what an earlier call made.
+        """
+        for known, given, made in self.store.made:
+            if known == make and _equal(given, arguments):
+                return made
+        made = make(*arguments, self.mesh)
+        self.store.made.append((make, arguments, made))
+        return made
 
     def learnt_from(self) -> Source:
         """The images of `fitted`, for protocols that train on images without choosing a setting."""
@@ -106,3 +115,16 @@ class Bench:
         """
         order = np.random.default_rng(0).permutation(len(self.data.test))
         return self.store.batches(Part(self.data.test, order, "shuffled"), images)
+
+
+def _equal(first: tuple, second: tuple) -> bool:
+    """Whether arguments are the same objects, arrays of the same values, or otherwise equal."""
+
+    def equal(one: Any, other: Any) -> bool:
+        if one is other:
+            return True
+        if isinstance(one, (jax.Array, np.ndarray)):
+            return type(one) is type(other) and np.array_equal(one, other)
+        return bool(one == other)
+
+    return len(first) == len(second) and all(map(equal, first, second))

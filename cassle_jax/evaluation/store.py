@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ class FeatureStore:
         threads: int = 0,
     ):
         self.batch = batch
-        self.programs: dict[str, Any] = {}  # compiled for the subject, whatever the dataset
+        # What serves the subject on every dataset: its maker, the arguments, the result.
+        self.made: list[tuple[Callable, tuple, Any]] = []
         self._subject, self.mesh = subject, mesh
         self.limit, self._threads = limit, threads
         self._fingerprint = subject.fingerprint()

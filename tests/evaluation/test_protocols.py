@@ -97,6 +97,31 @@ def test_analysed_images_are_in_an_order_that_is_always_the_same(bench):
     assert first.tolist() != in_order
 
 
+def test_what_serves_all_datasets_is_made_once_for_equal_arguments_alone(bench):
+    made = []
+
+    def make(spec, neutral, mesh):
+        made.append((spec, neutral))
+        return spec, mesh
+
+    other = dataclasses.replace(SPEC, flip=1.0)
+    first = bench.once(make, SPEC, np.zeros(2))
+    of_another_dataset = dataclasses.replace(
+        bench, data=dataclasses.replace(bench.data, name="other")
+    )
+    assert of_another_dataset.once(make, dataclasses.replace(SPEC), np.zeros(2)) is first
+    assert first == (SPEC, bench.mesh)
+    assert bench.once(make, other, np.zeros(2))[0] == other
+    assert bench.once(make, SPEC, np.ones(2)) is not first
+    assert bench.once(make, SPEC, np.zeros(3)) is not first
+    assert len(made) == 4
+
+    def make(mesh):  # of another file, by the same name
+        return "another"
+
+    assert bench.once(make) == "another"
+
+
 def last_statement(module):
     last = ast.parse(Path(module.__file__).read_text()).body[-1]
     return ast.unparse(last).split("(")[0] if isinstance(last, ast.Assign) else ""
