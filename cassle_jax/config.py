@@ -210,8 +210,12 @@ def imagenet(config: ConfigDict, *, classes: str = "") -> ConfigDict:
     return config
 
 
+class UnknownSetting(ConfigError):
+    """The name of a setting that does not exist, whatever its value."""
+
+
 def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
-    """Raises ConfigError, with the closest setting, where `name` is neither known nor open.
+    """Raises UnknownSetting, with the closest one, where `name` is neither known nor open.
 
     Args:
       name: such as `optimizer.weight_decay`.
@@ -224,7 +228,7 @@ def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
     close = [other for other in settings if other.rpartition(".")[2] == name.rpartition(".")[2]]
     close += difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
     hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-    raise ConfigError(f"{prefix}{name} is not a setting of this configuration{hint}")
+    raise UnknownSetting(f"{prefix}{name} is not a setting of this configuration{hint}")
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict[str, object]:

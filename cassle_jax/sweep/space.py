@@ -13,7 +13,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_seed
-from cassle_jax.config import ARGUMENTS, FLAG_OPTIONS, check_setting, flat_settings
+from cassle_jax.config import (
+    ARGUMENTS,
+    FLAG_OPTIONS,
+    UnknownSetting,
+    check_setting,
+    flat_settings,
+)
 from cassle_jax.config_files import find_file
 from cassle_jax.training.run import check_settings
 
@@ -82,11 +88,14 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
         setting = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
         subject = ", ".join(setting).replace("=", " ") or "all"
         name = as_folder(name)
-        run = run_of(request.config, values, request.overrides, name=name, subject=subject)
         try:
+            run = run_of(request.config, values, request.overrides, name=name, subject=subject)
             check_settings(run.config)
+        except UnknownSetting:  # whatever the values
+            raise
         except ConfigError as error:
-            raise ConfigError(f"run {name}: {error}") from error
+            shown_values = ", ".join(f"{key}={value}" for key, value in values.items())
+            raise ConfigError(f"run {shown_values}: {error}") from error
         runs.setdefault(run.name, run)
     return list(runs.values())
 

@@ -108,11 +108,14 @@ def test_names_are_as_long_as_distinction_needs():
         ({"grid": "sed=0,1"}, r"^sed is not a setting .* did you mean seed\?$"),
         ({"grid": "condition=none"}, r"did you mean conditioning\?$"),
         ({"grid": "weight_decay=0"}, r"did you mean optimizer\.weight_decay\?$"),
-        ({"grid": "method=simclr,byoll"}, r"^method='byoll' .* did you mean 'byol'\?$"),
+        (
+            {"grid": "method=simclr,byoll"},
+            r"^run method=byoll: method='byoll' .* did you mean 'byol'\?$",
+        ),
         ({"grid": "method=simclr,moco_v2;method.queue_size=64"}, r"^method\.queue_size is not"),
-        ({"grid": "seed=0,x"}, r"config\.seed=x"),
+        ({"grid": "seed=0,x"}, r"^run seed=x: .*config\.seed=x"),
         ({"grid": "seed=0,0"}, "same one twice"),
-        ({"grid": "seed=0,-1"}, "seed=-1 is no seed"),
+        ({"grid": "seed=0,-1;epochs=1,2"}, "^run seed=-1, epochs=1: seed=-1 is no seed"),
         ({"grid": "seed=0,,1"}, "empty value"),
         ({"grid": "seed"}, "is not name=value"),
         ({"grid": "augment.crop_area=(0.1,1"}, r"does not close its \)"),
@@ -125,6 +128,14 @@ def test_names_are_as_long_as_distinction_needs():
         (
             {"random": "epochs=uniform(few,9)", "draws": 2},
             r"epochs=uniform\(few,9\) is not a range",
+        ),
+        (
+            {"random": "method=byol;optimizer.momentum=uniform(-3,-1.5)", "draws": 2},
+            r"^run method=byol, optimizer\.momentum=(-[123]\.\d+): optimizer\.momentum=\1 is not",
+        ),
+        (
+            {"random": "epochs=uniform(1.25,1.75)", "draws": 2},
+            r"^run epochs=1\.\d+: .*config\.epochs=1\.",
         ),
         ({"random": "epochs=uniform(1,9)", "draws": 2**40}, r"^draws=\d+ .* use at most 1024$"),
         ({"random": f"epochs=uniform(1,{2**70})", "draws": 2}, "[Oo]ut of range|epochs="),
