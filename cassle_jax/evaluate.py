@@ -226,9 +226,9 @@ def _mesh_for(batch: int) -> Mesh:
 
 def _written(report: GrowingReport, *, complete: bool) -> Path:
     try:
-        return retried("the report", partial(report.write, complete=complete))
+        return retried(f"to={report.folder}", partial(report.write, complete=complete))
     except OSError as error:
-        raise ConfigError(f"the report cannot be written: {reason_of(error)}") from error
+        raise ConfigError(f"to={report.folder} cannot be written: {reason_of(error)}") from error
 
 
 def _failure_line(failures: Sequence[tuple[str, Failure]], page: Path) -> str:

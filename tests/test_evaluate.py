@@ -347,7 +347,7 @@ def test_a_page_that_cannot_be_written_is_told_while_it_grows_and_at_its_end(
     (tmp_path / "report" / "report.html" / "a file").mkdir(parents=True)
     quick = dataclasses.replace(PROTOCOLS["knn"], run=lambda *_: [Score("knn", "scenes", "k", 0.5)])
     monkeypatch.setitem(PROTOCOLS, "knn", quick)
-    with pytest.raises(ConfigError, match=r"^the report cannot be written: .*irectory"):
+    with pytest.raises(ConfigError, match=r"^to=.*/report cannot be written: .*irectory"):
         evaluate(run, tmp_path, "knn")
     assert "report cannot be written for now: " in caplog.text
 

@@ -26,6 +26,9 @@ class GrowingReport:
       facts: facts by subject, see `write_report`.
       seeds: seeds by subject where they are known, see `Pairing`.
       writes: whether this process writes the files; one of several processes does.
+
+    Attributes:
+      folder: the folder of the report.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class GrowingReport:
         seeds: Mapping[str, Sequence[int]] | None = None,
         writes: bool = True,
     ):
-        self._folder, self._summary, self._facts, self._writes = folder, summary, facts, writes
+        self.folder, self._summary, self._facts, self._writes = folder, summary, facts, writes
         self._seeds = seeds or {}
         self._runs: dict[str, list[list[tuple[str, Sequence[Finding]]]]] = {}
         self._due = 0.0
@@ -89,7 +92,7 @@ class GrowingReport:
         try:
             self.write(complete=False)
         except OSError as error:
-            LOG.warning("%s cannot be written for now: %s", self._folder, error.strerror)
+            LOG.warning("%s cannot be written for now: %s", self.folder, error.strerror)
         now = time.monotonic()
         self._due = now + (now - start) / _WRITING_SHARE
 
@@ -101,7 +104,7 @@ class GrowingReport:
           ValueError: there is nothing to write, or see `write_report`.
         """
         if not self._writes:
-            return self._folder / HTML
+            return self.folder / HTML
         runs = {
             name: [[each for _, part in run for each in part] for run in of_subject]
             for name, of_subject in self._runs.items()
@@ -111,7 +114,7 @@ class GrowingReport:
             for name, of_subject in self._runs.items()
         }
         return write_report(
-            self._folder,
+            self.folder,
             runs,
             summary=self._summary,
             provenance={name: self._facts[name] for name in runs},
