@@ -322,22 +322,22 @@ def kept_json(
         return None
     if not isinstance(content, kind):
         return None
-    whole = all(_is_of(content.get(name), own) for name, own in (needed or {}).items())
+    whole = all(is_of(content.get(name), own) for name, own in (needed or {}).items())
     return content if whole else None
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file has a type, see `kept_json`."""
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file has a type, as `needed` of `kept_json` gives it."""
     if isinstance(kind, type):
         return isinstance(value, kind) and not isinstance(value, bool)
     if isinstance(kind, dict):
         ((_, own),) = kind.items()
-        return isinstance(value, dict) and all(_is_of(each, own) for each in value.values())
+        return isinstance(value, dict) and all(is_of(each, own) for each in value.values())
     if not isinstance(value, list):
         return False
     if isinstance(kind, list):
-        return all(_is_of(each, kind[0]) for each in value)
-    return len(value) == len(kind) and all(map(_is_of, value, kind))
+        return all(is_of(each, kind[0]) for each in value)
+    return len(value) == len(kind) and all(map(is_of, value, kind))
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:

@@ -45,7 +45,7 @@ from cassle_jax.storage import (
 )
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep import experiment, worker
-from cassle_jax.sweep.budget import read_plan
+from cassle_jax.sweep.budget import measured_in, read_plan
 from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
 from cassle_jax.sweep.jobs import JOB_LOCK, OUTCOME, outcome_of, write_outcome
 from cassle_jax.sweep.records import FINISHED, MISSING, RunRecord, workdir_of
@@ -55,6 +55,7 @@ from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import RESULT
 from cassle_jax.training.metrics import JsonLines, append_line, read_metrics
 from cassle_jax.training.saved_config import changes, holds_run, read_config, write_config
+from cassle_jax.training.start_records import last_start_record
 from cassle_jax.training.workdir import written
 from tests.interop.states import encoder_state
 
@@ -102,6 +103,41 @@ def test_a_damaged_outcome_or_plan_counts_as_missing(tmp_path, content):
     assert RunRecord(tmp_path).exit_code is None
     assert read_plan(tmp_path, 0.0) is None
     assert RunRecord(tmp_path / "none").state == MISSING
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        *OF_OTHER_TYPES[:2],
+        '{"exit_code": 0, "last_line": ""}',
+        '{"exit_code": 0, "last_line": "", "seconds": "x"}',
+        '{"exit_code": 0, "last_line": "", "seconds": NaN}',
+        '{"exit_code": 0, "last_line": "", "seconds": 0}',
+    ],
+)
+def test_a_measurement_whose_outcome_is_damaged_is_taken_again(tmp_path, outcome):
+    line = '{"step": 40, "images_per_second": 12.5}'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (tmp_path / OUTCOME).write_text(outcome)
+    assert measured_in(tmp_path) is None
+    (tmp_path / OUTCOME).write_text('{"exit_code": 0, "last_line": "", "seconds": 3}')
+    assert measured_in(tmp_path) == (12.5, 3.0)
+    for damaged in ("", line.replace("12.5", "0.0"), line.replace("12.5", '"x"')):
+        (tmp_path / "metrics.jsonl").write_text(damaged)
+        assert measured_in(tmp_path) is None
+
+
+@pytest.mark.parametrize("wrong", [None, "x", 3, -1.5, [], [3], {"a": 3}, True])
+def test_a_fact_of_a_start_that_has_another_type_counts_as_not_recorded(tmp_path, wrong):
+    whole = {"images": 64, "names": "f0", "devices": "1 × cpu", "versions": {"jax": "0.10"}}
+    for name, value in whole.items():
+        start = {"step": 0, **whole, name: wrong, "heads": {}}
+        (tmp_path / "starts.jsonl").write_text(json.dumps(start))
+        kept = {"step": 0, **whole, "heads": {}}
+        if type(wrong) is not type(value) or wrong == {"a": 3}:
+            del kept[name]
+        found = last_start_record(tmp_path, 5)
+        assert found == kept | ({name: wrong} if name in kept else {})
 
 
 @pytest.mark.parametrize("unreadable", ["3", "[3]", '[["a"]]', '[["a", 3]]'])
@@ -305,7 +341,8 @@ def test_the_page_of_an_evaluation_waits_for_room(tmp_path, monkeypatch):
     assert evaluate._written(report, complete=True).exists() and (tmp_path / JSON).exists()
     assert len(failed) == 2
     failing(monkeypatch, GrowingReport, "write", errno.ENOSPC, 10**6)
-    with pytest.raises(faults.Outage, match=r"No space left on device, for 0\.5 s; the s") as ended:
+    said = rf"^to={tmp_path}: No space left on device, for 0\.5 s; the same command"
+    with pytest.raises(faults.Outage, match=said) as ended:
         evaluate._written(report, complete=True)
     assert code_of(ended.value) == EXIT_OUTAGE
 

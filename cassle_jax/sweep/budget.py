@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.faults import Outage
 from cassle_jax.storage import kept_json, write_surely
-from cassle_jax.sweep.jobs import outcome_of
+from cassle_jax.sweep.jobs import OUTCOME
 from cassle_jax.sweep.space import RunSpec
 from cassle_jax.training.metrics import read_metrics
 
@@ -76,6 +78,20 @@ def runs_to_measure(runs: Sequence[RunSpec], parallel: int) -> list[RunSpec]:
     ]
 
 
+def measured_in(workdir: Path) -> tuple[float, float] | None:
+    """Images per second, and seconds in all, of a measured run; `None` where its files are damaged.
+
+    Args:
+      workdir: of the run.
+    """
+    speeds = read_metrics(workdir).get("images_per_second", [])
+    outcome = kept_json(workdir / OUTCOME, {"exit_code": int, "seconds": Real})
+    if not speeds or outcome is None or outcome["exit_code"]:
+        return None
+    found = float(speeds[-1][1]), float(outcome["seconds"])
+    return found if all(math.isfinite(each) and each > 0 for each in found) else None
+
+
 def make_plan(
     folder: Path,
     minutes: float,
@@ -94,11 +110,13 @@ def make_plan(
 
     Raises:
       ConfigError: the budget is too short.
+      Outage: a run's measurement could not be written.
     """
     seconds, overhead, spent = {}, 0.0, 0.0
     for workdir, run in measured.items():
-        step_seconds = run.config.batch_size / read_metrics(workdir)["images_per_second"][-1][1]
-        took = float(outcome_of(workdir)["seconds"])
+        if (found := measured_in(workdir)) is None:
+            raise Outage(f"{workdir} lacks its measurement; the same command measures again")
+        step_seconds, took = run.config.batch_size / found[0], found[1]
         group = group_of(run.subject)
         seconds[group] = max(step_seconds, seconds.get(group, 0.0))
         overhead = max(overhead, took - MEASURED_RUN["steps"] * step_seconds)

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 from etils import epath
@@ -31,12 +32,13 @@ from cassle_jax.sweep.budget import (
     MEASURED_RUN,
     Plan,
     make_plan,
+    measured_in,
     read_plan,
     runs_to_measure,
 )
 from cassle_jax.sweep.cost import RATE, cost_table, images_of
 from cassle_jax.sweep.evaluation import Evaluation, evaluation_of, facts_of
-from cassle_jax.sweep.jobs import outcome_of
+from cassle_jax.sweep.jobs import OUTCOME, outcome_of
 from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.results import write_results
@@ -157,7 +159,10 @@ def _plan(
         short = with_settings(run, MEASURED_RUN)
         protocol = Evaluation() if jobs else evaluation
         jobs.append(Job(run.subject, short.arguments, workdir, protocol, False, toy=toy))
-    missing = [job for job in jobs if RunRecord(job.workdir).state != FINISHED]
+    missing = [job for job in jobs if measured_in(job.workdir) is None]
+    for job in missing:
+        if RunRecord(job.workdir).state == FINISHED:  # it would not be run again
+            shutil.rmtree(job.workdir)
 
     def on_end(job: Job, code: int) -> None:
         LOG.info("%s: measured", job.workdir.name)
@@ -257,7 +262,9 @@ class _Results:
         if code:
             LOG.info("%s", record.failure)
         else:
-            LOG.info("%s: done in %.0f s", job.workdir.name, outcome_of(job.workdir)["seconds"])
+            outcome = kept_json(job.workdir / OUTCOME, {"seconds": Real})
+            took = f" in {outcome['seconds']:.0f} s" if outcome else ""
+            LOG.info("%s: done%s", job.workdir.name, took)
         if time.monotonic() - self._written > _PAGE_SECONDS:
             self.write_page()
 

@@ -30,6 +30,7 @@ from cassle_jax.storage import (
     check_writable,
     free_bytes,
     free_files,
+    is_of,
     make_shared,
     on_object_store,
     share,
@@ -388,6 +389,8 @@ class Checkpoints:
             state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
             data_state = data.restore(folder / "data", args=ocp.args.JsonRestore())
         saved = data_state.pop("checksums", {})
+        if not is_of(data_state, {str: int}):
+            raise ValueError("its place in the images is damaged")
         check_sums(checksums(state, data_state), saved)
         return state, data_state
 
@@ -440,8 +443,10 @@ def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in _checksums_of(dict(parts)).items()}
 
 
-def check_sums(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
+def check_sums(found: Mapping[str, int], saved: Any) -> None:
     """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
+    if not is_of(saved, {str: int}):
+        raise ValueError("its checksums are damaged")
     wrong = [name for name in found if saved and saved.get(name) != found[name]]
     if wrong:
         raise ValueError(f"its {', '.join(wrong)} differ from what was saved")

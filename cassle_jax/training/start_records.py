@@ -7,10 +7,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from cassle_jax.storage import is_of
 from cassle_jax.training.metrics import append_line, read_lines
 from cassle_jax.versions import versions
 
 Start = dict[str, Any]
+
+_TYPES = {"images": int, "names": str, "devices": str, "versions": {str: str}}
 
 
 def record_start(
@@ -52,6 +55,11 @@ def record_start(
 
 
 def last_start_record(workdir: epath.PathLike, step: int) -> Start:
-    """The last start of a run at or before `step`; empty where none was recorded."""
+    """The last start of a run at or before `step`, without damaged facts; empty without any."""
     starts = read_lines(epath.Path(workdir, "starts.jsonl"))
-    return next((each for each in reversed(starts) if each["step"] <= step), {})
+    start = next((each for each in reversed(starts) if each["step"] <= step), {})
+    return {
+        name: fact
+        for name, fact in start.items()
+        if name not in _TYPES or is_of(fact, _TYPES[name])
+    }

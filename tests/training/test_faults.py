@@ -641,6 +641,28 @@ def test_a_damaged_file_of_a_checkpoint_does_no_harm(saved, caplog, kind):
             assert step == 1 or "ocdbt.process" in str(name), name
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step": "2"}, "its place in the images is damaged"),
+        ({"step": None, "checksums": {}}, "its place in the images is damaged"),
+        ({"step": 2, "checksums": 3}, "its checksums are damaged"),
+        ({"step": 2, "checksums": {"params": "x"}}, "its checksums are damaged"),
+        ({"step": 2, "checksums": [3]}, "its checksums are damaged"),
+    ],
+)
+def test_a_place_in_the_images_of_another_type_does_no_harm(saved, caplog, changed, said):
+    workdir, _ = saved
+    name = Path("checkpoints", "2", "data", "metadata")
+
+    def damage(copy):
+        content = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(content | changed))
+
+    assert restored_after(damage, workdir, caplog) == 1
+    assert f"checkpoint 2 cannot be read, trying the one before: {said}" in caplog.text
+
+
 def test_a_flipped_bit_anywhere_does_no_harm(saved, caplog):
     workdir, files = saved
     arrays = [file for file in files if "/d/" in str(file)]
