@@ -59,7 +59,7 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
 def _of_run(name: str, weights: Weights | RunWeights) -> Subject:
     config, gone = todays_settings(ConfigDict(weights.card["config"]))
     if gone:
-        LOG.warning("%s: settings that exist no more are left out: %s", name, ", ".join(gone))
+        LOG.warning("%s: settings that this version lacks are left out: %s", name, ", ".join(gone))
     method = method_of(config, weights.card)
     if isinstance(method, RecordedMethod):
         weights = weights.without(*method.missing)

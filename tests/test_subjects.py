@@ -131,7 +131,7 @@ def test_settings_that_came_or_went_since_a_run_began_do_not_matter(run, tmp_pat
     expected, subject = open_subject(run[0]), open_subject(workdir)
     assert_equal(subject.variables, expected.variables)
     assert subject.conditioning == expected.conditioning
-    assert "settings that exist no more are left out" in caplog.text
+    assert "settings that this version lacks are left out" in caplog.text
     for section in ("method", "conditioning", "augment", "augself", "encoder", "data"):
         assert f"{section}.gone" in caplog.text
     export_command(run=str(workdir), to=str(tmp_path / "exported"), formats=["cassle"])

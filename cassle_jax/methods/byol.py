@@ -14,6 +14,8 @@ from cassle_jax.methods.base import HeadShape, Method, Passes, rising_momentum
 class BYOL(Method):
     """BYOL (Grill et al., 2020).
 
+    The loss is the sum of eq. 2 over both orders of the views, without the constant 4.
+
     Attributes:
       momentum: initial share of the momentum networks that a step keeps; it rises to 1 along a
         cosine.

@@ -283,12 +283,12 @@ class Update:
         if isinstance(loss, tuple):
             loss, metrics = loss
             parts |= {f"method_{branch}{name}": value for name, value in metrics.items()}
-        for name, value in parts.items():
-            if jnp.shape(value):
-                raise ValueError(f"{name} has shape {jnp.shape(value)}; report a mean")
         if isinstance(loss, Mapping):
             parts |= {f"loss_{branch}{name}": value for name, value in loss.items()}
             loss = sum(loss.values())
+        for name, value in (parts | {"loss": loss}).items():
+            if jnp.shape(value):
+                raise ValueError(f"{name} has shape {jnp.shape(value)}; return a mean")
         if self.auxiliaries or len(self.networks.branches) > 1:
             parts |= {f"loss_{branch}method": loss}
         return loss, parts

@@ -331,6 +331,19 @@ class Reporting(SimCLR):
         return super().loss(step, networks), {"length": lengths if self.each else lengths.mean()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Forgetful(SimCLR):
+    """SimCLR whose loss, or a term of it, lacks its mean over the images."""
+
+    named: bool = False
+
+    def loss(self, step, networks):
+        first, second = (view.projection for view in step.pair)
+        distances = jnp.square(first - second).sum(axis=-1)
+        terms = {"contrast": super().loss(step, networks), "pull": distances}
+        return terms if self.named else distances
+
+
 def test_metrics_of_a_method_are_logged_under_names_of_their_own():
     _, state, update, _ = training(Reporting())
     _, metrics = jax.eval_shape(update, state, random_views(0))
@@ -342,7 +355,14 @@ def test_metrics_of_a_method_are_logged_under_names_of_their_own():
 
 def test_a_metric_that_is_no_mean_is_refused_by_name():
     _, state, update, _ = training(Reporting(each=True))
-    with pytest.raises(ValueError, match=r"^method_length has shape \(4,\); report a mean"):
+    with pytest.raises(ValueError, match=r"^method_length has shape \(4,\); return a mean"):
+        jax.eval_shape(update, state, random_views(0))
+
+
+@pytest.mark.parametrize(("named", "name"), [(False, "loss"), (True, "loss_pull")])
+def test_a_loss_that_is_no_mean_is_refused_by_name(named, name):
+    _, state, update, _ = training(Forgetful(named=named))
+    with pytest.raises(ValueError, match=rf"^{name} has shape \(4,\); return a mean"):
         jax.eval_shape(update, state, random_views(0))
 
 
