@@ -169,6 +169,23 @@ def test_damaged_settings_of_a_run_or_file_are_told_in_one_line(run, tmp_path):
             assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden", "x"), ("hidden", True), ("out", 2.5), ("depth", []), ("depth", -1), ("last_bn", 1)],
+)
+def test_a_recorded_head_that_cannot_be_is_one_line(run, field, value):
+    head = {"hidden": 8, "out": 8, "depth": 2} | {field: value}
+    start = {"step": 0, "heads": {"projector": head}, "views": []}
+    starts = run[0] / "starts.jsonl"
+    starts.write_text(json.dumps(start))
+    said = f"record of heads and views is damaged: {field}={value!r} is in no head"
+    try:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            open_subject(run[0])
+    finally:
+        starts.unlink()
+
+
 def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, caplog):
     """One that an older version began; those of this version record their heads."""
     expected = open_subject(run[0])

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from ml_collections import ConfigDict
 
@@ -75,7 +75,7 @@ def method_of(config: ConfigDict, record: Mapping[str, Any]) -> Method:
     """
     if "heads" in record:
         try:
-            heads = {name: _of(HeadShape, fields) for name, fields in record["heads"].items()}
+            heads = {name: _head_of(fields) for name, fields in record["heads"].items()}
             return RecordedMethod(heads, tuple(_of(AugmentSpec, each) for each in record["views"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its record of heads and views is damaged: {error}") from error
@@ -155,6 +155,15 @@ def _known(
         else values[name]
         for name, default in defaults.items()
     }
+
+
+def _head_of(fields: Mapping[str, Any]) -> HeadShape:
+    """The recorded shape of a head; raises ValueError where a field cannot be."""
+    for name, kind in get_type_hints(HeadShape).items():
+        value = fields.get(name, kind(1))
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{name}={value!r} is in no head")
+    return _of(HeadShape, fields)
 
 
 def _of(kind: type, fields: Mapping[str, Any]) -> Any:
