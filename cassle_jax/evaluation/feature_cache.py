@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,23 +65,27 @@ class FeatureCache:
         except OSError as error:
             LOG.warning("features cannot be kept in %s: %s", path.parent, error.strerror)
         with contextlib.suppress(OSError):  # the folder is out of reach
-            self._trim()
+            self._trim(path)
 
     def _path(self, subject: str, key: str) -> Path:
         return self._folder / subject / f"{key}.npz"
 
-    def _trim(self) -> None:
-        """Removes files beyond the bound, and leftovers of killed processes."""
-        found = []
+    def _trim(self, newest: Path) -> None:
+        """Removes files beyond the bound except the newest, and leftovers of killed processes."""
+        found, now = [], time.time_ns()
         for path in self._folder.glob("*/*.npz"):
             if _NAME.fullmatch(path.stem) and _NAME.fullmatch(path.parent.name):
                 with contextlib.suppress(OSError):  # another process removed it
                     known = path.stat()
-                    found.append((known.st_mtime_ns, known.st_size, path))
-        for folder in {path.parent for _, _, path in found}:
+                    read = known.st_mtime_ns
+                    if read > now:  # the clock was set back: it would stay until then
+                        os.utime(path)
+                        read = now
+                    found.append((path == newest, read, known.st_size, path))
+        for folder in {path.parent for *_, path in found}:
             remove_dead_partials(folder)
         total = 0
-        for _, size, path in sorted(found, reverse=True):
+        for *_, size, path in sorted(found, reverse=True):
             total += size
             if total > self._bytes:
                 with contextlib.suppress(OSError):

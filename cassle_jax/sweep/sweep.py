@@ -189,11 +189,16 @@ def _evaluate(
     record, saved = RunRecord(folder), folder / "requested.json"
     # Earlier versions wrote asked.json.
     before = kept_json(saved, kind=list) or kept_json(folder / "asked.json", kind=list)
-    newest = max((workdir / OUTCOME).stat().st_mtime for workdir in workdirs.values())
-    fresh = record.state == FINISHED and (folder / OUTCOME).stat().st_mtime > newest
-    if not (fresh and before == arguments and is_complete(folder / JSON)):
+    ends = [(workdir / OUTCOME).stat().st_mtime_ns for workdir in workdirs.values()]
+    wanted = [*arguments, *map(str, ends)]  # not later ones alone: a clock may be set back
+    fresh = record.state == FINISHED and (
+        before == wanted
+        # Earlier versions did not note when the runs ended.
+        or (before == arguments and (folder / OUTCOME).stat().st_mtime_ns > max(ends))
+    )
+    if not (fresh and is_complete(folder / JSON)):
         make_shared(folder)
-        write_surely(saved, json.dumps(arguments))
+        write_surely(saved, json.dumps(wanted))
         (folder / OUTCOME).unlink(missing_ok=True)
         LOG.info("evaluating %d runs", len(workdirs))
         executor.run([Command("cassle_jax.evaluate", arguments, folder)], lambda _: None)

@@ -51,6 +51,18 @@ def test_what_was_read_longest_ago_goes_first(tmp_path):
     assert cache.read(SUBJECT, key(0))
 
 
+def test_times_of_a_clock_that_was_ahead_keep_no_file_for_ever_and_cost_no_new_one(tmp_path):
+    cache = FeatureCache(tmp_path, 10 * KIB)  # room for two
+    for number in range(2):
+        cache.write(SUBJECT, key(number), ARRAYS)
+        aged(tmp_path / SUBJECT / f"{key(number)}.npz", hours=-9000 - number)
+    for number in range(2, 5):
+        cache.write(SUBJECT, key(number), ARRAYS)
+        assert cache.read(SUBJECT, key(number))
+        time.sleep(0.02)  # times of files may be as coarse as a tick of the kernel
+    assert [number for number in range(5) if cache.read(SUBJECT, key(number))] == [3, 4]
+
+
 def test_nothing_half_written_stays(tmp_path, monkeypatch, caplog):
     cache = FeatureCache(tmp_path)
     dead = tmp_path / SUBJECT / f"{key(9)}.npz.0a1b2c3d.partial"
