@@ -158,10 +158,14 @@ def _check_torch(architecture: Architecture) -> None:
 
 def _load_cassle(*_) -> tuple[str, list[str]]:
     return "python", [
-        "from cassle_jax.interop.weights import load_weights",
+        "from cassle_jax.augment import center_view",
+        "from cassle_jax.methods import ViewBatch",
+        "from cassle_jax.subjects import open_subject",
         "",
-        'weights = load_weights("cassle.safetensors")',
-        "variables = weights.into(variables)  # a run's params and batch_stats, by network",
+        'model = open_subject("cassle.safetensors")  # its networks, their variables, its settings',
+        "view = center_view(image, None, model.spec)  # of an image, uint8 [height, width, 3], RGB",
+        "views = ViewBatch(view[None], model.conditioning.neutral[None])",
+        'features = model.networks.apply(model.variables, views, train=False, method="encode")',
     ]
 
 

@@ -31,7 +31,7 @@ from cassle_jax.interop.pytorch import encoder_from_pytorch, encoder_to_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.lock import folder_held
 from cassle_jax.methods import AUXILIARIES, ViewBatch
-from cassle_jax.models import VisionTransformer
+from cassle_jax.models import VisionTransformer, make_encoder
 from cassle_jax.parallel import REPLICATED, device_mesh
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
@@ -211,6 +211,24 @@ def test_every_encoder_comes_back_exactly_from_every_format(tmp_path, name, form
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_comes_back_exactly_from_pytorchs_own_file(tmp_path, name):
     assert_comes_back(tmp_path, name, ["torch"])
+
+
+def test_the_lines_that_load_this_projects_file_give_an_images_features(run, tmp_path, monkeypatch):
+    workdir, states = run
+    export_command(run=str(workdir), to=str(tmp_path), formats=["cassle"])
+    monkeypatch.chdir(tmp_path)
+    size = run_config().augment.size
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    (lines,) = re.findall(r"```python\n(.*?)```", Path("model_card.md").read_text(), re.S)
+    made = {"image": image}
+    exec(lines, made)
+    spec, state = run_config().augment, states[10]
+    small_images = run_config().encoder.small_images
+    encoder = make_encoder("resnet18", width=4, small_images=small_images)
+    variables = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    view = jnp.asarray((image / 255 - np.array(spec.mean)) / np.array(spec.std), jnp.float32)
+    expected = encoder.apply(variables, view[None], train=False)
+    np.testing.assert_allclose(made["features"], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["convnext", "vit", "resnet18", "small_images"])
