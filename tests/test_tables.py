@@ -9,18 +9,25 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.command import Stop
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.sweep import worker
 from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
-from cassle_jax.sweep.pool import gpu_shares
+from cassle_jax.sweep.evaluation import Evaluation
+from cassle_jax.sweep.jobs import write_outcome
+from cassle_jax.sweep.pool import WorkerPool, gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
-from cassle_jax.sweep.space import SweepRequest
+from cassle_jax.sweep.space import SweepRequest, parsed
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
+from cassle_jax.sweep.worker import Job
 from cassle_jax.tables import dry_run, run_table
+from cassle_jax.training.saved_config import read_config, write_config
 from tests.commands import run_command
 from tests.tiny import on_one_device
 
@@ -299,6 +306,96 @@ def test_all_runs_take_nine_tenths_of_a_budget():
     assert steps_within(10.0, 100.0, 4, 50.0, 0.2, parallel=2) == pytest.approx(3400, abs=1)
     with pytest.raises(ConfigError, match=r"minutes=1 is too short for 4 runs, 2 at .* use 4 or m"):
         steps_within(1.0, 100.0, 4, 50.0, 0.2, parallel=2)
+
+
+class _Pool(WorkerPool):
+    """Starts no process: a run takes 10 s and 0.01 s per step, and logs twice."""
+
+    parallel = 2
+    ran = ()
+    fails = ""
+
+    def __init__(self, parallel, seconds):
+        assert (parallel, seconds) == (2, 0.0)
+
+    def run(self, jobs, on_end):
+        for job in jobs:
+            config = parsed(job.arguments)
+            job.workdir.mkdir(parents=True)
+            write_config(config, job.workdir)
+            rate = config.batch_size / 0.01
+            lines = [{"step": step, "loss": 1.0, "images_per_second": rate} for step in (1, 2)]
+            (job.workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            code = 3 if self.fails and self.fails in job.subject else 0
+            seconds = 10 + 0.01 * config.steps
+            write_outcome(job.workdir, code, "error: it diverged" * bool(code), seconds=seconds)
+            type(self).ran += (job,)
+            on_end(job, code)
+        return True
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(_Pool, "ran", ())
+    monkeypatch.setattr("cassle_jax.sweep.experiment.WorkerPool", _Pool)
+    return _Pool
+
+
+LONG = ("data.scenes=320", "batch_size=32", "steps=1000000", "compilation_cache=")
+
+
+def test_a_budget_becomes_as_many_steps_as_fit_it(tmp_path, pool):
+    settings = {"seeds": (0, 1), "overrides": LONG, "parallel": 2}
+    page = run_table(PAIR, tmp_path, minutes=60.0, **settings)
+    measured, runs = pool.ran[:2], pool.ran[2:]
+    assert [job.workdir.name for job in measured] == ["simclr-cassle-1.0", "byol-plain-1.1"]
+    assert {parsed(job.arguments).steps for job in measured} == {40}
+    assert not (tmp_path / "measured").exists()
+    # 54 minutes for 6 runs, 2 at a time: less what was measured and 10 s each outside their steps.
+    (steps,) = {parsed(job.arguments).steps for job in runs}
+    assert len(runs) == 6 and steps == pytest.approx((54 * 60 - 10.4 - 30) / 0.03, abs=1)
+    assert f"Each run is pretrained for {steps} steps." in page.read_text()
+    run_table(PAIR, tmp_path, **settings)  # the plan is kept, and nothing is left to run
+    assert len(pool.ran) == 8
+    with pytest.raises(ConfigError, match=r"^minutes=70 was 60 when .* use the same value, or"):
+        run_table(PAIR, tmp_path, minutes=70.0, **settings)
+
+
+def test_a_run_that_fails_during_its_measurement_ends_the_call(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(pool, "fails", "BYOL")
+    with pytest.raises(Stop, match=r"^BYOL, plain failed during its measurement: .*it diverged"):
+        run_table(PAIR, tmp_path, minutes=60.0, seeds=(0,), overrides=LONG, parallel=2)
+    assert len(pool.ran) == 2 and not (tmp_path / "plan.json").exists()
+
+
+def test_kept_weights_of_the_same_run_replace_pretraining(tmp_path, pool):
+    settings = {"seeds": (0,), "overrides": LONG, "parallel": 2}
+    lender = tmp_path / "first"
+    run_table(PAIR, lender, **settings)
+    for name in ("simclr-plain-0", "byol-plain-0"):
+        (lender / f"runs/{name}/checkpoints/8").mkdir(parents=True)
+    other = {**settings, "overrides": (*LONG, "optimizer.weight_decay=0.5")}
+    run_table(PAIR, tmp_path / "other", **other, weights_of=[str(lender)])
+    run_table(PAIR, tmp_path / "same", **settings, weights_of=[str(lender)])
+    lent = [job.weights and job.weights.name for job in pool.ran[3:]]
+    assert lent == [None] * 3 + ["simclr-plain-0", None, "byol-plain-0"]
+    with pytest.raises(ConfigError, match=r"^weights_of=.* holds no runs; use the folder"):
+        run_table(PAIR, tmp_path / "none", **settings, weights_of=[str(tmp_path)])
+
+
+def test_a_run_with_the_weights_of_another_records_its_own_settings(tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(worker, "set_up_devices", lambda config: None)
+    monkeypatch.setattr(worker, "evaluate_command", lambda **asked: evaluated.append(asked))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the process is not its own
+    evaluation = Evaluation(datasets=("motifs",), tasks=("knn",))
+    arguments = (f"--config={ROOT / CONFIG}", "--config.seed=5")
+    (tmp_path / "own").mkdir()
+    worker.pretrain_and_evaluate(
+        Job("a", arguments, tmp_path / "own", evaluation, True, weights=tmp_path / "lent")
+    )
+    assert [each["runs"] for each in evaluated] == [[f"a={tmp_path / 'lent'}"]]
+    assert read_config(tmp_path / "own").seed == 5
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
             raise ConfigError(f"weights_of={folder} holds no runs; use the folder of a table")
         for workdir in sorted((folder / "runs").iterdir()):
             record = RunRecord(workdir)
-            lends = record.state == FINISHED and holds_run(workdir)
+            lends = record.state == FINISHED and holds_run(epath.Path(workdir))
             if lends and not record.changes(run.config):
                 return workdir
     return None
