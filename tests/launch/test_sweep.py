@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,14 +16,17 @@ import submitit
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
+from cassle_jax.evaluation.findings import Score
 from cassle_jax.models import ENCODERS
-from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.report.evaluation_page import read_report, write_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
+from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.restarts import pause_before_restart
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import EvaluationOptions
+from cassle_jax.training.saved_config import write_config
 from tests.commands import run_command
 from tests.tiny import TinyEncoder, on_one_device
 
@@ -236,6 +240,14 @@ def test_an_evaluation_that_failed_ends_the_sweep_with_its_reason(tmp_path, monk
     with pytest.raises(Stop, match=said) as stop:
         sweep_module._evaluate(options, {run: folder}, tmp_path / "evaluation", local)
     assert stop.value.code == EXIT_NOT_SAVED
+
+
+def test_the_signal_of_a_time_limit_stops_the_command_and_submits_its_job_again(tmp_path):
+    sent, command = [], Command("nothing", ["--x"], tmp_path)
+    command._process = SimpleNamespace(send_signal=sent.append, poll=lambda: 75, returncode=75)
+    again = command.checkpoint()
+    assert sent == [signal.SIGINT] and again.function is command
+    assert pickle.loads(pickle.dumps(command)).arguments == ("--x",)  # it holds no process
 
 
 @pytest.mark.exhaustive
@@ -457,6 +469,21 @@ def test_the_page_merges_seeds(swept):
     scores = [each for each in subjects["conditioning cassle"][1] if hasattr(each, "metric")]
     assert [each.value for each in scores if each.metric == "loss"] == [expected]
     assert "±" in (folder / "report.html").read_text()
+
+
+def test_the_page_has_every_run_beside_its_evaluation(tmp_path):
+    runs = runs_of(SweepRequest(CONFIG, grid="seed=0,1"))
+    workdirs = {run: tmp_path / run.name for run in runs}
+    scores = [[Score("knn", "motifs", "accuracy", value)] for value in (0.25, 0.75)]
+    write_report(tmp_path / "evaluated", {runs[0].subject: scores}, provenance={})
+    for loss, (run, workdir) in enumerate(workdirs.items()):
+        workdir.mkdir()
+        write_config(run.config, workdir)
+        (workdir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": float(loss)}))
+    write_page(tmp_path, workdirs, tmp_path / "evaluated")
+    subjects, _ = read_report(tmp_path / "report.json")
+    found = [[each.value for each in run if isinstance(each, Score)] for run in subjects[runs[0].subject]]
+    assert found == [[0.0, 0.25], [1.0, 0.75]]
 
 
 @pytest.mark.exhaustive

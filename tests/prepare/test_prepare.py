@@ -5,6 +5,7 @@ import io
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     assert not (shards / "dataset_info.json").exists()
     subprocess.run([*command, "--workers=2", f"--to={tmp_path / 'killed'}"], check=True)
     assert files_in(shards) == files_in(tmp_path / "whole" / "noise" / "1.0.0")
+
+
+def test_the_command_prints_settings_with_which_a_run_reads_the_result(images, tmp_path, capsys):
+    flags = [f"--path={images}", "--as=p", "--short_side=24", "--max_bad_fraction=0.1"]
+    assert run_command("prepare", *flags, f"--to={tmp_path / 'a b'}", "--workers=1") == 0
+    *_, printed = capsys.readouterr().out.splitlines()
+    given = dict(each.removeprefix("--config.data.").split("=") for each in shlex.split(printed))
+    assert given["path"] == str(tmp_path / "a b")
+    source = open_source(settings(**given), "train")
+    assert len(source) == 24 and list(source.class_names) == ["cat", "dog"]
 
 
 def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_path):
@@ -401,6 +412,7 @@ def test_a_source_that_cannot_be_prepared_is_refused(capsys):
 def test_a_limit_of_a_files_size_is_one_line(images, tmp_path, monkeypatch):
     # Python would leave compiled modules that end at the limit, and fail at them from then on.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # nor could it keep its lines
     command = f"ulimit -f 8; exec {sys.executable} -m cassle_jax.prepare --path={images} --as=p"
     ended = subprocess.run(
         ["bash", "-c", f"{command} --splits=train --max_bad_fraction=1 --to={tmp_path}/to"],
