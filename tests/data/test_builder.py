@@ -24,6 +24,7 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import builder as builder_module
+from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of
 
 KINDS = ("ant", "bee", "cat", "dog")
@@ -269,6 +270,17 @@ def test_labels_are_read_around_corrupt_records_and_not_kept(tiny, monkeypatch):
         patched.setattr(type(stored), "__getitems__", torn)
         assert labels_of(source).tolist() == [*expected[:3], DAMAGED, *expected[4:]]
     assert labels_of(open_source(tiny(), "train")).tolist() == expected
+
+
+def test_a_corrupt_record_is_a_damaged_image(tiny, monkeypatch):
+    source = open_source(tiny(), "train")
+
+    def torn(self, place):
+        raise RuntimeError("data loss\nin chunk 3")
+
+    monkeypatch.setattr(type(source._records.data_source), "__getitem__", torn)
+    with pytest.raises(DamagedImage, match=r"^the record is corrupt: data loss$"):
+        source[3]
 
 
 def test_readers_that_failed_while_storage_was_out_of_reach_are_opened_anew(tiny, monkeypatch):

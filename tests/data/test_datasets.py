@@ -429,6 +429,17 @@ def test_joined_sources_follow_each_other():
             both[outside]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_is_joined_has_changed_where_either_has(image_folder, split):
+    root = image_folder({"ant": 2})
+    image_folder({"ant": 2}, "val")
+    both = Joined(open_folder(str(root), "train"), open_folder(str(root), "val"))
+    content_of(both)
+    assert not has_changed(both)
+    os.utime(root / split / "ant" / "000.png", (0, 0))
+    assert has_changed(both)
+
+
 def test_what_is_joined_is_other_content_where_one_of_it_is(image_folder):
     root = image_folder({"ant": 2})
     image_folder({"ant": 2}, "val")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.data import DataError, open_source
+from cassle_jax.data import tar as tar_module
 from cassle_jax.data.sources import content_of, has_changed
 
 
@@ -230,3 +231,15 @@ def test_a_tar_is_waited_for_while_it_is_being_written_anew(tmp_path, settings, 
     path.write_bytes(whole[:600])
     threading.Timer(0.3, path.write_bytes, [whole]).start()
     assert source[0].image == image
+
+
+def test_a_tar_that_stays_cut_short_is_waited_for_no_longer(
+    tmp_path, settings, image_bytes, monkeypatch
+):
+    path = tmp_path / "train.tar"
+    write_tar(path, {"1.jpg": image_bytes(1), "1.cls": b"0"})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    path.write_bytes(path.read_bytes()[:600])
+    monkeypatch.setattr(tar_module, "_PAUSES", (0.0, 0.0))
+    with pytest.raises(DataError, match=r"train\.tar cannot be read .*whole, uncompressed"):
+        source[0]

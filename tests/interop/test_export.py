@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
+from cassle_jax import models
 from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
 from cassle_jax.faults import Outage
@@ -36,6 +37,7 @@ from cassle_jax.parallel import REPLICATED, device_mesh
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
+from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import write_config
 from cassle_jax.training.start_records import last_start_record, record_start
 from tests.interop.states import (
@@ -45,7 +47,7 @@ from tests.interop.states import (
     encoder_variables,
     filled,
 )
-from tests.tiny import on_one_device, tiny_config
+from tests.tiny import TinyEncoder, on_one_device, tiny_config
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -340,6 +342,20 @@ def test_a_vits_run_records_its_heads(tmp_path):
         assert load_weights(tmp_path / "out" / file).heads == 12
     with pytest.raises(ConfigError, match=r"^network='momentum' is not in the run of simclr in"):
         export_command(run=str(tmp_path / "run"), to=str(tmp_path / "out"), network="momentum")
+
+
+def test_a_network_that_the_method_lacks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.ENCODERS, "tiny", TinyEncoder)
+    config = tiny_config("method=simclr")
+    shapes = jax.eval_shape(build_run(config, device_mesh(), dataset_size=64).initial_state)
+    write_config(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, jax.device_put(state_of(shapes, 1)), {})
+    checkpoints.close()
+    with pytest.raises(
+        WeightsError, match=r"^network='momentum' is not in .*; use network=online$"
+    ):
+        read_run(tmp_path, network="momentum")
 
 
 def test_a_run_that_has_saved_nothing_yet_is_told_so(tmp_path):

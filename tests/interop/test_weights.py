@@ -1,5 +1,6 @@
 """Files of every origin become the same networks, and fit or say why not."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cassle_jax.interop import weights as weights_module
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import from_detectron2, from_torchvision, to_detectron2
 from cassle_jax.interop.pytorch import mlp_to_pytorch, projector_to_pytorch
@@ -258,6 +260,16 @@ def test_a_damaged_safetensors_file_is_told_in_one_line(tmp_path):
         load_weights(path)
     with pytest.raises(WeightsError, match=r"none\.safetensors cannot be read"):
         load_weights(tmp_path / "none.safetensors")
+
+
+def test_a_file_that_may_not_be_read_is_told_in_one_line(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = saved(tmp_path / "file.safetensors", encoder_state("resnet18"))
+    monkeypatch.setattr(weights_module, "safe_open", fails)
+    with pytest.raises(WeightsError, match=r"^.*safetensors cannot be read: Permission denied$"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("name", ["weights.SAFETENSORS", "pytorch_model.bin", "file.pth", "0a1b"])

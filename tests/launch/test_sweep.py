@@ -482,7 +482,9 @@ def test_the_page_has_every_run_beside_its_evaluation(tmp_path):
         (workdir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": float(loss)}))
     write_page(tmp_path, workdirs, tmp_path / "evaluated")
     subjects, _ = read_report(tmp_path / "report.json")
-    found = [[each.value for each in run if isinstance(each, Score)] for run in subjects[runs[0].subject]]
+    found = [
+        [each.value for each in run if isinstance(each, Score)] for run in subjects[runs[0].subject]
+    ]
     assert found == [[0.0, 0.25], [1.0, 0.75]]
 
 

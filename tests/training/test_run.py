@@ -307,6 +307,22 @@ def test_where_programs_are_kept_and_whether_they_are_deterministic(
     assert told == expected
 
 
+def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
+    def homeless():
+        raise ConfigError("there is no home folder")
+
+    told = {}
+    monkeypatch.setattr(
+        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__))
+    )
+    monkeypatch.setattr(pretrain_module, "cache_folder", homeless)
+    config = tiny_config("method=simclr")
+    config.compilation_cache = "auto"
+    pretrain_module.set_up_devices(config)
+    assert told == {"jax_compilation_cache_dir": None}
+    assert "compiled programs are not kept: there is no home folder" in caplog.text
+
+
 def test_a_folder_for_programs_of_strange_bytes_is_refused(tmp_path):
     config = tiny_config("method=simclr")
     config.compilation_cache = f"{tmp_path}/\udcff"

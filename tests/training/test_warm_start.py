@@ -154,6 +154,14 @@ def test_a_vit_of_other_heads_is_refused_though_its_arrays_fit(tmp_path, card, m
         warm_started(state, config_of(path=str(path)).weights, make_encoder(**config.encoder))
 
 
+def test_a_vit_starts_no_resnet(first_states, tmp_path):
+    state, _ = first_states
+    save_file(encoder_state("vit"), tmp_path / "vit.safetensors")
+    settings = config_of(path=str(tmp_path / "vit.safetensors"), networks="encoder").weights
+    with pytest.raises(ConfigError, match=r"vit\.safetensors"):
+        warm_started(state, settings, make_encoder(**config_of().encoder))
+
+
 def test_a_vit_of_other_options_is_refused_with_the_settings_that_fit(tmp_path):
     """A DINOv2 ViT for a run with the defaults; with what the line says, it starts the run."""
     config = config_of()
