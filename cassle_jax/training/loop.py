@@ -65,6 +65,19 @@ STOPPING_SAVE_SECONDS = 30.0
 LOG = logging.getLogger(__name__)
 
 
+_REVEALED = {
+    "color_diff": (
+        "together with the jitter it reveals the image's mean colour, so ω alone solves a part of "
+        "the objective; palette describes the jitter without the image "
+        "(--config=…:conditioning=leak_free)"
+    )
+}
+_REVEALED_BY_OTHERS = (
+    "it may reveal which image it is, and ω alone may then solve a part of the objective; "
+    "python -m cassle_jax.evaluate --tasks=leak measures that of the run"
+)
+
+
 class Diverged(RuntimeError):
     """The loss or the update of a step was not finite."""
 
@@ -465,16 +478,14 @@ def _mend_workdir(
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
     """Logs what ω gives away of the image, or of the pairing of views."""
-    leaking = [
-        name for name in conditioning.descriptors if DESCRIPTORS[name.partition(".")[0]].from_image
-    ]
-    if leaking:
-        LOG.warning(
-            "conditioning.descriptors has %s, which is computed from the image: together with the "
-            "jitter it reveals the image's mean colour, so ω alone solves a part of the objective; "
-            "palette describes the jitter without the image (--config=…:conditioning=leak_free)",
-            ", ".join(leaking),
-        )
+    for name in conditioning.descriptors:
+        descriptor = name.partition(".")[0]
+        if DESCRIPTORS[descriptor].from_image:
+            LOG.warning(
+                "conditioning.descriptors has %s, which is computed from the image: %s",
+                name,
+                _REVEALED.get(descriptor, _REVEALED_BY_OTHERS),
+            )
     if conditioning.relative and conditioning.descriptors and conditioning.into != "predictor":
         LOG.warning(
             "conditioning.relative=True gives the two views opposite ω, so ω alone matches them "

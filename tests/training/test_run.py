@@ -1,5 +1,6 @@
 """A configuration becomes a run, or one line that names the setting, its value and what works."""
 
+import dataclasses
 import os
 import runpy
 from pathlib import Path
@@ -374,6 +375,14 @@ def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step
     assert "conditioning.descriptors has color_diff" in told
     assert "mean colour" in told and "palette" in told and "leak_free" in told
     assert not warnings("leak_free")
+
+
+def test_a_descriptor_of_ones_own_is_not_said_to_reveal_the_colour(warnings, monkeypatch):
+    own = dataclasses.replace(DESCRIPTORS["blur"], from_image=True)
+    monkeypatch.setitem(DESCRIPTORS, "sharpness", own)
+    (told,) = warnings("crop+sharpness")
+    assert "has sharpness, which is computed from the image: it may reveal which image" in told
+    assert "--tasks=leak" in told and "colour" not in told and "palette" not in told
 
 
 def test_relative_descriptors_of_a_projector_are_warned_of(warnings):
