@@ -170,6 +170,17 @@ def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
+def test_a_task_with_a_mistake_of_ours_leaves_its_traceback_in_the_log(run, tmp_path, caplog):
+    def runs_wrongly(bench, settings):
+        raise KeyError("accuracy")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROTOCOLS, "knn", dataclasses.replace(PROTOCOLS["knn"], run=runs_wrongly))
+        with pytest.raises(DataError, match=r"1 task failed.*knn of a on scenes: 'accuracy'$"):
+            evaluate(run, tmp_path, "knn", runs=[f"a={run}"])
+    assert [each.exc_info[0] for each in caplog.records if each.exc_info] == [KeyError]
+
+
 def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch, caplog):
     done = []
 

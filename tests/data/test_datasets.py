@@ -280,6 +280,7 @@ def test_celeba_has_five_points_in_the_central_square(prepared):
     assert {data.train[index].label for index in range(len(data.train))} == {-1}
     again = open_dataset("celeba", data_dir=str(data_dir))
     assert content_of(again.test) == content_of(data.test) != content_of(data.train)
+    assert not has_changed(data.test)
 
 
 def test_landmarks_are_read_once(prepared, monkeypatch, tmp_path):

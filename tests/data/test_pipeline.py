@@ -21,6 +21,9 @@ from cassle_jax.data import (
     training_batches,
 )
 from cassle_jax.data import pipeline as pipeline_module
+from cassle_jax.data.folder import open_folder
+from cassle_jax.data.memory import KeptRecords
+from cassle_jax.data.sources import labels_of, names_of, root_of
 from cassle_jax.faults import Outage
 
 PINNED = [31, 21, 40, 12, 49, 47, 9, 27, 10, 41, 46, 20]
@@ -202,6 +205,13 @@ def test_restart_refuses_another_order():
             changed.set_state(state)
     with pytest.raises(DataError, match="seed=5"):
         training(Numbered(50), seed=6).set_state(state)
+
+
+def test_a_source_whose_records_are_kept_has_its_own_properties(image_folder):
+    source = open_folder(str(image_folder({"ant": 2, "bee": 1})), "train")
+    kept = KeptRecords(source, 2, 10**6)
+    assert (root_of(kept), names_of(kept)) == (root_of(source), names_of(source))
+    assert labels_of(kept).tolist() == [0, 0, 1] and root_of(kept)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 10**6], ids=["read", "kept"])

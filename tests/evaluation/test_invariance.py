@@ -298,8 +298,9 @@ def test_what_cannot_be_compared_is_refused():
         measured(images=IMAGES[:1])
     with pytest.raises(ValueError, match="no batch has two images"):
         measured(size=1)
-    with pytest.raises(ValueError, match="there are no batches to analyse; give at least one"):
-        measured(images=IMAGES[:0])
+    for conditioning in (COLOR_DIFF, PLAIN):  # with and without ω
+        with pytest.raises(ValueError, match="there are no batches to analyse; give at least one"):
+            measured(conditioning, images=IMAGES[:0])
     networks, _ = colour_networks()
     with pytest.raises(ValueError, match=r"strength=-1\.0 must be above 0"):
         invariance_meter(networks, PLAIN, SPEC, devices(1), strengths=(-1.0,))

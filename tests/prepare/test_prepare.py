@@ -409,6 +409,15 @@ def test_a_source_that_cannot_be_prepared_is_refused(capsys):
     assert capsys.readouterr().err == said
 
 
+def test_an_error_of_the_system_that_array_record_words_is_one_of_its_file(tmp_path):
+    path = tmp_path / "a"
+    with pytest.raises(OSError, match="No space left") as full, shards_module._system_errors(path):
+        raise RuntimeError("write() failed: No space left on device; writing a")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path))
+    with pytest.raises(RuntimeError, match=r"^data loss$"), shards_module._system_errors(path):
+        raise RuntimeError("data loss")
+
+
 def test_a_limit_of_a_files_size_is_one_line(images, tmp_path, monkeypatch):
     # Python would leave compiled modules that end at the limit, and fail at them from then on.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -19,7 +19,7 @@ from cassle_jax.models import ENCODERS
 from cassle_jax.prepare.dataset import prepare
 from cassle_jax.prepare.plan import Preparation
 from cassle_jax.pretrain import pretrain_command, set_up_devices
-from cassle_jax.storage import cache_folder, make_shared, path_of
+from cassle_jax.storage import cache_folder, check_no_file, make_shared, path_of
 from cassle_jax.subjects import open_subject
 from cassle_jax.sweep.experiment import run_table
 from cassle_jax.sweep.space import SweepRequest
@@ -258,6 +258,12 @@ def test_what_is_written_to_a_local_folder_names_one(to, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"^to={to} is no local folder; give the one"):
             command()
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_lies_in_the_place_of_a_folder_of_an_object_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gs:").touch()  # a local path would begin here
+    check_no_file("compilation_cache", "gs://bucket/compiled")
 
 
 # --- the first checkpoint is read back

@@ -1,5 +1,6 @@
 """Several processes compute what one computes, stop together, and never wait for a dead one."""
 
+import json
 import os
 import random
 import signal
@@ -11,13 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
 from cassle_jax import distributed
 from cassle_jax.checks import ConfigError
+from cassle_jax.command import Stop
 from cassle_jax.distributed import runtime_arguments
+from cassle_jax.parallel import in_all_processes
 from cassle_jax.training.metrics import read_lines, read_metrics
 from tests.everyday import everyday
 from tests.training.processes import ROOT, assert_same, ends, free_port, start, steps_saved
@@ -332,6 +336,46 @@ def test_an_error_of_one_process_ends_it_with_what_it_was(group, capsys, error, 
     assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, ConfigError))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_stop_of_one_process_alone_ends_all_and_one_of_all_passes_through(group, alone):
+    stop = Stop("the last step is not saved", 74, alone=alone)
+    with pytest.raises(SystemExit if alone else Stop) as ended, distributed.all_processes():
+        raise stop
+    assert str(ended.value) == ("74: " if alone else "") + "the last step is not saved"
+
+
+def test_a_signal_to_any_process_is_acted_upon(group):
+    heard = threading.Event()
+    group._client = SimpleNamespace(blocking_key_value_get=lambda *_: "stop")
+    group._listeners = []
+    group.when_stopped(heard.set)
+    assert heard.wait(10)
+
+
+def test_a_failure_is_told_to_the_others_once(group, monkeypatch):
+    told = {}
+
+    def end(message, code):
+        raise SystemExit(f"{code}: {message}")
+
+    monkeypatch.delattr(group, "fail")
+    monkeypatch.setattr(distributed, "end_undisturbed", lambda: None)
+    monkeypatch.setattr(group, "_end", end)
+    group._client = SimpleNamespace(key_value_set=told.__setitem__)
+    with pytest.raises(SystemExit, match=r"^69: out of reach$"):
+        group.fail("out of reach", 69)
+    (said,) = told.values()
+    assert json.loads(said) == ["process 1 of 2", 69, "out of reach"]
+
+
+def test_a_fact_of_one_process_is_a_fact_of_none(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.process_allgather", lambda here: np.array([here, True])
+    )
+    assert in_all_processes(True) is True and in_all_processes(False) is False
+
+
 def test_no_thread_that_waits_for_the_others_outlives_the_end(group, monkeypatch):
     """Python aborts a finished run where such a thread comes back while the interpreter ends."""
     ended = threading.Event()
@@ -361,6 +405,9 @@ def test_a_runtime_that_does_not_answer_is_an_error_and_no_answer(group):
     group._client = SimpleNamespace(key_value_set=fails)
     reason = "ALREADY_EXISTS: key"
     assert not group.is_first_to("save")
+    group._client.key_value_set = lambda *_: None
+    assert group.is_first_to("save")
+    group._client.key_value_set = fails
     reason = "UNAVAILABLE: no service"
     with pytest.raises(jax.errors.JaxRuntimeError, match="no service"):
         group.is_first_to("save")
