@@ -34,14 +34,15 @@ assert changed == {"posterize"}, changed
 grey = AugmentSpec(size=32, posterize=0.5, grayscale=0.0, blur=0.0)
 batch = {"image": image[None], "size": np.array([[40, 48]]), "index": np.array([0])}
 every = every_augmentation(grey)
-params = draw_for_each(jax.random.key(0), batch, every)
-plain, posterized = (view_under(each, params, batch, every).image
-                     for each in (nothing(), alone("posterize")))
+params = jax.jit(lambda key: draw_for_each(key, batch, every))(jax.random.key(0))
+seen = jax.jit(lambda chosen: view_under(chosen, params, batch, every).image)
+plain, posterized = seen(nothing()), seen(alone("posterize"))
 assert not np.allclose(plain, posterized)
 assert len(np.unique(np.round(posterized[0, ..., 0], 4))) <= 8 < len(np.unique(plain[0, ..., 0]))
 
 images, sizes = jnp.zeros((8, 40, 48, 3), jnp.uint8), jnp.full((8, 2), 40)
-(paired,) = augmented_views(jax.random.key(0), images, sizes, (grey,), paired=True)
+pair = jax.jit(lambda key: augmented_views(key, images, sizes, (grey,), paired=True))
+(paired,) = pair(jax.random.key(0))
 assert len(np.unique(paired.params.levels)) == 8 and len(np.unique(paired.params.hue)) == 4
 
 config = base_config("conditioning=crop+posterize,augself=posterize:0.5")
