@@ -411,6 +411,16 @@ def small_size(setting: str, size: int, spec: AugmentSpec) -> int:
     return side
 
 
+def check_queue(size: int, batch: int, otherwise: str = "") -> None:
+    """Raises ConfigError unless whole batches fill a queue; the message ends in `otherwise`."""
+    if size % batch:
+        whole = max(size // batch, 1)
+        raise ConfigError(
+            f"method.queue_size={size} is not a multiple of batch_size={batch}; {whole * batch} "
+            f"would work{otherwise}"
+        )
+
+
 def constant(value: float) -> Schedule:
     """A schedule that never changes."""
     return lambda step: jnp.full_like(step, value, dtype=jnp.float32)

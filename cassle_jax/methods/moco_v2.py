@@ -9,14 +9,13 @@ from typing_extensions import override
 
 from cassle_jax.checks import (
     WIDEST,
-    ConfigError,
     check_at_least,
     check_fraction,
     check_one_of,
     check_positive,
 )
 from cassle_jax.methods import losses
-from cassle_jax.methods.base import HeadShape, Method, Passes
+from cassle_jax.methods.base import HeadShape, Method, Passes, check_queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +85,4 @@ class MoCoV2(Method):
 
     @override
     def check(self, global_batch, local_batch):
-        if self.queue_size % global_batch:
-            whole = max(self.queue_size // global_batch, 1)
-            raise ConfigError(
-                f"method.queue_size={self.queue_size} is not a multiple of batch_size="
-                f"{global_batch}; {whole * global_batch} would work"
-            )
+        check_queue(self.queue_size, global_batch)

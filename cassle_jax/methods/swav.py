@@ -17,13 +17,12 @@ from cassle_jax.checks import (
     LARGEST_SIDE,
     LONGEST,
     WIDEST,
-    ConfigError,
     check_area,
     check_at_least,
     check_positive,
 )
 from cassle_jax.methods import losses
-from cassle_jax.methods.base import HeadShape, Method, Networks, Step, small_size
+from cassle_jax.methods.base import HeadShape, Method, Networks, Step, check_queue, small_size
 
 # The views whose codes are computed.
 LARGE = (0, 1)
@@ -230,9 +229,4 @@ class SwAV(Method):
 
     @override
     def check(self, global_batch, local_batch):
-        if self.queue_size % global_batch:
-            whole = max(self.queue_size // global_batch, 1)
-            raise ConfigError(
-                f"method.queue_size={self.queue_size} is not a multiple of batch_size="
-                f"{global_batch}; {whole * global_batch} would work, or 0 for no queue"
-            )
+        check_queue(self.queue_size, global_batch, ", or 0 for no queue")

@@ -147,6 +147,13 @@ def test_without_small_crops_the_two_views_predict_each_other(scores):
     np.testing.assert_allclose(terms["large"], swapped_prediction(scores[:2], targets), rtol=1e-5)
 
 
+def test_a_queue_that_no_whole_number_of_batches_fills_names_one_that_works_or_none():
+    with pytest.raises(ValueError, match=r"queue_size=100.*; 96 would work, or 0 for no queue$"):
+        method(queue_size=100).check(32, 4)
+    method(queue_size=96).check(32, 4)
+    method(queue_size=0).check(32, 4)
+
+
 def random_queue(size):
     rows = np.random.default_rng(1).normal(size=(2, size, OUT))
     return jnp.asarray([unit(each) for each in rows], jnp.float32)
