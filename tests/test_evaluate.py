@@ -339,6 +339,17 @@ def test_a_size_that_an_encoder_does_not_take_is_refused_with_the_runs_name(tmp_
         evaluate(str(path), tmp_path, "knn", size=30)
 
 
+@pytest.mark.parametrize(("taps", "least"), [(0, 2), (9, 5)])
+def test_a_size_that_trainings_blur_does_not_fit_is_refused_in_words(run, taps, least):
+    subject = open_subject(run)
+    blurred = dataclasses.replace(subject.spec, blur=0.5, kernel_size=taps)
+    subject = dataclasses.replace(subject, views=(subject.spec, blurred))
+    said = rf"^size={least - 1} is too small for the blur of training, whose .* use {least} or more"
+    with pytest.raises(ConfigError, match=said):
+        subject.with_images(size=least - 1)
+    assert subject.with_images(size=least).spec.size == least
+
+
 def test_an_outage_ends_the_command_and_no_task_waits_for_it_again(run, tmp_path, monkeypatch):
     def unmounts(bench, settings):
         raise Outage("scenes: Stale file handle, for 300 s; the same command continues")

@@ -26,6 +26,9 @@ Number = float | int
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # with which float32 computes well
 
+LEAST_TAPS = 3
+"""Fewest taps of a blur whose number follows from the view's size."""
+
 LEAST_SIGMA = 1e-6
 """Smallest standard deviation of a blur, pixels; it changes nothing."""
 
@@ -139,7 +142,7 @@ class AugmentSpec:
     @property
     def blur_kernel_size(self) -> int:
         """Taps of the blur: ``kernel_size``, or the odd number near S / 10 where that is 0."""
-        return self.kernel_size or max(3, self.size // 20 * 2 + 1)
+        return self.kernel_size or max(LEAST_TAPS, self.size // 20 * 2 + 1)
 
     def asymmetric_pair(self) -> tuple["AugmentSpec", "AugmentSpec"]:
         """The two distributions of BYOL's asymmetric views (arXiv 2006.07733, appendix B).

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from cassle_jax.augment import AugmentSpec
+from cassle_jax.augment.spec import LEAST_TAPS
+from cassle_jax.checks import ConfigError
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
@@ -55,8 +57,21 @@ class Subject:
         """
         if "size" in prepared:
             check_image_size(self.networks.factories["encoder"](), prepared["size"], "size")
+            self._check_blur(prepared["size"])
         spec, *views = (dataclasses.replace(e, **prepared) for e in (self.spec, *self.views))
         return dataclasses.replace(self, spec=spec, views=tuple(views))
+
+    def _check_blur(self, size: int) -> None:
+        """Raises ConfigError where training's blur does not fit into images of a size."""
+        taps = max(
+            [each.kernel_size or LEAST_TAPS for each in (self.spec, *self.views) if each.blur]
+            or [0]
+        )
+        if size <= taps // 2:
+            raise ConfigError(
+                f"size={size} is too small for the blur of training, whose kernel has {taps} "
+                f"pixels; use {taps // 2 + 1} or more"
+            )
 
     def fingerprint(self) -> str:
         """Identifies the features: equal for equal weights; 16 hexadecimal digits."""
