@@ -15,6 +15,9 @@ MAX_PIXELS = 89_478_485
 """Largest number of pixels in an image by default: Pillow's limit against bombs."""
 
 ANY_SIDE = 1 << 30
+
+_PIXEL_BYTES = 8  # red, green, blue and opacity in 16 bits, not compressed
+_OTHER_BYTES = 1 << 26  # of what else an image's file has, such as a preview
 """A canvas, in pixels, so large that no image is reduced."""
 
 _EXTENSIONS = {
@@ -60,7 +63,29 @@ _UPRIGHT = {
 
 
 class DamagedImage(ValueError):
-    """The bytes cannot be shown as an image: truncated, empty, something else, or too large."""
+    """The bytes cannot be shown as an image: truncated, empty, something else, or too large.
+
+    Args:
+      reason: why, in words.
+      file: the path, where it was found out before there was a record; "" elsewhere.
+    """
+
+    def __init__(self, reason: str, file: str = ""):
+        super().__init__(reason)
+        self.file = file
+
+
+def check_bytes(size: int, file: str) -> None:
+    """Raises DamagedImage where a file has more bytes than any image of `data.max_pixels`.
+
+    Reading it all would take this machine's memory.
+    """
+    if size > _PIXEL_BYTES * Image.MAX_IMAGE_PIXELS + _OTHER_BYTES:
+        raise DamagedImage(
+            f"it has {size:,} bytes, more than an image of data.max_pixels="
+            f"{Image.MAX_IMAGE_PIXELS} has",
+            file,
+        )
 
 
 def decode(

@@ -23,6 +23,7 @@ from cassle_jax.data.sources import (
     content_of_files,
     digest_of,
     read_class_list,
+    read_image,
 )
 from cassle_jax.faults import reason_of
 from cassle_jax.storage import on_object_store, path_of, read_whole
@@ -71,7 +72,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
         path = self._path(index)
-        return Record(read_whole(path), int(self.labels[index]), path)
+        return Record(read_image(path), int(self.labels[index]), path)
 
     def _path(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0

@@ -18,7 +18,14 @@ from jaxtyping import Float, Float32, Shaped
 from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder, list_folders, list_images
-from cassle_jax.data.sources import Record, Source, check_index, closest, content_of_files
+from cassle_jax.data.sources import (
+    Record,
+    Source,
+    check_index,
+    closest,
+    content_of_files,
+    read_image,
+)
 from cassle_jax.faults import reason_of
 from cassle_jax.storage import open_to_read, path_of, read_whole
 
@@ -73,7 +80,7 @@ class LandmarkFolder:
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
         path = pathlib.Path(self.name) / self._files[index]
-        return Record(read_whole(path), -1, str(path))
+        return Record(read_image(path), -1, str(path))
 
     @functools.cached_property
     def content(self) -> str:

@@ -13,7 +13,14 @@ from jaxtyping import Float, Int
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
 from cassle_jax.data.listing import is_folder
-from cassle_jax.data.sources import Record, Source, check_index, content_of_files, digest_of
+from cassle_jax.data.sources import (
+    Record,
+    Source,
+    check_index,
+    content_of_files,
+    digest_of,
+    read_image,
+)
 from cassle_jax.faults import reason_of
 from cassle_jax.storage import is_there, path_of, read_whole
 
@@ -93,7 +100,7 @@ class RenderedObjects:
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
         path = self._path(index, "image_{}.jpg")
-        return Record(read_whole(path), int(self._classes[index // self.views]), str(path))
+        return Record(read_image(path), int(self._classes[index // self.views]), str(path))
 
     def _path(self, index: int, file: str) -> pathlib.Path:
         place, view = divmod(index, self.views)

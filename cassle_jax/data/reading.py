@@ -11,7 +11,7 @@ import numpy as np
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import Record, Source, root_of
+from cassle_jax.data.sources import FileOfMany, Record, Source, root_of
 from cassle_jax.faults import Outage, is_of_machine, passing, reason_of, retried, storage_seconds
 
 # Distances to other images. If one can be read, the file is at fault, not the storage.
@@ -75,9 +75,14 @@ class RecordReader:
             name = record.name
             return record, decode(record.image)
         except DamagedImage as error:
-            raise UnreadableRecord(name, str(error)) from error
+            raise UnreadableRecord(error.file or name, str(error)) from error
         except OSError as error:
             reason, fault = reason_of(error), passing(error)
+            if isinstance(error, FileOfMany):
+                raise DataError(
+                    f"the file {error.filename} of {self._source.name} cannot be read ({reason}); "
+                    "repair or replace it, and the same command continues"
+                ) from error
             if error.errno in _FILE_ERRORS or (fault is not None and not is_of_machine(fault)):
                 raise UnreadableRecord(error.filename or name, reason) from error
             raise DataError(f"{name} cannot be read: {reason}") from error
@@ -109,7 +114,8 @@ class RecordReader:
         except Outage as outage:
             fault = passing(outage)
             others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
-            if not is_of_machine(fault) and any(map(can_be_read, others)):
+            of_one = not is_of_machine(fault) and not isinstance(fault, FileOfMany)
+            if of_one and any(map(can_be_read, others)):
                 raise fault from None
         return retried(name, read)
 

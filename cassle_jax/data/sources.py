@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.decode import DamagedImage, check_bytes
 from cassle_jax.data.errors import DataError
 from cassle_jax.faults import reason_of
-from cassle_jax.storage import path_of, read_whole
+from cassle_jax.storage import open_to_read, path_of, read_whole
 
 DAMAGED = -2
 """The label of an image that cannot be read."""
@@ -62,6 +62,25 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record:
         """The image at `index` in [0, len)."""
         ...
+
+
+def read_image(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+      DamagedImage: there are more than any image has.
+      OSError: it cannot be read.
+    """
+    with open_to_read(path, buffering=0) as file:
+        check_bytes(os.fstat(file.fileno()).st_size, os.fspath(path))
+        return file.read()
+
+
+class FileOfMany(OSError):
+    """A file that holds many images cannot be opened; it has the errno, the reason and the path.
+
+    Substitutes for all its images would silently change the data of a run.
+    """
 
 
 def check_index(index: int, source: Source) -> None:

@@ -10,13 +10,15 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
 import numpy as np
 
-from cassle_jax.data.decode import EXTENSIONS
+from cassle_jax.data.decode import EXTENSIONS, check_bytes
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import CIRCLE, DANGLING, SPECIAL, Skipped, is_folder
-from cassle_jax.data.sources import Record, check_index, content_of_files, digest_of
+from cassle_jax.data.sources import FileOfMany, Record, check_index, content_of_files, digest_of
+from cassle_jax.faults import reason_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
@@ -89,14 +91,23 @@ class TarSource:
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
         tar, offset, size = self._places[index].tolist()
-        with open_to_read(self._tars[tar]) as file:
-            file.seek(offset)
-            image = file.read(size)
-            version = _version(os.fstat(file.fileno()))
+        name = f"{self._tars[tar]}/{self._members[index]}"
+        check_bytes(size, name)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(_opened(self._tars[tar]))
+            except OSError as error:
+                raise FileOfMany(error.errno, reason_of(error), self._tars[tar]) from error
+            try:
+                file.seek(offset)
+                image = file.read(size)
+                version = _version(os.fstat(file.fileno()))
+            except OSError as error:
+                raise OSError(error.errno, reason_of(error), name) from error
         if version != self._seen[tar]:
             self._check_same(tar, version)
             return self[index]  # the bytes may come from a half-written file
-        return Record(image, int(self.labels[index]), f"{self._tars[tar]}/{self._members[index]}")
+        return Record(image, int(self.labels[index]), name)
 
     def has_changed(self) -> bool:
         """See the function of this name."""
@@ -150,6 +161,15 @@ def open_tars(path: str, split: str) -> TarSource:
         )
     paths = [str(tar) for tar in tars]
     return TarSource(f"{folder} {split}".rstrip(), paths, root=str(tars[0].parent))
+
+
+def _opened(tar: str) -> IO[bytes]:
+    """Opens a file to read; waits some seconds for one that is being replaced."""
+    for seconds in _PAUSES:
+        with contextlib.suppress(FileNotFoundError):
+            return open_to_read(tar)
+        time.sleep(seconds)
+    return open_to_read(tar)
 
 
 def _version(status: os.stat_result) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """Images in WebDataset's tar files."""
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -9,8 +11,12 @@ import threading
 import numpy as np
 import pytest
 
-from cassle_jax.data import DataError, open_source
+from cassle_jax import faults
+from cassle_jax.command import EXIT_WRONG_SETTING, code_of
+from cassle_jax.data import DamagedLog, DataError, open_source
 from cassle_jax.data import tar as tar_module
+from cassle_jax.data.pipeline import training_batches
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import content_of, has_changed
 
 
@@ -243,3 +249,85 @@ def test_a_tar_that_stays_cut_short_is_waited_for_no_longer(
     monkeypatch.setattr(tar_module, "_PAUSES", (0.0, 0.0))
     with pytest.raises(DataError, match=r"train\.tar cannot be read .*whole, uncompressed"):
         source[0]
+
+
+LOST = {
+    "deleted": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a circle of links": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(tar_module, "_PAUSES", (0.01,))
+    monkeypatch.setenv(faults.SECONDS, "0.3")
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_tar_that_is_lost_meanwhile_is_not_one_damaged_image(tars, settings, hasty, lost):
+    source = open_source(settings(source="webdataset", path=str(tars)), "train")
+    damaged = DamagedLog(len(source), max_fraction=0.9)
+    batches = training_batches(source, batch=6, canvas=16, seed=0, threads=2, damaged=damaged)
+    with contextlib.closing(batches):
+        next(batches)
+        LOST[lost](tars / "train" / "1.tar")
+        said = rf"^the file {tars}/train/1\.tar of .* cannot be read \(.*\); repair or replace it"
+        with pytest.raises(DataError, match=said) as raised:
+            for _ in range(20):  # some were read ahead
+                next(batches)
+    assert code_of(raised.value) == EXIT_WRONG_SETTING and not len(damaged)
+
+
+def test_a_tar_out_of_reach_is_waited_for_and_an_outage(tars, settings, hasty, monkeypatch):
+    source = open_source(settings(source="webdataset", path=str(tars)), "train")
+    opens, opened = tar_module.open_to_read, []
+
+    def failing(path):
+        opened.append(path)
+        if path.endswith("1.tar") and len(opened) < failures:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return opens(path)
+
+    monkeypatch.setattr(tar_module, "open_to_read", failing)
+    read = RecordReader(source, lambda name: False)
+    failures = 2
+    assert read(4, bytes)[0].label == 1
+    failures = 10**6
+    with pytest.raises(faults.Outage, match=r"Input/output error, for 0\.3 s; the same command"):
+        read(4, bytes)
+
+
+def test_a_part_of_a_tar_that_cannot_be_read_is_one_image_of_its_own(tars, settings, monkeypatch):
+    source = open_source(settings(source="webdataset", path=str(tars)), "train")
+
+    class Torn(io.FileIO):
+        def read(self, *size):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(tar_module, "open_to_read", Torn)
+    read, names = RecordReader(source, lambda name: True), []  # which waits for none
+    for index in (3, 4):
+        with pytest.raises(UnreadableRecord) as raised:
+            read(index, bytes)
+        names.append(raised.value.name)
+    assert names == [f"{tars}/train/1.tar/s1/{number}.jpg" for number in (0, 1)]
+
+
+def test_a_member_larger_than_any_image_is_damaged_and_not_read(tmp_path, settings, image_bytes):
+    path = tmp_path / "train.tar"
+    write_tar(path, {"0.jpg": image_bytes(0), "0.cls": b"0", "1.cls": b"0"})
+    with tarfile.open(path, "a") as file:
+        member = tarfile.TarInfo("1.jpg")
+        member.size = 2**40  # as sparse as the file
+        file.fileobj.seek(file.offset)
+        file.fileobj.write(member.tobuf())
+    os.truncate(path, path.stat().st_size // 512 * 512 + 2**40 + 1024)
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    read = RecordReader(source, lambda name: False)
+    assert read(0, bytes)[1] == image_bytes(0)
+    with pytest.raises(
+        UnreadableRecord, match=r"train\.tar/1\.jpg: it has 1,099,511,627,776 bytes"
+    ):
+        read(1, bytes)
