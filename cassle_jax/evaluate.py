@@ -338,7 +338,7 @@ def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]
     """The findings, or the failure; with several processes, some errors end them all."""
     name, start = planned.protocol.name, time.monotonic()
     try:
-        findings = planned.protocol.run(bench, planned.settings)
+        findings = planned.protocol.measure(bench, planned.settings)
         report.check(findings)
     except Outage:  # the tasks after it would each wait for the same storage
         raise

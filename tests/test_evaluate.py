@@ -129,7 +129,7 @@ def fails(bench, settings):
 
 
 def says_it_twice(bench, settings):
-    return 2 * [Score("spectrum", bench.data.name, "RankMe", 1.0)]
+    return 2 * [Score("knn", bench.data.name, "accuracy", 1.0)]
 
 
 def runs_out_of_memory(bench, settings):
@@ -142,7 +142,7 @@ def runs_out_of_memory(bench, settings):
         pytest.param(fails, "in the second task", marks=pytest.mark.exhaustive),
         pytest.param(
             says_it_twice,
-            "two findings for spectrum, scenes, RankMe",
+            "two findings for knn, scenes, accuracy",
             marks=pytest.mark.exhaustive,
         ),
         (runs_out_of_memory, "RESOURCE_EXHAUSTED: out of memory; use smaller settings"),

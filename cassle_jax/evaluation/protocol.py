@@ -64,6 +64,29 @@ class Protocol:
         usual = self.takes if requested or self.usual is None else self.usual
         return not kinds.isdisjoint(usual)
 
+    def measure(self, bench: Bench, settings: Settings) -> list[Finding]:
+        """Runs the protocol.
+
+        Args:
+          bench: the subject and the dataset.
+          settings: the protocol's settings.
+
+        Returns:
+          The findings.
+
+        Raises:
+          ValueError: a finding bears the name of another protocol or dataset, and would be reported
+            as that one's; or an error of `run`.
+        """
+        findings = list(self.run(bench, settings))
+        for each in findings:
+            if (each.task, each.dataset) != (self.name, bench.data.name):
+                raise ValueError(
+                    f"a finding of {self.name} on {bench.data.name} has task={each.task!r} and "
+                    f"dataset={each.dataset!r}; use PROTOCOL.name and bench.data.name"
+                )
+        return findings
+
     def unmet(
         self, data: EvaluationData, settings: Settings, *, limit: int = 0, devices: int = 1
     ) -> str:

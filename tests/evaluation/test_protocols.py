@@ -13,6 +13,7 @@ from cassle_jax.data import Scenes
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.protocols import PROTOCOLS, checked_settings
 from cassle_jax.evaluation.settings import Analysis
 from cassle_jax.evaluation.store import FeatureStore
@@ -145,6 +146,15 @@ def test_what_a_protocol_finds_bears_its_name(bench):
         findings = PROTOCOLS[name].run(bench, of_protocols[name])
         assert findings and {each.task for each in findings} == {name}
         assert {each.dataset for each in findings} == {"scenes"}
+
+
+@pytest.mark.parametrize("names", [("knn", "scenes"), ("own", "motifs")])
+def test_what_bears_the_name_of_another_is_refused(bench, names):
+    own = Protocol("own", title="Own", run=lambda *_: [Score(*names, "accuracy", 0.5)])
+    with pytest.raises(ValueError, match=f"of own on scenes has task='{names[0]}' .*{names[1]}"):
+        own.measure(bench, SETTINGS)
+    right = dataclasses.replace(own, run=lambda *_: [Score("own", "scenes", "accuracy", 0.5)])
+    assert [each.value for each in right.measure(bench, SETTINGS)] == [0.5]
 
 
 class Targets(Plain):
