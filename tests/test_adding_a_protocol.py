@@ -17,6 +17,7 @@ from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.parallel import device_mesh
 from cassle_jax.subjects import open_subject
+from tests.changes import apply_change
 from tests.test_evaluate import workdir_of
 from tests.tiny import on_one_device
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
     (folder / "cassle_jax" / "evaluation" / "nearest_mean.py").write_text(code)
     change = re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1]
-    subprocess.run(["git", "apply", "-"], input=change, text=True, cwd=folder, check=True)
+    apply_change(change, folder)
     (folder / "runs").mkdir()
     workdir_of(folder / "runs" / "cassle")
     return folder

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.changes import apply_change
+
 ROOT = Path(__file__).parents[1]
 
 CHECKS = """
@@ -59,7 +61,7 @@ def page():
 def test_the_documented_changes_are_all_that_an_augmentation_takes(page, tmp_path):
     shutil.copytree(ROOT / "cassle_jax", tmp_path / "cassle_jax")
     for change in re.findall(r"```diff\n(.*?)```", page, re.DOTALL):
-        subprocess.run(["git", "apply", "-"], input=change, text=True, cwd=tmp_path, check=True)
+        apply_change(change, tmp_path)
     script = tmp_path / "example.py"
     script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1] + CHECKS)
     ran = subprocess.run([sys.executable, script], cwd=tmp_path, text=True, capture_output=True)

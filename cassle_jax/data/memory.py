@@ -49,8 +49,9 @@ def what_to_keep(
     measured = list(_measured(source, decode))
     if not measured:  # nothing could be read; the first batches say why
         return Kept(decoded=canvases)
-    size, reading, decoding = np.mean(measured, axis=0)
-    records = min(len(source), int(memory / size))
+    sizes, *times = zip(*measured, strict=True)
+    reading, decoding = map(np.median, times)  # one read that waits decides nothing
+    records = min(len(source), int(memory / np.mean(sizes)))
     saved = {"decoded": canvases * (reading + decoding), "encoded": records * reading}
     kept = Kept(decoded=canvases) if saved["decoded"] >= saved["encoded"] else Kept(0, records)
     LOG.info(

@@ -226,7 +226,7 @@ def test_pictures_have_their_channels_last(view):
     ("settings", "message"),
     [
         ({"size": float("nan")}, r"augment\.size=nan .*integer >= 1"),
-        ({"size": "8"}, r"augment\.size=8 .*integer >= 1"),
+        ({"size": "8"}, r"augment\.size='8' .*integer >= 1"),
         ({"crop": "no"}, r"augment\.crop='no' is not valid; use True or False"),
         ({"flip": "often"}, r"augment\.flip=often is not a probability"),
         ({"sigma": ("a", 2)}, r"augment\.sigma=.*no number; use \(low, high\)"),

@@ -22,7 +22,7 @@ from cassle_jax.data import (
 )
 from cassle_jax.data import pipeline as pipeline_module
 from cassle_jax.data.folder import open_folder
-from cassle_jax.data.memory import KeptRecords
+from cassle_jax.data.memory import Kept, KeptRecords, what_to_keep
 from cassle_jax.data.sources import labels_of, names_of, root_of
 from cassle_jax.faults import Outage
 
@@ -307,6 +307,17 @@ def test_memory_for_a_part_of_the_images_keeps_that_part(share):
     kept_reads = [reads[index] for index in range(int(48 * share))]
     assert max(kept_reads, default=0) <= 3  # once, in the sample, and for a damaged one before it
     assert all(reads[index] >= 4 for index in range(int(48 * share), 48))
+
+
+def test_one_slow_read_does_not_make_storage_slow():
+    class Waits(Numbered):
+        def __getitem__(self, index):
+            if index == 9 and not self.reads.count(index):
+                time.sleep(1)
+            return super().__getitem__(index)
+
+    kept = what_to_keep(Waits(48), 8 * 8 * 3, lambda _: time.sleep(0.005), 24 * 8 * 8 * 3)
+    assert kept == Kept(decoded=24)
 
 
 def test_slow_storage_has_images_kept_as_they_are_stored():
