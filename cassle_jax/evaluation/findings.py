@@ -129,7 +129,11 @@ def to_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
 
 
 def from_json(items: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """The findings that `to_json` wrote."""
+    """The findings that `to_json` wrote.
+
+    Raises:
+      AttributeError, KeyError, TypeError, ValueError: they are damaged.
+    """
     return [_finding(dict(item)) for item in items]
 
 
@@ -167,7 +171,29 @@ def _finding(fields: dict[str, Any]) -> Finding:
             name: tuple((x, float(y)) for x, y in points)
             for name, points in fields["series"].items()
         }
-    return kind(**fields)
+    finding = kind(**fields)
+    _check_kinds(finding)
+    return finding
+
+
+def _check_kinds(finding: Finding) -> None:
+    """Raises ValueError where what was read is no text, or is neither true nor false."""
+    texts, flags = [], []
+    for field in dataclasses.fields(finding):
+        value = getattr(finding, field.name)
+        if field.type is str:
+            texts.append(value)
+        elif field.type is bool or (field.type == bool | None and value is not None):
+            flags.append(value)
+    if isinstance(finding, Gallery):
+        texts += [caption for row in finding.rows for _, caption in row]
+    if isinstance(finding, Chart):
+        points = [x for of_name in finding.series.values() for x, _ in of_name]
+        texts += [x for x in points if isinstance(x, bool) or not isinstance(x, Real)]
+    for values, kind in ((texts, str), (flags, bool)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise ValueError(f"{value!r} is in no {type(finding).__name__.lower()}")
 
 
 def _encoded(pixels: Pixels) -> str:

@@ -151,6 +151,8 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
             for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
                 first = 0
                 for key, count in parts:
+                    if not isinstance(key, str) or type(count) is not int:
+                        raise ValueError(f"{key!r}, {count!r} is no part")
                     if key:
                         read[key] = from_json(run[first : first + count])
                     first += count

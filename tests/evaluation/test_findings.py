@@ -1,5 +1,6 @@
 import json
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -51,3 +52,24 @@ def test_pictures_keep_every_pixel():
     np.testing.assert_array_equal(first[0], pixels)
     np.testing.assert_array_equal(second[0], 255 - pixels)
     assert (first[1], second[1]) == ("query", "ü")
+
+
+SCORE = {"kind": "score", "task": "knn", "dataset": "a", "metric": "accuracy", "value": 0.5}
+SCORE |= {"interval": None, "higher_is_better": True}
+CHART = {"kind": "chart", "task": "knn", "dataset": "a", "title": "t", "x_label": "x"}
+CHART |= {"y_label": "y", "series": {"s": [[1, 2.0]]}, "log_x": False, "log_y": False}
+FAILURE = {"kind": "failure", "task": "knn", "dataset": "a", "reason": "why"}
+
+
+@pytest.mark.parametrize("wrong", [None, 3, -1.5, [], {}, [3], {"a": 3}])
+@pytest.mark.parametrize("whole", [SCORE, CHART, FAILURE], ids=lambda each: each["kind"])
+def test_what_is_read_of_another_type_is_damaged(monkeypatch, whole, wrong):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests
+    assert len(from_json([whole])) == 1
+    for name in whole.keys() - {"kind", "value", "interval"}:
+        if (name, wrong) not in (("higher_is_better", None), ("series", {})):
+            with pytest.raises((AttributeError, TypeError, ValueError)):
+                from_json([whole | {name: wrong}])
+    if "series" in whole and not isinstance(wrong, int | float):
+        with pytest.raises(ValueError, match="is in no chart"):
+            from_json([whole | {"series": {"s": [[wrong, 2.0]]}}])
