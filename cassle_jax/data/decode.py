@@ -15,10 +15,10 @@ MAX_PIXELS = 89_478_485
 """Largest number of pixels in an image by default: Pillow's limit against bombs."""
 
 ANY_SIDE = 1 << 30
+"""A canvas, in pixels, so large that no image is reduced."""
 
 _PIXEL_BYTES = 8  # red, green, blue and opacity in 16 bits, not compressed
 _OTHER_BYTES = 1 << 26  # of what else an image's file has, such as a preview
-"""A canvas, in pixels, so large that no image is reduced."""
 
 _EXTENSIONS = {
     "AVIF": (".avif",),
