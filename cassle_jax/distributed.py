@@ -366,8 +366,8 @@ class _ProcessGroup:
         If another process has reported its failure, `_listen` ends this one during the wait.
         """
         end_undisturbed()
-        if self._ending.locked():  # `_listen` is ending this process
-            self._ending.acquire()
+        if self._ending.locked():
+            self._ending.acquire()  # for ever: `_listen` is ending this process
         with contextlib.suppress(OSError):  # standard error may be a file on a full disk
             traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):

@@ -16,9 +16,11 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.export import export_command
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.methods import METHODS, ViewBatch
+from cassle_jax.methods.base import HeadShape
 from cassle_jax.parallel import device_mesh
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
+from cassle_jax.training.recorded import method_of
 from cassle_jax.training.run import build_run
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import write_config
@@ -184,6 +186,12 @@ def test_a_recorded_head_that_cannot_be_is_one_line(run, field, value):
             open_subject(run[0])
     finally:
         starts.unlink()
+
+
+def test_a_recorded_head_of_one_layer_needs_no_hidden_one():
+    head = {"hidden": 0, "out": 8, "depth": 1}
+    method = method_of(tiny_config(), {"heads": {"projector": head}, "views": []})
+    assert method.heads == {"projector": HeadShape(**head)}
 
 
 def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, caplog):

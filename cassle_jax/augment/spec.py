@@ -26,8 +26,7 @@ Number = float | int
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # with which float32 computes well
 
-LEAST_TAPS = 3
-"""Fewest taps of a blur whose number follows from the view's size."""
+_LEAST_TAPS = 3  # of a blur whose number of taps follows from the view's size
 
 LEAST_SIGMA = 1e-6
 """Smallest standard deviation of a blur, pixels; it changes nothing."""
@@ -142,7 +141,12 @@ class AugmentSpec:
     @property
     def blur_kernel_size(self) -> int:
         """Taps of the blur: ``kernel_size``, or the odd number near S / 10 where that is 0."""
-        return self.kernel_size or max(LEAST_TAPS, self.size // 20 * 2 + 1)
+        return self.kernel_size or max(_LEAST_TAPS, self.size // 20 * 2 + 1)
+
+    @property
+    def least_size(self) -> int:
+        """Smallest side of a view whose borders the blur can reflect, pixels."""
+        return (self.kernel_size or _LEAST_TAPS) // 2 + 1 if self.blur > 0 else 1
 
     def asymmetric_pair(self) -> tuple["AugmentSpec", "AugmentSpec"]:
         """The two distributions of BYOL's asymmetric views (arXiv 2006.07733, appendix B).
@@ -231,7 +235,7 @@ class AugmentSpec:
                 f"augment.kernel_size={taps} is even; use an odd number such as {taps + 1}, "
                 "or 0 for the one near size / 10"
             )
-        if self.blur > 0 and taps // 2 >= self.size:
+        if self.size < self.least_size:
             raise ConfigError(
                 f"augment.kernel_size={taps} needs {taps // 2} pixels of reflect padding, more "
                 f"than a view of augment.size={self.size} has; use a kernel of at most "

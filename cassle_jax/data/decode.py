@@ -80,11 +80,10 @@ def check_bytes(size: int, file: str) -> None:
 
     Reading it all would take this machine's memory.
     """
-    if size > _PIXEL_BYTES * Image.MAX_IMAGE_PIXELS + _OTHER_BYTES:
+    allowed = Image.MAX_IMAGE_PIXELS
+    if allowed is not None and size > _PIXEL_BYTES * allowed + _OTHER_BYTES:
         raise DamagedImage(
-            f"it has {size:,} bytes, more than an image of data.max_pixels="
-            f"{Image.MAX_IMAGE_PIXELS} has",
-            file,
+            f"it has {size:,} bytes, more than an image of data.max_pixels={allowed} has", file
         )
 
 

@@ -18,7 +18,7 @@ from cassle_jax.data.decode import EXTENSIONS, check_bytes
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import CIRCLE, DANGLING, SPECIAL, Skipped, is_folder
 from cassle_jax.data.sources import FileOfMany, Record, check_index, content_of_files, digest_of
-from cassle_jax.faults import reason_of
+from cassle_jax.faults import hurry, reason_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class TarSource:
         tar = self._tars[number]
         with _CHECKING:  # one thread reads the index for all
             if version == self._seen[number]:
-                return
+                return  # another thread has read it meanwhile
             mine = [
                 (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
                 for index in np.flatnonzero(self._places[:, 0] == number)
@@ -168,7 +168,7 @@ def _opened(tar: str) -> IO[bytes]:
     for seconds in _PAUSES:
         with contextlib.suppress(FileNotFoundError):
             return open_to_read(tar)
-        time.sleep(seconds)
+        hurry.wait(seconds)
     return open_to_read(tar)
 
 

@@ -86,7 +86,8 @@ class Bench:
 
         Args:
           make: a function or class; it is called with the arguments and the mesh.
-          *arguments: equal ones, of the same `make`, return what an earlier call made.
+          *arguments: equal ones, of the same `make`, return what an earlier call made; arrays,
+            tuples of them, and what `==` compares.
         """
         for known, given, made in self.store.made:
             if known == make and _equal(given, arguments):
@@ -117,14 +118,14 @@ class Bench:
         return self.store.batches(Part(self.data.test, order, "shuffled"), images)
 
 
-def _equal(first: tuple, second: tuple) -> bool:
-    """Whether arguments are the same objects, arrays of the same values, or otherwise equal."""
-
-    def equal(one: Any, other: Any) -> bool:
-        if one is other:
-            return True
-        if isinstance(one, (jax.Array, np.ndarray)):
-            return type(one) is type(other) and np.array_equal(one, other)
-        return bool(one == other)
-
-    return len(first) == len(second) and all(map(equal, first, second))
+def _equal(first: Any, second: Any) -> bool:
+    """Whether values are the same object, or equal and of the same type, arrays in tuples too."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, (jax.Array, np.ndarray)):
+        return first.dtype == second.dtype and np.array_equal(first, second)
+    return bool(first == second)

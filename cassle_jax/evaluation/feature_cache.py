@@ -71,7 +71,7 @@ class FeatureCache:
         return self._folder / subject / f"{key}.npz"
 
     def _trim(self, newest: Path) -> None:
-        """Removes files beyond the bound except the newest, and leftovers of killed processes."""
+        """Removes files beyond the bound, the newest last, and leftovers of killed processes."""
         found, now = [], time.time_ns()
         for path in self._folder.glob("*/*.npz"):
             if _NAME.fullmatch(path.stem) and _NAME.fullmatch(path.parent.name):
@@ -79,7 +79,8 @@ class FeatureCache:
                     known = path.stat()
                     read = known.st_mtime_ns
                     if read > now:  # the clock was set back: it would stay until then
-                        os.utime(path)
+                        with contextlib.suppress(PermissionError):  # it is another user's
+                            os.utime(path)
                         read = now
                     found.append((path == newest, read, known.st_size, path))
         for folder in {path.parent for *_, path in found}:

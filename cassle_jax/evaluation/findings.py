@@ -203,6 +203,8 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _decoded(png: str) -> Pixels:
-    return np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(png)), formats=("PNG",)).convert("RGB")
-    )
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(png)), formats=("PNG",))
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # as Pillow calls damage
+        raise ValueError(f"a picture is damaged: {error}") from error

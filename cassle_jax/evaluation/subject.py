@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.augment.spec import LEAST_TAPS
 from cassle_jax.checks import ConfigError
 from cassle_jax.methods import Networks
 from cassle_jax.methods.base import PyTree
@@ -63,14 +62,10 @@ class Subject:
 
     def _check_blur(self, size: int) -> None:
         """Raises ConfigError where training's blur does not fit into images of a size."""
-        taps = max(
-            [each.kernel_size or LEAST_TAPS for each in (self.spec, *self.views) if each.blur]
-            or [0]
-        )
-        if size <= taps // 2:
+        least = max(each.least_size for each in (self.spec, *self.views))
+        if size < least:
             raise ConfigError(
-                f"size={size} is too small for the blur of training, whose kernel has {taps} "
-                f"pixels; use {taps // 2 + 1} or more"
+                f"size={size} is too small for the blur of training; use {least} or more"
             )
 
     def fingerprint(self) -> str:

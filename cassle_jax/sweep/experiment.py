@@ -160,9 +160,8 @@ def _plan(
         protocol = Evaluation() if jobs else evaluation
         jobs.append(Job(run.subject, short.arguments, workdir, protocol, False, toy=toy))
     missing = [job for job in jobs if measured_in(job.workdir) is None]
-    for job in missing:
-        if RunRecord(job.workdir).state == FINISHED:  # it would not be run again
-            shutil.rmtree(job.workdir)
+    for job in missing:  # one that goes on in the middle would measure too little
+        shutil.rmtree(job.workdir, ignore_errors=True)
 
     def on_end(job: Job, code: int) -> None:
         LOG.info("%s: measured", job.workdir.name)

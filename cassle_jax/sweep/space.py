@@ -80,6 +80,7 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
     Raises:
       ConfigError: an unknown setting, with the closest known one, or an invalid value.
     """
+    find_file("config", request.config.partition(":")[0])
     combined = _combinations(request)
     shown = _short_names(combined[0])
     runs: dict[str, RunSpec] = {}
@@ -91,9 +92,9 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
         try:
             run = run_of(request.config, values, request.overrides, name=name, subject=subject)
             check_settings(run.config)
-        except UnknownSetting:  # whatever the values
-            raise
         except ConfigError as error:
+            if isinstance(error, UnknownSetting) and not values.keys() & ARGUMENTS:
+                raise  # whatever the values
             shown_values = ", ".join(f"{key}={value}" for key, value in values.items())
             raise ConfigError(f"run {shown_values}: {error}") from error
         runs.setdefault(run.name, run)

@@ -198,8 +198,8 @@ def _evaluate(
     )
     if not (fresh and is_complete(folder / JSON)):
         make_shared(folder)
+        (folder / OUTCOME).unlink(missing_ok=True)  # first: else the old one would pass as the new
         write_surely(saved, json.dumps(wanted))
-        (folder / OUTCOME).unlink(missing_ok=True)
         LOG.info("evaluating %d runs", len(workdirs))
         executor.run([Command("cassle_jax.evaluate", arguments, folder)], lambda _: None)
     if record.state != FINISHED:

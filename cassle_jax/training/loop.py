@@ -478,14 +478,17 @@ def _mend_workdir(
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:
     """Logs what ω gives away of the image, or of the pairing of views."""
+    leaking: dict[str, list[str]] = {}
     for name in conditioning.descriptors:
         descriptor = name.partition(".")[0]
         if DESCRIPTORS[descriptor].from_image:
-            LOG.warning(
-                "conditioning.descriptors has %s, which is computed from the image: %s",
-                name,
-                _REVEALED.get(descriptor, _REVEALED_BY_OTHERS),
-            )
+            leaking.setdefault(descriptor, []).append(name)
+    for descriptor, names in leaking.items():
+        LOG.warning(
+            "conditioning.descriptors has %s, which is computed from the image: %s",
+            ", ".join(names),
+            _REVEALED.get(descriptor, _REVEALED_BY_OTHERS),
+        )
     if conditioning.relative and conditioning.descriptors and conditioning.into != "predictor":
         LOG.warning(
             "conditioning.relative=True gives the two views opposite ω, so ω alone matches them "

@@ -161,7 +161,8 @@ def _head_of(fields: Mapping[str, Any]) -> HeadShape:
     """The recorded shape of a head; raises ValueError where a field cannot be."""
     for name, kind in get_type_hints(HeadShape).items():
         value = fields.get(name, kind(1))
-        if type(value) is not kind or (kind is int and value < 1):
+        least = 0 if name == "hidden" else 1  # a head of one layer has no hidden one
+        if type(value) is not kind or (kind is int and value < least):
             raise ValueError(f"{name}={value!r} is in no head")
     return _of(HeadShape, fields)
 

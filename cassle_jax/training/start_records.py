@@ -1,5 +1,6 @@
 """Records the facts of each start of a run: versions, devices, images, heads."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from jax.sharding import Mesh
 from cassle_jax.storage import is_of
 from cassle_jax.training.metrics import append_line, read_lines
 from cassle_jax.versions import versions
+
+LOG = logging.getLogger(__name__)
 
 Start = dict[str, Any]
 
@@ -58,8 +61,12 @@ def last_start_record(workdir: epath.PathLike, step: int) -> Start:
     """The last start of a run at or before `step`, without damaged facts; empty without any."""
     starts = read_lines(epath.Path(workdir, "starts.jsonl"))
     start = next((each for each in reversed(starts) if each["step"] <= step), {})
-    return {
-        name: fact
-        for name, fact in start.items()
-        if name not in _TYPES or is_of(fact, _TYPES[name])
-    }
+    unknown = [name for name, kind in _TYPES.items() if not is_of(start.get(name), kind)]
+    if damaged := [name for name in unknown if start.get(name) is not None]:
+        LOG.warning(
+            "%s: damaged facts of the start at step %s count as not recorded: %s",
+            workdir,
+            start["step"],
+            ", ".join(damaged),
+        )
+    return {name: fact for name, fact in start.items() if name not in unknown}

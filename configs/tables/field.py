@@ -49,5 +49,4 @@ def get_table():
         ),
         datasets=("motifs",),
         tasks=("factors", "equivariance", "linear", "knn"),
-        overrides=("probe.every_epochs=0",),
     )

@@ -43,5 +43,4 @@ def get_table():
         seeds=(0, 1, 2),
         datasets=("motifs",),
         tasks=("factors", "equivariance", "linear", "knn"),
-        overrides=("probe.every_epochs=0",),
     )

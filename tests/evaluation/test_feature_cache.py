@@ -1,5 +1,6 @@
 """Features on disk: which are read again, and which go when the folder is full."""
 
+import errno
 import os
 import time
 from contextlib import closing
@@ -61,6 +62,21 @@ def test_times_of_a_clock_that_was_ahead_keep_no_file_for_ever_and_cost_no_new_o
         assert cache.read(SUBJECT, key(number))
         time.sleep(0.02)  # times of files may be as coarse as a tick of the kernel
     assert [number for number in range(5) if cache.read(SUBJECT, key(number))] == [3, 4]
+
+
+def test_a_file_of_another_user_counts_and_goes_whatever_its_time(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    cache = FeatureCache(tmp_path, 10 * KIB)  # room for two
+    for number in range(2):
+        cache.write(SUBJECT, key(number), ARRAYS)
+        aged(tmp_path / SUBJECT / f"{key(number)}.npz", hours=-9000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refused)
+        cache.write(SUBJECT, key(2), ARRAYS)
+    kept = [path.stem for path in (tmp_path / SUBJECT).glob("*.npz")]
+    assert key(2) in kept and len(kept) == 2
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch, caplog):

@@ -73,3 +73,11 @@ def test_what_is_read_of_another_type_is_damaged(monkeypatch, whole, wrong):
     if "series" in whole and not isinstance(wrong, int | float):
         with pytest.raises(ValueError, match="is in no chart"):
             from_json([whole | {"series": {"s": [[wrong, 2.0]]}}])
+
+
+@pytest.mark.parametrize("png", ["", "AAAA", "no base64", 3, None])
+def test_a_picture_that_is_none_is_damaged(monkeypatch, png):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests
+    gallery = {"kind": "gallery", "task": "neighbours", "dataset": "a", "title": "t"}
+    with pytest.raises((TypeError, ValueError)):
+        from_json([gallery | {"rows": [[[png, "query"]]]}])

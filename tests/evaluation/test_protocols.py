@@ -117,6 +117,11 @@ def test_what_serves_all_datasets_is_made_once_for_equal_arguments_alone(bench):
     assert bench.once(make, SPEC, np.zeros(3)) is not first
     assert len(made) == 4
 
+    for given in (None, (np.zeros(2), "a"), (np.zeros(2), "b"), np.zeros(2, np.int32)):
+        once, again = (bench.once(make, SPEC, given) for _ in range(2))
+        assert once is again is not first
+    assert len(made) == 8
+
     def make(mesh):  # of another file, by the same name
         return "another"
 

@@ -59,7 +59,10 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["requested.json", "asked.json"])  # the latter by older versions
-def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, name):
+def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, monkeypatch, name):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     calls, run, folder = [], ended(tmp_path / "run", 0), tmp_path / "evaluation"
     os.utime(run.folder / OUTCOME, (0, 0))
 
@@ -94,3 +97,9 @@ def test_an_evaluation_that_is_up_to_date_is_not_repeated(tmp_path, name):
     evaluate("linear")
     evaluate("linear")
     assert len(calls) == 4
+    monkeypatch.setattr(sweep_module, "write_surely", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("knn")
+    monkeypatch.undo()
+    evaluate("linear")  # nothing says any more that the old report is whole
+    assert len(calls) == 5

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.stats import t
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Chart, Failure, Gallery, Score
 from cassle_jax.report.axis import axis
 from cassle_jax.report.comparison import rows_of
@@ -397,6 +398,11 @@ def test_what_failed_stands_at_the_top_and_what_was_found_is_found_by_its_key(tm
         write_report(report.parent, found, complete=complete)
         assert is_complete(report) == (found is whole and complete)
     assert not is_complete(tmp_path / "report.json")
+    content = json.loads(report.read_text())
+    (content["subjects"]["a"],) = ({"runs": [[]], "parts": [[[3, "x"]]]},)
+    (tmp_path / "parts.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"parts\.json is damaged .*3, 'x' is no part"):
+        read_parts(tmp_path / "parts.json")
     report.write_bytes(report.read_bytes()[:100])  # as a power cut leaves it
     assert not is_complete(report)
 

@@ -1,5 +1,6 @@
 """A path is a path: whatever its characters, what is written there is found there again."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -281,6 +282,15 @@ def test_a_checkpoint_that_lacks_its_arrays_ends_no_run_with_success(
         pretrain_command(config, tmp_path / "run")
     assert stop.value.code == EXIT_NOT_SAVED and "\n" not in str(stop.value)
     assert sum("checkpoint 5 cannot be read back" in each for each in caplog.messages) == 1
+
+
+def test_a_run_that_never_saved_is_not_said_to_continue(tmp_path, monkeypatch):
+    checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=1)
+    with contextlib.closing(checkpoints), monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_is_saved", lambda *_: False)
+        said = "none is saved yet, so the same command begins anew$"
+        with pytest.raises(checkpoints_module.NotSaved, match=said):
+            checkpoints.save_surely(1, small_state(1), {}, seconds=0.0, after_stop=0.0)
 
 
 def test_reading_back_notices_another_number(tmp_path, monkeypatch):

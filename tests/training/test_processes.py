@@ -352,7 +352,7 @@ def test_a_signal_to_any_process_is_acted_upon(group):
     assert heard.wait(10)
 
 
-def test_a_failure_is_told_to_the_others_once(group, monkeypatch):
+def test_a_failure_is_told_to_the_others(group, monkeypatch):
     told = {}
 
     def end(message, code):

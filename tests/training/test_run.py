@@ -377,6 +377,13 @@ def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step
     assert not warnings("leak_free")
 
 
+def test_components_of_one_descriptor_are_one_warning(warnings):
+    names = sorted(f"color_diff.{each}" for each in DESCRIPTORS["color_diff"].components)
+    first, second, _ = names
+    (told,) = warnings(f"crop+{first}+{second}")
+    assert f"has {first}, {second}, which is computed from the image" in told
+
+
 def test_a_descriptor_of_ones_own_is_not_said_to_reveal_the_colour(warnings, monkeypatch):
     own = dataclasses.replace(DESCRIPTORS["blur"], from_image=True)
     monkeypatch.setitem(DESCRIPTORS, "sharpness", own)
