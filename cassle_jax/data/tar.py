@@ -8,9 +8,8 @@ import pathlib
 import posixpath
 import tarfile
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +19,8 @@ from cassle_jax.data.listing import CIRCLE, DANGLING, SPECIAL, Skipped, is_folde
 from cassle_jax.data.sources import FileOfMany, Record, check_index, content_of_files, digest_of
 from cassle_jax.faults import hurry, reason_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
+
+T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
@@ -95,7 +96,10 @@ class TarSource:
         check_bytes(size, name)
         with contextlib.ExitStack() as opened:
             try:
-                file = opened.enter_context(_opened(self._tars[tar]))
+                # It may be missing for a moment, while it is being replaced.
+                file = opened.enter_context(
+                    _patiently(lambda: open_to_read(self._tars[tar]), FileNotFoundError)
+                )
             except OSError as error:
                 raise FileOfMany(error.errno, reason_of(error), self._tars[tar]) from error
             try:
@@ -133,7 +137,10 @@ class TarSource:
                 (self._members[index], *self._places[index, 1:].tolist(), int(self.labels[index]))
                 for index in np.flatnonzero(self._places[:, 0] == number)
             ]
-            images, version = _indexed_when_whole(tar)
+            # It may be cut short for a moment, while it is being written.
+            images, version = _patiently(
+                lambda: _indexed(tar, Skipped()), DataError, FileNotFoundError
+            )
             if images != mine:
                 raise DataError(
                     f"data.path: {tar} was rewritten with other images since it was opened; the "
@@ -163,13 +170,13 @@ def open_tars(path: str, split: str) -> TarSource:
     return TarSource(f"{folder} {split}".rstrip(), paths, root=str(tars[0].parent))
 
 
-def _opened(tar: str) -> IO[bytes]:
-    """Opens a file to read; waits some seconds for one that is being replaced."""
+def _patiently(act: Callable[[], T], *passing: type[Exception]) -> T:
+    """The result of `act`; repeats it for some seconds while it raises an error that may pass."""
     for seconds in _PAUSES:
-        with contextlib.suppress(FileNotFoundError):
-            return open_to_read(tar)
+        with contextlib.suppress(*passing):
+            return act()
         hurry.wait(seconds)
-    return open_to_read(tar)
+    return act()
 
 
 def _version(status: os.stat_result) -> tuple[int, int]:
@@ -182,15 +189,6 @@ def _indexed(tar: str, skipped: Skipped) -> tuple[list[tuple[str, int, int, int]
     check_ends(tar)
     version = _version(os.stat(tar))  # noqa: PTH116
     return list(_images(tar, skipped)), version
-
-
-def _indexed_when_whole(tar: str) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
-    """Like `_indexed`, but waits some seconds for a file that is being written."""
-    for seconds in _PAUSES:
-        with contextlib.suppress(DataError, FileNotFoundError):
-            return _indexed(tar, Skipped())
-        time.sleep(seconds)
-    return _indexed(tar, Skipped())
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
