@@ -9,7 +9,7 @@ import pytest
 from jax._src.interpreters import mlir
 
 PROGRAMS = 200
-"""A context keeps what its programs have said, such as their constants: so many share one."""
+"""Programs per context. A context grows with the constants of its programs, so it is replaced."""
 
 
 def share_contexts(patch: pytest.MonkeyPatch):

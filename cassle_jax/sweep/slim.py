@@ -1,5 +1,6 @@
-"""What the slim tables share: ResNet-18 of width 8, for twelve epochs of CIFAR-10 at 32 pixels."""
+"""Settings that the tables of slim encoders share: those of CIFAR-10, and heads of the field."""
 
+# Twelve epochs of CIFAR-10 at 32 pixels, ResNet-18 of width 8.
 VARIANTS = {
     "plain": ("conditioning=none",),
     "CASSLE": ("conditioning=cassle",),
@@ -26,7 +27,7 @@ METHODS = {
         "method.vector_rate=1.0",
     ),
 }
-# Heads of the field's methods that suit 64 features.
+# Heads of the field's methods, on the quickstart, that suit 64 features.
 HEADS = (
     "equimod.hidden=256",
     "equimod.out=128",

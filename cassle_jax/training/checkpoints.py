@@ -161,8 +161,8 @@ class Checkpoints:
         while self._leads and not self._is_saved(step, state, data_state):
             left = min(left, after_stop) if hurry.is_set() else left
             if left <= 0:
-                begun = "so the same command begins anew"
-                goes_on = begun if self._newest() is None else "where the same command continues"
+                anew = "so the same command begins anew"
+                goes_on = anew if self._newest() is None else "where the same command continues"
                 raise NotSaved(
                     f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, "
                     f"{goes_on}"

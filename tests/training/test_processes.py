@@ -353,7 +353,7 @@ def test_a_signal_to_any_process_is_acted_upon(group):
 
 
 def test_a_failure_is_told_to_the_others(group, monkeypatch):
-    told = {}
+    sent = {}
 
     def end(message, code):
         raise SystemExit(f"{code}: {message}")
@@ -361,10 +361,10 @@ def test_a_failure_is_told_to_the_others(group, monkeypatch):
     monkeypatch.delattr(group, "fail")
     monkeypatch.setattr(distributed, "end_undisturbed", lambda: None)
     monkeypatch.setattr(group, "_end", end)
-    group._client = SimpleNamespace(key_value_set=told.__setitem__)
+    group._client = SimpleNamespace(key_value_set=sent.__setitem__)
     with pytest.raises(SystemExit, match=r"^69: out of reach$"):
         group.fail("out of reach", 69)
-    (said,) = told.values()
+    (said,) = sent.values()
     assert json.loads(said) == ["process 1 of 2", 69, "out of reach"]
 
 

@@ -312,15 +312,15 @@ def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
     def homeless():
         raise ConfigError("there is no home folder")
 
-    told = {}
+    updates = {}
     monkeypatch.setattr(
-        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__))
+        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=updates.__setitem__))
     )
     monkeypatch.setattr(pretrain_module, "cache_folder", homeless)
     config = tiny_config("method=simclr")
     config.compilation_cache = "auto"
     pretrain_module.set_up_devices(config)
-    assert told == {"jax_compilation_cache_dir": None}
+    assert updates == {"jax_compilation_cache_dir": None}
     assert "compiled programs are not kept: there is no home folder" in caplog.text
 
 
@@ -380,16 +380,16 @@ def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step
 def test_components_of_one_descriptor_are_one_warning(warnings):
     names = sorted(f"color_diff.{each}" for each in DESCRIPTORS["color_diff"].components)
     first, second, _ = names
-    (told,) = warnings(f"crop+{first}+{second}")
-    assert f"has {first}, {second}, which is computed from the image" in told
+    (line,) = warnings(f"crop+{first}+{second}")
+    assert f"has {first}, {second}, which is computed from the image" in line
 
 
 def test_a_descriptor_of_ones_own_is_not_said_to_reveal_the_colour(warnings, monkeypatch):
     own = dataclasses.replace(DESCRIPTORS["blur"], from_image=True)
     monkeypatch.setitem(DESCRIPTORS, "sharpness", own)
-    (told,) = warnings("crop+sharpness")
-    assert "has sharpness, which is computed from the image: it may reveal which image" in told
-    assert "--tasks=leak" in told and "colour" not in told and "palette" not in told
+    (line,) = warnings("crop+sharpness")
+    assert "has sharpness, which is computed from the image: it may reveal which image" in line
+    assert "--tasks=leak" in line and "colour" not in line and "palette" not in line
 
 
 def test_relative_descriptors_of_a_projector_are_warned_of(warnings):
