@@ -183,8 +183,9 @@ def _with_files_found(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for `--config.….name=…` where the configuration has no such setting."""
-    matches = [re.match(r"--?config(?:=([^:]*):?(.*)|\.([\w.]+))", word) for word in arguments]
+    """Raises ConfigError for an override of a setting that the configuration does not have."""
+    pattern = re.compile(r"--?(?:no)?config(?:=([^:]*):?(.*)|\.([\w.]+))")
+    matches = [pattern.match(word) for word in arguments]
     files = [(match[1], match[2]) for match in matches if match and match[1]]
     overridden = [match[3] for match in matches if match and match[3]]
     if not files or not overridden:

@@ -166,6 +166,11 @@ def test_an_unknown_setting_is_answered_with_the_closest(refusal, setting, messa
     assert re.search(message, refusal(SIMCLR, f"--config.{setting}"))
 
 
+def test_an_unknown_setting_that_is_to_be_false_is_answered_alike(refusal):
+    said = r"^config\.augment\.cropp is not a setting .* did you mean config\.augment\.crop\?$"
+    assert re.search(said, refusal(SIMCLR, "--noconfig.augment.cropp"))
+
+
 @pytest.mark.parametrize(
     "setting", ["batch_size=many", "batch_size=3.5", "optimizer.momentum=high", "deterministic=2"]
 )

@@ -16,6 +16,7 @@ result and configuration per run, and report.html, which compares the finished r
 seeds. The same command executes missing and failed runs again; new values add runs.
 """
 
+import re
 import shlex
 import sys
 
@@ -32,13 +33,18 @@ from cassle_jax.sweep.sweep import EvaluationOptions, sweep
 
 
 def config_arguments(arguments: list[str]) -> tuple[str, tuple[str, ...]]:
-    """The last --config and all --config.name=value; a value may be a separate word."""
+    """The last --config, and all overrides as --config.name=value.
+
+    A value may be a separate word, and --config.name and --noconfig.name are True and False.
+    """
     config, overrides, words = "", [], iter(arguments)
     for word in words:
-        name, separator, value = word.removeprefix("-").removeprefix("-").partition("=")
-        if not word.startswith("-") or name.partition(".")[0] != "config":
+        match = re.fullmatch(r"--?(no)?(config(?:\..+?)?)(?:=(.*))?", word, re.DOTALL)
+        if not match:
             continue
-        value = value if separator else next(words, "")
+        no, name, value = match.groups()
+        if value is None:
+            value = str(not no) if flags.FLAGS[name].boolean else next(words, "")
         if name == "config":
             config = value
         else:

@@ -511,6 +511,16 @@ def sweep_here(folder, *arguments):
         return run_command("sweep", f"--config={TINY}", f"--to={folder}", *arguments)
 
 
+def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr(sweep_module, "sweep", lambda request, *_, **__: requests.append(request))
+    spelled = ("--config.deterministic", "--noconfig.augment.crop", "-config.data.path", "/a=b")
+    assert sweep_here(tmp_path, *spelled, "--grid=seed=0") == 0
+    (run,) = runs_of(requests[0])
+    assert (run.config.deterministic, run.config.augment.crop) == (True, False)
+    assert run.config.data.path == "/a=b"
+
+
 def test_a_quote_without_its_end_is_told_in_one_line(tmp_path, capsys):
     code = sweep_here(tmp_path / "none", "--grid=seed=0", "--evaluation=--limit='3")
     said = "error: evaluation=--limit='3 has a quote without its end\n"
