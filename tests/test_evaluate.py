@@ -219,6 +219,33 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
     assert len(done) == 5 and "cannot be read and is made anew" in caplog.text
 
 
+def test_a_call_that_ends_early_loses_no_result_of_an_earlier_one(run, tmp_path, monkeypatch):
+    done = []
+
+    def watched(name, stop=False):
+        def runs(bench, settings):
+            if stop:
+                raise KeyboardInterrupt
+            done.append((name, bench.data.name))
+            return [Score(name, bench.data.name, "accuracy", 0.5)]
+
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], run=runs))
+
+    two = {"datasets": ["scenes", "motifs"]}
+    watched("knn")
+    evaluate(run, tmp_path, "knn", **two)
+    watched("spectrum", stop=True)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, tmp_path, "knn", "spectrum", **two)
+    watched("spectrum")
+    evaluate(run, tmp_path, "knn", "spectrum", **two)
+    every = [(name, dataset) for name in ("knn", "spectrum") for dataset in two["datasets"]]
+    assert done == every
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["kept"] == {}
+
+
 def test_only_protocols_whose_own_settings_changed_run_again(run, tmp_path, monkeypatch):
     done = []
 

@@ -68,6 +68,7 @@ def write_report(
     provenance: Facts | None = None,
     pairing: Pairing | None = None,
     parts: Parts | None = None,
+    kept: Mapping[str, Sequence[Finding]] | None = None,
     complete: bool = True,
 ) -> Path:
     """Writes `report.html`, `report.json` and `report.csv` that compare subjects.
@@ -96,6 +97,7 @@ def write_report(
       pairing: Seeds and baselines; `None` for no seeds, and the subjects called `plain` as
         baselines.
       parts: For `read_parts`.
+      kept: Findings by key that are not part of the page; the JSON holds them for `read_parts`.
       complete: Whether no results are to follow; see `read_complete`.
 
     Returns:
@@ -121,6 +123,7 @@ def write_report(
     write_whole(folder / CSV, _csv(subjects))
     summary = "\n\n".join(filter(None, (question, summary)))
     held = {"title": title, "summary": summary, "complete": complete}
+    held["kept"] = {key: to_json(findings) for key, findings in (kept or {}).items()}
     write_whole(folder / JSON, _json(held, subjects, provenance, parts or {}))
     return folder / HTML
 
@@ -139,7 +142,7 @@ def read_report(path: str | PathLike[str]) -> tuple[FindingsBySubject, Facts]:
 
 
 def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
-    """The findings of all `parts` of a report, by key; empty without a file.
+    """The findings of all `parts` and `kept` of a report, by key; empty without a file.
 
     Raises:
       OSError, Outage: the file cannot be read, for good or for now.
@@ -147,7 +150,10 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
     """
     read: dict[str, list[Finding]] = {}
     try:
-        for one in _held(path)["subjects"].values():
+        held = _held(path)
+        for key, findings in held.get("kept", {}).items():
+            read[key] = from_json(findings)
+        for one in held["subjects"].values():
             for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
                 first = 0
                 for key, count in parts:

@@ -113,6 +113,9 @@ class GrowingReport:
             name: [[(key, len(part)) for key, part in run] for run in of_subject]
             for name, of_subject in self._runs.items()
         }
+        shown = {key for of_subject in parts.values() for run in of_subject for key, _ in run}
+        # Results of an earlier call, which this call has yet to reach: its end must not lose them.
+        kept = {} if complete else {k: v for k, v in self._kept.items() if k not in shown}
         return write_report(
             self.folder,
             runs,
@@ -120,5 +123,6 @@ class GrowingReport:
             provenance={name: self._facts[name] for name in runs},
             pairing=Pairing(self._seeds, named_baselines(list(runs))),
             parts=parts,
+            kept=kept,
             complete=complete,
         )
