@@ -17,7 +17,7 @@ LEAST_SIZE = 32  # pixels; the last stage has one place for them
 LAYER_SCALE = 1e-6
 
 layer_norm = partial(nn.LayerNorm, epsilon=1e-6)
-truncated_normal = nn.initializers.truncated_normal(0.02)
+normal = nn.initializers.normal(0.02)  # theirs is truncated, at 100 standard deviations
 
 
 class Block(nn.Module):
@@ -34,14 +34,14 @@ class Block(nn.Module):
     ) -> Float32[Array, "batch height width channels"]:
         """Maps `x`; the sums stay in float32, as under PyTorch's mixed precision."""
         channels = x.shape[-1]
-        linear = partial(nn.Dense, dtype=self.dtype, kernel_init=truncated_normal)
+        linear = partial(nn.Dense, dtype=self.dtype, kernel_init=normal)
         y = nn.Conv(
             channels,
             (KERNEL, KERNEL),
             padding=KERNEL // 2,
             feature_group_count=channels,
             dtype=self.dtype,
-            kernel_init=truncated_normal,
+            kernel_init=normal,
             name="conv_dw",
         )(x)
         y = layer_norm(dtype=self.dtype, name="norm")(y)
@@ -140,6 +140,6 @@ class ConvNeXt(nn.Module):
             strides=factor,
             padding="VALID",
             dtype=self.dtype,
-            kernel_init=truncated_normal,
+            kernel_init=normal,
             name=name,
         )(x)

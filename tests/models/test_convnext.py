@@ -39,6 +39,18 @@ def test_sizes_are_torchvisions_without_the_classifier(name, width, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 
+def test_kernels_begin_with_a_standard_deviation_of_a_fiftieth_and_biases_at_zero():
+    """As the authors draw them: PyTorch's `trunc_normal_` cuts at ±2, not at 2 deviations."""
+    params = TINY.clone(width=16).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True)["params"]
+    kernels, biases = (
+        jnp.concatenate([a.ravel() for p, a in jax.tree.leaves_with_path(params) if p[-1].key == n])
+        for n in ("kernel", "bias")
+    )
+    assert abs(kernels.std() / 0.02 - 1) < 0.01
+    assert abs(kernels.mean()) < 1e-4
+    assert not biases.any()
+
+
 def test_every_stage_halves_the_map_and_doubles_the_channels(variables, images):
     features, seen = TINY.apply(variables, images, False, mutable=["intermediates"])
     shapes = {name: value[0].shape for name, value in seen["intermediates"].items()}
