@@ -66,9 +66,10 @@ def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
     Raises:
         WeightsError: two arrays have one name, or there are more names than a checkpoint has.
     """
-    flat, waiting = {}, [("", content, ())]
+    flat, waiting, visited = {}, [("", content, ())], 0
     while waiting:
         path, value, above = waiting.pop()
+        visited += 1
         if not isinstance(value, Mapping):
             if flat.setdefault(path, value) is not value:
                 raise WeightsError(f"it has two arrays called {path}")
@@ -76,7 +77,7 @@ def flat_names(content: Mapping[Any, Any]) -> dict[str, Any]:
             names = [name for name in value if isinstance(name, str)]
             above = (*above, id(value))
             waiting += [(_joined(path, name), value[name], above) for name in reversed(names)]
-        if len(flat) + len(waiting) > MOST_NAMES:
+        if visited + len(waiting) > MOST_NAMES:
             raise WeightsError(f"it has more than {MOST_NAMES} names; save the state_dict() alone")
     return flat
 

@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.interop.layouts import networks_in
+from cassle_jax.interop.layouts import WRAPPERS, networks_in
 from cassle_jax.interop.pytorch import encoder_from_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from tests.interop.states import ENCODERS, assert_same, encoder_state, encoder_variables, filled
@@ -185,10 +185,13 @@ def test_two_arrays_of_one_name_are_refused(resnet):
         networks_in(again)
 
 
-def test_dicts_that_share_dicts_cannot_hold_the_reader_up(resnet):
-    content = resnet
-    for _ in range(12):
-        content = {f"part_{i}": content for i in range(10)}
+@pytest.mark.parametrize("parts", [[f"part_{i}" for i in range(10)], [*WRAPPERS]])
+@pytest.mark.parametrize("empty", [False, True])
+def test_dicts_that_share_dicts_cannot_hold_the_reader_up(resnet, parts, empty):
+    """Empty dicts have no names, and a wrapper's adds nothing to a name; both take time."""
+    content = {} if empty else resnet
+    for _ in range(8):
+        content = dict.fromkeys(parts, content)
     with pytest.raises(WeightsError, match="more than 100000 names"):
         networks_in(content)
 
