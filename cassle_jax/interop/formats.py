@@ -137,6 +137,11 @@ def _check_detectron2(architecture: Architecture) -> None:
             f"detectron2's ResNets have a 7×7 stem on 3 channels, this {architecture.name} a {what}"
             " one; use the format torchvision"
         )
+    if architecture.depth < 50 and architecture.width != 64:
+        raise WeightsError(
+            f"detectron2's {architecture.name} has width 64, and this one {architecture.width}; "
+            "use the format torchvision"
+        )
 
 
 def _check_torch(architecture: Architecture) -> None:
@@ -221,7 +226,7 @@ def _load_detectron2(architecture: Architecture, card: Card) -> tuple[str, list[
         f"    DEPTH: {architecture.depth}",
         "    STRIDE_IN_1X1: False",
         f"    STEM_OUT_CHANNELS: {architecture.width}",
-        f"    WIDTH_PER_GROUP: {architecture.width}",
+        f"    WIDTH_PER_GROUP: {architecture.width * architecture.widening}",
         f"    RES2_OUT_CHANNELS: {architecture.feature_width // 8}",
     ]
     return "yaml", [*lines, "INPUT:", "  FORMAT: RGB"]

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -195,8 +196,8 @@ def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "formats"),
     [
-        ("resnet18", "cassle torchvision detectron2"),
-        ("resnet34", "cassle torchvision detectron2"),
+        ("resnet18", "cassle torchvision"),
+        ("resnet34", "cassle torchvision"),
         ("resnet50", "cassle torchvision detectron2"),
         ("wide", "cassle torchvision timm detectron2"),
         ("small_images", "cassle torchvision"),
@@ -207,6 +208,25 @@ def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
 )
 def test_every_encoder_comes_back_exactly_from_every_format(tmp_path, name, formats):
     assert_comes_back(tmp_path, name, formats.split())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "wide", "bottlenecks"])
+def test_detectron2s_settings_make_a_resnet_of_the_files_widths(tmp_path, name):
+    """detectron2 leaves an array of another shape at its random values, with a warning."""
+    export(Weights({"encoder": encoder_state(name)}, card=CARD), tmp_path, ["detectron2"])
+    (lines,) = re.findall(r"```yaml\n(.*?)```", (tmp_path / "model_card.md").read_text(), re.S)
+    given = {setting: int(value) for setting, value in re.findall(r"(\w+): (\d+)\n", lines)}
+    stem, out = given["STEM_OUT_CHANNELS"], given["RES2_OUT_CHANNELS"]
+    arrays = pickle.loads((tmp_path / "detectron2.pkl").read_bytes())["model"]
+    shapes = {"stem.conv1": (stem, 3, 7, 7)}
+    if given["DEPTH"] in (18, 34):
+        assert out == 64  # detectron2 asserts it
+        shapes |= {"res2.0.conv1": (out, stem, 3, 3), "res5.1.conv2": (8 * out, 8 * out, 3, 3)}
+    else:
+        inner = given["WIDTH_PER_GROUP"]
+        shapes |= {"res2.0.conv1": (inner, stem, 1, 1), "res2.0.conv2": (inner, inner, 3, 3)}
+        shapes |= {"res2.0.conv3": (out, inner, 1, 1), "res5.2.conv2": (8 * inner, 8 * inner, 3, 3)}
+    assert {layer: arrays[f"{layer}.weight"].shape for layer in shapes} == shapes
 
 
 @pytest.mark.pytorch
@@ -569,6 +589,7 @@ def test_the_usual_formats_are_those_that_fit(tmp_path):
     [
         ("small_images", "timm", "timm cannot make a resnet18 with a 3×3 stem"),
         ("small_images", "detectron2", "7×7 stem on 3 channels, this resnet18 a 3×3 one"),
+        ("resnet34", "detectron2", "detectron2's resnet34 has width 64, and this one 4"),
         ("vit", "detectron2", "names for ResNets only"),
         ("resnet18", "onnx", "formats='onnx' is unknown"),
     ],
