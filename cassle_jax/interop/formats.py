@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save
 
 from cassle_jax.interop.architecture import (
@@ -46,7 +47,9 @@ class Format:
 
 def save_safetensors(arrays: State, path: Path, card: Card) -> None:
     """Writes arrays with their model card."""
-    write_whole(path, save(arrays, {"format": "pt", "card": json.dumps(card)}))
+    # `save` writes the memory of an array as it lies there, as in PyTorch's channels-last files.
+    rows_first = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    write_whole(path, save(rows_first, {"format": "pt", "card": json.dumps(card)}))
 
 
 def timm_config(architecture: Architecture, card: Card) -> dict[str, Any]:

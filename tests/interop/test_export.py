@@ -56,6 +56,7 @@ FILES = {
     "torchvision": "torchvision.safetensors",
     "timm": "timm/model.safetensors",
     "detectron2": "detectron2.pkl",
+    "dinov2": "dinov2.safetensors",
     "torch": "torch.pth",
 }
 
@@ -208,6 +209,19 @@ def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
 )
 def test_every_encoder_comes_back_exactly_from_every_format(tmp_path, name, formats):
     assert_comes_back(tmp_path, name, formats.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"), [("wide", "cassle torchvision timm detectron2"), ("vit", "dinov2 timm")]
+)
+def test_arrays_come_back_whatever_their_order_in_memory(tmp_path, name, formats):
+    """PyTorch saves a channels-last model's arrays as they lie in memory, with their strides."""
+    state = encoder_state(name)
+    turned = {key: np.asfortranarray(array) for key, array in state.items()}
+    weights = Weights({"encoder": turned}, card=CARD, heads=12 if name == "vit" else None)
+    export(weights, tmp_path, formats.split())
+    for each in formats.split():
+        assert_same(load_weights(tmp_path / FILES[each]).encoder, state)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "wide", "bottlenecks"])
