@@ -128,6 +128,10 @@ def _check(
     for split in splits:
         if not re.fullmatch(r"\w+", split):
             raise ConfigError(f"--splits: {split!r} is no name of a split, such as train")
+        if split == "all":
+            raise ConfigError(
+                "--splits: 'all' is tensorflow-datasets' word for every split; rename its folder"
+            )
     for flag, value, least, most in (
         ("short_side", preparation.short_side, 1, LARGEST_SIDE),
         ("quality", preparation.quality, 1, 100),

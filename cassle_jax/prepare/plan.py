@@ -61,10 +61,11 @@ def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """
     most = max((source.class_names for source in sources.values()), key=len)
     for name in most:
-        if not is_utf8(name) or "\n" in name:  # a file holds one name a line
+        # A file holds one name a line, and its reader drops blanks around a name.
+        if not is_utf8(name) or {"\n", "\r"} & {*name} or name != name.strip():
             raise ConfigError(
-                f"--splits: class {name!r} has a line break, or bytes that are not UTF-8, which "
-                "tensorflow-datasets cannot keep; rename its folder"
+                f"--splits: class {name!r} has a line break, a blank at an end, or bytes that are "
+                "not UTF-8, which tensorflow-datasets cannot keep; rename its folder"
             )
     for split, source in sources.items():
         names = source.class_names

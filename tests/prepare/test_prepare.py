@@ -323,13 +323,15 @@ def test_splits_of_other_classes_are_refused(images, tmp_path):
         prepare(settings(root), ["train", "val"], str(tmp_path / "to"), HOW, **BAD)
 
 
-@pytest.mark.parametrize("name", [b"\xff", b"new\nline"])
+@pytest.mark.parametrize(
+    "name", [b"\xff", b"new\nline", b"carriage\rreturn", b"cat ", b" ", "\u00a0cat".encode()]
+)
 def test_classes_that_cannot_be_kept_are_refused_before_anything_is_written(tmp_path, name):
     folder = os.fsencode(tmp_path / "train") + b"/" + name
     os.makedirs(folder)  # noqa: PTH103
     with open(folder + b"/1.png", "wb") as file:  # noqa: PTH123
         file.write(encoded(1, 20, 20, "PNG"))
-    with pytest.raises(ConfigError, match=r"class '.*' has a line break, or bytes that are not"):
+    with pytest.raises(ConfigError, match=r"class '.*' has a line break, a blank at an end, or"):
         prepare(settings(tmp_path), ["train"], str(tmp_path / "to"), HOW, **BAD)
     assert not list((tmp_path / "to").rglob("*.json"))
 
@@ -368,9 +370,12 @@ def test_what_ends_it_from_outside_is_one_line(images, tmp_path, monkeypatch, er
     assert stop.value.code == code and "\n" not in str(stop.value)
 
 
-@pytest.mark.parametrize("splits", [[], ["train", "train"], ["train/"]])
+@pytest.mark.parametrize("splits", [[], ["train", "train"], ["train/"], ["all"]])
 def test_names_of_splits_that_cannot_be_are_refused(images, tmp_path, splits):
-    said = r"names no split, or one twice|'train/' is no name of a split, such as train"
+    said = (
+        r"names no split, or one twice|'train/' is no name of a split, such as train|"
+        r"'all' is tensorflow-datasets' word for every split"
+    )
     with pytest.raises(ConfigError, match=rf"^--splits.*({said})"):
         prepare(settings(images), splits, str(tmp_path / "to"), HOW, **BAD)
     assert not (tmp_path / "to").exists()
