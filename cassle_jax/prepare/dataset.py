@@ -89,7 +89,7 @@ def prepare(
     with folder_held_for("call", folder.parent, setting="--to"):
         plan = plan_of(sources, folder, preparation, data.max_pixels)
         try:
-            if not is_there(folder / _INFO):
+            if not _is_complete(plan, folder):
                 _check_space(plan, folder)
                 write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
                 written = _write_shards(sources, plan, folder, workers)
@@ -140,6 +140,11 @@ def _check(
     ):
         if not least <= value <= most:
             raise ConfigError(f"--{flag}={value} is out of range; use {least} to {most}")
+
+
+def _is_complete(plan: Mapping[str, Any], folder: Path) -> bool:
+    """Whether an earlier call has written everything, and nobody has lost a shard since."""
+    return is_there(folder / _INFO) and all(is_there(each.path) for each in shards_of(plan, folder))
 
 
 def _check_space(plan: Mapping[str, Any], folder: Path) -> None:

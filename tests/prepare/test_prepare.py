@@ -216,6 +216,14 @@ def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_
         prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), **BAD)
 
 
+def test_a_shard_that_was_lost_since_is_written_again(images, tmp_path, small_shards):
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    before = files_in(folder)
+    next(folder.glob("*.array_record-00002-*")).unlink()
+    prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert files_in(folder) == before
+
+
 def test_a_second_call_on_the_folder_is_refused_while_the_first_works(
     images, tmp_path, monkeypatch
 ):
@@ -406,6 +414,19 @@ def test_pixels_that_are_small_enough_are_kept_as_they_are():
         np.testing.assert_array_equal(np.asarray(kept), pixels)
     with Image.open(io.BytesIO(reencoded(pixels, 5, 90))) as reduced:
         assert (reduced.format, reduced.size) == ("JPEG", (7, 5))
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_strip_longer_than_any_jpeg_is_kept_as_a_png(upright):
+    strip = np.random.default_rng(0).integers(0, 256, (70_000, 2, 3), np.uint8)
+    strip = strip if upright else strip.transpose(1, 0, 2)
+    with Image.open(io.BytesIO(reencoded(strip, 1, 90))) as reduced:
+        assert (reduced.format, sorted(reduced.size)) == ("JPEG", [1, 35_000])
+    longer = np.repeat(strip, 2, axis=0 if upright else 1)
+    with Image.open(io.BytesIO(reencoded(longer, 1, 90))) as reduced:
+        assert (reduced.format, sorted(reduced.size)) == ("PNG", [1, 70_000])
+        expected = Image.fromarray(longer).resize(reduced.size, Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.asarray(reduced), np.asarray(expected))
 
 
 def test_a_source_that_cannot_be_prepared_is_refused(capsys):
