@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import posixpath
+import re
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ LOG = logging.getLogger(__name__)
 
 _CLASS, _JSON = ".cls", ".json"
 _READ = EXTENSIONS | {_CLASS, _JSON}
+_SPARSE = "stored without its holes, as by tar --sparse"
+_DOTTED = "an image with another dot in its name, where its extension begins"
 _MOST_CLASSES = 1 << 20
 _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
@@ -160,7 +163,7 @@ def open_tars(path: str, split: str) -> TarSource:
         raise DataError(f"data.path={path!r} is not a folder; give the folder of the tar files")
     inside = folder / split
     tars = _tars_in(inside) if is_folder(inside) else []
-    tars = tars or [tar for tar in _tars_in(folder) if split in tar.name]
+    tars = tars or _named_after(split, _tars_in(folder))
     if not tars:
         raise DataError(
             f"data.path={path!r} has no tar files of split {split!r}; they lie in "
@@ -196,6 +199,17 @@ def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(each for each in found if not each.name.startswith("."))
 
 
+def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """The files with a split in their names; those with it as a word alone, where there are any."""
+    named = [tar for tar in tars if split in tar.name]
+    word = re.compile(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])")
+    as_word = [tar for tar in named if split and word.search(tar.name)]
+    if 0 < len(as_word) < len(named):
+        other = next(tar.name for tar in named if tar not in as_word)
+        LOG.info("split %r: not reading the tar files of another one, such as %r", split, other)
+    return as_word or named
+
+
 def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
     """Name, offset, bytes and label of each image; -1 for none."""
     keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}  # names, and where they lead
@@ -212,9 +226,13 @@ def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
                     skipped.note(content, os.fsencode(f"{tar}/{member.name}"))
             for stem, parts in keys.items():
                 label = _label(tar, file, stem, parts)
-                for extension in sorted(EXTENSIONS & parts.keys())[:1]:
+                images = sorted(EXTENSIONS & parts.keys())[:1]
+                for extension in images:
                     own_name, image = parts[extension]  # each link to a damaged image counts
                     yield own_name, image.offset_data, image.size, label
+                for own_name, _ in () if images else parts.values():
+                    if posixpath.splitext(own_name.lower())[1] in EXTENSIONS:
+                        skipped.note(_DOTTED, os.fsencode(f"{tar}/{own_name}"))
     except tarfile.TarError as error:
         raise DataError(
             f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
@@ -239,6 +257,8 @@ def _content(
             return DANGLING
         passed.add(target)
         member = named[target]
+    if member.issparse():  # its bytes are not those between its offset and its size
+        return _SPARSE
     return member if member.isfile() else SPECIAL
 
 

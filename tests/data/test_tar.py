@@ -4,7 +4,9 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
+import subprocess
 import tarfile
 import threading
 
@@ -14,7 +16,7 @@ from PIL import Image
 
 from cassle_jax import faults
 from cassle_jax.command import EXIT_WRONG_SETTING, code_of
-from cassle_jax.data import DamagedLog, DataError, open_source
+from cassle_jax.data import DamagedLog, DataError, decode, open_source
 from cassle_jax.data import tar as tar_module
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
@@ -178,6 +180,75 @@ def test_links_in_a_tar_are_followed(tmp_path, settings, image_bytes, caplog, fo
         f"skipped 1: neither file nor folder, such as '{tmp_path}/train.tar/{folder}9.png'",
     ):
         assert left_out in caplog.text
+
+
+def test_a_sparse_member_is_left_out_and_named(tmp_path, settings, image_bytes, caplog):
+    """The bytes at its offset are those of its blocks, one after the other, without the holes."""
+    pixels = np.zeros((256, 256, 3), np.uint8)
+    pixels[200:] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    whole = buffer.getvalue()
+    with (tmp_path / "a.bmp").open("wb") as file:
+        for start in range(0, len(whole), 4096):
+            file.seek(start)
+            file.write(whole[start : start + 4096].rstrip(b"\0"))
+        file.truncate(len(whole))
+    (tmp_path / "b.bmp").write_bytes(whole)
+    for form in ("gnu", "pax"):
+        tar = tmp_path / form / "train.tar"
+        tar.parent.mkdir()
+        members = ["-C", tmp_path, "a.bmp", "b.bmp"]
+        subprocess.run(["tar", "--sparse", f"--format={form}", "-cf", tar, *members], check=True)
+        if tar.stat().st_size > 1.9 * len(whole):
+            pytest.skip("this file system keeps no holes")
+        caplog.clear()
+        source = open_source(settings(source="webdataset", path=str(tar.parent)), "train")
+        assert [record.name for record in source] == [f"{tar}/b.bmp"]
+        np.testing.assert_array_equal(decode(source[0].image, 256), pixels)
+        (line,) = [each.getMessage() for each in caplog.records]
+        assert "skipped 1: stored without its holes" in line and line.endswith(f"'{tar}/a.bmp'")
+
+
+def test_images_with_a_dot_in_their_name_are_named_where_they_are_left_out(
+    tmp_path, settings, image_bytes, caplog
+):
+    image = image_bytes(1)
+    names = ("0.png", "0.seg.png", "v1.0/1.png", "IMG.2021.png", "IMG.2022.PNG", "IMG.txt")
+    write_tar(tmp_path / "train.tar", dict.fromkeys(names, image))
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert [record.name.rpartition(".tar/")[2] for record in source] == ["0.png", "v1.0/1.png"]
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert "skipped 2: an image with another dot in its name" in line
+    assert line.endswith("train.tar/IMG.2021.png'")
+
+
+@pytest.mark.parametrize(
+    ("split", "read", "other"),
+    [
+        ("train", ["trainset-train-0.tar"], "trainset-val-0.tar"),
+        ("val", ["trainset-val-0.tar", "val_1.tar"], "voc-trainval.tar"),
+        ("trainval", ["voc-trainval.tar"], None),
+        ("valid", ["voc-validation.tar"], None),  # nothing has it as a word
+        ("", None, None),
+    ],
+)
+def test_a_split_is_a_word_of_the_names_where_any_has_it_so(
+    tmp_path, settings, image_bytes, caplog, split, read, other
+):
+    caplog.set_level(logging.INFO)
+    names = ("trainset-train-0", "trainset-val-0", "val_1", "voc-trainval", "voc-validation")
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {"0.png": image_bytes(1)})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), split)
+    tars = [record.name.split("/")[-2] for record in source]
+    others = [each.getMessage() for each in caplog.records if "not reading" in each.getMessage()]
+    assert others == (
+        [f"split {split!r}: not reading the tar files of another one, such as {other!r}"]
+        if other
+        else []
+    )
+    assert tars == (read or [f"{name}.tar" for name in names])
 
 
 def test_links_to_nowhere_are_named_where_there_are_no_images(tmp_path, settings):
