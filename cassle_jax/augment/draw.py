@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, Integer, PRNGKeyArray
 
 from cassle_jax.augment.inputs import check_key, check_size, check_spec
 from cassle_jax.augment.spec import AugmentSpec
@@ -21,7 +21,7 @@ _CROP_TRIES = 10
 # A new step goes last: the keys of the others then stay the same.
 _STEPS = ("flip", "jitter", "order", "grayscale", "blur", "solarize", "rotation")
 
-Size = Int[Array | np.ndarray, "2"]
+Size = Integer[Array | np.ndarray, "2"]
 """Height and width of the real picture within its canvas, pixels; may be traced."""
 
 

@@ -35,7 +35,7 @@ _RANGES = {
     "crop": ("", 0, 1),
 }
 ROUNDING = 1e-3
-"""Tolerance of an image's range for computed values."""
+"""Tolerance for computed values, of an image's range and of a box's ends."""
 
 
 def check_image(image: Any, size: Any = None) -> None:
@@ -175,6 +175,12 @@ def check_params(params: Any) -> None:
             raise ValueError(
                 f"params.{name}={value.tolist()} is out of range; use {lowest:g} to {highest:g}"
             )
+    crop = _known(params.crop)
+    if crop is not None and not ((crop[2:] > 0) & (crop[:2] + crop[2:] <= 1 + ROUNDING)).all():
+        raise ValueError(
+            f"params.crop={crop.tolist()} is no box within the picture, as top, left, height and "
+            "width; use a height and width above 0, and top + height and left + width of at most 1"
+        )
     order = _known(params.jitter_order)
     if order is not None and sorted(order.tolist()) != [0, 1, 2, 3]:
         raise ValueError(

@@ -106,7 +106,7 @@ def center_view(
             f"short_side={short_side} is smaller than augment.size={spec.size}, so no centre crop "
             f"of that size exists; use short_side >= {spec.size}"
         )
-    picture = jnp.asarray(size_of(image, size))
+    picture = jnp.asarray(size_of(image, size), jnp.int32)  # fewer bits overflow in the product
     resized = short_side * picture // jnp.min(picture)
     # Torchvision rounds half to even here, as jnp.round does.
     start = jnp.round((resized - spec.size) / 2)

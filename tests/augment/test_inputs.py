@@ -189,6 +189,8 @@ def test_several_keys_views_or_parameters_want_vmap(view):
     ("wrong", "message"),
     [
         ({"crop": np.float32([0, 0, 32, 32])}, r"params\.crop=.*32.* out of range; use 0 to 1"),
+        ({"crop": np.float32([0.5, 0, 0.6, 1])}, r"params\.crop=.* is no box within the picture"),
+        ({"crop": np.float32([0, 0, 1, 0])}, r"params\.crop=.* use a height and width above 0"),
         ({"jitter": np.True_, "hue": np.float32(36)}, r"params\.hue=36\.0 .*use -0\.5 to 0\.5"),
         ({"jitter": np.True_, "contrast": np.float32(-1)}, r"params\.contrast=-1\.0 .* 0 to inf"),
         ({"blur": np.True_, "sigma": np.float32(0)}, r"params\.sigma=0\.0 is out of range"),

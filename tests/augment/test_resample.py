@@ -131,6 +131,13 @@ def test_evaluation_views_are_pillows(height, width, short_side):
     np.testing.assert_array_equal(view, compiled(_on_canvas(picture), size))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int64])
+def test_a_size_of_any_integers_gives_the_same_evaluation_view(dtype):
+    picture, size = _on_canvas(_picture(40, 50)), np.array([40, 50])
+    view = center_view(picture, size.astype(dtype), GEOMETRY, short_side=1000)
+    _assert_pillows(view, _pillow_center(_picture(40, 50), 24, 1000))
+
+
 def test_evaluation_view_of_a_fitting_picture_is_the_picture():
     picture = _picture(CANVAS, CANVAS)
     spec = AugmentSpec(CANVAS)
