@@ -13,7 +13,7 @@ from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError, naming
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import retried
-from cassle_jax.interop.architecture import architecture_of
+from cassle_jax.interop.architecture import architecture_of, image_size
 from cassle_jax.interop.weights import EXPORTED, Weights, load_weights
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.build import Conditioning
@@ -25,8 +25,6 @@ from cassle_jax.training.run_weights import RunWeights, read_run
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
-
-IMAGE_SIZE = 224  # for an encoder whose file does not give a size
 
 
 def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online") -> Subject:
@@ -78,7 +76,7 @@ def _of_encoder(name: str, weights: Weights) -> Subject:
     architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     networks = Networks({"encoder": partial(architecture.encoder, AXIS)})
     given = weights.card.get("input", {})
-    size = getattr(architecture, "image_size", None) or given.get("size", IMAGE_SIZE)
+    size = image_size(architecture, given)
     spec = AugmentSpec(size, **{k: tuple(given[k]) for k in ("mean", "std") if k in given})
     heads = [network for network in weights.networks if network != "encoder"]
     only_encoder = weights.without(*heads)

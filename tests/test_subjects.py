@@ -86,7 +86,7 @@ def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
     bare = open_subject(tmp_path / "bare.safetensors")
     assert not bare.has_projector
     assert bare.conditioning.descriptors == ()
-    assert bare.spec.size == 224
+    assert bare.spec.size == 32  # its stem is 3×3
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
 
     def features(subject):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -373,6 +374,21 @@ def architecture_of(
         raise WeightsError(
             f"the encoder is no ResNet, ViT or ConvNeXt known here: {error}"
         ) from error
+
+
+def image_size(architecture: Architecture, given: Mapping[str, Any]) -> int:
+    """Side of an encoder's images in pixels.
+
+    A ViT's positions show it, if they are not rotary. Otherwise the card's `input` gives it, and
+    without one the encoder's usual images have it: 32 pixels for a ResNet with a 3×3 stem, or 224.
+
+    Args:
+        architecture: the encoder's.
+        given: the `input` of its card; empty without one.
+    """
+    stated = None if given.get("assumed") else given.get("size")
+    usual = 32 if getattr(architecture, "small_images", False) else 224
+    return getattr(architecture, "image_size", None) or stated or usual
 
 
 def check_arrays(state: State, architecture: Architecture) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cassle_jax.augment.spec import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
-from cassle_jax.interop.architecture import Architecture
+from cassle_jax.interop.architecture import Architecture, image_size
 from cassle_jax.methods import AUXILIARIES
 from cassle_jax.models.conditioning import is_conditioned
 from cassle_jax.storage import open_to_read
@@ -90,11 +90,9 @@ def with_encoder(
     card: Mapping[str, Any], architecture: Architecture, networks: Sequence[str]
 ) -> Card:
     """Adds the encoder's architecture, the networks and today's date to a card."""
-    # A ViT's positions show it, if they are not rotary.
-    size = getattr(architecture, "image_size", None) or card["input"]["size"]
     return {
         **card,
-        "input": {**card["input"], "size": size},
+        "input": {**card["input"], "size": image_size(architecture, card["input"])},
         "encoder": architecture.name,
         "architecture": dataclasses.asdict(architecture),
         "feature_width": architecture.feature_width,

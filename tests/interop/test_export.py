@@ -319,8 +319,18 @@ def test_a_file_is_converted_and_its_card_says_from_what(tmp_path):
     assert card["converted_from"]["file"] == "file.safetensors"
     assert len(card["converted_from"]["sha256"]) == 64
     assert (folder / "timm" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("vit", 32), ("small_images", 32), ("resnet18", 224), ("convnext", 224)]
+)
+def test_images_of_a_file_without_a_card_have_the_encoders_usual_size(tmp_path, name, size):
+    folder = converted(tmp_path, name, "cassle")
     text = (folder / "model_card.md").read_text()
-    assert "Images are assumed to be RGB in [0, 1], 32×32 pixels" in text
+    assert f"Images are assumed to be RGB in [0, 1], {size}×{size} pixels" in text
+    assert open_subject(folder / "cassle.safetensors").spec.size == size
+    if name != "vit":  # whose heads the file alone does not give
+        assert open_subject(tmp_path / "file.safetensors").spec.size == size
 
 
 def test_a_vit_computes_the_same_with_the_heads_that_are_told(tmp_path):
