@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -194,19 +195,25 @@ def steps(
     """Compiles and warms up training steps of a configuration; returns the call to time."""
     mesh = device_mesh(devices)
     run = build_run(config, mesh, SYNTHETIC)
-    train_step = make_train_step(run, mesh)
     state = on_every_device(run.initial_state, mesh)
-    batches = batches_of(config, mesh)
-
-    def once():
-        nonlocal state
-        for _ in range(work.steps):
-            state, metrics = train_step(state, _inputs(next(batches)))
-        return jax.block_until_ready(metrics)
-
+    further = repeated(make_train_step(run, mesh), state, work.steps)
+    once = partial(further, batches_of(config, mesh))
     once()
     return once
 
 
-def _inputs(batch: dict) -> dict:
+def repeated(train_step: Callable, state: Any, count: int) -> Callable[[Iterator[dict]], dict]:
+    """Returns a function that trains `count` more steps on the batches it gets, and waits."""
+
+    def further(batches):
+        nonlocal state
+        for _ in range(count):
+            state, metrics = train_step(state, inputs_of(next(batches)))
+        return jax.block_until_ready(metrics)
+
+    return further
+
+
+def inputs_of(batch: dict) -> dict:
+    """What a step takes of a batch."""
     return {name: batch[name] for name in ("image", "size")}

@@ -13,6 +13,7 @@ import socket
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,13 +21,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks.linear_evaluation import timed
-from benchmarks.scaling import collectives_in, lower_step, optimised
-from benchmarks.training import from_source, steps
-from benchmarks.workload import Workload
+from benchmarks.scaling import collectives_in
+from benchmarks.training import SYNTHETIC, from_source, inputs_of, repeated, synthetic
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.distributed import ADDRESS, COUNT, INDEX, all_processes
-from cassle_jax.parallel import device_mesh
+from cassle_jax.parallel import device_mesh, on_every_device
+from cassle_jax.training.run import build_run
+from cassle_jax.training.step import make_train_step
 
 
 def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds: int) -> dict:
@@ -37,13 +39,18 @@ def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds:
     """
     mesh = device_mesh()
     config.batch_size, config.optimizer.warmup_epochs = local_batch * mesh.size, 0.0
-    collectives = collectives_in(optimised(lower_step(config, mesh)))
-    work = Workload("", 0, local_batch, "", 0, 0, config.data.canvas, steps_per_round, rounds)
-    ways = {"step": steps(config, work), "fed": steps(config, work, from_source)}
-    seconds = {name: [] for name in ways}
+    run = build_run(config, mesh, SYNTHETIC)
+    state = on_every_device(run.initial_state, mesh)
+    batches = {"step": synthetic(config, mesh), "fed": from_source(config, mesh)}
+    train_step = make_train_step(run, mesh).lower(state, inputs_of(next(batches["step"]))).compile()
+    further = repeated(train_step, state, steps_per_round)
+    for each in batches.values():
+        further(each)
+    seconds = {name: [] for name in batches}
     for _ in range(rounds):
-        for name, once in ways.items():
-            seconds[name].append(timed(once)[0] / steps_per_round)
+        for name, each in batches.items():
+            seconds[name].append(timed(partial(further, each))[0] / steps_per_round)
+    collectives = collectives_in(train_step.as_text())
     return {
         **seconds,
         "exchanges": sum(each.times for each in collectives),
