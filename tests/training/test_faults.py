@@ -34,6 +34,7 @@ from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.state import TrainState
+from tests.everyday import everyday_pairs
 from tests.tiny import TinyEncoder, tiny_config
 from tests.training.processes import assert_same, ends, start, steps_saved
 
@@ -191,7 +192,10 @@ class _FileSizeLimit:
     close = free
 
 
-@pytest.fixture(params=[_Tmpfs, _Inodes, _FileSizeLimit])
+DISKS = [_Tmpfs, _Inodes, _FileSizeLimit]
+
+
+@pytest.fixture(params=DISKS)
 def disk(request, tmp_path):
     disk = request.param(tmp_path)
     yield disk
@@ -207,7 +211,11 @@ def warnings_of(caplog):
     return [each.getMessage() for each in caplog.records if each.name.startswith("cassle_jax")]
 
 
-@pytest.mark.parametrize("room_is_known", [True, False])
+@pytest.mark.parametrize(
+    ("disk", "room_is_known"),
+    everyday_pairs(DISKS, [True, False], (_Tmpfs, True), (_Inodes, True), (_FileSizeLimit, False)),
+    indirect=["disk"],
+)
 def test_a_full_disk_is_told_once_and_training_goes_on(
     config, whole, disk, at_step, caplog, capfd, monkeypatch, room_is_known
 ):
@@ -241,7 +249,17 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("stopped", ["", "before", "meanwhile"])
+@pytest.mark.parametrize(
+    ("disk", "stopped"),
+    everyday_pairs(
+        DISKS,
+        ["", "before", "meanwhile"],
+        (_Tmpfs, "before"),
+        (_Inodes, ""),
+        (_FileSizeLimit, "meanwhile"),
+    ),
+    indirect=["disk"],
+)
 def test_a_last_step_that_cannot_be_saved_is_an_error(
     config, whole, disk, at_step, monkeypatch, stopped
 ):
