@@ -1,18 +1,29 @@
-"""What an encoder is shown of an image in evaluation: Pillow's and torchvision's centre crop."""
+"""What an encoder sees in evaluation: Pillow's centre crop, and views under one augmentation."""
 
 import dataclasses
 import io
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from cassle_jax.augment import DESCRIPTORS, describe
+from cassle_jax.augment.spec import CHANCES
 from cassle_jax.data import Record
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.store import FeatureStore, uncropped_side
+from cassle_jax.evaluation.views import (
+    AUGMENTATIONS,
+    alone,
+    draw_for_each,
+    every_augmentation,
+    nothing,
+    view_under,
+)
 from cassle_jax.methods import Networks
 from tests.evaluation.analysed import SPEC, devices
 from tests.evaluation.taught import colour_subject
@@ -116,3 +127,35 @@ def test_ten_crops_and_their_centres_are_pillows(benches):
     ten = [crop for each in pictures for crop in five_crops(each) + five_crops(each[:, ::-1])]
     assert_shown(train.features, ten)
     assert_shown(test.features, [five_crops(each)[4] for each in pictures])
+
+
+@pytest.fixture(scope="module")
+def seen_under():
+    """Eight square pictures and their descriptors under chosen augmentations: one program."""
+    spec = every_augmentation(dataclasses.replace(SPEC, **dict.fromkeys(CHANCES, 0.5)))
+    batch = {
+        "image": np.stack([picture(SIZE + each, 64)[:SIZE, :SIZE] for each in range(8)]),
+        "size": np.full((8, 2), SIZE, np.int32),
+        "index": np.arange(8, dtype=np.int32),
+    }
+
+    @jax.jit
+    def under(chosen):
+        view = view_under(chosen, draw_for_each(jax.random.key(0), batch, spec), batch, spec)
+        return view.image, jax.vmap(lambda each: describe(each, spec))(view)
+
+    return lambda chosen: jax.tree.map(np.asarray, under(chosen))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_by_itself_changes_the_view_and_its_own_descriptors(seen_under, name):
+    """Also fails where an augmentation is described, and `apply` leaves it out."""
+    plain, as_plain = seen_under(nothing())
+    views, omega = seen_under(alone(name))
+    changed = (views != plain).any((1, 2, 3))
+    assert changed.any()
+    described = {each: (omega[each] != as_plain[each]).any(1) for each in DESCRIPTORS}
+    own = [each for each, entry in DESCRIPTORS.items() if entry.setting == name]
+    assert own and all(described[each].any() for each in own)
+    assert not any(described[each].any() for each in set(DESCRIPTORS) - set(own))
+    assert not changed[~described[own[0]]].any()
