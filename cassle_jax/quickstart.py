@@ -55,7 +55,7 @@ _GROUPS = {name: factor.group for name, factor in _FACTORS.items()}
 _ORDER = tuple(dict.fromkeys(_GROUPS.values()))
 
 Scores = Mapping[str, Mapping[str, float]]
-"""For each run, or the untrained encoder, the score of each factor."""
+"""For each run, or the untrained encoder, the score per factor."""
 
 
 def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
@@ -67,7 +67,7 @@ def quickstart(method: str, workdir: epath.PathLike, seed: int = 0) -> Scores:
       seed: seed of the runs' weights, order and augmentations. The images stay the same.
 
     Returns:
-      The score of each factor with every run's features and with an untrained encoder's.
+      The score per factor with every run's features and with an untrained encoder's.
 
     Raises:
       ConfigError: the workdir cannot be written, or another quickstart writes to it.
@@ -104,7 +104,7 @@ def _config(method: str, arguments: str, seed: int) -> ConfigDict:
 
 
 def factor_scores(config: ConfigDict, state: TrainState | None) -> dict[str, float]:
-    """The score of each factor from the features of a run, or of an untrained encoder."""
+    """The score per factor from the features of a run, or of an untrained encoder."""
     mesh = device_mesh()
     train, test = (open_source(config.data, split) for split in ("train", "test"))
     probed = np.arange(min(_PROBED, len(train)))

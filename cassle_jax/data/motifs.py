@@ -27,14 +27,14 @@ PATTERNS: dict[str, Callable[[Plane, Plane], Plane]] = {
     "columns": lambda x, _: steepened(np.cos(x)),
     "checks": lambda x, y: steepened(2 * np.cos(x) * np.sin(y)),
 }
-"""Lightness in [0, 1] of each pattern of the ground, at phases from the image's centre."""
+"""Lightness in [0, 1] per pattern of the ground, at phases from the image's centre."""
 
 TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "plain": lambda x, _: np.ones_like(x),
     "stripes": lambda _, y: steepened(np.sin(y)),
     "ring": lambda x, y: steepened(np.cos(from_centre(x, y))),
 }
-"""Lightness in [0, 1] of each texture of the bodies, at phases from a body's centre."""
+"""Lightness in [0, 1] per texture of the bodies, at phases from a body's centre."""
 
 FACTORS: dict[str, Factor] = {
     "light": Factor("value", (0.5, 1.0), "brightness", COLOUR),
@@ -85,7 +85,7 @@ def _ground(factors: Mapping[str, float], size: int) -> Plane:
 
 
 def _bodies(factors: Mapping[str, float], size: int) -> tuple[Plane, Plane]:
-    """The coverage of each pixel by the bodies, and their lightness there."""
+    """The coverage per pixel by the bodies, and their lightness there."""
     x, y = pixel_centres(size)
     radius = factors["size"]
     shape = list(SHAPES.values())[int(factors["shape"])]

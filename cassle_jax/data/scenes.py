@@ -31,7 +31,7 @@ TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "dots": lambda x, y: steepened((np.sin(x) + np.sin(y) - 0.7) * 1.5),
     "rings": lambda x, y: steepened(np.sin(from_centre(x, y))),
 }
-"""Share of shadow in [0, 1] of each texture, at phases in radians."""
+"""Share of shadow in [0, 1] per texture, at phases in radians."""
 
 FACTORS: dict[str, Factor] = {
     "hue": Factor("angle", (0.0, 2 * np.pi), "colour jitter and grayscale", COLOUR),

@@ -78,7 +78,7 @@ class Equivariance:
 
         Args:
           dataset: name of the dataset.
-          groups: the group of each factor.
+          groups: the group per factor.
         """
         score, chart = (partial(kind, PROTOCOL.name, dataset) for kind in (Score, Chart))
         means = group_means(self.read, groups)
@@ -143,7 +143,7 @@ def equivariance(
       train: the images to fit.
       val: images of other objects, which choose the penalties.
       test: images of further objects, which are measured.
-      kinds: the kind of each factor: value, angle or rotation.
+      kinds: the kind per factor: value, angle or rotation.
       seed: seed of the pairs.
 
     Raises:

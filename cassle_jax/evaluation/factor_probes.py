@@ -52,7 +52,7 @@ def probe_factors(
       train_factors: The value for every training row, by factor.
       test_features: Features of other images.
       test_factors: The value for every test row, by factor.
-      kinds: The kind of each factor to probe, by name; the scores keep this order.
+      kinds: The kinds of the factors to probe, by name; the scores keep this order.
 
     Returns:
       The scores by factor.
@@ -90,8 +90,8 @@ def group_means(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[
     """The mean score per group of factors.
 
     Args:
-      scores: The score of each factor.
-      groups: The group of each factor.
+      scores: The score per factor.
+      groups: The group per factor.
 
     Returns:
       The means by group, in the order in which the groups first occur.
@@ -199,8 +199,8 @@ def factor_findings(
 
     Args:
       dataset: Name of the dataset.
-      scores: The score of each factor.
-      groups: The group of each factor.
+      scores: The score per factor.
+      groups: The group per factor.
     """
     findings: list[Finding] = []
     for group, mean in group_means(scores, groups).items():

@@ -121,7 +121,7 @@ def few_shot(
 def _rows_of_classes(
     features: np.ndarray, labels: np.ndarray, ways: int, images: int
 ) -> list[Int[np.ndarray, " _"]]:
-    """The rows of each class; raises the errors of `few_shot`."""
+    """The rows per class; raises the errors of `few_shot`."""
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features of shape {features.shape} must be rows × features")
     if labels.shape != (len(features),):

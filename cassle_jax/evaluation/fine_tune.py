@@ -121,7 +121,7 @@ def fine_tune(
       train: labelled images to take the subset from.
       test: labelled images to measure on.
       classes: number of classes.
-      fraction: share of the images of each class, in (0, 1], see `labelled_subset`.
+      fraction: share of every class's images, in (0, 1], see `labelled_subset`.
       mesh: the devices.
       epochs: number of epochs; 0 for 20 epochs, but at least 1000 steps.
       batch: images per step, all devices together; with fewer training images, as many as the

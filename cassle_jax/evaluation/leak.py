@@ -108,7 +108,7 @@ def leak_of(
 
     Args:
       conditioning: the descriptors that make up ω.
-      specs: the run's augmentation of each view; the first two are compared.
+      specs: the run's augmentation per view; the first two are compared.
       images: whole pictures of any aspect ratio; see `pictures_of`.
       sizes: original height and width of each picture, which decide the crops that are drawn;
         `None` for the size of `images`.

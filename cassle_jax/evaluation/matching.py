@@ -129,7 +129,7 @@ class ViewMatcher:
         Args:
           networks: the run's networks; without a projector, only features are matched.
           conditioning: the projector's conditioning.
-          specs: the run's augmentation of each view; the first two are compared.
+          specs: the run's augmentation per view; the first two are compared.
           mesh: the devices.
           temperature: the temperature of InfoNCE, above 0.
 

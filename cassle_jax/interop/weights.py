@@ -57,7 +57,7 @@ class Weights:
     """An encoder's arrays, and those of the heads that came with it.
 
     Attributes:
-        networks: the state of each network, in the names of `interop.pytorch`, by this project's
+        networks: the state per network, in the names of `interop.pytorch`, by this project's
             name of the network (`encoder`, `projector`, `predictor`, `image_conditioner`).
         ignored: names of everything else in the file.
         card: the origin of the weights as a model card describes it; empty where it is unknown.

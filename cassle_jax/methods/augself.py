@@ -31,7 +31,7 @@ class AugSelf(Auxiliary):
     """AugSelf (Lee et al., 2021): loss = base + Σ weight · head.
 
     Attributes:
-      weights: weight of each predicted difference, by name; empty for no AugSelf.
+      weights: weight per predicted difference, by name; empty for no AugSelf.
       hidden: width of each head's hidden layers.
       stage: the stage of the encoder whose features the heads see; 0 for the last one.
     """

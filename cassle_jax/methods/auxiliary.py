@@ -69,7 +69,7 @@ class Head:
 
     Attributes:
       build: builds the module, which is called with its inputs and `train`.
-      widths: width of each input.
+      widths: width per input.
     """
 
     build: Callable[[], nn.Module]

@@ -39,7 +39,7 @@ class ViewBatch:
 
     Attributes:
       images: normalised views.
-      descriptor: ω, the augmentation of each view; its width is 0 for an unconditioned method.
+      descriptor: ω, the augmentation per view; its width is 0 for an unconditioned method.
     """
 
     images: Float[Array, "B S S C"]
@@ -162,7 +162,7 @@ class Networks(nn.Module):
 
     @property
     def branches(self) -> dict[str, "Networks"]:
-        """The networks of each branch, with the branch's heads as `projector` and `predictor`.
+        """The networks per branch, with the branch's heads as `projector` and `predictor`.
 
         The branch "" has the conditioned heads, and `PLAIN`, where it exists, those without ω.
         """
@@ -278,7 +278,7 @@ def _each(items: Sequence | Mapping, indices: tuple[int, ...]) -> list:
 
 
 def _split(batch: PyTree, indices: tuple[int, ...]) -> dict[int, PyTree]:
-    """The rows of each view of a pass, by its index."""
+    """The rows per view of a pass, by its index."""
     size = len(jax.tree.leaves(batch)[0]) // len(indices)
     return {
         index: jax.tree.map(itemgetter(slice(place * size, (place + 1) * size)), batch)
@@ -314,7 +314,7 @@ class Method:
     target_first: ClassVar[bool] = False
 
     def views(self, first: AugmentSpec, second: AugmentSpec) -> tuple[AugmentSpec, ...]:
-        """The augmentation of each view of a step.
+        """The augmentation per view of a step.
 
         Args:
           first: the run's augmentation of first views.
@@ -371,7 +371,7 @@ class Method:
         return "default"
 
     def group_schedules(self, schedule: Schedule, peak: float) -> dict[str, Schedule]:
-        """The learning rate of each group over the steps.
+        """The learning rate per group over the steps.
 
         Args:
           schedule: the run's own schedule.

@@ -165,7 +165,7 @@ class Conditioning:
 
         Args:
           views: views of the same images, with a leading batch axis.
-          specs: the augmentation of each view.
+          specs: the augmentation per view.
           given: which images are projected with ω; `None` for all. Where ω is optional, this is
             its last column.
         """

@@ -38,7 +38,7 @@ def augmented_views(
       key: the step's random key.
       images: canvases, the picture at the top left.
       sizes: true height and width of each picture, in pixels.
-      specs: the augmentation of each view.
+      specs: the augmentation per view.
       axis_name: the devices that share the global batch; `None` for a single one.
       positions: positions of the images in the global batch; `None` where `images` are this
         device's whole share.

@@ -79,7 +79,7 @@ class BatchNorm(nn.Module):
 def _moments(
     x: Float[Array, "*batch c"], shift: Float[Array, " c"], axis_name: str | None
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and biased variance of each channel in one pass over `x`.
+    """Mean and biased variance per channel in one pass over `x`.
 
     E[x²] − E[x]² cancels badly where the mean is large, but not around a `shift` near the mean.
     """

@@ -26,7 +26,7 @@ class Bilinear(nn.Module):
     def __call__(
         self, x: Float[Array, "batch inputs"], code: Float[Array, "batch code"], train: bool
     ) -> Float[Array, "batch {self.out}"]:
-        """The product of each sample, float32; `train` changes nothing."""
+        """The product per sample, float32; `train` changes nothing."""
         products = jnp.einsum("bi,bk->bik", x, code).reshape(len(x), -1)
         linear = MLP(self.out, self.out, 1, last_bias=False, dtype=self.dtype, name="hypernetwork")
         return linear(products, train)

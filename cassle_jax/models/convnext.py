@@ -21,7 +21,7 @@ normal = nn.initializers.normal(0.02)  # theirs is truncated, at 100 standard de
 
 
 class Block(nn.Module):
-    """A 7×7 convolution of each channel and a feed-forward network, with a scaled shortcut.
+    """A depthwise 7×7 convolution and a feed-forward network, with a scaled shortcut.
 
     There is no stochastic depth.
     """
@@ -80,7 +80,7 @@ class ConvNeXt(nn.Module):
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
-        """Width of the pooled features of each stage."""
+        """Width of the pooled features per stage."""
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     def check_image_size(self, size: int, setting: str = "augment.size") -> None:

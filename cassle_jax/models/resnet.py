@@ -143,7 +143,7 @@ class ResNet(nn.Module):
 
     @property
     def stage_widths(self) -> tuple[int, ...]:
-        """Width of the pooled features of each stage."""
+        """Width of the pooled features per stage."""
         block, stages = ARCHITECTURES[self.depth]
         return tuple(self.width * 2**stage * block.expansion for stage in range(len(stages)))
 

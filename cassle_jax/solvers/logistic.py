@@ -174,7 +174,7 @@ def _rotated_start(start, axes: np.ndarray, classes: int) -> Float64[np.ndarray,
 def _lots(
     penalties: np.ndarray, together: int
 ) -> tuple[Int[np.ndarray, " penalties"], Float64[np.ndarray, "lots together"]]:
-    """The place of each penalty in the lots, and equal lots of penalties from large to small.
+    """The place of every penalty in the lots, and equal lots of penalties from large to small.
 
     The largest penalty, the quickest to solve, is repeated to fill the first lot up.
     """

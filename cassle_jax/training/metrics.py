@@ -119,7 +119,7 @@ class TensorBoard:
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """The values of each metric of a run, as (step, value) in order."""
+    """The values per metric of a run, as (step, value) in order."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in read_lines(epath.Path(workdir, "metrics.jsonl")):
         step = line.pop("step")

@@ -42,7 +42,7 @@ class Run:
       chunks: number of parts in which the batch passes the encoder.
       seed: seed of parameters, augmentations and the order of the images.
       augment: augmentation of the images; evaluation uses its size and normalisation too.
-      views: augmentation of each view of a step.
+      views: augmentation per view of a step.
       method: the method with its hyper-parameters.
       conditioning: conditioning of the projector.
       auxiliaries: the auxiliary objectives.
@@ -153,7 +153,7 @@ def check_settings(config: ConfigDict) -> None:
 def _objectives(
     config: ConfigDict, devices: int
 ) -> tuple[Method, tuple[AugmentSpec, ...], tuple[Auxiliary, ...]]:
-    """The method, the augmentation of each view, and the auxiliary objectives, all checked."""
+    """The method, the augmentation per view, and the auxiliary objectives, all checked."""
     method, auxiliaries = build_method(config), build_auxiliaries(config)
     method.check(config.batch_size, config.batch_size // devices)
     views = view_specs(config, method)
@@ -213,7 +213,7 @@ def augment_spec(config: ConfigDict) -> AugmentSpec:
 
 
 def view_specs(config: ConfigDict, method: Method) -> tuple[AugmentSpec, ...]:
-    """The augmentation of each view of a step.
+    """The augmentation per view of a step.
 
     Raises:
       ConfigError: a setting is out of its range; the message names it.
