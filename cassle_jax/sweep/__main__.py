@@ -29,7 +29,7 @@ from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.evaluate import datasets_in
 from cassle_jax.sweep.jobs import import_in_processes
 from cassle_jax.sweep.space import SweepRequest
-from cassle_jax.sweep.sweep import EvaluationOptions, sweep
+from cassle_jax.sweep.sweep import EvaluationOptions, dry_run, sweep
 
 
 def config_arguments(arguments: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -87,22 +87,27 @@ if __name__ == "__main__":
     evaluation_flag = flags.DEFINE_string(
         "evaluation", "", "Further options of python -m cassle_jax.evaluate, as one word."
     )
+    dry_flag = flags.DEFINE_boolean("dry_run", False, "Only print the runs and their states.")
     flags.mark_flag_as_required("config")
 
     def main() -> None:
         """Runs the sweep of the flags."""
-        import_in_processes()
         config, overrides = config_arguments(sys.argv[1:])
+        request = SweepRequest(
+            config,
+            overrides,
+            grid=grid_flag.value,
+            zipped=zip_flag.value,
+            random=random_flag.value,
+            draws=draws_flag.value,
+            draw_seed=draw_seed_flag.value,
+        )
+        if dry_flag.value:
+            command.say(dry_run(request, to_flag.value))
+            return
+        import_in_processes()
         sweep(
-            SweepRequest(
-                config,
-                overrides,
-                grid=grid_flag.value,
-                zipped=zip_flag.value,
-                random=random_flag.value,
-                draws=draws_flag.value,
-                draw_seed=draw_seed_flag.value,
-            ),
+            request,
             to_flag.value,
             where=where_flag.value,
             parallel=parallel_flag.value or {"slurm": 256}.get(where_flag.value, 1),

@@ -88,7 +88,7 @@ def sweep(
         retried(f"to={folder}", lambda: make_shared(jobs))
         executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
         missing = [run for run in runs if lines.state(run) != FINISHED]
-        LOG.info("%d runs, %d of them finished", len(runs), len(runs) - len(missing))
+        LOG.info("%s", _count(runs, [lines.state(run) for run in runs]))
         write_surely(folder / "sweep.json", json.dumps(dataclasses.asdict(request), indent=2))
         try:
             lines.run(missing, executor)
@@ -104,6 +104,27 @@ def sweep(
         LOG.info("wrote %s", page)
         check_finished([lines.record(run) for run in runs])
     return page
+
+
+def dry_run(request: SweepRequest, folder: epath.PathLike) -> str:
+    """Lists a sweep's runs with their states, one line per run; starts and writes nothing.
+
+    Args:
+      request: configuration and values of the runs.
+      folder: folder of the sweep; need not exist.
+
+    Raises:
+      ConfigError: an invalid setting, or a run of the folder has other settings.
+    """
+    runs = runs_of(request)
+    lines = _RunLines(Path(known_path(local_folder("to", folder), setting="to").resolve()), runs)
+    states = [lines.state(run) for run in runs]
+    listed = [f"{run.name}: {state}" for run, state in zip(runs, states, strict=True)]
+    return "\n".join([*listed, _count(runs, states)])
+
+
+def _count(runs: Sequence[RunSpec], states: Sequence[str]) -> str:
+    return f"{len(runs)} runs, {states.count(FINISHED)} of them finished"
 
 
 class _RunLines:

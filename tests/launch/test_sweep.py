@@ -511,6 +511,22 @@ def sweep_here(folder, *arguments):
         return run_command("sweep", f"--config={TINY}", f"--to={folder}", *arguments)
 
 
+def test_a_dry_run_lists_the_runs_and_writes_nothing(swept, tmp_path, capsys):
+    folder, grid = swept
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert sweep_here(folder, grid.replace("0,1", "1,2"), "--dry_run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "seed=1,conditioning=none: finished",
+        "seed=1,conditioning=cassle: finished",
+        "seed=2,conditioning=none: missing",
+        "seed=2,conditioning=cassle: missing",
+        "4 runs, 2 of them finished",
+    ]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert sweep_here(tmp_path / "none", "--grid=seed=0", "--dry_run") == 0
+    assert not (tmp_path / "none").exists()
+
+
 def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
     requests = []
     monkeypatch.setattr(sweep_module, "sweep", lambda request, *_, **__: requests.append(request))
