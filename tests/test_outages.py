@@ -24,8 +24,11 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, RESTARTABLE, code_of
 from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.memory import KeptRecords
 from cassle_jax.data.pipeline import training_batches
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.shards import Shards
+from cassle_jax.data.splits import Crops
 from cassle_jax.faults import Outage, passing, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
@@ -254,6 +257,30 @@ def test_a_folder_that_vanishes_is_an_outage_and_waited_for(images, folder, moun
     threading.Timer(0.2, back).start()
     np.testing.assert_array_equal(batches(images, damaged), undisturbed)
     assert len(damaged) == 0
+
+
+def test_what_is_in_memory_does_not_prove_that_storage_is_there(images, folder):
+    """An image that is kept, or cropped again, can be read without its file."""
+    kept = KeptRecords(images, IMAGES // 2, 2**30)
+    for index in range(IMAGES // 2):
+        kept[index]
+    crops = Crops(images, 8, 8, ten=True)
+    crops[0]
+    away = folder / "away"
+    (folder / "train").rename(away)
+    for source in (kept, crops):
+        read = RecordReader(source, lambda name: False)
+        with pytest.raises(Outage, match="the folder is gone, or empty"):
+            read(len(source) - 1, bytes)
+    away.rename(folder / "train")
+    broken = Path(images[IMAGES - 1].name)
+    content = broken.read_bytes()
+    for source in (kept, crops):
+        broken.unlink()
+        read = RecordReader(source, lambda name: False)
+        with pytest.raises(UnreadableRecord, match=re.escape(str(broken))):
+            read(len(source) - 1, bytes)
+        broken.write_bytes(content)
 
 
 def test_an_outage_while_a_split_is_listed_passes(folder, monkeypatch):

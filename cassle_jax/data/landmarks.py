@@ -65,7 +65,7 @@ class LandmarkFolder:
             is not a name and this number of numbers; an image cannot be read.
         """
         root = pathlib.Path(path_of(path)).absolute()
-        self.name = str(root / split)
+        self.name = self.root = str(root / split)
         table = root / f"{split}.csv"
         self._files = _image_files(root, split)
         points = _read_table(table, numbers)
@@ -218,6 +218,6 @@ def _shown_size(path: pathlib.Path) -> tuple[int, int]:
             width, height = image.size
             # Pillow gives a TIFF's size as it is shown.
             orientation = 1 if image.format == "TIFF" else orientation_of(image)
-    except OSError as error:
+    except Exception as error:  # Pillow raises any type, depending on the bytes
         raise DataError(f"{str(path)!r} cannot be read as an image: {reason_of(error)}") from error
     return (width, height) if orientation in SIDEWAYS else (height, width)

@@ -88,23 +88,26 @@ class KeptRecords:
       source: the dataset, which provides all other records.
       records: number of records to keep.
       memory: bound of their size, bytes; records beyond it are not kept.
+
+    Attributes:
+      stored: see `stored_of`.
     """
 
     def __init__(self, source: Source, records: int, memory: int):
-        self._source, self._records, self._free = source, records, memory
+        self.stored, self._records, self._free = source, records, memory
         self.class_names, self.name = source.class_names, source.name
         self._kept: dict[int, Record] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
+        return getattr(self.stored, name)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.stored)
 
     def __getitem__(self, index: int) -> Record:
         if index in self._kept:
             return self._kept[index]
-        record = self._source[index]
+        record = self.stored[index]
         size = _bytes_of(record.image)
         if index < self._records and size <= self._free:
             self._kept[index] = record

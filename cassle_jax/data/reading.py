@@ -11,7 +11,7 @@ import numpy as np
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import FileOfMany, Record, Source, root_of
+from cassle_jax.data.sources import FileOfMany, Record, Source, root_of, stored_of
 from cassle_jax.faults import Outage, is_of_machine, passing, reason_of, retried, storage_seconds
 
 # Distances to other images. If one can be read, the file is at fault, not the storage.
@@ -88,19 +88,21 @@ class RecordReader:
             raise DataError(f"{name} cannot be read: {reason}") from error
 
     def _read(self, index: int, name: str) -> Record:
-        def read(place: int = index) -> Record:
+        source, stored = self._source, stored_of(self._source)
+
+        def read(place: int = index, source: Source = source) -> Record:
             try:
-                return self._source[place]
+                return source[place]
             except OSError as error:
                 if error.errno in _FILE_ERRORS:
-                    _check_folder_there(error.filename, root_of(self._source))
+                    _check_folder_there(error.filename, root_of(source))
                 elif passing(error) and self._is_known(error.filename or name):
                     raise _Known(error) from None
                 raise
 
         def can_be_read(place: int) -> bool:
             try:
-                read(place)
+                read(place, stored)
             except (OSError, _Known):
                 return False
             except DamagedImage:
@@ -113,7 +115,8 @@ class RecordReader:
             raise known.fault from None
         except Outage as outage:
             fault = passing(outage)
-            others = {(index + step) % len(self._source) for step in _OTHERS} - {index}
+            own = index * len(stored) // len(source)
+            others = {(own + step) % len(stored) for step in _OTHERS} - {own}
             of_one = not is_of_machine(fault) and not isinstance(fault, FileOfMany)
             if of_one and any(map(can_be_read, others)):
                 raise fault from None

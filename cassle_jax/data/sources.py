@@ -127,6 +127,11 @@ def root_of(source: Source) -> str:
     return getattr(source, "root", "")
 
 
+def stored_of(source: Source) -> Source:
+    """The images as storage has them, where a source may answer from memory; else the source."""
+    return getattr(source, "stored", source)
+
+
 def views_of(source: Source) -> int:
     """Number of consecutive images that show the same object; 1 where the source knows of none."""
     return getattr(source, "views", 1)

@@ -4,6 +4,7 @@ Images are chosen by hash, so the choice is the same everywhere.
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -129,6 +130,12 @@ class Joined:
         return self._first[index] if index < before else self._second[index - before]
 
     @property
+    def root(self) -> str:
+        """See `root_of`: the folder in which both lie."""
+        roots = root_of(self._first), root_of(self._second)
+        return os.path.commonpath(roots) if all(roots) else ""
+
+    @property
     def labels(self) -> Int[np.ndarray, " images"]:
         """The label of every image, see `labels_of`."""
         return np.concatenate([labels_of(self._first), labels_of(self._second)])
@@ -149,6 +156,9 @@ class Crops:
     An image's short side is resized to `short_side` pixels, bicubic. Its ten crops are those of
     torchvision's TenCrop, in its order: top left, top right, bottom left, bottom right and centre,
     then the same of the mirrored image. The crops of an image follow each other.
+
+    Attributes:
+      stored: see `stored_of`.
     """
 
     def __init__(self, source: Source, size: int, short_side: int, ten: bool):
@@ -168,12 +178,12 @@ class Crops:
         self.name = f"{source.name} ({which} of {size} pixels, short side {short_side})"
         self.class_names = source.class_names
         self._arguments = (source, size, short_side, ten)
-        self._source, self._size, self._short_side = source, size, short_side
+        self.stored, self._size, self._short_side = source, size, short_side
         self._crops = tuple(range(2 * PLACES)) if ten else (CENTRE,)
         self._last = threading.local()
 
     def __len__(self) -> int:
-        return len(self._source) * len(self._crops)
+        return len(self.stored) * len(self._crops)
 
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
@@ -186,18 +196,23 @@ class Crops:
         return Crops, self._arguments
 
     @property
+    def root(self) -> str:
+        """See `root_of`."""
+        return root_of(self.stored)
+
+    @property
     def content(self) -> object:
         """See `content_of`."""
-        return content_of(self._source)
+        return content_of(self.stored)
 
     def has_changed(self) -> bool:
         """See the function of this name."""
-        return has_changed(self._source)
+        return has_changed(self.stored)
 
     def _resized(self, image: int) -> tuple[Callable[[int], Square], int, str]:
         """An image's squares, label and name; each thread keeps its last one for further crops."""
         if getattr(self._last, "image", None) != image:
-            record = self._source[image]
+            record = self.stored[image]
             squares = squares_of(decode(record.image, ANY_SIDE), self._size, self._short_side)
             self._last.image, self._last.found = image, (squares, record.label, record.name)
         return self._last.found

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ from cassle_jax.data.builder import TfdsSource
 from cassle_jax.data.datasets import DATASETS, open_dataset
 from cassle_jax.data.folder import open_folder
 from cassle_jax.data.landmarks import LandmarkFolder
+from cassle_jax.data.reading import RecordReader
 from cassle_jax.data.sources import content_of, has_changed, labels_of, root_of
 from cassle_jax.data.splits import Crops, Joined, Part, cut, cut_shots, held_out
+from cassle_jax.faults import Outage
 
 SPEC = {
     "300w",
@@ -430,6 +433,30 @@ def test_joined_sources_follow_each_other():
             both[outside]
 
 
+@pytest.mark.parametrize("kind", ["crops", "joined", "landmarks"])
+def test_a_folder_that_vanishes_is_an_outage_for_all_that_is_made_of_it(
+    image_folder, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+    root = image_folder({"ant": 2})
+    image_folder({"ant": 2}, "val")
+    train, val = (open_folder(str(root), split) for split in ("train", "val"))
+    source = {
+        "crops": lambda: Crops(train, 8, 8, ten=True),
+        "joined": lambda: Joined(train, val),
+        "landmarks": lambda: LandmarkFolder(
+            str(landmark_folder(tmp_path / "points", 6)), "test", 6
+        ),
+    }[kind]()
+    read = RecordReader(source, lambda name: False)
+    read(0, bytes)
+    for folder in (root, tmp_path / "points"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()  # the mount point stays
+    with pytest.raises(Outage, match="the folder is gone, or empty"):
+        read(len(source) - 1, bytes)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_what_is_joined_has_changed_where_either_has(image_folder, split):
     root = image_folder({"ant": 2})
@@ -780,7 +807,7 @@ def test_a_wrong_table_is_told_in_one_line(spoil, said, tmp_path):
     assert_one_line(caught, ["dataset 'lsp'", "train.csv", *said])
 
 
-def test_other_wrong_landmark_folders(tmp_path):
+def test_other_wrong_landmark_folders(tmp_path, monkeypatch):
     def said_of(root) -> str:
         with pytest.raises(DataError) as caught:
             open_dataset("lsp", path=str(root))
@@ -793,6 +820,11 @@ def test_other_wrong_landmark_folders(tmp_path):
     landmark_folder(tmp_path, 28, ("test",))
     (root / "train" / "b.png").write_bytes(b"torn")
     assert "b.png' cannot be read as an image" in said_of(root)
+    (root / "train" / "b.png").write_bytes(b"P6 1 x1 255 ")  # a number that Pillow cannot parse
+    assert "b.png' cannot be read as an image" in said_of(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        assert ".png' cannot be read as an image: Image size" in said_of(root)
     (root / "train.csv").unlink()
     assert "train.csv' cannot be read" in said_of(root)
     empty(root / "train")
