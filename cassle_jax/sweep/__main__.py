@@ -18,6 +18,7 @@ seeds. The same command executes missing and failed runs again; new values add r
 
 import re
 import shlex
+import signal
 import sys
 
 from absl import flags
@@ -106,6 +107,8 @@ if __name__ == "__main__":
             command.say(dry_run(request, to_flag.value))
             return
         import_in_processes()
+        # A script's command in the background ignores it, and the jobs that it is to stop would.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep(
             request,
             to_flag.value,

@@ -11,6 +11,7 @@ import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import submitit
@@ -18,6 +19,7 @@ from submitit.helpers import DelayedSubmission
 
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least
 from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.faults import retried
 from cassle_jax.lock import await_turn
 from cassle_jax.storage import kept_json, make_shared, open_shared, read_whole, write_surely
 from cassle_jax.sweep.restarts import pause_before_restart
@@ -159,8 +161,11 @@ class Local:
     def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
         """Runs commands; calls `on_end` with a command that ended.
 
+        Any error tells the running commands to save and end.
+
         Raises:
-          KeyboardInterrupt: Ctrl-C; the commands have received the signal to save and end.
+          KeyboardInterrupt: Ctrl-C.
+          Outage: a command could not be submitted for now.
         """
         waiting, free = deque(commands), deque(self._shares)
         running: dict[submitit.Job, tuple[Command, list[str]]] = {}
@@ -170,13 +175,14 @@ class Local:
                     command, gpus = waiting.popleft(), free.popleft()
                     # submitit hides the GPUs from a job that requests none.
                     command.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus) or None
-                    running[self._executor.submit(command)] = command, gpus
+                    submit = partial(self._executor.submit, command)
+                    running[retried(f"to={self._executor.folder}", submit)] = command, gpus
                 for job in [job for job in running if job.done()]:
                     command, gpus = running.pop(job)
                     free.append(gpus)
                     on_end(command)
                 time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
+        except BaseException:
             for job in running:
                 job.cancel()
             raise
@@ -212,9 +218,12 @@ class Slurm:
             raise ConfigError(f"slurm={options}: {', '.join(lines)}") from error
 
     def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
-        """Submits commands as one array, waits, and calls `on_end` with a command that ended."""
-        with self._executor.batch():
-            jobs = [self._executor.submit(command) for command in commands]
+        """Submits commands as one array, waits, and calls `on_end` with a command that ended.
+
+        Raises:
+          Outage: they could not be submitted for now.
+        """
+        jobs = retried(f"to={self._executor.folder}", partial(self._submitted, commands))
         running = dict(zip(jobs, commands, strict=True))
         last_check, missing = time.monotonic(), set()
         while running:
@@ -227,6 +236,10 @@ class Slurm:
             for job in [job for job in running if job in cancelled or job.done()]:
                 on_end(running.pop(job))
             time.sleep(_POLL_SECONDS)
+
+    def _submitted(self, commands: Sequence[Command]) -> list[submitit.Job]:
+        with self._executor.batch():
+            return [self._executor.submit(command) for command in commands]
 
 
 def _requeue(job_id: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from cassle_jax.checks import check_one_of
+from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_names, check_options
@@ -78,6 +78,10 @@ def sweep(
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
     folder = Path(known_path(local_folder("to", folder), setting="to").resolve())
+    if "%" in str(folder):
+        raise ConfigError(
+            f"to={folder} has a %, for which submitit and SLURM put numbers; use another folder"
+        )
     check_writable("to", folder)
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):

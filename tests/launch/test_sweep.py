@@ -1,6 +1,7 @@
 """A sweep: which runs it has, what it refuses, what it runs again, and how it ends."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import submitit
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.faults import Outage
 from cassle_jax.models import ENCODERS
 from cassle_jax.report.evaluation_page import read_report, write_report
 from cassle_jax.sweep import jobs
@@ -218,6 +220,41 @@ def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeyp
     with (tmp_path / "lock").open("w") as file, pytest.raises(KeyboardInterrupt):
         command._run(file, file)
     assert sent == ["job", signal.SIGINT]
+
+
+def test_an_error_tells_the_other_commands_to_save_and_end(tmp_path, monkeypatch):
+    cancelled, jobs_of = [], {"a": Waiting("1"), "b": Done("2")}
+    jobs_of["a"].cancel = lambda: cancelled.append("a")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local = Local(tmp_path / "jobs", 2)
+    monkeypatch.setattr(local._executor, "submit", lambda command: jobs_of[command.module])
+
+    def on_end(command):
+        raise Outage(f"{command.module} ended, and runs.jsonl cannot be written")
+
+    with pytest.raises(Outage, match="b ended"):
+        local.run([Command(name, [], tmp_path) for name in jobs_of], on_end)
+    assert cancelled == ["a"]
+
+
+@pytest.mark.parametrize("where", ["local", "slurm"])
+def test_submitting_waits_for_room(tmp_path, monkeypatch, where):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("sbatch", "srun", "scontrol", "squeue"):
+        program(tmp_path, monkeypatch, name, "true")
+    folder, tries, ended = tmp_path / "jobs", [], []
+    cluster = Local(folder, 1) if where == "local" else Slurm(folder, 1, "")
+    monkeypatch.setattr(cluster._executor, "batch", contextlib.nullcontext)
+
+    def submit(command):
+        tries.append(command)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "1.pkl"))
+        return Done("1")
+
+    monkeypatch.setattr(cluster._executor, "submit", submit)
+    cluster.run([command := Command("a", [], tmp_path)], ended.append)
+    assert (tries, ended) == ([command] * 3, [command])
 
 
 def test_a_sweep_that_ctrl_c_stops_says_how_it_resumes(tmp_path, monkeypatch):
@@ -527,6 +564,21 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(swept, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_sweep_in_the_background_of_a_script_can_stop_its_jobs(tmp_path, monkeypatch):
+    handlers = []
+
+    def note(*_, **__):
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(sweep_module, "sweep", note)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's shell leaves it
+    try:
+        sweep_here(tmp_path, "--grid=seed=0")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.default_int_handler]
+
+
 def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
     requests = []
     monkeypatch.setattr(sweep_module, "sweep", lambda request, *_, **__: requests.append(request))
@@ -542,6 +594,14 @@ def test_a_quote_without_its_end_is_told_in_one_line(tmp_path, capsys):
     said = "error: evaluation=--limit='3 has a quote without its end\n"
     assert (code, capsys.readouterr().err) == (2, said)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["5%an", "5%jn"])
+def test_a_folder_that_submitit_would_rename_is_refused(tmp_path, capsys, name):
+    assert sweep_here(tmp_path / name, "--grid=seed=0") == 2
+    said = f"error: to={tmp_path / name} has a %, for which submitit and SLURM put numbers; use"
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
