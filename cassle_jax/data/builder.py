@@ -70,7 +70,7 @@ class TfdsSource:
                 f"data.name={tfds_builder.info.full_name!r} has no Image among its features, "
                 f"only {', '.join(f'{name} ({kind})' for name, kind in found)}"
             )
-        self.class_names = _class_names(features, self._label_key)
+        self.class_names = _class_names(tfds_builder, self._label_key)
         wanted = read_class_list(classes)
         if wanted is not None:
             self._check_subset(classes, wanted)
@@ -238,7 +238,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(_why_not_found(name, folder)) from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # A damaged description raises any type, depending on its bytes.
         raise DataError(f"data.name={name!r} cannot be opened: {_first_line(error)}") from error
 
 
@@ -325,8 +325,19 @@ def _only(features, paths: Sequence[FeaturePath]) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(kept)
 
 
-def _class_names(features, label_key: FeaturePath | None) -> tuple[str, ...]:
-    return () if label_key is None else tuple(_at(features, label_key).names)
+def _class_names(
+    tfds_builder: tfds.core.DatasetBuilder, label_key: FeaturePath | None
+) -> tuple[str, ...]:
+    if label_key is None:
+        return ()
+    label = _at(tfds_builder.info.features, label_key)
+    found = len(set(label.names))
+    if found != label.num_classes:  # tfds itself takes whatever is in the file
+        raise DataError(
+            f"data.name={tfds_builder.info.full_name!r} has {label.num_classes} classes, and its "
+            f"file {'-'.join(label_key)}.labels.txt names {found}; restore the file"
+        )
+    return tuple(label.names)
 
 
 def _at(tree, path: FeaturePath):

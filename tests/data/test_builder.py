@@ -346,11 +346,26 @@ def test_records_without_a_class_have_no_label(tiny, unlabelled, tmp_path):
         open_source(tiny(classes=str(listed)), "unlabelled")
 
 
-def test_a_builder_whose_description_is_damaged_is_one_line(tiny, unlabelled):
-    (unlabelled / "tiny_animals" / "1.2.0" / "features.json").write_text("{")
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", ["", "{", "null", '{"pythonClassName": 3}'])
+def test_a_builder_whose_description_is_damaged_is_one_line(tiny, unlabelled, file, content):
+    (unlabelled / "tiny_animals" / "1.2.0" / file).write_text(content)
     with pytest.raises(DataError, match=r"^data\.name='tiny_animals' cannot be opened: ") as caught:
         open_source(tiny(path=str(unlabelled)), "train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [("ant\nbee\ncat\n", 3), ("ant\nbee\ncat\ncat\n", 3), ("a\nb\nc\nd\ne\n", 5)],
+)
+def test_a_builder_whose_names_of_classes_are_damaged_is_refused(tiny, tmp_path, names, found):
+    shutil.copytree(tiny().path, tmp_path / "copy")
+    (tmp_path / "copy" / "tiny_animals" / "1.2.0" / "kind.labels.txt").write_text(names)
+    with pytest.raises(
+        DataError, match=rf"has 4 classes, and .* kind\.labels\.txt names {found}; r"
+    ):
+        open_source(tiny(path=str(tmp_path / "copy")), "train")
 
 
 def test_an_unwritable_cache_only_costs_time(tiny, tmp_path, monkeypatch):
