@@ -45,6 +45,7 @@ _JPEG_SCAN = 0xDA  # marks the pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
+_TIFF_BITS = ExifTags.Base.BitsPerSample
 _FLOAT_MODES = ("F", "F;16", "F;32F")
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -99,8 +100,8 @@ def decode(
     Aspect ratio is kept, an image that fits is never enlarged, and each side keeps at least one
     pixel. JPEGs go to libjpeg-turbo, which reduces while it decodes; an antialiased bilinear resize
     does the rest. Everything else, and any JPEG that libjpeg-turbo declines (CMYK, for example),
-    goes to Pillow. 16-bit greys are scaled to 8 bits, transparent pixels are composited on white,
-    EXIF orientation is applied, and only the first frame of an animation is used.
+    goes to Pillow. Greys of 12 and 16 bits are scaled to 8 bits, transparent pixels are composited
+    on white, EXIF orientation is applied, and only the first frame of an animation is used.
 
     Defects outside the pixels do no harm: broken or oversized EXIF, text and colour profiles are
     ignored, and a JPEG may lack its end marker.
@@ -281,9 +282,11 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
         raise DamagedImage("its pixels are floating point, whose range the file does not state")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Converted here: Pillow's own conversion clips at 255 instead of scaling.
-        sixteen = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        sixteen[sixteen == image.info.get("transparency", -1)] = 65535  # white
-        return _three_channels(((sixteen * 255 + 32767) // 65535).astype(np.uint8))
+        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))[0]
+        white = (1 << min(bits, 16)) - 1
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
+        grey[grey == image.info.get("transparency", -1)] = white
+        return _three_channels(((grey * 255 + white // 2) // white).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

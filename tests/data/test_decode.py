@@ -133,6 +133,17 @@ def test_sixteen_bit_grey_tiff_is_scaled():
     np.testing.assert_array_equal(image[..., 0], np.round(values / 257).astype(np.uint8))
 
 
+def test_twelve_bit_grey_tiff_is_scaled():
+    values = (0, 4095, 2048, 17)
+    packed = int("".join(f"{value:03x}" for value in values), 16).to_bytes(6)
+    width, height, bits, is_black_0, offset, size = 256, 257, 258, 262, 273, 279
+    tags = {width: 4, height: 1, bits: 12, is_black_0: 1, offset: 86, size: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries.ljust(76, b"\0") + packed
+    expected = np.round(np.array([values]) / 4095 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(decode(data, 8)[..., 0], expected)
+
+
 def test_float_tiff_is_damaged():
     with pytest.raises(DamagedImage, match="floating point"):
         decode(encoded(np.zeros((4, 4), np.float32), "TIFF"), 8)
