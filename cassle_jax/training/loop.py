@@ -38,7 +38,7 @@ from cassle_jax.training.metrics import MetricsWriter
 from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.recorded import record_of
-from cassle_jax.training.run import Run, build_run
+from cassle_jax.training.run import Run, build_run, check_settings
 from cassle_jax.training.saved_config import (
     check_unchanged,
     holds_run,
@@ -50,7 +50,7 @@ from cassle_jax.training.start_records import last_start_record, record_start
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
-from cassle_jax.training.trackers import Tracking
+from cassle_jax.training.trackers import Tracking, check_trackers
 from cassle_jax.training.warm_start import warm_started
 from cassle_jax.training.window import Window
 from cassle_jax.training.workdir import check_seen, known_path, workdir_held, written
@@ -109,6 +109,8 @@ def pretrain(
     """
     workdir = known_path(workdir)
     mesh = device_mesh()
+    check_trackers(config.log.to)
+    check_settings(config, mesh.size)
     source = open_source(config.data, config.data.train_split)
     agree({**shared_settings(config), "the number of training images": len(source)})
     run = build_run(config, mesh, len(source))

@@ -30,7 +30,6 @@ from cassle_jax.models import check_image_size, make_encoder
 from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
 from cassle_jax.parallel import AXIS
 from cassle_jax.training.state import TrainState, create_state
-from cassle_jax.training.trackers import check_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Run:
 
     def draws(self, augmentation: str) -> bool:
         """Whether any view can get the augmentation, such as `solarize`."""
-        return any(getattr(spec, augmentation) > 0 for spec in self.views)
+        return _draw(self.views, augmentation)
 
     @property
     def paired(self) -> bool:
@@ -100,15 +99,12 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     Raises:
       ConfigError: a setting cannot work; the message names it.
     """
-    check_trackers(config.log.to)
-    _check_ranges(config)
-    _check_shares(config, mesh.size, dataset_size)
+    check_settings(config, mesh.size)
+    _check_images(config.batch_size, mesh.size, dataset_size)
     method, views, auxiliaries = _objectives(config, mesh.size)
-    conditioning = Conditioning(**config.conditioning.to_dict())
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
-    _check_image_sizes(config, encoder, views, auxiliaries)
 
     steps_per_epoch = dataset_size // config.batch_size
     clock = Clock(steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
@@ -118,35 +114,38 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     optimizer = make_optimizer(
         recipe, method, schedule, config.batch_size, getattr(encoder, "frozen_parameters", ())
     )
-    run = Run(
+    return Run(
         batch_size=config.batch_size,
         chunks=config.batch_size // (config.chunk_size or config.batch_size),
         seed=config.seed,
         augment=augment_spec(config),
         views=views,
         method=method,
-        conditioning=conditioning,
+        conditioning=Conditioning(**config.conditioning.to_dict()),
         auxiliaries=auxiliaries,
         networks=networks,
         optimizer=optimizer,
         schedule=schedule,
         clock=clock,
     )
-    _check_drawn(run)
-    return run
 
 
-def check_settings(config: ConfigDict) -> None:
-    """Refuses settings that cannot work on any device with any images; looks at neither.
+def check_settings(config: ConfigDict, devices: int = 1) -> None:
+    """Refuses settings that cannot work with any images; looks at none.
+
+    Args:
+      config: a configuration, as from `base_config`.
+      devices: number of devices that share a batch; 1 where it is not known.
 
     Raises:
       ConfigError: a setting cannot work; the message names it.
     """
     _check_ranges(config)
-    _check_chunk_size(config.chunk_size, config.batch_size, 1)
-    _, views, auxiliaries = _objectives(config, 1)
+    _check_shares(config.batch_size, config.chunk_size, devices)
+    _, views, auxiliaries = _objectives(config, devices)
     encoder = networks_of(config, dtype=compute_dtype(config, "cpu")).factories["encoder"]()
     _check_image_sizes(config, encoder, views, auxiliaries)
+    _check_drawn(Conditioning(**config.conditioning.to_dict()), views, auxiliaries)
     OptimizerSpec(**config.optimizer.to_dict())
 
 
@@ -186,17 +185,24 @@ def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:
     return recipe
 
 
-def _check_drawn(run: Run) -> None:
+def _check_drawn(
+    conditioning: Conditioning, views: Sequence[AugmentSpec], auxiliaries: Sequence[Auxiliary]
+) -> None:
     """Refuses descriptors, of ω or of auxiliaries, whose augmentation is never drawn."""
-    named = [("conditioning.descriptors", name) for name in run.conditioning.descriptors]
-    named += [(each.name, name) for each in run.auxiliaries for name in each.descriptors]
+    named = [("conditioning.descriptors", name) for name in conditioning.descriptors]
+    named += [(each.name, name) for each in auxiliaries for name in each.descriptors]
     for whose, name in named:
         setting = DESCRIPTORS[name.partition(".")[0]].setting
-        if setting in RARE and not run.draws(setting):
+        if setting in RARE and not _draw(views, setting):
             raise ConfigError(
                 f"augment.{setting}=0 never draws what {whose} names; use "
                 f"augment.{setting}=0.5, or leave {name} out"
             )
+
+
+def _draw(views: Sequence[AugmentSpec], augmentation: str) -> bool:
+    """Whether any view can get an augmentation."""
+    return any(getattr(spec, augmentation) > 0 for spec in views)
 
 
 def augment_spec(config: ConfigDict) -> AugmentSpec:
@@ -310,6 +316,7 @@ def _check_ranges(config: ConfigDict) -> None:
     check_fraction("data.max_bad_fraction", config.data.max_bad_fraction, 0.01)
     check_at_least("probe.train_images", config.probe.train_images, 0)
     check_at_least("probe.test_images", config.probe.test_images, 0)
+    check_one_of("weights.networks", config.weights.networks, ("all", "encoder"))
     check_one_of("data.on_device", config.data.on_device, ("auto", "always", "never"))
     if config.data.canvas < augment_spec(config).size:
         raise ConfigError(
@@ -318,28 +325,27 @@ def _check_ranges(config: ConfigDict) -> None:
         )
 
 
-def _check_shares(config: ConfigDict, devices: int, dataset_size: int) -> None:
-    """Refuses a batch that these devices cannot share, or these images not fill."""
-    if config.batch_size % devices:
+def _check_images(batch_size: int, devices: int, images: int) -> None:
+    """Refuses a batch that the training images do not fill."""
+    if images < devices:
         raise ConfigError(
-            f"batch_size={config.batch_size} is the global batch and cannot be split over {devices}"
-            f" devices; {max(config.batch_size // devices, 1) * devices} would work"
+            f"batch_size={batch_size} cannot be met: the {images} training images are fewer than "
+            f"the {devices} devices; use more images or fewer devices"
         )
-    if dataset_size < devices:
+    if batch_size > images:
         raise ConfigError(
-            f"batch_size={config.batch_size} cannot be met: the {dataset_size} training images are "
-            f"fewer than the {devices} devices; use more images or fewer devices"
+            f"batch_size={batch_size} is larger than the {images} training images; use at most "
+            f"{images // devices * devices}"
         )
-    if config.batch_size > dataset_size:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is larger than the {dataset_size} training images;"
-            f" use at most {dataset_size // devices * devices}"
-        )
-    _check_chunk_size(config.chunk_size, config.batch_size, devices)
 
 
-def _check_chunk_size(chunk_size: int, batch_size: int, devices: int) -> None:
-    """Refuses chunks that do not divide the batch, and every device's share of it, equally."""
+def _check_shares(batch_size: int, chunk_size: int, devices: int) -> None:
+    """Refuses a batch, or chunks of it, that these devices cannot share equally."""
+    if batch_size % devices:
+        raise ConfigError(
+            f"batch_size={batch_size} is the global batch and cannot be split over {devices} "
+            f"devices; {max(batch_size // devices, 1) * devices} would work"
+        )
     if chunk_size == 0:
         return
     # One image has no variance for BatchNorm.

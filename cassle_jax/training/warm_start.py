@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.checks import ConfigError
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
@@ -34,7 +34,6 @@ def warm_started(
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
     """
-    check_one_of("weights.networks", settings.networks, ("all", "encoder"))
     if not settings.path:
         return state
     try:

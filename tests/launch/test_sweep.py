@@ -122,6 +122,11 @@ def test_names_are_as_long_as_distinction_needs():
             {"grid": "method=moco_v2,simclr;method.queue_size=4096"},
             r"^run method=simclr, method\.queue_size=4096: method\.queue_size is not a se",
         ),
+        (
+            {"grid": "conditioning=none,solarize"},
+            r"^run conditioning=solarize: augment\.solarize=0 never draws what conditioning\.desc",
+        ),
+        ({"grid": "weights.networks=head"}, r"^run .*: weights\.networks='head' is unknown; use"),
         ({"grid": "seed=0,x"}, r"^run seed=x: .*config\.seed=x"),
         ({"grid": "seed=0,0"}, "same one twice"),
         ({"grid": "seed=0,-1;epochs=1,2"}, "^run seed=-1, epochs=1: seed=-1 is no seed"),

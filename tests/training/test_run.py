@@ -153,6 +153,29 @@ def test_a_setting_that_cannot_work_is_named_with_what_would(settings, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "^epochs=0 must"),
+        ({"batch_size": 30}, "^batch_size=30 .* over 8 devices; 24 would work"),
+        ({"log.to": ("wandbb",)}, r"^log\.to='wandbb' is unknown"),
+        ({"weights.networks": "head"}, r"^weights\.networks='head' is unknown"),
+        ({"conditioning.descriptors": ("solarize",)}, r"^augment\.solarize=0 never draws"),
+    ],
+)
+def test_settings_are_refused_before_the_images_are_opened(
+    tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr(
+        "cassle_jax.training.loop.open_source", lambda *_: pytest.fail("the images were opened")
+    )
+    config = tiny_config()
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(ConfigError, match=message):
+        pretrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_method_cannot_work_with_is_a_config_error():
     message = r"^method\.queue_size=60 .* batch_size=16; 48 would work$"
     with pytest.raises(ConfigError, match=message):

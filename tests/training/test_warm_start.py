@@ -13,7 +13,7 @@ from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import weights_of
 from cassle_jax.models import make_encoder
 from cassle_jax.parallel import device_mesh
-from cassle_jax.training.run import build_run
+from cassle_jax.training.run import build_run, check_settings
 from cassle_jax.training.warm_start import warm_started
 from tests.interop.states import assert_same, encoder_state, filled
 from tests.states import filled_state
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_named(first_states, file, tmp_path):
         warm_started(state, config_of(path=str(tmp_path / "nowhere.pth")).weights)
     assert "networks=" not in str(raised.value)
     with pytest.raises(ConfigError, match=r"weights\.networks='heads' is unknown"):
-        warm_started(state, config_of(networks="heads").weights)
+        check_settings(config_of(networks="heads"))
 
 
 @pytest.mark.parametrize("networks", ["all", "encoder"])
