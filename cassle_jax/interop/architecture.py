@@ -281,6 +281,7 @@ CONVNEXTS = {
     ((3, 3, 27, 3), 96): "convnext_small",
     ((3, 3, 27, 3), 128): "convnext_base",
     ((3, 3, 27, 3), 192): "convnext_large",
+    ((3, 3, 27, 3), 256): "convnext_xlarge",
 }
 
 
@@ -301,7 +302,12 @@ class ConvNeXtArchitecture:
     @property
     def name(self) -> str:
         """The nearest name that torchvision and timm use."""
-        return CONVNEXTS.get((self.depths, self.width), "convnext_tiny")
+
+        def distance(known):
+            depths, width = known
+            return abs(width - self.width), abs(sum(depths) - sum(self.depths))
+
+        return CONVNEXTS[min(CONVNEXTS, key=distance)]
 
     @property
     def widths(self) -> list[int]:

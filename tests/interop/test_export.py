@@ -25,7 +25,11 @@ from cassle_jax import models
 from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
 from cassle_jax.faults import Outage
-from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
+from cassle_jax.interop.architecture import (
+    ConvNeXtArchitecture,
+    ViTArchitecture,
+    architecture_of,
+)
 from cassle_jax.interop.card import markdown, run_card, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS
@@ -428,6 +432,22 @@ def test_a_vit_as_wide_as_a_known_one_has_its_heads(width, heads, name):
     }
     architecture = architecture_of(state)
     assert (architecture.heads, architecture.name) == (heads, f"vit_{name}")
+
+
+@pytest.mark.parametrize(
+    ("depths", "width", "name"),
+    [
+        ((3, 3, 9, 3), 96, "tiny"),
+        ((3, 3, 27, 3), 96, "small"),
+        ((3, 3, 27, 3), 256, "xlarge"),
+        ((3, 4, 30, 3), 384, "xlarge"),  # timm's convnext_xxlarge
+    ],
+)
+def test_a_convnext_is_called_by_the_nearest_name(depths, width, name):
+    architecture = ConvNeXtArchitecture(depths, width, 3)
+    config = architecture.timm_config()
+    assert architecture.name == config["architecture"] == f"convnext_{name}"
+    assert config["model_args"]["dims"] == [width, 2 * width, 4 * width, 8 * width]
 
 
 def test_heads_that_a_format_would_lose_are_refused():
