@@ -133,7 +133,7 @@ def markdown(card: Card, loading: Mapping[str, tuple[str, list[str]]]) -> str:
     sections.append(
         f"Images {are} RGB in [0, 1], {size}×{size} pixels in training, less {tuple(mean)} and "
         f"then divided by {tuple(std)}. In evaluation mode the model gives "
-        f"{card['feature_width']} features for each."
+        f"{card['feature_width']} features for each." + _further_channels(card)
     )
     sections += ["## Loading"]
     for title, (language, lines) in loading.items():
@@ -141,6 +141,19 @@ def markdown(card: Card, loading: Mapping[str, tuple[str, list[str]]]) -> str:
     if "config" in card:
         sections += ["## Configuration", "All settings of the run are in `model_card.json`."]
     return "\n\n".join(sections) + "\n"
+
+
+def _further_channels(card: Card) -> str:
+    """A sentence on the channels that the encoder takes beside the image's three."""
+    channels = card.get("architecture", {}).get("channels", 3)
+    if channels == 3:
+        return ""
+    if "image_conditioner" in card["networks"]:
+        return (
+            f" After the image's 3 channels the model takes {channels - 3} of ω, which the network "
+            "image_conditioner makes; only cassle_jax's format has it."
+        )
+    return f" The model takes {channels} channels."
 
 
 def _front_matter(card: Card) -> str:

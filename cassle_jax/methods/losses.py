@@ -3,8 +3,7 @@
 Every function takes this device's share of a batch and, where it contrasts against the whole
 batch, gathers the rest over `axis_name` (`None`: this device holds the whole batch). Losses are the
 mean over the local samples, so the mean over devices is the mean over the global batch. Embeddings
-of a narrower dtype than float32 are widened first; those of other images than their partners, by
-their shapes, are refused.
+are widened to float32 where their dtype is narrower. Pairs of unequal shapes are refused.
 """
 
 from functools import partial

@@ -228,6 +228,17 @@ def test_arrays_come_back_whatever_their_order_in_memory(tmp_path, name, formats
         assert_same(load_weights(tmp_path / FILES[each]).encoder, state)
 
 
+def test_the_card_of_an_encoder_that_saw_omega_says_which_channels_it_takes(tmp_path):
+    state = encoder_to_pytorch(filled(encoder_variables(ENCODERS["resnet18"], channels=5)))
+    networks = {"encoder": state, "image_conditioner": {"a.weight": np.ones(1, np.float32)}}
+    export(Weights(networks, card=CARD), tmp_path, ["torchvision"])
+    text = (tmp_path / "model_card.md").read_text()
+    assert "After the image's 3 channels the model takes 2 of ω" in text
+    plain = tmp_path / "plain"
+    export(Weights({"encoder": encoder_state("resnet18")}, card=CARD), plain, ["torchvision"])
+    assert "the model takes" not in (plain / "model_card.md").read_text().lower()
+
+
 @pytest.mark.parametrize("name", ["resnet50", "wide", "bottlenecks"])
 def test_detectron2s_settings_make_a_resnet_of_the_files_widths(tmp_path, name):
     """detectron2 leaves an array of another shape at its random values, with a warning."""
@@ -286,6 +297,7 @@ def test_the_lines_that_load_pytorchs_file_make_its_first_layer(tmp_path, monkey
         monkeypatch.setitem(sys.modules, each, module)
     heads = 12 if name == "vit" else None
     export(Weights({"encoder": state}, card=CARD, heads=heads), tmp_path, ["torch"])
+    assert "The model takes 5 channels." in (tmp_path / "model_card.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model_card.md").read_text(), re.S)
     made = {}
     exec(lines, made)
