@@ -16,7 +16,7 @@ import numpy as np
 
 from cassle_jax.data.decode import EXTENSIONS, check_bytes
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.listing import CIRCLE, DANGLING, SPECIAL, Skipped, is_folder
+from cassle_jax.data.listing import CIRCLE, DANGLING, HIDDEN, SPECIAL, Skipped, is_folder
 from cassle_jax.data.sources import FileOfMany, Record, check_index, content_of_files, digest_of
 from cassle_jax.faults import hurry, reason_of
 from cassle_jax.storage import check_ends, open_to_read, path_of
@@ -232,7 +232,9 @@ def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
                     yield own_name, image.offset_data, image.size, label
                 for own_name, _ in () if images else parts.values():
                     if posixpath.splitext(own_name.lower())[1] in EXTENSIONS:
-                        skipped.note(_DOTTED, os.fsencode(f"{tar}/{own_name}"))
+                        hidden = posixpath.basename(own_name).startswith(".")  # macOS adds them
+                        kind = HIDDEN if hidden else _DOTTED
+                        skipped.note(kind, os.fsencode(f"{tar}/{own_name}"))
     except tarfile.TarError as error:
         raise DataError(
             f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"

@@ -215,7 +215,8 @@ def test_images_with_a_dot_in_their_name_are_named_where_they_are_left_out(
 ):
     image = image_bytes(1)
     names = ("0.png", "0.seg.png", "v1.0/1.png", "IMG.2021.png", "IMG.2022.PNG", "IMG.txt")
-    write_tar(tmp_path / "train.tar", dict.fromkeys(names, image))
+    hidden = ("._0.png", "d/._1.png")  # as macOS adds them
+    write_tar(tmp_path / "train.tar", dict.fromkeys(names + hidden, image))
     source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
     assert [record.name.rpartition(".tar/")[2] for record in source] == ["0.png", "v1.0/1.png"]
     (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
