@@ -92,6 +92,7 @@ OF_OTHER_TYPES = (
     '{"exit_code": null, "last_line": ""}',
     '{"minutes": "x", "steps": 3, "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": [], "seconds": {}, "overhead": 1.0}',
+    '{"minutes": 3.0, "steps": 0, "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": 3, "seconds": {"a": "x"}, "overhead": 1.0}',
 )
 

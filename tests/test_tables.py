@@ -360,6 +360,25 @@ def test_a_budget_becomes_as_many_steps_as_fit_it(tmp_path, pool):
         run_table(PAIR, tmp_path, minutes=70.0, **settings)
 
 
+def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tmp_path, pool):
+    settings = {"overrides": LONG, "parallel": 2}
+    run_table(PAIR, tmp_path, seeds=(0,), **settings)
+    other = {**settings, "overrides": (*LONG, "optimizer.weight_decay=0.5")}
+    said = r"-0 holds a run with other settings \(optimizer\.weight_decay=0\.5 was "
+    with pytest.raises(ConfigError, match=said):
+        run_table(PAIR, tmp_path, seeds=(1,), **other)
+    assert len(pool.ran) == 3
+    run_table(PAIR, tmp_path, seeds=(1,), **settings)
+    assert len(pool.ran) == 6
+
+
+def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, pool):
+    lender, settings = str(tmp_path / "lender"), {"overrides": LONG, "parallel": 2}
+    with pytest.raises(ConfigError, match=rf"^weights_of={lender} holds no runs; use the folder"):
+        run_table(PAIR, tmp_path / "to", minutes=60.0, weights_of=[lender], **settings)
+    assert not pool.ran
+
+
 def test_a_measurement_that_is_damaged_is_taken_again(tmp_path, pool, monkeypatch):
     settings = {"minutes": 60.0, "seeds": (0,), "overrides": LONG, "parallel": 2}
     with monkeypatch.context() as patch:

@@ -41,7 +41,7 @@ class Plan:
 
 
 def read_plan(folder: Path, minutes: float) -> Plan | None:
-    """Reads the plan in a table's folder; returns `None` without one.
+    """Reads the plan in a table's folder; returns `None` without one, or where it is damaged.
 
     Args:
       folder: the table's folder.
@@ -53,7 +53,7 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
     path = folder / PLAN
     known = {"minutes": Real, "steps": int, "seconds": {str: Real}, "overhead": Real}
     content = kept_json(path, known)
-    if content is None:
+    if content is None or content["steps"] < _FEWEST_STEPS:
         return None
     plan = Plan(*(content[name] for name in known))
     if minutes not in (0, plan.minutes):

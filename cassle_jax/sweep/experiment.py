@@ -109,6 +109,7 @@ def run_table(
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
     to = Path(known_path(local_folder("to", to), setting="to").resolve())
+    lenders = _lenders(weights_of)
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)
@@ -126,10 +127,11 @@ def run_table(
         if plan := _plan(to, minutes, runs, protocol, pool, toy):
             steps = min([plan.steps, *(run.config.steps for run in runs)])
             runs = expanded((*overrides, f"steps={steps}"))
+        results.check_seeds(runs)
         job = partial(
             Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy
         )
-        all_done = pool.run(_missing_jobs(runs, results, weights_of, job), results.on_end)
+        all_done = pool.run(_missing_jobs(runs, results, lenders, job), results.on_end)
         page = results.write_page()
         if not all_done:
             raise Stop(_RESUMABLE, EXIT_PREEMPTED)
@@ -177,32 +179,37 @@ def _plan(
 
 
 def _missing_jobs(
-    runs: Sequence[RunSpec], results: "_Results", weights_of: Sequence[str], job: Callable[..., Job]
+    runs: Sequence[RunSpec],
+    results: "_Results",
+    weights_of: Sequence[Path],
+    job: Callable[..., Job],
 ) -> list[Job]:
     """The jobs of the runs without results; `job` makes one of subject, arguments and workdir."""
     missing = [run for run in runs if results.is_missing(run)]
     LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
-    folders = [Path(path_of(folder)).resolve() for folder in weights_of]
     return [
         job(
             run.subject,
             run.arguments,
             results.workdir(run.name),
-            weights=_same_run(run, folders),
+            weights=_same_run(run, weights_of),
         )
         for run in missing
     ]
 
 
-def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
-    """The workdir of a finished run with the same settings and kept weights; `None` without one.
-
-    Raises:
-      ConfigError: a folder holds no runs.
-    """
+def _lenders(weights_of: Sequence[str]) -> list[Path]:
+    """The folders of other tables; raises ConfigError for one that holds no runs."""
+    folders = [Path(path_of(folder)).resolve() for folder in weights_of]
     for folder in folders:
         if not (folder / "runs").is_dir():
             raise ConfigError(f"weights_of={folder} holds no runs; use the folder of a table")
+    return folders
+
+
+def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
+    """The workdir of a finished run with the same settings and kept weights; `None` without one."""
+    for folder in folders:
         for workdir in sorted((folder / "runs").iterdir()):
             record = RunRecord(workdir)
             lends = record.state == FINISHED and holds_run(epath.Path(workdir))
@@ -248,6 +255,14 @@ class _Results:
             return True
         record.check_same(run.config)
         return False
+
+    def check_seeds(self, runs: Sequence[RunSpec]) -> None:
+        """Raises ConfigError where a row has finished other seeds with other settings."""
+        for run in {run.subject: run for run in runs}.values():
+            for seed in self._seeds(run.subject):
+                record = RunRecord(self.workdir(folder_of(run.subject, seed)))
+                if record.state == FINISHED:
+                    record.check_same(ConfigDict({**run.config.to_dict(), "seed": seed}))
 
     def _evaluation(self, record: RunRecord) -> tuple[FindingsBySubject, Facts] | None:
         """The evaluation of a run, empty where the table has none; `None` if not yet finished."""
