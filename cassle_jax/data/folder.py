@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.listing import Skipped, is_folder, list_folders, list_images
+from cassle_jax.data.listing import Skipped, is_folder, list_folders, list_images, local_root
 from cassle_jax.data.sources import (
     Record,
     Source,
@@ -114,13 +114,7 @@ def open_folder(path: str, split: str, classes: str = "") -> FolderSource:
       DataError: the folder or the split is missing or without images, a class is missing or empty,
         or `classes` is set for images without labels.
     """
-    if not path:
-        raise DataError("data.path='' names no folder; give the root of <split>/<class>/<file>")
-    top = pathlib.Path(path_of(path)).absolute()
-    if not is_folder(top):
-        raise DataError(
-            f"data.path={path!r} is not a folder; give the root of <split>/<class>/<file>"
-        )
+    top = local_root(path, "the root of <split>/<class>/<file>")
     root = _root_of(top, split)
     files, skipped = list_images(root)
     if not files:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Shaped
 
 from cassle_jax.data.decode import SIDEWAYS, open_image, orientation_of
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.listing import is_folder, list_folders, list_images
+from cassle_jax.data.listing import is_folder, list_folders, list_images, local_root
 from cassle_jax.data.sources import (
     Record,
     Source,
@@ -27,7 +27,7 @@ from cassle_jax.data.sources import (
     read_image,
 )
 from cassle_jax.faults import reason_of
-from cassle_jax.storage import open_to_read, path_of, read_whole
+from cassle_jax.storage import open_to_read, read_whole
 
 CELEBA_POINTS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 CELEBA_SIZE = (218, 178)  # height and width, pixels
@@ -64,7 +64,7 @@ class LandmarkFolder:
           DataError: a folder or table is missing; an image has no line or a line no image; a line
             is not a name and this number of numbers; an image cannot be read.
         """
-        root = pathlib.Path(path_of(path)).absolute()
+        root = local_root(path, "the root of <split>/<file>")
         self.name = self.root = str(root / split)
         table = root / f"{split}.csv"
         self._files = _image_files(root, split)
@@ -145,8 +145,6 @@ def _in_square(
 
 
 def _image_files(root: pathlib.Path, split: str) -> list[str]:
-    if not is_folder(root):
-        raise DataError(f"data.path={str(root)!r} is not a folder; give the root of <split>/<file>")
     folder = root / split
     if not is_folder(folder):
         there = list_folders(root)

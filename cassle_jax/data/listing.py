@@ -12,7 +12,7 @@ from etils import epath
 from cassle_jax.data.decode import EXTENSIONS
 from cassle_jax.data.errors import DataError
 from cassle_jax.faults import passing
-from cassle_jax.storage import on_object_store
+from cassle_jax.storage import on_object_store, path_of
 
 LOG = logging.getLogger(__name__)
 
@@ -102,6 +102,24 @@ def _images(
             yield path
         else:
             skipped.note(kind, path)
+
+
+def local_root(path: str, wanted: str) -> pathlib.Path:
+    """The absolute path of the local folder that `data.path` gives.
+
+    Args:
+      path: the setting.
+      wanted: the folder it should give, for the message.
+
+    Raises:
+      DataError: it is empty, no folder, or on an object store.
+    """
+    if on_object_store(path):
+        raise DataError(f"data.path={path!r} is on an object store; mount it, and give {wanted}")
+    root = pathlib.Path(path_of(path)).absolute()
+    if not path or not is_folder(root):
+        raise DataError(f"data.path={path!r} is not a folder; give {wanted}")
+    return root
 
 
 def is_folder(path: epath.PathLike) -> bool:

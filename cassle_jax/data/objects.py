@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.factors import COLOUR, Factor
-from cassle_jax.data.listing import is_folder
+from cassle_jax.data.listing import is_folder, local_root
 from cassle_jax.data.sources import (
     Record,
     Source,
@@ -22,7 +22,7 @@ from cassle_jax.data.sources import (
     read_image,
 )
 from cassle_jax.faults import reason_of
-from cassle_jax.storage import is_there, path_of, read_whole
+from cassle_jax.storage import is_there, read_whole
 
 LATENTS = 7
 """Numbers per image: angles about x, y and z, floor hue, light θ, light φ, light hue."""
@@ -73,11 +73,7 @@ class RenderedObjects:
           DataError: the folder, the list, a class, or the first object's images or numbers are
             missing or of another form.
         """
-        root = pathlib.Path(path_of(path)).absolute()
-        if not is_folder(root):
-            raise DataError(
-                f"data.path={path!r} is not a folder; give the root of <class>/<object>/image_0.jpg"
-            )
+        root = local_root(path, "the root of <class>/<object>/image_0.jpg")
         self._list = root / f"{split}_images.npy"
         self._objects = _listed(self._list)
         self.name, self.root = f"{root} {split}", str(root)

@@ -16,10 +16,18 @@ import numpy as np
 
 from cassle_jax.data.decode import EXTENSIONS, check_bytes
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.listing import CIRCLE, DANGLING, HIDDEN, SPECIAL, Skipped, is_folder
+from cassle_jax.data.listing import (
+    CIRCLE,
+    DANGLING,
+    HIDDEN,
+    SPECIAL,
+    Skipped,
+    is_folder,
+    local_root,
+)
 from cassle_jax.data.sources import FileOfMany, Record, check_index, content_of_files, digest_of
 from cassle_jax.faults import hurry, reason_of
-from cassle_jax.storage import check_ends, open_to_read, path_of
+from cassle_jax.storage import check_ends, open_to_read
 
 T = TypeVar("T")
 
@@ -158,9 +166,7 @@ def open_tars(path: str, split: str) -> TarSource:
     Raises:
       DataError: there are no such files, or an error of `TarSource`.
     """
-    folder = pathlib.Path(path_of(path))
-    if not path or not is_folder(folder):
-        raise DataError(f"data.path={path!r} is not a folder; give the folder of the tar files")
+    folder = local_root(path, "the folder of the tar files")
     inside = folder / split
     tars = _tars_in(inside) if is_folder(inside) else []
     tars = tars or _named_after(split, _tars_in(folder))

@@ -10,7 +10,10 @@ import pytest
 from cassle_jax.data import DataError, listing, open_source
 from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.folder import open_folder
+from cassle_jax.data.landmarks import LandmarkFolder
+from cassle_jax.data.objects import RenderedObjects
 from cassle_jax.data.sources import content_of, content_of_files
+from cassle_jax.data.tar import open_tars
 
 
 @pytest.fixture
@@ -201,6 +204,22 @@ def test_a_bucket_is_asked_for_its_folder(monkeypatch):
     )
     monkeypatch.setattr(listing, "epath", there)
     assert listing.is_folder("gs://b/there") and not listing.is_folder("gs://b/gone")
+
+
+@pytest.mark.parametrize(
+    "opens",
+    [
+        lambda path: open_folder(path, "train"),
+        lambda path: open_tars(path, "train"),
+        lambda path: LandmarkFolder(path, "train", 2),
+        lambda path: RenderedObjects(path, "train"),
+    ],
+)
+def test_a_bucket_is_to_be_mounted_and_no_path_is_refused(opens):
+    with pytest.raises(DataError, match=r"^data\.path='gs://b/c' is on an object store; mount it,"):
+        opens("gs://b/c")
+    with pytest.raises(DataError, match=r"^data\.path='' is not a folder; give the "):
+        opens("")
 
 
 def test_labels_that_are_no_text_are_one_line(tree):

@@ -357,7 +357,7 @@ def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
         prepare(settings(images), ["train"], str(tmp_path / "file"), HOW, **BAD)
     with pytest.raises(ConfigError, match="--to=gs://b is no local folder"):
         prepare(settings(images), ["train"], "gs://b", HOW, **BAD)
-    with pytest.raises(DataError, match="--path='' names no folder"):
+    with pytest.raises(DataError, match="--path='' is not a folder; give the root of"):
         prepare(settings(""), ["train"], str(tmp_path / "to"), HOW, **BAD)
 
 
