@@ -103,9 +103,8 @@ def test_prepared_images_decode_faster_and_show_almost_the_same(work):
     assert [row.name for row in rows if "kept" in row.name][::3] == ["100% kept", "0% kept"]
 
 
-@pytest.mark.parametrize(
-    "measure", everyday([training.whole_run, training.resident], training.resident)
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("measure", [training.whole_run, training.resident])
 def test_a_run_beside_synthetic_data(work, measure):
     fed, *others, synthetic = ours(measure(work))
     assert fed.values[0] > 0 and synthetic.ratio == fed.values[0] / synthetic.values[0]

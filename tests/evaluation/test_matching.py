@@ -36,6 +36,7 @@ from tests.evaluation.analysed import (
     pictures,
     similarity_of_different,
 )
+from tests.everyday import everyday
 
 IMAGES = pictures(14)
 
@@ -123,8 +124,11 @@ def test_only_a_conditioned_projector_takes_a_descriptor(settings, takes):
     assert projector_takes_omega(Conditioning(**settings)) == takes
 
 
-@pytest.mark.parametrize(("size", "count", "holes"), [(8, 1, 0), (8, 2, 0), (13, 1, 0), (24, 4, 3)])
-def test_devices_batches_padding_and_damage_change_nothing(measured, size, count, holes):
+@pytest.mark.parametrize(
+    "how", everyday([(8, 1, 0), (8, 2, 0), (13, 1, 0), (24, 4, 3)], (24, 4, 3))
+)
+def test_devices_batches_padding_and_damage_change_nothing(measured, how):
+    size, count, holes = how
     assert_equal(match(size=size, count=count, holes=holes), measured)
 
 

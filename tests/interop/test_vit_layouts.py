@@ -16,6 +16,7 @@ from cassle_jax.interop.architecture import ViTArchitecture, architecture_of
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.subjects import open_subject
+from tests.everyday import everyday_pairs
 from tests.interop.states import assert_same, encoder_state, encoder_variables
 
 WIDTH, HEADS, DEPTH, PATCH, SIDE = 24, 2, 2, 14, 3
@@ -203,8 +204,17 @@ def assert_equal(ours, theirs):
     assert np.abs(ours - theirs).max() < 1e-5 * max(1, np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("size", [SIZE, 2 * PATCH, 5 * PATCH])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    everyday_pairs(
+        KINDS,
+        [SIZE, 2 * PATCH, 5 * PATCH],
+        ("dinov2", 2 * PATCH),
+        ("dinov2_reg4", 5 * PATCH),
+        ("dinov2_giant", SIZE),
+        ("dinov2_giant_reg4", 2 * PATCH),
+    ),
+)
 def test_dinov2s_features_are_the_published_equations(tmp_path, kind, size):
     """At the size of its positions, and where the model or the loading interpolates them."""
     state = published(**KINDS[kind])

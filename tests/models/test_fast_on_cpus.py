@@ -9,6 +9,7 @@ from jax import lax
 
 from cassle_jax.models.convolve import convolve
 from cassle_jax.models.pooling import max_pool
+from tests.everyday import everyday_pairs
 
 HOW = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -20,9 +21,25 @@ def value_and_gradients(function, *arguments):
     return function(*arguments), jax.grad(weighed, places)(*arguments)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3), (2, 5), (4, 4), (5, 5)])
-@pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (7, 2), (3, 4)])
-def test_a_convolution_of_a_map_smaller_than_its_kernel_is_a_convolution(size, side, stride):
+SIZES = [(1, 1), (2, 2), (1, 3), (2, 5), (4, 4), (5, 5)]
+KERNELS = {"3": (3, 1), "3 by twos": (3, 2), "7 by twos": (7, 2), "3 by fours": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    everyday_pairs(
+        SIZES,
+        KERNELS,
+        ((1, 1), "3"),
+        ((2, 2), "3 by twos"),
+        ((1, 3), "7 by twos"),
+        ((2, 5), "7 by twos"),
+        ((4, 4), "3"),
+        ((5, 5), "3 by fours"),
+    ),
+)
+def test_a_convolution_of_a_map_smaller_than_its_kernel_is_a_convolution(size, kernel):
+    side, stride = KERNELS[kernel]
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((2, *size, 3)), jnp.float32)
     kernel = jnp.asarray(random.standard_normal((side, side, 3, 4)), jnp.float32)

@@ -5,6 +5,7 @@ import pytest
 
 from cassle_jax.models import ENCODERS, ResNet, make_encoder
 from cassle_jax.models.resnet import Bottleneck
+from tests.everyday import everyday
 
 
 def variables_of(encoder, size=64, channels=3):
@@ -64,19 +65,20 @@ def test_small_images_keep_their_resolution_through_the_first_stage(tiny):
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "parameters"),
-    [
-        ("resnet18", 512, 11_176_512),
-        ("resnet34", 512, 21_284_672),
-        ("resnet50", 2048, 23_508_032),
-        ("resnet101", 2048, 42_500_160),
-        ("resnet152", 2048, 58_143_808),
-        ("wide_resnet50_2", 2048, 66_834_240),
-        ("wide_resnet101_2", 2048, 124_837_696),
-    ],
-)
-def test_sizes_are_torchvisions_without_the_classifier(name, width, parameters):
+SIZES = {
+    "resnet18": (512, 11_176_512),
+    "resnet34": (512, 21_284_672),
+    "resnet50": (2048, 23_508_032),
+    "resnet101": (2048, 42_500_160),
+    "resnet152": (2048, 58_143_808),
+    "wide_resnet50_2": (2048, 66_834_240),
+    "wide_resnet101_2": (2048, 124_837_696),
+}
+
+
+@pytest.mark.parametrize("name", everyday(SIZES, "resnet18", "wide_resnet50_2"))
+def test_sizes_are_torchvisions_without_the_classifier(name):
+    width, parameters = SIZES[name]
     encoder = make_encoder(name)
     params = variables_of(encoder)["params"]
     assert encoder.feature_width == width

@@ -150,6 +150,7 @@ class TestSeeds:
 
         return write
 
+    @pytest.mark.exhaustive
     def test_a_seed_is_found(self, with_seed):
         assert not failures(with_seed(1), "backbone_features.npz")
 
