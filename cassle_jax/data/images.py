@@ -31,7 +31,7 @@ class Images:
         short_side: int = 0,
         cache_bytes: int = 0,
     ):
-        """Sets up; nothing is read.
+        """Reads nothing, except a few images where `cache_bytes` holds a part of the dataset.
 
         Args:
           source: the dataset.
