@@ -418,12 +418,14 @@ def define_flags(into: flags.FlagValues) -> None:
         "cache_gib",
         CACHE_GIB,
         "Bound of the cache's size, GiB; the least recently read features go first.",
+        lower_bound=0,
         flag_values=into,
     )
     flags.DEFINE_integer(
         "max_pixels",
         MAX_PIXELS,
         "Most pixels of an image; one with more counts as damaged.",
+        lower_bound=1,
         flag_values=into,
     )
     for name, each in all_settings().items():
@@ -449,6 +451,7 @@ def check_options(options: Sequence[str]) -> None:
         raise ConfigError(f"evaluation: {error}") from error
     if rest:
         raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")
+    check_names(datasets_in(values.datasets), values.tasks)
     checked_settings(_settings_in(values))
 
 

@@ -633,6 +633,10 @@ def test_the_former_spelling_says_where_the_command_is(tmp_path):
         ("--neighbours=0", r"^neighbours=0 must be at least 1$"),
         ("--limit=many", r"^limit='many' is invalid; use a whole number$"),
         ("--cache_gib=much", r"^evaluation: .*cache_gib"),
+        ("--cache_gib=-1", r"^evaluation: .*cache_gib=-1: .* non-negative"),
+        ("--max_pixels=0", r"^evaluation: .*max_pixels=0: .* positive"),
+        ("--tasks=knn,lineer", r"^tasks='lineer' is unknown; .*did you mean 'linear'\?$"),
+        ("--datasets=cifar", r"^datasets='cifar' is unknown; "),
         ("limit=3", r"^evaluation: 'limit=3' is not an option; options begin with --$"),
     ],
 )
