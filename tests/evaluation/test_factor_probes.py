@@ -67,6 +67,32 @@ def test_a_class_is_scored_above_the_most_frequent_one():
     assert flat["shape"] == pytest.approx(0)
 
 
+def test_a_class_of_few_rows_is_probed_wherever_they_are():
+    features = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    for row in range(20):
+        labels = {"shape": np.where(np.arange(20) == row, "square", "disc")}
+        read = probe_factors(features, labels, features, labels, {"shape": "class"})
+        assert read["shape"] == pytest.approx(round(read["shape"]))
+
+
+def test_what_little_features_differ_in_is_read():
+    generator = np.random.default_rng(0)
+    details = generator.normal(size=(1500, 256))
+    features = (generator.normal(size=(1500, 1)) + 3e-3 * details).astype(np.float32)
+    factor = details[:, :5].sum(axis=1)
+    fitted, tested = slice(0, 1000), slice(1000, None)
+    score = probe_factors(
+        features[fitted],
+        {"size": factor[fitted]},
+        features[tested],
+        {"size": factor[tested]},
+        {"size": "value"},
+    )["size"]
+    scaled = StandardScaler().fit(features[fitted].astype(np.float64)).transform(features)
+    ridge = Ridge(alpha=1e-5 * 1000, solver="svd").fit(scaled[fitted], factor[fitted])
+    assert score == pytest.approx(r2_score(factor[tested], ridge.predict(scaled[tested])), abs=1e-4)
+
+
 def test_an_angle_knows_no_seam():
     (train, train_factors), (test, test_factors) = scenes(500, seed=1), scenes(300, seed=2)
     turned = {"hue": test_factors["hue"] + 2 * np.pi}
