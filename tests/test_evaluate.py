@@ -246,7 +246,7 @@ def test_a_call_that_ends_early_loses_no_result_of_an_earlier_one(run, tmp_path,
     assert report["kept"] == {}
 
 
-def test_only_protocols_whose_own_settings_changed_run_again(run, tmp_path, monkeypatch):
+def test_only_protocols_whose_settings_changed_run_again(run, tmp_path, monkeypatch):
     done = []
 
     def watched(name):
@@ -266,6 +266,9 @@ def test_only_protocols_whose_own_settings_changed_run_again(run, tmp_path, monk
         ("spectrum", {"seed": 0}),
         ("knn", {"neighbours": 3}),
     ]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7)  # as --max_pixels does
+    evaluate(run, tmp_path, "knn", "spectrum", neighbours=3)
+    assert len(done) == 5
 
 
 def write_images(root, counts, names=("a", "b", "c", "d")):

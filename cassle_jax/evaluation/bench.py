@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from cassle_jax.data import Source
 from cassle_jax.data.datasets import EvaluationData
@@ -47,10 +48,11 @@ class Bench:
         parts = (self.data.train, self.data.val, self.data.test)
         images = [None if part is None else described(part) for part in parts]
         data = self.data.name, self.data.task, self.data.metric, self.data.ten_crops
-        batches = self.store.batch, self.store.limit
+        # Images of more pixels are left out.
+        reading = self.store.batch, self.store.limit, Image.MAX_IMAGE_PIXELS
         devices = self.mesh.size, computed_on(self.mesh)
         weights = self.subject.whole_fingerprint()
-        return repr((weights, data, images, batches, devices, code_fingerprint()))
+        return repr((weights, data, images, reading, devices, code_fingerprint()))
 
     @cached_property
     def train(self) -> Features:
