@@ -347,8 +347,10 @@ def _contents_html(names: Sequence[str]) -> str:
 def _task_html(subjects: FindingsBySubject, task: str, pairing: Pairing) -> str:
     names = list(subjects)
     rows, charts = rows_of(subjects, task), charts_of(subjects, task)
-    parts = [_scores_html(names, rows, title_of(task), pairing)] if rows else []
-    if changed := difference_rows(rows, pairing):
+    changed = difference_rows(rows, pairing)
+    shaded_by = pairing if changed else Pairing()
+    parts = [_scores_html(names, rows, title_of(task), shaded_by)] if rows else []
+    if changed:
         title = "Difference to the baseline, same seeds"
         table = _scores_html(names, changed, f"{title_of(task)}: {title.lower()}")
         parts.append(f"<details><summary>{title}</summary>{table}</details>")

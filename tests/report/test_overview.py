@@ -165,15 +165,22 @@ def test_many_metrics_are_a_heat_map_with_its_numbers(tmp_path):
     assert page.rows[1][1::2] == ["0.500", "1.000", "0.250"]
 
 
-def test_without_baselines_shades_are_differences_to_the_mean(tmp_path):
+@pytest.mark.parametrize(
+    "pairing",
+    [
+        Pairing({name: [0] for name in ("plain", "CASSLE", "AugSelf")}),
+        Pairing(against={"CASSLE": "plain", "AugSelf": "plain"}),  # of weights without a seed
+    ],
+)
+def test_without_differences_to_a_baseline_shades_are_to_the_mean(tmp_path, pairing):
     probes = [f"R² of {i}" for i in range(14)]
     values = {"plain": 0.5, "CASSLE": 0.875, "AugSelf": 0.375}  # of mean 7/12
     subjects = {
         name: [[score("d", value, metric, True, "probes") for metric in probes]]
         for name, value in values.items()
     }
-    pairing = Pairing({name: [0] for name in values})
     page = Page(write_report(tmp_path, subjects, pairing=pairing).read_text())
+    assert "than the mean of the row" in (tmp_path / "report.html").read_text()
     cells = [a for tag, a in page.elements if tag == "td" and "number" in a.get("class", "")][:3]
     shades = [(each["class"].split()[1:], each.get("style")) for each in cells]
     assert [kind for kind, _ in shades] == [["worse"], ["better"], ["worse"]]
