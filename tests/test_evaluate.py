@@ -393,6 +393,18 @@ def test_an_outage_ends_the_command_and_no_task_waits_for_it_again(run, tmp_path
     assert not is_complete(tmp_path / "report" / "report.json")
 
 
+def test_a_report_that_cannot_be_read_is_refused_before_anything_is_measured(
+    run, tmp_path, capsys, monkeypatch
+):
+    never = dataclasses.replace(PROTOCOLS["knn"], run=lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setitem(PROTOCOLS, "knn", never)
+    (tmp_path / "report.json").mkdir()
+    options = "--datasets=scenes", "--tasks=knn", "--limit=96", "--batch=32", f"--to={tmp_path}"
+    assert run_command("evaluate", f"--run={run}", *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {tmp_path / 'report.json'}: Is a directory"
+
+
 def test_a_page_that_cannot_be_written_is_told_while_it_grows_and_at_its_end(
     run, tmp_path, monkeypatch, caplog
 ):

@@ -27,6 +27,9 @@ class GrowingReport:
       seeds: seeds by subject where they are known, see `Pairing`.
       writes: whether this process writes the files; one of several processes does.
 
+    Raises:
+      OSError, Outage: an earlier report there cannot be read, for good or for now.
+
     Attributes:
       folder: the folder of the report.
     """
@@ -47,7 +50,7 @@ class GrowingReport:
         self._kept: dict[str, Sequence[Finding]] = {}
         try:
             self._kept = read_parts(folder / JSON)
-        except (OSError, ConfigError) as error:
+        except ConfigError as error:
             LOG.warning("%s cannot be read and is made anew: %s", folder / JSON, error)
 
     @property
