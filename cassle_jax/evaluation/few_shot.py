@@ -105,7 +105,9 @@ def few_shot(
     right, converged = [], []
     for part in _parts(drawn, together):
         fit = fit_one_against_rest(features[part[:, :, :shots]])
-        right.append(_count_right(features[part[:, :, shots:]], fit.weights, fit.intercepts))
+        # The mean over the classes changes no choice. Without it, float32 holds what differs.
+        thetas = ((each - each.mean(axis=1, keepdims=True)).astype(np.float32) for each in fit[:2])
+        right.append(_count_right(features[part[:, :, shots:]], *thetas))
         converged.append(fit.converged.all(axis=1))
     right, converged = (np.concatenate(parts)[:episodes] for parts in (right, converged))
     if not converged.all():
@@ -170,8 +172,8 @@ def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:
 @jax.jit
 def _count_right(
     queries: Float32[Array | np.ndarray, "episodes ways queries features"],
-    weights: Float32[Array, "episodes ways features"],
-    intercepts: Float32[Array, "episodes ways"],
+    weights: Float32[Array | np.ndarray, "episodes ways features"],
+    intercepts: Float32[Array | np.ndarray, "episodes ways"],
 ) -> Int[Array, " episodes"]:
     """The number of queries classified correctly, per episode."""
     scores = jnp.einsum("evqd,ewd->evqw", queries, weights, precision=jax.lax.Precision.HIGHEST)

@@ -65,7 +65,7 @@ class LogisticPath:
         self, features: Float[np.ndarray, "rows features"]
     ) -> Int[np.ndarray, "penalties rows"]:
         """The most probable class of every row, for each penalty; ties go to the first class."""
-        with _widest_floats():
+        with widest_floats():
             weights, biases = jnp.asarray(self.weights), jnp.asarray(self.biases)
             found = [
                 np.asarray(_most_probable(weights, biases, jnp.asarray(block, float)))
@@ -119,7 +119,7 @@ def fit_logistic(
     check_at_least("max_steps", max_steps, 1)
 
     order, lots = _lots(penalties, together)
-    with _widest_floats():
+    with widest_floats():
         rotated, axes = _on_device(features)
         floats = (jnp.asarray(each, float) for each in (lots, _rotated_start(start, axes, classes)))
         solved = _solve_lots(jnp.asarray(labels, jnp.int32), rotated, *floats, max_steps)
@@ -209,7 +209,7 @@ def _is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _widest_floats():
+def widest_floats():
     """A context in which JAX computes in float64, except on TPUs."""
     return jax.enable_x64(jax.default_backend() != "tpu")
 

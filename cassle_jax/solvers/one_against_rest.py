@@ -6,8 +6,9 @@ of a constant one and is penalised like the others. The objective is strictly co
 optimum.
 
 The optimum lies in the span of an episode's N·K images. So each episode is rotated onto the
-principal axes of that span (in float64, on the host), which leaves the penalty unchanged. Newton's
-method solves all classes of many episodes there in one batch.
+principal axes of that span (on the host), which leaves the penalty unchanged. Newton's method
+solves all classes of many episodes there in one batch. All is computed in float64, except that TPUs
+have only float32: where features differ little from their mean, float32 loses what they differ in.
 """
 
 from functools import partial
@@ -16,11 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64
+from jaxtyping import Array, Bool, Float, Float64
+
+from cassle_jax.solvers.logistic import widest_floats
 
 _TOLERANCE = 1e-6
 _MAX_STEPS = 50
-_LONGEST = 1e4
+_LONGEST = {np.float32: 1e4, np.float64: 1e7}
 _SEARCH_LENGTHS = 0.5 ** np.arange(16)
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -29,9 +32,9 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 class OneAgainstRest(NamedTuple):
     """Weights, intercept and whether they are the optimum, per episode and class."""
 
-    weights: Float32[Array, "episodes ways features"]
-    intercepts: Float32[Array, "episodes ways"]
-    converged: Bool[Array, "episodes ways"]
+    weights: Float64[np.ndarray, "episodes ways features"]
+    intercepts: Float64[np.ndarray, "episodes ways"]
+    converged: Bool[np.ndarray, "episodes ways"]
 
 
 def fit_one_against_rest(
@@ -40,8 +43,8 @@ def fit_one_against_rest(
     """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of each episode.
 
     A fit has converged when its last Newton step was predicted to lower the objective by less than
-    1e-6 of its value. Images longer than 1e4 never count as converged: in float32 their curvature
-    swallows the penalty's.
+    1e-6 of its value. Images longer than 1e7 (on TPUs 1e4) never count as converged: their
+    curvature swallows the penalty's.
 
     Args:
       support: The features of each episode's classes; used as they are.
@@ -50,44 +53,30 @@ def fit_one_against_rest(
       The classifier that separates each class from the episode's other classes.
     """
     episodes, ways, shots, _ = support.shape
-    images = support.astype(np.float32).reshape(episodes, ways * shots, -1)
+    images = support.astype(np.float64).reshape(episodes, ways * shots, -1)
     images = np.pad(images, ((0, 0), (0, 0), (0, 1)), constant_values=1)
     is_own = np.arange(ways)[:, None] == np.arange(ways).repeat(shots)
-    rows, lengths = _principal_axes(images)
-    return _fit(images, rows, np.where(is_own, np.float32(1), -1), lengths <= _LONGEST)
-
-
-def _principal_axes(
-    images: Float32[np.ndarray, "episodes rows _"],
-) -> tuple[Float32[np.ndarray, "episodes rows rows"], Float64[np.ndarray, " episodes"]]:
-    """Each episode's images on the principal axes of their span; the length of its longest one."""
-    images = images.astype(np.float64)
-    gram = images @ images.swapaxes(1, 2)
-    spectrum, axes = np.linalg.eigh(gram)
-    rows = axes * np.sqrt(spectrum.clip(0))[:, None, :]
-    return rows.astype(np.float32), np.sqrt(gram.max(axis=(1, 2)))
+    spectrum, axes = np.linalg.eigh(images @ images.swapaxes(1, 2))
+    lengths = np.sqrt(spectrum.clip(0))[:, None]
+    with widest_floats():
+        rows, signs = (jnp.asarray(each, float) for each in (axes * lengths, 2 * is_own - 1))
+        solved, converged = map(np.asarray, _newton(rows, signs))
+    # Without a length, an axis has no image to separate, and θ is 0 on it.
+    onto_images = (axes / np.where(lengths > 0, lengths, np.inf)).swapaxes(1, 2)
+    thetas = solved @ onto_images @ images
+    longest = np.linalg.norm(images, axis=2).max(axis=1, keepdims=True)
+    is_solvable = longest <= _LONGEST[solved.dtype.type]
+    return OneAgainstRest(thetas[..., :-1], thetas[..., -1], converged & is_solvable)
 
 
 # E episodes, W ways (one problem each), R rows to fit, A axes of their span.
 
 
 @jax.jit
-def _fit(
-    images: Float32[Array | np.ndarray, "E R D"],
-    rows: Float32[Array | np.ndarray, "E R A"],
-    signs: Float32[Array | np.ndarray, "W R"],
-    is_solvable: Bool[Array | np.ndarray, " E"],
-) -> OneAgainstRest:
-    margins, converged = _newton(jnp.asarray(rows), jnp.asarray(signs))
-    # At the optimum θ is the sum of the images weighted by their residuals, whatever the axes.
-    thetas = _einsum("ewr,erd->ewd", signs * jax.nn.sigmoid(-margins), images)
-    return OneAgainstRest(thetas[..., :-1], thetas[..., -1], converged & is_solvable[:, None])
-
-
 def _newton(
-    rows: Float32[Array, "E R A"], signs: Float32[Array, "W R"]
-) -> tuple[Float32[Array, "E W R"], Bool[Array, "E W"]]:
-    """Minimises ½‖θ‖² + Σ log(1 + exp(−sign·θᵀrow)); returns sign·θᵀrow and what converged."""
+    rows: Float[Array, "E R A"], signs: Float[Array, "W R"]
+) -> tuple[Float[Array, "E W A"], Bool[Array, "E W"]]:
+    """Minimises ½‖θ‖² + Σ log(1 + exp(−sign·θᵀrow)); returns θ and what converged."""
     identity = jnp.eye(rows.shape[2])
 
     def margins_of(thetas):
@@ -115,15 +104,15 @@ def _newton(
     thetas = jnp.zeros((len(rows), len(signs), rows.shape[2]))
     state = (0, thetas, margins_of(thetas), jnp.zeros(thetas.shape[:2], bool))
     _, thetas, _, converged = jax.lax.while_loop(unfinished, improve, state)
-    return margins_of(thetas), converged
+    return thetas, converged
 
 
 def _line_search(
-    thetas: Float32[Array, "E W A"],
-    margins: Float32[Array, "E W R"],
-    direction: Float32[Array, "E W A"],
-    change: Float32[Array, "E W R"],
-) -> Float32[Array, "E W"]:
+    thetas: Float[Array, "E W A"],
+    margins: Float[Array, "E W R"],
+    direction: Float[Array, "E W A"],
+    change: Float[Array, "E W R"],
+) -> Float[Array, "E W"]:
     """The longest step of 1, ½, ¼, … at whose end the objective still falls, or hardly rises.
 
     Slopes are compared, not values: near the optimum, differences of values are all rounding.
@@ -135,6 +124,6 @@ def _line_search(
         return inward - jnp.sum(wrong * change, axis=-1)
 
     allowed = 0.1 * jnp.abs(slope(0.0))
-    lengths = jnp.asarray(_SEARCH_LENGTHS, jnp.float32)
+    lengths = jnp.asarray(_SEARCH_LENGTHS, float)
     within = jax.lax.map(lambda length: slope(length) <= allowed, lengths)
     return lengths[jnp.argmax(within, axis=0)]

@@ -61,6 +61,28 @@ def test_accuracies_are_those_of_scikit_learn(ways, shots, monkeypatch):
     assert 1 / ways < result.mean < 1
 
 
+@pytest.mark.parametrize(("mean", "scale"), [(100, 0.1), (300, 0.3), (0, 1e-6), (0, 1e5)], ids=str)
+def test_accuracies_do_not_depend_on_the_features_mean_and_scale(mean, scale):
+    features, labels = clusters(200, classes=5, width=256)
+    features = (mean + scale * (features - features.mean())).astype(np.float32)
+    result = few_shot(features, labels, episodes=6, shots=2)
+    assert result.converged.all()
+    drawn = few_shot_module._draw([np.flatnonzero(labels == k) for k in range(5)], 5, 18, 6, 0)
+    # In float64, with the bias as the weight of a one.
+    inputs = np.pad(features.astype(np.float64), ((0, 0), (0, 1)), constant_values=1)
+    newton = LogisticRegression(
+        solver="newton-cholesky", fit_intercept=False, tol=1e-13, max_iter=1000
+    )
+    right = []
+    for episode in drawn:
+        support, queries = (inputs[part.ravel()] for part in (episode[:, :2], episode[:, 2:]))
+        fit = OneVsRestClassifier(newton).fit(support, np.repeat(np.arange(5), 2))
+        scores = queries @ np.concatenate([each.coef_ for each in fit.estimators_]).T
+        right.append(np.mean(scores.argmax(axis=1) == np.repeat(np.arange(5), 16)))
+    np.testing.assert_allclose(result.accuracies, right, atol=1e-12)
+    assert np.mean(right) > 0.3
+
+
 def test_episodes_hold_different_classes_and_different_images():
     labels = np.arange(200) % 8
     rows_of = [np.flatnonzero(labels == label) for label in range(8)]
@@ -89,7 +111,7 @@ def test_the_interval_and_the_finding():
 
 
 def test_what_no_fit_can_solve_is_said_of_every_number_of_shots(tmp_path):
-    features, labels = clusters(150, scale=1e5)
+    features, labels = clusters(150, scale=1e8)
     findings = []
     for shots in (1, 5):
         with pytest.warns(UserWarning, match="of 4 episodes did not reach their optimum"):
