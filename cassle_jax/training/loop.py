@@ -437,6 +437,7 @@ def _record_start(
     written(workdir, lambda: record_start(workdir, **start))
     if start["step"] == 0:
         _warn_of_leaks(run.conditioning)
+        _warn_of_shown_omega(run)
         views = workdir / "views.png"
         written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
         LOG.info("what the network sees is in %s; compiling", views)
@@ -476,6 +477,16 @@ def _mend_workdir(
         record_start(workdir, **start)
     except OSError as error:
         LOG.warning("workdir=%s cannot be written: %s", workdir, reason_of(error))
+
+
+def _warn_of_shown_omega(run: Run) -> None:
+    """Logs which objectives ask for an ω that the encoder sees."""
+    if run.auxiliaries and run.conditioning.injection == "image" and run.conditioning.descriptors:
+        LOG.warning(
+            "conditioning.injection='image' shows ω to the encoder, so what %s predicts need not "
+            "be read off the image; conditioning.injection='concat' shows it to the projector alone",
+            ", ".join(each.name for each in run.auxiliaries),
+        )
 
 
 def _warn_of_leaks(conditioning: Conditioning) -> None:

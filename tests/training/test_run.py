@@ -418,3 +418,10 @@ def test_a_descriptor_of_ones_own_is_not_said_to_reveal_the_colour(warnings, mon
 def test_relative_descriptors_of_a_projector_are_warned_of(warnings):
     (told,) = warnings("leak_free", {"conditioning.relative": True})
     assert "conditioning.relative=True" in told and "conditioning.into='predictor'" in told
+
+
+def test_an_encoder_that_sees_what_a_head_predicts_is_warned_of(warnings):
+    shown = {"conditioning.injection": "image"}
+    (line,) = warnings("leak_free,augself=main", shown)
+    assert "shows ω to the encoder, so what augself predicts" in line
+    assert not warnings("leak_free", shown)
