@@ -484,7 +484,7 @@ def _warn_of_shown_omega(run: Run) -> None:
     if run.auxiliaries and run.conditioning.injection == "image" and run.conditioning.descriptors:
         LOG.warning(
             "conditioning.injection='image' shows ω to the encoder, so what %s predicts need not "
-            "be read off the image; conditioning.injection='concat' shows it to the projector alone",
+            "be read off the image; conditioning.injection='concat' keeps ω in the projector",
             ", ".join(each.name for each in run.auxiliaries),
         )
 
