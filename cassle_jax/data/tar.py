@@ -212,7 +212,7 @@ def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]
     as_word = [tar for tar in named if split and word.search(tar.name)]
     if 0 < len(as_word) < len(named):
         other = next(tar.name for tar in named if tar not in as_word)
-        LOG.info("split %r: not reading the tar files of another one, such as %r", split, other)
+        LOG.warning("split %r: not reading the tar files of another one, such as %r", split, other)
     return as_word or named
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
+from PIL import Image
 
 from cassle_jax.checks import is_finite
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
@@ -205,6 +206,7 @@ class FeatureStore:
             spec.mean,
             spec.std,
             short_side,
+            Image.MAX_IMAGE_PIXELS,
             np.asarray(self._subject.conditioning.neutral).tolist(),
         )
         return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()

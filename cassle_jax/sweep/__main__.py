@@ -107,7 +107,7 @@ if __name__ == "__main__":
             command.say(dry_run(request, to_flag.value))
             return
         import_in_processes()
-        # A script's command in the background ignores it, and the jobs that it is to stop would.
+        # A script's background command ignores SIGINT, and so would its jobs, which it must stop.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sweep(
             request,

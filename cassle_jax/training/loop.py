@@ -481,11 +481,13 @@ def _mend_workdir(
 
 def _warn_of_shown_omega(run: Run) -> None:
     """Logs which objectives ask for an ω that the encoder sees."""
-    if run.auxiliaries and run.conditioning.injection == "image" and run.conditioning.descriptors:
+    shown = {name.partition(".")[0] for name in run.conditioning.descriptors}
+    predicted = [each.name for each in run.auxiliaries if shown & {*each.descriptors}]
+    if predicted and run.conditioning.injection == "image":
         LOG.warning(
             "conditioning.injection='image' shows ω to the encoder, so what %s predicts need not "
             "be read off the image; conditioning.injection='concat' keeps ω in the projector",
-            ", ".join(each.name for each in run.auxiliaries),
+            ", ".join(predicted),
         )
 
 

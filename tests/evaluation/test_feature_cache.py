@@ -140,6 +140,9 @@ def test_features_made_in_another_way_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PREPARATION", store.PREPARATION + 1)
     features(Motifs(4, size=16))
     assert kept() == 4
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 2)
+    features(Motifs(4, size=16))
+    assert kept() == 5
 
 
 def test_images_that_are_replaced_while_they_are_read_have_no_features(tmp_path, monkeypatch):

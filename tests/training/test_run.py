@@ -425,3 +425,4 @@ def test_an_encoder_that_sees_what_a_head_predicts_is_warned_of(warnings):
     (line,) = warnings("leak_free,augself=main", shown)
     assert "shows ω to the encoder, so what augself predicts" in line
     assert not warnings("leak_free", shown)
+    assert not warnings("grayscale,augself=main", shown)
