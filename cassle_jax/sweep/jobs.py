@@ -161,7 +161,7 @@ class Local:
     def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
         """Runs commands; calls `on_end` with a command that ended.
 
-        Any error tells the running commands to save and end.
+        Where it raises, the running commands save and end.
 
         Raises:
           KeyboardInterrupt: Ctrl-C.

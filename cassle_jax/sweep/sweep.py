@@ -77,11 +77,7 @@ def sweep(
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
-    folder = Path(known_path(local_folder("to", folder), setting="to").resolve())
-    if "%" in str(folder):
-        raise ConfigError(
-            f"to={folder} has a %, for which submitit and SLURM put numbers; use another folder"
-        )
+    folder = _known_folder(folder)
     check_writable("to", folder)
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
@@ -118,13 +114,23 @@ def dry_run(request: SweepRequest, folder: epath.PathLike) -> str:
       folder: folder of the sweep; need not exist.
 
     Raises:
-      ConfigError: an invalid setting, or a run of the folder has other settings.
+      ConfigError: an invalid setting or folder, or a run of the folder has other settings.
     """
     runs = runs_of(request)
-    lines = _RunLines(Path(known_path(local_folder("to", folder), setting="to").resolve()), runs)
+    lines = _RunLines(_known_folder(folder), runs)
     states = [lines.state(run) for run in runs]
     listed = [f"{run.name}: {state}" for run, state in zip(runs, states, strict=True)]
     return "\n".join([*listed, _count(runs, states)])
+
+
+def _known_folder(to: epath.PathLike) -> Path:
+    """The absolute path of a sweep's folder; raises ConfigError where none can be there."""
+    folder = Path(known_path(local_folder("to", to), setting="to").resolve())
+    if "%" in str(folder):
+        raise ConfigError(
+            f"to={folder} has a %, for which submitit and SLURM put numbers; use another folder"
+        )
+    return folder
 
 
 def _count(runs: Sequence[RunSpec], states: Sequence[str]) -> str:
