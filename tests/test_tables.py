@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import signal
@@ -364,9 +365,13 @@ def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tm
     settings = {"overrides": LONG, "parallel": 2}
     run_table(PAIR, tmp_path, seeds=(0,), **settings)
     other = {**settings, "overrides": (*LONG, "optimizer.weight_decay=0.5")}
-    said = r"-0 holds a run with other settings \(optimizer\.weight_decay=0\.5 was "
-    with pytest.raises(ConfigError, match=said):
+    said = (
+        r"^(.*-0) holds a seed of row .* with other settings \(optimizer\.weight_decay=0\.5 was "
+        r".*, or move \1 away$"
+    )
+    with pytest.raises(ConfigError, match=said) as refused:
         run_table(PAIR, tmp_path, seeds=(1,), **other)
+    assert "\n" not in str(refused.value)
     assert len(pool.ran) == 3
     run_table(PAIR, tmp_path, seeds=(1,), **settings)
     assert len(pool.ran) == 6
@@ -377,6 +382,19 @@ def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, po
     with pytest.raises(ConfigError, match=rf"^weights_of={lender} holds no runs; use the folder"):
         run_table(PAIR, tmp_path / "to", minutes=60.0, weights_of=[lender], **settings)
     assert not pool.ran
+    run_table(PAIR, tmp_path / "to", **settings)
+    run_table(PAIR, tmp_path / "to", weights_of=[lender], **settings)  # it lacks no run
+
+
+def test_a_damaged_record_of_the_evaluation_is_reported(tmp_path, pool, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("cassle_jax"), "propagate", True)
+    settings = {"overrides": LONG, "parallel": 2, "seeds": (0,)}
+    run_table(PAIR, tmp_path, **settings)
+    assert "damaged" not in caplog.text
+    (tmp_path / "table.json").write_bytes(b"{")
+    run_table(PAIR, tmp_path, **settings)
+    assert f"{tmp_path / 'table.json'} is damaged; the evaluation of this call" in caplog.text
+    assert json.loads((tmp_path / "table.json").read_text())["table"] == PAIR.title
 
 
 def test_a_measurement_that_is_damaged_is_taken_again(tmp_path, pool, monkeypatch):

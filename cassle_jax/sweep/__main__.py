@@ -104,7 +104,7 @@ if __name__ == "__main__":
             draw_seed=draw_seed_flag.value,
         )
         if dry_flag.value:
-            command.say(dry_run(request, to_flag.value))
+            command.say(dry_run(request, to_flag.value, where_flag.value))
             return
         import_in_processes()
         # A script's background command ignores SIGINT, and so would its jobs, which it must stop.

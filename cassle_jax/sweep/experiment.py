@@ -21,6 +21,7 @@ from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
 from cassle_jax.storage import (
     check_writable,
+    is_there,
     kept_json,
     local_folder,
     make_shared,
@@ -109,7 +110,7 @@ def run_table(
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
     to = Path(known_path(local_folder("to", to), setting="to").resolve())
-    lenders = _lenders(weights_of)
+    lenders = [Path(path_of(lender)).resolve() for lender in weights_of]
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)
@@ -123,6 +124,8 @@ def run_table(
     with folder_held_for("table", to):
         retried(f"to={to}", lambda: make_shared(to / "compiled"))
         results = _Results(to, table, protocol)
+        if any(results.lacks(run) for run in runs):
+            _check_lenders(lenders)
         pool = WorkerPool(parallel, 60 * call_minutes)
         if plan := _plan(to, minutes, runs, protocol, pool, toy):
             steps = min([plan.steps, *(run.config.steps for run in runs)])
@@ -198,13 +201,11 @@ def _missing_jobs(
     ]
 
 
-def _lenders(weights_of: Sequence[str]) -> list[Path]:
-    """The folders of other tables; raises ConfigError for one that holds no runs."""
-    folders = [Path(path_of(folder)).resolve() for folder in weights_of]
+def _check_lenders(folders: Sequence[Path]) -> None:
+    """Raises ConfigError for a folder without runs, whose weights cannot replace pretraining."""
     for folder in folders:
         if not (folder / "runs").is_dir():
             raise ConfigError(f"weights_of={folder} holds no runs; use the folder of a table")
-    return folders
 
 
 def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
@@ -230,7 +231,13 @@ class _Results:
         self._written = time.monotonic()
         facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
         path = folder / TABLE_FILE
-        saved = kept_json(path) or facts
+        saved = kept_json(path)
+        if saved is None and is_there(path):
+            LOG.warning(
+                "%s is damaged; the evaluation of this call is taken for that of all runs here",
+                path,
+            )
+        saved = saved or facts
         # Settings that an older version lacked count as today's defaults.
         saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
         for name, value in facts.items():
@@ -245,24 +252,33 @@ class _Results:
         return workdir_of(self._folder, name)
 
     def is_missing(self, run: RunSpec) -> bool:
-        """Whether a run must be executed; a diverged run would diverge again.
+        """Whether a run must be executed.
 
         Raises:
           ConfigError: the folder holds the run with other settings.
         """
-        record = RunRecord(self.workdir(run.name))
-        if record.state != DIVERGED and self._evaluation(record) is None:
+        if self.lacks(run):
             return True
-        record.check_same(run.config)
+        RunRecord(self.workdir(run.name)).check_same(run.config)
         return False
+
+    def lacks(self, run: RunSpec) -> bool:
+        """Whether a run has no results yet; a diverged run would diverge again."""
+        record = RunRecord(self.workdir(run.name))
+        return record.state != DIVERGED and self._evaluation(record) is None
 
     def check_seeds(self, runs: Sequence[RunSpec]) -> None:
         """Raises ConfigError where a row has finished other seeds with other settings."""
         for run in {run.subject: run for run in runs}.values():
             for seed in self._seeds(run.subject):
                 record = RunRecord(self.workdir(folder_of(run.subject, seed)))
-                if record.state == FINISHED:
-                    record.check_same(ConfigDict({**run.config.to_dict(), "seed": seed}))
+                same = ConfigDict({**run.config.to_dict(), "seed": seed})
+                if record.state == FINISHED and (changed := record.changes(same)):
+                    raise ConfigError(
+                        f"{record.folder} holds a seed of row {run.subject!r} with other settings "
+                        f"({'; '.join(changed)}), and a mean of both would be wrong; use another "
+                        f"folder (--to), the settings of that run, or move {record.folder} away"
+                    )
 
     def _evaluation(self, record: RunRecord) -> tuple[FindingsBySubject, Facts] | None:
         """The evaluation of a run, empty where the table has none; `None` if not yet finished."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from cassle_jax.training.metrics import read_lines, read_metrics
 from cassle_jax.training.workdir import known_path
 
 LOG = logging.getLogger("cassle_jax.sweep")
+
+# Parts of a path for which submitit puts the numbers of jobs, and SLURM any number.
+NUMBERED = {"local": "%[jtaA]", "slurm": "%"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +77,10 @@ def sweep(
       Stop: some runs failed, or Ctrl-C; the same sweep resumes.
     """
     evaluation = evaluation or EvaluationOptions()
-    check_one_of("where", where, ("local", "slurm"))
     runs = runs_of(request)
     check_names(evaluation.datasets, evaluation.tasks)
     check_options(evaluation.options)
-    folder = _known_folder(folder)
+    folder = _known_folder(folder, where)
     check_writable("to", folder)
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
@@ -106,29 +109,32 @@ def sweep(
     return page
 
 
-def dry_run(request: SweepRequest, folder: epath.PathLike) -> str:
+def dry_run(request: SweepRequest, folder: epath.PathLike, where: str = "local") -> str:
     """Lists a sweep's runs with their states, one line per run; starts and writes nothing.
 
     Args:
       request: configuration and values of the runs.
       folder: folder of the sweep; need not exist.
+      where: `local`, or `slurm`.
 
     Raises:
       ConfigError: an invalid setting or folder, or a run of the folder has other settings.
     """
     runs = runs_of(request)
-    lines = _RunLines(_known_folder(folder), runs)
+    lines = _RunLines(_known_folder(folder, where), runs)
     states = [lines.state(run) for run in runs]
     listed = [f"{run.name}: {state}" for run, state in zip(runs, states, strict=True)]
     return "\n".join([*listed, _count(runs, states)])
 
 
-def _known_folder(to: epath.PathLike) -> Path:
+def _known_folder(to: epath.PathLike, where: str) -> Path:
     """The absolute path of a sweep's folder; raises ConfigError where none can be there."""
+    check_one_of("where", where, NUMBERED)
     folder = Path(known_path(local_folder("to", to), setting="to").resolve())
-    if "%" in str(folder):
+    if numbered := re.search(NUMBERED[where], str(folder)):
         raise ConfigError(
-            f"to={folder} has a %, for which submitit and SLURM put numbers; use another folder"
+            f"to={folder} has {numbered[0]}, for which submitit and SLURM put numbers; use another "
+            "folder"
         )
     return folder
 

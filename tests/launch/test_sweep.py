@@ -601,12 +601,23 @@ def test_a_quote_without_its_end_is_told_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["5%an", "5%jn"])
-def test_a_folder_that_submitit_would_rename_is_refused(tmp_path, capsys, name):
-    assert sweep_here(tmp_path / name, "--grid=seed=0") == 2
-    said = f"error: to={tmp_path / name} has a %, for which submitit and SLURM put numbers; use"
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [("5%an", (), "%a"), ("5%jn", (), "%j"), ("5%", ("--where=slurm", "--dry_run"), "%")],
+)
+def test_a_folder_that_submitit_would_rename_is_refused(tmp_path, capsys, name, options, part):
+    assert sweep_here(tmp_path / name, "--grid=seed=0", *options) == 2
+    said = f"error: to={tmp_path / name} has {part}, for which submitit and SLURM put numbers; use"
     assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / name).exists()
+
+
+def test_any_other_percent_sign_is_a_part_of_a_name(tmp_path, capsys):
+    folder = tmp_path / "50%"
+    assert sweep_here(folder, "--grid=seed=0", "--dry_run") == 0
+    executor = submitit.LocalExecutor(folder / "jobs")
+    executor.update_parameters(timeout_min=1)
+    assert executor.submit(str.upper, "a").result() == "A"
 
 
 def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
