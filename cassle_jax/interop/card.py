@@ -52,6 +52,8 @@ def run_card(
         if name in METRICS
     }
     data = config.data.to_dict()
+    if data["source"] != "tfds":
+        data["name"] = ""  # left over from the configuration, and not read
     dataset = {name: data[name] for name in ("source", "name", "train_split", "classes")}
     if "images" in start:
         dataset["images"] = start["images"]

@@ -76,6 +76,7 @@ CARD = {
 def run_config():
     config = tiny_config("method=moco_v2,augself=main")
     config.encoder.name, config.encoder.width = "resnet18", 4
+    config.data.name = "cifar10"  # which the source, scenes, does not read
     return config
 
 
