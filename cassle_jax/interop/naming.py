@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from cassle_jax.interop.pytorch import State
+from cassle_jax.models.vit import rotary_periods
 
 VIT_ARRAYS = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}
 VIT_MODULES = {"patch_embed.proj": "conv_proj", "norm": "encoder.ln"}
@@ -30,8 +31,7 @@ VIT_BLOCK_ARRAYS = {
 # Names in other projects and here.
 DINOV2 = {"reg_token": "register_tokens"}
 DINOV3 = {"storage_tokens": "reg_token", "rope_embed.periods": "pos_embed"}
-# The periods of DINOv3's rotary positions for a head of 64 channels: 16 for each axis.
-DINOV3_PERIODS = np.float32(100.0) ** (np.arange(16, dtype=np.float32) / 16)
+DINOV3_PERIODS = 16  # for each axis, as its heads have 64 channels
 DINOV2_SWIGLU = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
 # Names of Hugging Face's ViTModel, ViTMAEModel, Dinov2Model and DINOv3ViTModel, in their files and
 # in the `state_dict()` of transformers 5. A name comes before the names that it contains.
@@ -192,7 +192,7 @@ def _from_hugging_face(state: State, prefix: str) -> State:
         if name.startswith(prefix)
     }
     if f"{prefix}embeddings.patch_embeddings.weight" in state:  # as DINOv3 alone calls it
-        inner["pos_embed"] = DINOV3_PERIODS
+        inner["pos_embed"] = rotary_periods(DINOV3_PERIODS)
     for name, array in inner.items():
         part = re.fullmatch(r"(.+)\.attention\.(query|key|value)\.(.+)", name)
         gated = name.replace(".mlp.gate_proj.", ".mlp.fc1.")

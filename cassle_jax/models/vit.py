@@ -97,6 +97,11 @@ def _bicubic(side: int, size: int, offset: float) -> Float32[np.ndarray, "size s
     return weights
 
 
+def rotary_periods(count: int) -> Float32[np.ndarray, " periods"]:
+    """The periods of DINOv3's rotary positions: from 1 to below 100, in geometric progression."""
+    return (LONGEST_PERIOD ** (np.arange(count) / count)).astype(np.float32)
+
+
 def rotary_angles(
     height: int, width: int, periods: Float32[Array, " periods"]
 ) -> Float32[Array, "{height*width} half_head"]:
@@ -409,8 +414,8 @@ class VisionTransformer(nn.Module):
         angles = None
         if self.rotary:  # only patches have a place
             count = self.width // self.heads // 4
-            initial = LONGEST_PERIOD ** (jnp.arange(count) / count)
-            periods = jax.lax.stop_gradient(self.param("pos_embed", lambda _: initial))
+            initial = rotary_periods(count)
+            periods = jax.lax.stop_gradient(self.param("pos_embed", lambda _: jnp.array(initial)))
             angles = rotary_angles(*grid, periods)
             angles = jnp.pad(angles, ((1 + self.registers, 0), (0, 0)))
         else:
