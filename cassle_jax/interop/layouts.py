@@ -14,6 +14,7 @@ import numpy as np
 
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import (
+    check_number,
     from_dinov2,
     from_hugging_face,
     from_timm,
@@ -159,7 +160,9 @@ def _prefix(arrays: State) -> str:
             f"it has neither a ResNet's conv1.weight nor a ViT's cls_token nor a ConvNeXt's "
             f"gamma, but {names}…; {KNOWN}"
         )
-    first, *others = [name for name in prefixes if not COPIES.search(name)] or prefixes
+    prefixes = [name for name in prefixes if not COPIES.search(name)] or prefixes
+    check_number(prefixes)
+    first, *others = prefixes
     different = [other for other in others if not _same(_under(arrays, first), arrays, other)]
     if different:
         raise WeightsError(
@@ -182,14 +185,19 @@ def _listed(prefixes: Sequence[str]) -> str:
 
 def _with_named_stages(arrays: State) -> State:
     """Names the stages of ResNets that are a `Sequential` of their parts, as Lightly's are."""
+    found: dict[str, list[int]] = {}
+    for name in arrays:
+        if match := re.fullmatch(r"((?:.+\.)?)(\d{1,3})\.0\.conv1\.weight", name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    sequences = {
+        prefix: sorted(stages)
+        for prefix, stages in found.items()
+        if len(stages) == 4 and f"{prefix}0.weight" in arrays
+    }
+    check_number(sequences)
     renamed = {}
-    for stem in (name for name in arrays if re.fullmatch(r"(.+\.)?0\.weight", name)):
-        prefix = stem.removesuffix("0.weight")
-        block = re.compile(re.escape(prefix) + r"(\d+)\.0\.conv1\.weight")
-        stages = sorted(int(match[1]) for name in arrays if (match := block.fullmatch(name)))
-        if len(stages) != 4:
-            continue
-        _check_stem(stages[0], arrays[stem])
+    for prefix, stages in sequences.items():
+        _check_stem(stages[0], arrays[f"{prefix}0.weight"])
         parts = {0: "conv1", 1: "bn1"} | {n: f"layer{i}" for i, n in enumerate(stages, 1)}
         for number, part in parts.items():
             renamed |= {

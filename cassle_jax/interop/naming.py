@@ -7,9 +7,11 @@ lacks where a ViT has registers. Where its positions are rotary, `pos_embed` has
 
 import math
 import re
+from collections.abc import Collection
 
 import numpy as np
 
+from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.pytorch import State
 from cassle_jax.models.vit import rotary_periods
 
@@ -66,6 +68,7 @@ HUGGING_FACE = {
     "output.dense": "mlp.fc2",
 }
 QUERY_KEY_VALUE = ("query", "key", "value")
+MOST_ENCODERS = 16  # in a file: each takes a pass over all names
 # A ConvNeXt block's modules here and their index in torchvision's `Sequential`.
 CONVNEXT_BLOCK = {"conv_dw": "0", "norm": "2", "mlp.fc1": "3", "mlp.fc2": "5"}
 
@@ -178,9 +181,19 @@ def from_hugging_face(state: State) -> State:
     DINOv3's files have no periods of its rotary positions, which are the same for every size.
     """
     first = "embeddings.cls_token"
-    for name in [name for name in state if f".{name}".endswith(f".{first}")]:
-        state = _from_hugging_face(state, name.removesuffix(first))
+    prefixes = [name.removesuffix(first) for name in state if f".{name}".endswith(f".{first}")]
+    check_number(prefixes)
+    for prefix in prefixes:
+        state = _from_hugging_face(state, prefix)
     return state
+
+
+def check_number(encoders: Collection[str]) -> None:
+    """Raises WeightsError for a file of more encoders, by their prefixes, than any project's."""
+    if len(encoders) > MOST_ENCODERS:
+        raise WeightsError(
+            f"it has {len(encoders)} encoders; save one's state_dict() alone with torch.save"
+        )
 
 
 def _from_hugging_face(state: State, prefix: str) -> State:
@@ -221,7 +234,7 @@ def from_detectron2(state: State) -> State:
 def _torchvision_vit_names(state: State) -> dict[str, str]:
     """Torchvision's name for each of this project's, for the blocks that `state` has in either."""
     pattern = re.compile(r"(?:blocks\.|encoder\.layers\.encoder_layer_)(\d+)\.")
-    blocks = sorted({match[1] for name in state if (match := pattern.match(name))}, key=int)
+    blocks = {match[1] for name in state if (match := pattern.match(name))}
     names, modules = dict(VIT_ARRAYS), dict(VIT_MODULES)
     for block in blocks:
         ours, theirs = f"blocks.{block}.", f"encoder.layers.encoder_layer_{block}."

@@ -196,6 +196,21 @@ def test_dicts_that_share_dicts_cannot_hold_the_reader_up(resnet, parts, empty):
         networks_in(content)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["cls_token"],
+        ["embeddings.cls_token"],
+        ["0.weight", *(f"{stage}.0.conv1.weight" for stage in (4, 5, 6, 7))],
+    ],
+)
+def test_encoders_without_number_cannot_hold_the_reader_up(parts):
+    """Each takes a pass over all names, so a file of 100 000 took hours."""
+    array = np.zeros((1, 1, 1), np.float32)
+    with pytest.raises(WeightsError, match="it has 3000 encoders; save one's"):
+        networks_in({f"{i}_.{part}": array for i in range(3000) for part in parts})
+
+
 def test_a_file_may_hold_a_dict_within_itself(resnet):
     content = {"model": resnet}
     content["again"] = content
