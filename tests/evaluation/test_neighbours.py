@@ -30,6 +30,19 @@ def test_the_search_is_scikit_learns(k, scale, small_blocks):
     np.testing.assert_allclose(found.similarities, 1 - distances, atol=1e-6)
 
 
+def test_rows_that_point_nearly_the_same_way_are_told_apart(small_blocks):
+    centre = np.random.default_rng(0).uniform(1, 2, size=37)
+    rows, queries = (centre + 1e-5 * points(n, seed=n, width=37) for n in (150, 70))
+    rows, queries = (each.astype(np.float32) for each in (rows, queries))
+    found = nearest(queries, rows, 5)
+    exact = (rows.astype(np.float64), queries.astype(np.float64))
+    rows, queries = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in exact)
+    distances = ((queries[:, None] - rows) ** 2).sum(axis=2)
+    reached = np.take_along_axis(distances, found.rows, axis=1)
+    np.testing.assert_allclose(reached, np.sort(distances, axis=1)[:, :5], rtol=1e-2)
+    np.testing.assert_allclose(found.similarities, 1 - reached / 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("k", [3, 149])
 def test_a_query_does_not_find_itself(k, small_blocks):
     rows = points(150, seed=2)
