@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from cassle_jax.methods.losses import batch_offset, normalize
+from cassle_jax.solvers.logistic import widest_floats
 
 TEMPERATURE = 0.2
 
@@ -190,6 +191,9 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
 def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: str) -> Agreement:
     """The mean of two comparisons: first views as queries, then second views as queries.
 
+    All is computed in float64 (on TPUs in float32): where all embeddings point nearly the same way,
+    float32 rounds every similarity to 1.
+
     Args:
       embeddings: embeddings of the two views of every image.
       temperature: the temperature of InfoNCE, above 0.
@@ -198,11 +202,12 @@ def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: 
     Raises:
       ValueError: an embedding is not finite.
     """
-    first, second = embeddings[:, 0], embeddings[:, 1]
-    ways = [
-        dataclasses.astuple(agreement(*_among_all(queries, keys, temperature), name))
-        for queries, keys in ((first, second), (second, first))
-    ]
+    with widest_floats():
+        first, second = (jnp.asarray(each, float) for each in np.moveaxis(embeddings, 1, 0))
+        ways = [
+            dataclasses.astuple(agreement(*_among_all(queries, keys, temperature), name))
+            for queries, keys in ((first, second), (second, first))
+        ]
     return Agreement(*(float(each) for each in np.mean(ways, axis=0)))
 
 
