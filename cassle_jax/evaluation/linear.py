@@ -139,14 +139,13 @@ def _accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 NEEDS = Needs(train=2, val=1, labels=True)
 
 
-def check_linear_memory(bench: Bench) -> None:
+def check_linear_memory(bench: Bench, *, copies: int = 1) -> None:
     """Raises DataError where this machine's memory cannot hold the fits; see `check_memory`."""
-    bytes_of = partial(logistic_bytes, classes=bench.data.classes)
-    check_memory(bench, bytes_of, copies=10 if bench.data.ten_crops else 1)
+    check_memory(bench, partial(logistic_bytes, classes=bench.data.classes), copies=copies)
 
 
 def _run(bench: Bench, _: Settings) -> list[Finding]:
-    check_linear_memory(bench)
+    check_linear_memory(bench, copies=10 if bench.data.ten_crops else 1)
     parts = [(part.features, part.labels) for part in bench.cropped()]
     metric = bench.data.metric
     result = linear_evaluation(*parts, classes=bench.data.classes, metric=metric)

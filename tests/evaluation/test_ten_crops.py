@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cassle_jax.data import Record
+from cassle_jax.data import DataError, Record
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation import memory, resampled
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.linear import PROTOCOL
-from cassle_jax.evaluation.settings import Settings
+from cassle_jax.evaluation.settings import Seeded, Settings
 from cassle_jax.evaluation.store import FeatureStore, uncropped_side
 from tests.evaluation.analysed import PIXELS, devices
 from tests.evaluation.taught import colour_subject
@@ -101,6 +102,14 @@ def test_features_of_crops_and_of_whole_images_are_kept_apart(bench, tmp_path):
         np.testing.assert_array_equal(kept.features, made.features)
     for kept, made in zip(again.cropped(), cropped, strict=True):
         np.testing.assert_array_equal(kept.features, made.features)
+
+
+def test_random_splits_take_whole_images_and_no_more_memory(bench, monkeypatch):
+    # Ten crops need (12 + 4) × 10 × (2 × 4 × 3 + 8 × (2 × 4 + 6 × 2)) = 29 440 bytes.
+    monkeypatch.setattr(memory, "host_bytes", lambda: 20_000)
+    resampled.PROTOCOL.run(bench, Seeded())
+    with pytest.raises(DataError, match=r"160 × 3 features of noise need .*; limit=6 would fit"):
+        PROTOCOL.run(bench, Settings())
 
 
 def test_only_datasets_that_ask_for_them_are_cropped(bench):
