@@ -157,9 +157,10 @@ def _episodes_together(drawn: tuple[int, int, int], shots: int, width: int) -> i
     """The number of episodes that fit in 1 GiB, at most 256."""
     episodes, ways, images = drawn
     fitted = ways * shots
-    # The images (twice those to fit), and per class a Hessian, its summands and its factor.
-    numbers = ways * images * width + fitted * (width + 1) + 4 * ways * fitted**2
-    return max(1, min(_TOGETHER, episodes, _WORKING_BYTES // (4 * numbers)))
+    # In float64: the images to fit, with and without ones, and the weights; per class a Hessian,
+    # its summands and its factor. In float32, on host and device: all images.
+    numbers = (2 * fitted + ways) * (width + 1) + 4 * ways * fitted**2 + ways * images * width
+    return max(1, min(_TOGETHER, episodes, _WORKING_BYTES // (8 * numbers)))
 
 
 def _parts(drawn: np.ndarray, together: int) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ from cassle_jax.evaluation import few_shot as few_shot_module
 from cassle_jax.evaluation.few_shot import few_shot
 from cassle_jax.report.evaluation_page import write_report
 from cassle_jax.solvers.one_against_rest import fit_one_against_rest
+from tests.evaluation.traced import peak_bytes
 
 
 def clusters(rows: int, seed: int = 0, classes: int = 6, width: int = 40, scale: float = 1):
@@ -81,6 +82,13 @@ def test_accuracies_do_not_depend_on_the_features_mean_and_scale(mean, scale):
         right.append(np.mean(scores.argmax(axis=1) == np.repeat(np.arange(5), 16)))
     np.testing.assert_allclose(result.accuracies, right, atol=1e-12)
     assert np.mean(right) > 0.3
+
+
+def test_episodes_are_computed_together_as_the_memory_allows(monkeypatch):
+    monkeypatch.setattr(few_shot_module, "_WORKING_BYTES", 4 << 20)
+    features, labels = clusters(150, width=512)
+    few_shot(features, labels, shots=5, episodes=15)  # compiles
+    assert peak_bytes(lambda: few_shot(features, labels, shots=5, episodes=15)) < 4 << 20
 
 
 def test_episodes_hold_different_classes_and_different_images():
