@@ -17,6 +17,7 @@ from cassle_jax.data.splits import ObjectPart
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.factor_probes import group_means
 from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
+from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import DRAWN, OBJECTS, Protocol
 from cassle_jax.evaluation.settings import Seeded, setting
@@ -219,8 +220,7 @@ def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, 
       ValueError: no image is left.
     """
     draw, pairs = np.random.default_rng(seed), []
-    for each in np.unique(objects):
-        rows = np.flatnonzero(objects == each)
+    for rows in rows_by_label(objects).values():
         if len(rows) > 1:
             steps = draw.integers(1, len(rows), len(rows))
             partners = rows[(np.arange(len(rows)) + steps) % len(rows)]
@@ -248,9 +248,9 @@ def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
 def _retrieved(views: Views, pairs: _Pairs, predicted: Rows) -> Float[np.ndarray, "objects 3"]:
     """MRR, H@1 and H@5 of each object's pairs, for predictions of their second features."""
     found = []
-    objects = views.objects[pairs.rows[:, 0]]
-    for each in np.unique(objects):
-        rows, own = np.flatnonzero(views.objects == each), np.flatnonzero(objects == each)
+    rows_of = rows_by_label(views.objects)
+    for each, own in rows_by_label(views.objects[pairs.rows[:, 0]]).items():
+        rows = rows_of[each]
         cosines = unit_rows(predicted[own]) @ unit_rows(views.features[rows]).T
         right = np.searchsorted(rows, pairs.rows[own, 1])
         ahead = cosines - np.take_along_axis(cosines, right[:, None], axis=1)

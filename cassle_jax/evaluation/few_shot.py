@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 from cassle_jax.checks import check_at_least, check_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Seeded, check_distinct, setting
@@ -129,16 +130,16 @@ def _rows_of_classes(
     if labels.shape != (len(features),):
         raise ValueError(f"labels of shape {labels.shape} do not fit {len(features)} rows")
     check_finite("features", features)
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < ways:
-        raise ValueError(f"ways={ways} is more than the {len(classes)} classes of the labels")
-    if counts.min() < images:
-        fewest = int(np.argmin(counts))
+    rows_of = rows_by_label(labels)
+    if len(rows_of) < ways:
+        raise ValueError(f"ways={ways} is more than the {len(rows_of)} classes of the labels")
+    fewest = min(rows_of, key=lambda label: len(rows_of[label]))
+    if len(rows_of[fewest]) < images:
         raise ValueError(
-            f"class {classes[fewest]} has {counts[fewest]} images; an episode takes {images} of a "
+            f"class {fewest} has {len(rows_of[fewest])} images; an episode takes {images} of a "
             f"class (shots + queries)"
         )
-    return [np.flatnonzero(labels == label) for label in classes]
+    return list(rows_of.values())
 
 
 def _draw(

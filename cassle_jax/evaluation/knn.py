@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from cassle_jax.checks import check_at_least, check_finite
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.neighbours import Parts, nearest, parts_of
 from cassle_jax.evaluation.protocol import Protocol
@@ -77,7 +78,7 @@ def knn_evaluation(
     if (train[1] == train[1][0]).all():
         raise ValueError(f"train has labels {train[1][0]} only; at least two classes must occur")
     right = _predict(*train, test[0], k) == test[1]
-    shares = [right[test[1] == label].mean() for label in np.unique(test[1])]
+    shares = [right[rows].mean() for rows in rows_by_label(test[1]).values()]
     return KnnResult(k, float(right.mean()), float(np.mean(shares)))
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, half_interval, missed_optima
+from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.linear import (
     NEEDS,
     PENALTIES,
@@ -88,8 +89,8 @@ def split_by_class(
 ) -> list[Int[np.ndarray, " part"]]:
     """The rows of every part: each class shuffled and cut at the given shares."""
     parts: list[list[np.ndarray]] = [[] for _ in range(len(cuts) + 1)]
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
+    for of_class in rows_by_label(labels).values():
+        rows = generator.permutation(of_class)
         pieces = np.split(rows, np.rint(cuts * len(rows)).astype(int))
         for part, piece in zip(parts, pieces, strict=True):
             part.append(piece)
