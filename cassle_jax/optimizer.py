@@ -152,6 +152,11 @@ def make_optimizer(
     return optax.chain(*clipping, *shared, optax.partition(by_group | stays, groups))
 
 
+def check_optimizer(spec: OptimizerSpec) -> None:
+    """Raises ConfigError where the optimiser does not take its settings, or cannot train."""
+    _rule(spec)
+
+
 def _sgd(momentum: float, weight_decay: float, nesterov: bool = False) -> Chain:
     return optax.add_decayed_weights(weight_decay), optax.trace(momentum, nesterov)
 

@@ -1,6 +1,7 @@
 """Tables: loading, expansion into runs, resumption, and results."""
 
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -384,6 +385,31 @@ def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, po
     assert not pool.ran
     run_table(PAIR, tmp_path / "to", **settings)
     run_table(PAIR, tmp_path / "to", weights_of=[lender], **settings)  # it lacks no run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("weights.path=lost.pth",), r"^weights\.path='lost\.pth' is no file that is there; use a"),
+        (
+            ("encoder.small_images=True",),
+            r"^row 'SimCLR, plain': export=.* 7×7 stem .*, this resnet18",
+        ),
+        (("log.to=('wandbb',)",), r"^row 'SimCLR, plain': log\.to='wandbb' is unknown"),
+        (
+            ("optimizer.settings.nestrov=1",),
+            r"^row .*nestrov=1 is no argument of adamw; use b1,",
+        ),
+    ],
+)
+def test_what_a_run_would_fail_of_is_refused_before_a_step_is_measured(
+    tmp_path, pool, settings, message
+):
+    exported = dataclasses.replace(PAIR, export=("detectron2",))
+    overrides = (*LONG, "encoder.small_images=False", "encoder.width=0", *settings)
+    with pytest.raises(ConfigError, match=message) as refused:
+        run_table(exported, tmp_path / "to", minutes=60.0, overrides=overrides, parallel=2)
+    assert not pool.ran and "\n" not in str(refused.value)
 
 
 def test_a_damaged_record_of_the_evaluation_is_reported(tmp_path, pool, caplog, monkeypatch):

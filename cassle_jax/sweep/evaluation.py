@@ -2,15 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
 from cassle_jax.evaluate import check_names, open_evaluated
 from cassle_jax.evaluation.plan import plan
 from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
+from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.formats import FORMATS
+from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.sweep.table import TOY_EVALUATION, Table, parse_settings
+from cassle_jax.training.run import networks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,19 @@ def evaluation_of(
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
     return Evaluation(chosen, tasks, data_dir, settings=values)
+
+
+def check_formats(config: ConfigDict, formats: Sequence[str]) -> None:
+    """Raises WeightsError for a format of weights that cannot hold a configuration's encoder."""
+    if not formats:
+        return
+    encoder, size = networks_of(config).factories["encoder"](), config.augment.size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    shapes = jax.eval_shape(partial(encoder.init, train=False), jax.random.key(0), image)
+    arrays = jax.tree.map(lambda each: np.zeros(each.shape, each.dtype), shapes)
+    architecture = architecture_of(encoder_to_pytorch(arrays), getattr(encoder, "heads", None))
+    for name in formats:
+        FORMATS[name].check(architecture)
 
 
 def facts_of(evaluation: Evaluation) -> dict[str, object]:

@@ -16,6 +16,7 @@ from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_positi
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
 from cassle_jax.faults import retried
+from cassle_jax.interop.errors import WeightsError
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
@@ -38,7 +39,7 @@ from cassle_jax.sweep.budget import (
     runs_to_measure,
 )
 from cassle_jax.sweep.cost import RATE, cost_table, images_of
-from cassle_jax.sweep.evaluation import Evaluation, evaluation_of, facts_of
+from cassle_jax.sweep.evaluation import Evaluation, check_formats, evaluation_of, facts_of
 from cassle_jax.sweep.jobs import OUTCOME, outcome_of
 from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
@@ -49,6 +50,7 @@ from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.saved_config import holds_run, read_config
+from cassle_jax.training.warm_start import check_weights_file
 from cassle_jax.training.workdir import known_path
 
 LOG = logging.getLogger("cassle_jax.tables")
@@ -124,8 +126,8 @@ def run_table(
     with folder_held_for("table", to):
         retried(f"to={to}", lambda: make_shared(to / "compiled"))
         results = _Results(to, table, protocol)
-        if any(results.lacks(run) for run in runs):
-            _check_lenders(lenders)
+        missing = [run for run in runs if results.lacks(run)]
+        _check_missing(missing, table, results, lenders)
         pool = WorkerPool(parallel, 60 * call_minutes)
         if plan := _plan(to, minutes, runs, protocol, pool, toy):
             steps = min([plan.steps, *(run.config.steps for run in runs)])
@@ -201,9 +203,18 @@ def _missing_jobs(
     ]
 
 
-def _check_lenders(folders: Sequence[Path]) -> None:
-    """Raises ConfigError for a folder without runs, whose weights cannot replace pretraining."""
-    for folder in folders:
+def _check_missing(
+    runs: Sequence[RunSpec], table: Table, results: "_Results", weights_of: Sequence[Path]
+) -> None:
+    """Raises ConfigError for what runs would fail of, each of them after those before it."""
+    for run in runs:
+        check_weights_file(run.config.weights, results.workdir(run.name))
+    for run in {run.subject: run for run in runs}.values():
+        try:
+            check_formats(run.config, table.export)
+        except WeightsError as error:
+            raise ConfigError(f"row {run.subject!r}: export={table.export}: {error}") from error
+    for folder in weights_of if runs else ():
         if not (folder / "runs").is_dir():
             raise ConfigError(f"weights_of={folder} holds no runs; use the folder of a table")
 

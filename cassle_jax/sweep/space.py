@@ -21,7 +21,7 @@ from cassle_jax.config import (
     flat_settings,
 )
 from cassle_jax.config_files import find_file
-from cassle_jax.training.run import check_settings
+from cassle_jax.training.run import check_settings, check_warmup
 
 Values = dict[str, str]
 
@@ -92,6 +92,7 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
         try:
             run = run_of(request.config, values, request.overrides, name=name, subject=subject)
             check_settings(run.config)
+            check_warmup(run.config)
         except ConfigError as error:
             if isinstance(error, UnknownSetting) and not values.keys() & ARGUMENTS:
                 raise  # whatever the values

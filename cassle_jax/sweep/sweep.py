@@ -23,6 +23,7 @@ from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdi
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
 from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.metrics import read_lines, read_metrics
+from cassle_jax.training.warm_start import check_weights_file
 from cassle_jax.training.workdir import known_path
 
 LOG = logging.getLogger("cassle_jax.sweep")
@@ -147,7 +148,8 @@ class _RunLines:
     """States and results of the runs, written to `runs.jsonl`.
 
     Raises:
-      ConfigError: the folder holds a run of the same name with other settings.
+      ConfigError: the folder holds a run of the same name with other settings, or a run lacks its
+        initial weights.
     """
 
     def __init__(self, folder: Path, runs: Sequence[RunSpec]):
@@ -155,8 +157,11 @@ class _RunLines:
         self._path = folder / "runs.jsonl"
         self._running: set[str] = set()
         for run in runs:
-            if self.state(run) == FINISHED:
-                self.record(run).check_same(run.config)
+            record = self.record(run)
+            if record.state == FINISHED:
+                record.check_same(run.config)
+            else:
+                check_weights_file(run.config.weights, record.folder)
 
     def record(self, run: RunSpec) -> RunRecord:
         return RunRecord(workdir_of(self._folder, run.name))

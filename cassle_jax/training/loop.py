@@ -50,7 +50,7 @@ from cassle_jax.training.start_records import last_start_record, record_start
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest
-from cassle_jax.training.trackers import Tracking, check_trackers
+from cassle_jax.training.trackers import Tracking
 from cassle_jax.training.warm_start import warm_started
 from cassle_jax.training.window import Window
 from cassle_jax.training.workdir import check_seen, known_path, workdir_held, written
@@ -109,7 +109,6 @@ def pretrain(
     """
     workdir = known_path(workdir)
     mesh = device_mesh()
-    check_trackers(config.log.to)
     check_settings(config, mesh.size)
     source = open_source(config.data, config.data.train_split)
     agree({**shared_settings(config), "the number of training images": len(source)})

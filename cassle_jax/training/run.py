@@ -27,9 +27,16 @@ from cassle_jax.methods import AUXILIARIES, METHODS, Auxiliary, Method, Networks
 from cassle_jax.methods.base import Schedule
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import check_image_size, make_encoder
-from cassle_jax.optimizer import Clock, OptimizerSpec, learning_rate, make_optimizer
+from cassle_jax.optimizer import (
+    Clock,
+    OptimizerSpec,
+    check_optimizer,
+    learning_rate,
+    make_optimizer,
+)
 from cassle_jax.parallel import AXIS
 from cassle_jax.training.state import TrainState, create_state
+from cassle_jax.training.trackers import check_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +147,14 @@ def check_settings(config: ConfigDict, devices: int = 1) -> None:
     Raises:
       ConfigError: a setting cannot work; the message names it.
     """
+    check_trackers(config.log.to)
     _check_ranges(config)
     _check_shares(config.batch_size, config.chunk_size, devices)
     _, views, auxiliaries = _objectives(config, devices)
     encoder = networks_of(config, dtype=compute_dtype(config, "cpu")).factories["encoder"]()
     _check_image_sizes(config, encoder, views, auxiliaries)
     _check_drawn(Conditioning(**config.conditioning.to_dict()), views, auxiliaries)
-    OptimizerSpec(**config.optimizer.to_dict())
+    check_optimizer(OptimizerSpec(**config.optimizer.to_dict()))
 
 
 def _objectives(
@@ -172,6 +180,12 @@ def _check_image_sizes(
     sizes = [("method.small_crop_size", view.size) for view in views]
     for setting, size in sizes + further_sizes(auxiliaries, spec):
         check_image_size(encoder, size, "augment.size" if size == spec.size else setting)
+
+
+def check_warmup(config: ConfigDict) -> None:
+    """Refuses a warm-up that does not end within the run, where its epochs are known."""
+    if not config.steps:
+        _recipe(config, Clock(1, config.epochs))
 
 
 def _recipe(config: ConfigDict, clock: Clock) -> OptimizerSpec:

@@ -1,11 +1,13 @@
 """Starts a run from the weights of a file instead of random ones."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
@@ -15,6 +17,8 @@ from cassle_jax.interop.naming import is_vit
 from cassle_jax.interop.pytorch import Variables
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.models import VisionTransformer
+from cassle_jax.storage import is_there, path_of
+from cassle_jax.training.saved_config import holds_run
 from cassle_jax.training.state import TrainState, target_copies
 
 
@@ -56,6 +60,25 @@ def warm_started(
         target_params=target_copies(params) if state.target_params else {},
         target_batch_stats=target_copies(batch_stats) if state.target_params else {},
     )
+
+
+def check_weights_file(settings: ConfigDict, workdir: Path) -> None:
+    """Refuses initial weights that are not there, unless a run in the workdir has taken them.
+
+    Args:
+      settings: the `weights` settings of the configuration.
+      workdir: workdir of the run; need not exist.
+
+    Raises:
+      ConfigError: there is no such file.
+      OSError: it is out of reach.
+    """
+    if not settings.path or holds_run(epath.Path(workdir)):
+        return
+    if "://" in settings.path or not is_there(path_of(settings.path)):
+        raise ConfigError(
+            f"weights.path={settings.path!r} is no file that is there; use a local file of weights"
+        )
 
 
 def _placed(value: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:

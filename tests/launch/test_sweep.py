@@ -97,10 +97,10 @@ def test_seeds_share_a_subject_and_every_run_has_a_folder_of_its_own():
 
 
 def test_quotes_keep_the_commas_of_a_value_and_are_no_part_of_it():
-    grid = """data.path='/a,b;c',"/it's",/d=e;log.to=('wandb',)"""
+    grid = """data.path='/a,b;c',"/it's",/d=e;conditioning.descriptors=('crop','blur')"""
     runs = runs_of(SweepRequest(CONFIG, grid=grid))
     assert [run.config.data.path for run in runs] == ["/a,b;c", "/it's", "/d=e"]
-    assert {run.config.log.to for run in runs} == {("wandb",)}
+    assert {run.config.conditioning.descriptors for run in runs} == {("crop", "blur")}
 
 
 def test_names_are_as_long_as_distinction_needs():
@@ -125,6 +125,18 @@ def test_names_are_as_long_as_distinction_needs():
         (
             {"grid": "conditioning=none,solarize"},
             r"^run conditioning=solarize: augment\.solarize=0 never draws what conditioning\.desc",
+        ),
+        (
+            {"grid": "seed=0;log.to=('wandbb',)"},
+            r"^run .*: log\.to='wandbb' is unknown; use one",
+        ),
+        (
+            {"grid": "optimizer.settings.nestrov=False,True"},
+            r"^run .*: optimizer\.settings\.nestrov=False is no argument of adamw; use b1, b2",
+        ),
+        (
+            {"grid": "steps=0;epochs=4,400;optimizer.warmup_epochs=10"},
+            r"^run steps=0, epochs=4, .*warmup_epochs=10\.0 does not end within the run's 4 epochs",
         ),
         ({"grid": "weights.networks=head"}, r"^run .*: weights\.networks='head' is unknown; use"),
         ({"grid": "seed=0,x"}, r"^run seed=x: .*config\.seed=x"),
@@ -618,6 +630,20 @@ def test_any_other_percent_sign_is_a_part_of_a_name(tmp_path, capsys):
     executor = submitit.LocalExecutor(folder / "jobs")
     executor.update_parameters(timeout_min=1)
     assert executor.submit(str.upper, "a").result() == "A"
+
+
+@pytest.mark.parametrize("path", ["lost.safetensors", "https://host/weights.pth"])
+def test_weights_that_are_not_there_are_refused_unless_a_run_has_taken_them(tmp_path, capsys, path):
+    grid = f"--grid=seed=0;weights.path={path}"
+    for option in ("--dry_run", "--nodry_run"):
+        assert sweep_here(tmp_path / "new", grid, option) == 2
+        assert f"error: weights.path='{path}' is no file that is there" in capsys.readouterr().err
+    assert not list((tmp_path / "new").glob("runs"))
+    (run,) = runs_of(SweepRequest(TINY, grid=grid.removeprefix("--grid=")))
+    workdir = tmp_path / "begun" / "runs" / run.name
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+    (workdir / "config.json").touch()
+    assert sweep_here(tmp_path / "begun", grid, "--dry_run") == 0
 
 
 def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
