@@ -1,7 +1,7 @@
 """Axes of charts: maps values to positions, and chooses ticks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 _NICE = [1, 2, 2.5, 5, 10]
 _DECADES_DIVIDED = 2
 _MOST_DECADES = 6
+_SAME = 1e-6  # values that differ by less than this share of them are drawn as equal
 
 
 class Axis(NamedTuple):
@@ -52,6 +53,7 @@ def axis(
         zero or less.
       is_log: Whether the scale is logarithmic.
       to_ticks: Whether the axis begins and ends at a tick, rather than at the outermost values.
+        Around equal values it leaves room.
       intervals: Largest number of intervals between ticks; linear scale only.
 
     Returns:
@@ -61,9 +63,12 @@ def axis(
     if not shown:
         return None
     low, high = float(min(shown)), float(max(shown))
+    largest = max(abs(low), abs(high))
     if is_log:
         ticks = _log_ticks(low, high)
     else:
+        if to_ticks and high - low <= _SAME * largest:
+            low, high = low - (largest / 20 or 1), high + (largest / 20 or 1)
         ticks = MaxNLocator(intervals, steps=_NICE).tick_values(low, high).tolist()
     if to_ticks:
         # Rounding may place the outermost tick slightly inside the values.
@@ -76,6 +81,16 @@ def axis(
 def tick_text(tick: float) -> str:
     """Formats a tick: integers in full, other numbers to four digits."""
     return f"{tick:,.0f}" if tick == round(tick) else f"{tick:.4g}"
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Formats the ticks of an axis: to four digits, or to as many as keep them apart."""
+    texts: list[str] = []
+    for digits in range(4, 18):
+        texts = [f"{tick:.{digits}g}" for tick in ticks]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from cassle_jax.report.axis import Axis
+from cassle_jax.report.axis import Axis, tick_texts
 from cassle_jax.report.curves import WIDTH, empty_svg, opening_tag
 from cassle_jax.report.palette import RUN_COLOURS
 from cassle_jax.report.table import cell_text
@@ -78,9 +78,9 @@ def bars_svg(
         return round(left + x_axis.share(value) * (right - left), 1)
 
     parts = [opening_tag(name, width, bottom + 22 + _LABEL * bool(x_label))]
-    for tick in x_axis.ticks:
+    for tick, text in zip(x_axis.ticks, tick_texts(x_axis.ticks), strict=True):
         parts.append(f'<path class="grid" d="M{x(tick)} 0V{bottom}"/>')
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 15}">{tick:.4g}</text>')
+        parts.append(f'<text x="{x(tick)}" y="{bottom + 15}">{text}</text>')
     for index, (group, label) in enumerate(zip(groups, labels, strict=True)):
         middle = group_height * (index + 0.5)
         first = middle - _LINE * len(label) / 2 + 10

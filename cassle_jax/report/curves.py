@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cassle_jax.report.axis import Axis, tick_text
+from cassle_jax.report.axis import Axis, tick_text, tick_texts
 from cassle_jax.report.palette import RUN_COLOURS
 
 WIDTH = 400
@@ -98,10 +98,10 @@ class _Frame(NamedTuple):
 
 
 def _ticks(frame: _Frame) -> Iterator[str]:
-    for tick in frame.y_axis.ticks:
+    for tick, text in zip(frame.y_axis.ticks, tick_texts(frame.y_axis.ticks), strict=True):
         y = frame.y(tick)
         yield f'<path class="grid" d="M{_LEFT} {y}H{frame.right}"/>'
-        yield f'<text class="left" x="{_LEFT - 6}" y="{y + 4}">{tick:.4g}</text>'
+        yield f'<text class="left" x="{_LEFT - 6}" y="{y + 4}">{text}</text>'
     for tick in frame.x_axis.ticks:
         yield f'<text x="{frame.x(tick)}" y="{frame.bottom + 19}">{tick_text(tick)}</text>'
 

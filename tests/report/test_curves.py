@@ -62,6 +62,26 @@ def test_constant_and_single_values_are_drawn():
     assert len(lines(curves_svg("loss", {"plain": [(5, 2.0), (6, 2.0)]}))[0][1]) == 2
 
 
+def texts_left(svg: str) -> list[str]:
+    """The labels of the vertical axis."""
+    return [each.text for each in ElementTree.fromstring(svg).iter(f"{SVG}text")
+            if each.get("class") == "left"]  # fmt: skip
+
+
+def test_labels_of_an_axis_differ():
+    for low, high in ((0.99991, 0.99999), (12345, 12349), (1e6, 1e6 + 30), (-1e-5, 0)):
+        labels = texts_left(curves_svg("cosine", {"plain": [(0, low), (1, high)]}))
+        assert len(set(labels)) == len(labels) > 2
+        assert float(labels[0]) <= low < high <= float(labels[-1])
+
+
+def test_equal_values_have_labels_above_and_below():
+    for value, other in ((0.5, 0.5 + 1e-16), (0.0, 0.0), (-3.0, -3.0)):
+        labels = texts_left(curves_svg("accuracy", {"plain": [(0, value), (1, other)]}))
+        assert len(set(labels)) == len(labels)
+        assert float(labels[0]) < value < float(labels[-1])
+
+
 def test_long_curves_are_thinned_and_keep_their_ends():
     points = [(step, float(step)) for step in range(10_000)]
     ((_, drawn),) = lines(curves_svg("loss", {"plain": points}))
