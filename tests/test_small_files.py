@@ -53,11 +53,13 @@ from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.sweep.sweep import _RunLines, sweep
 from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import RESULT
+from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.metrics import JsonLines, append_line, read_metrics
 from cassle_jax.training.saved_config import changes, holds_run, read_config, write_config
 from cassle_jax.training.start_records import last_start_record
 from cassle_jax.training.workdir import written
 from tests.interop.states import encoder_state
+from tests.tiny import tiny_config
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quickstart.py")
 DAMAGED = ("", "[]", "null", "3", '"text"', '{"exit', "{}", "\0\0\0", "[" * 100_000)
@@ -171,6 +173,16 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path):
     assert read_metrics(tmp_path) == {"loss": [(1, 2.0)]}
     JsonLines(epath.Path(path), 1).close()  # as a run that continues
     assert read_metrics(tmp_path) == {"loss": [(1, 2.0)]}
+
+
+def test_whole_numbers_that_no_float_holds_end_no_page(tmp_path):
+    huge = 10**400
+    lines = [{"step": huge, "loss": 1.0}, {"step": 1, "loss": huge}, {"step": 2, "loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    findings = pretraining_findings(tiny_config(), tmp_path)
+    assert write_report(tmp_path, {"a": [findings]}, provenance={}).exists()
+    ((step, first), last) = read_metrics(tmp_path)["loss"]
+    assert (step, first, last) == (1, float("inf"), (2, 3.0))
 
 
 def test_a_sweep_shows_a_finished_run_whose_metrics_are_gone(tmp_path):

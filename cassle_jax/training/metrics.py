@@ -142,10 +142,15 @@ def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> lis
     content = retried(str(path), lambda: read_whole(path) if is_there(path) else b"")
     for line in content.split(b"\n"):
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(line, parse_int=_whole))
         except (ValueError, RecursionError):
             continue
     return [each for each in lines if isinstance(each, dict) and type(each.get(key)) is kind]
+
+
+def _whole(text: str) -> Real:
+    """A whole number; a float beyond 64 bits, where only damage leads."""
+    return int(text) if len(text) < 20 else float(text)
 
 
 def append_line(path: epath.Path, line: Mapping) -> None:
