@@ -128,5 +128,9 @@ class Drawn:
     def draw(
         factors: Mapping[str, float], rest: Float[np.ndarray, " n"], size: int
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """The image of these factors and of the remaining numbers."""
+        """The image of these factors and of the remaining numbers.
+
+        The factors are Python's numbers: NumPy's would draw in float64, and round some pixels to
+        another grey level.
+        """
         raise NotImplementedError

@@ -67,7 +67,7 @@ def test_images_of_the_same_factors_are_the_same():
     motifs = Motifs(20, size=32)
     assert len(FACTORS) == motifs.DRAWS
     for i in range(20):
-        factors = {name: values[i] for name, values in motifs.factors.items()}
+        factors = {name: values[i].item() for name, values in motifs.factors.items()}
         np.testing.assert_array_equal(Motifs.draw(factors, np.zeros(0), 32), motifs[i].image)
 
 
@@ -145,7 +145,7 @@ def test_blur_takes_the_fine_detail():
 
 def test_a_flip_changes_no_factor_but_x():
     for i in range(40):
-        factors = {name: values[i] for name, values in Motifs(40).factors.items()}
+        factors = {name: values[i].item() for name, values in Motifs(40).factors.items()}
         image, mirrored = (draw(48, **factors | {"x": x}) for x in (factors["x"], 1 - factors["x"]))
         assert np.abs(image[:, ::-1].astype(int) - mirrored).max() <= 1
 

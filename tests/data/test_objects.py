@@ -234,5 +234,5 @@ def test_drawn_views_differ_in_all_but_their_content(family, content):
 def test_a_drawn_view_is_the_image_of_its_factors():
     seen = Motifs(6, size=16, views=3)
     for place in range(6):
-        factors = {name: values[place] for name, values in seen.factors.items()}
+        factors = {name: values[place].item() for name, values in seen.factors.items()}
         np.testing.assert_array_equal(seen[place].image, Motifs.draw(factors, np.zeros(0), 16))
