@@ -14,6 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import IO, Any
 
@@ -317,13 +318,18 @@ def kept_json(
       OSError, Outage: the file cannot be read, for now or for good.
     """
     try:
-        content = json.loads(read_surely(epath.Path(path)))
+        content = json.loads(read_surely(epath.Path(path)), parse_int=number_of)
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     if not isinstance(content, kind):
         return None
     whole = all(is_of(content.get(name), own) for name, own in (needed or {}).items())
     return content if whole else None
+
+
+def number_of(text: str) -> Real:
+    """A whole number of a JSON file; a float beyond 64 bits, where only damage leads."""
+    return int(text) if len(text) < 20 else float(text)
 
 
 def is_of(value: Any, kind: Any) -> bool:

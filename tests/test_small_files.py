@@ -96,6 +96,7 @@ OF_OTHER_TYPES = (
     '{"minutes": 3.0, "steps": [], "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": 0, "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": 3, "seconds": {"a": "x"}, "overhead": 1.0}',
+    f'{{"minutes": 3.0, "steps": {10**400}, "seconds": {{}}, "overhead": 1.0}}',
 )
 
 
@@ -115,6 +116,7 @@ def test_a_damaged_outcome_or_plan_counts_as_missing(tmp_path, content):
         '{"exit_code": 0, "last_line": ""}',
         '{"exit_code": 0, "last_line": "", "seconds": "x"}',
         '{"exit_code": 0, "last_line": "", "seconds": NaN}',
+        f'{{"exit_code": 0, "last_line": "", "seconds": {10**400}}}',
         '{"exit_code": 0, "last_line": "", "seconds": 0}',
     ],
 )

@@ -14,7 +14,14 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from cassle_jax.faults import retried
-from cassle_jax.storage import GrowingFile, is_there, make_shared, read_whole, write_whole
+from cassle_jax.storage import (
+    GrowingFile,
+    is_there,
+    make_shared,
+    number_of,
+    read_whole,
+    write_whole,
+)
 
 
 @runtime_checkable
@@ -142,15 +149,10 @@ def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> lis
     content = retried(str(path), lambda: read_whole(path) if is_there(path) else b"")
     for line in content.split(b"\n"):
         try:
-            lines.append(json.loads(line, parse_int=_whole))
+            lines.append(json.loads(line, parse_int=number_of))
         except (ValueError, RecursionError):
             continue
     return [each for each in lines if isinstance(each, dict) and type(each.get(key)) is kind]
-
-
-def _whole(text: str) -> Real:
-    """A whole number; a float beyond 64 bits, where only damage leads."""
-    return int(text) if len(text) < 20 else float(text)
 
 
 def append_line(path: epath.Path, line: Mapping) -> None:
