@@ -25,6 +25,7 @@ from cassle_jax.storage import kept_json, make_shared, open_shared, read_whole, 
 from cassle_jax.sweep.restarts import pause_before_restart
 
 OUTCOME, LOG_FILE, JOB_LOCK = "outcome.json", "log.txt", "job.lock"
+SUBMITIT_LOG = "submitit.log"
 
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
@@ -175,7 +176,7 @@ class Local:
                     command, gpus = waiting.popleft(), free.popleft()
                     # submitit hides the GPUs from a job that requests none.
                     command.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus) or None
-                    submit = partial(self._executor.submit, command)
+                    submit = partial(self._submitted, command)
                     running[retried(f"to={self._executor.folder}", submit)] = command, gpus
                 for job in [job for job in running if job.done()]:
                     command, gpus = running.pop(job)
@@ -186,6 +187,17 @@ class Local:
             for job in running:
                 job.cancel()
             raise
+
+    def _submitted(self, command: Command) -> submitit.Job:
+        # Ctrl-C ends submitit's processes with tracebacks, which would hide this command's line.
+        with open(self._executor.folder / SUBMITIT_LOG, "ab", opener=open_shared) as log:
+            shown = os.dup(2)
+            try:
+                os.dup2(log.fileno(), 2)
+                return self._executor.submit(command)
+            finally:
+                os.dup2(shown, 2)
+                os.close(shown)
 
 
 class Slurm:

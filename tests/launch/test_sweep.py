@@ -239,6 +239,22 @@ def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeyp
     assert sent == ["job", signal.SIGINT]
 
 
+def test_the_tracebacks_of_submitits_own_processes_go_to_a_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local = Local(tmp_path / "jobs", 1)
+
+    def submit(_):
+        subprocess.run(["/bin/sh", "-c", "echo KeyboardInterrupt >&2"], check=True)
+        return Done("1")
+
+    monkeypatch.setattr(local._executor, "submit", submit)
+    local.run([Command("a", [], tmp_path)], lambda _: None)
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "jobs" / "submitit.log").read_text() == "KeyboardInterrupt\n"
+    os.write(2, b"seen")
+    assert capfd.readouterr().err == "seen"
+
+
 def test_an_error_tells_the_other_commands_to_save_and_end(tmp_path, monkeypatch):
     cancelled, jobs_of = [], {"a": Waiting("1"), "b": Done("2")}
     jobs_of["a"].cancel = lambda: cancelled.append("a")
