@@ -52,9 +52,10 @@ class FewShotResult:
         return float(self.accuracies.mean())
 
     @property
-    def interval(self) -> float:
-        """Half the width of the mean's 95 % interval: 1.96σ/√n."""
-        return float(1.96 * self.accuracies.std() / np.sqrt(len(self.accuracies)))
+    def interval(self) -> float | None:
+        """Half the width of the mean's 95 % interval, 1.96σ/√n; `None` of a single episode."""
+        count = len(self.accuracies)
+        return float(1.96 * self.accuracies.std() / np.sqrt(count)) if count > 1 else None
 
     def findings(self, dataset: str) -> list[Finding]:
         """The mean accuracy with its interval."""

@@ -116,6 +116,7 @@ def test_the_interval_and_the_finding():
         "5-way 1-shot accuracy",
     )
     assert (score.value, score.interval) == (first.mean, first.interval)
+    assert few_shot(features, labels, episodes=1).findings("CUB-200")[0].interval is None
 
 
 def test_what_no_fit_can_solve_is_said_of_every_number_of_shots(tmp_path):
