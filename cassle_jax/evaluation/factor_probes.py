@@ -133,8 +133,8 @@ def _target(
     if kind == "class":
         return factor
     if kind == "value":
-        return factor[:, None].astype(np.float32)
-    return np.stack([np.sin(factor), np.cos(factor)], axis=1).astype(np.float32)
+        return factor[:, None].astype(np.float64)
+    return np.stack([np.sin(factor), np.cos(factor)], axis=1).astype(np.float64)
 
 
 class _Logistic:

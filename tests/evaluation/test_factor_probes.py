@@ -58,6 +58,21 @@ def test_a_value_is_scored_by_r2():
     assert 0.1 < score < 0.9
 
 
+def test_values_far_from_zero_are_scored_by_what_they_differ_in():
+    (train, train_factors), (test, test_factors) = scenes(300, seed=1), scenes(200, seed=2)
+    scores = [
+        probe_factors(
+            train,
+            {"size": train_factors["size"] + shift},
+            test,
+            {"size": test_factors["size"] + shift},
+            {"size": "value"},
+        )["size"]
+        for shift in (0, 1e9)
+    ]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+
+
 def test_a_class_is_scored_above_the_most_frequent_one():
     generator = np.random.default_rng(0)
     labels = {"shape": np.array(["disc", "disc", "disc", "square"] * 50)}
