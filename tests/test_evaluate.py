@@ -417,21 +417,25 @@ def test_a_page_that_cannot_be_written_is_told_while_it_grows_and_at_its_end(
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "message"),
+    ("value", "error", "message", "extractions"),
     [
-        (np.nan, ConfigError, r"weights .*conv1.* are not finite"),
-        (1e38, DataError, r"run has features that are not finite on scenes"),
+        (np.nan, ConfigError, r"weights .*conv1.* are not finite", 0),
+        (1e38, DataError, r"^2 tasks failed.* run has features that are not finite on scenes", 1),
     ],
 )
-def test_weights_and_features_that_are_not_finite_are_refused(tmp_path, value, error, message):
+def test_weights_and_features_that_are_not_finite_are_refused(
+    tmp_path, caplog, value, error, message, extractions
+):
     def spoil(params):
         kernel = params["encoder"]["conv1"]["kernel"]
         encoder = {**params["encoder"], "conv1": {"kernel": kernel.at[:].set(value)}}
         return {**params, "encoder": encoder}
 
     run = workdir_of(tmp_path / "run", spoil)
+    caplog.set_level("INFO", logger="cassle_jax")
     with pytest.raises(error, match=message):
-        evaluate(run, tmp_path, "knn")
+        evaluate(run, tmp_path, "knn", "linear")
+    assert caplog.text.count("features of run on") == extractions
 
 
 @pytest.mark.exhaustive

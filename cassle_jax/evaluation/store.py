@@ -110,6 +110,7 @@ class FeatureStore:
         self._cache = FeatureCache(folder, cache_gib) if folder else None
         # By description of the source: what several protocols read is logged once.
         self._damaged: dict[str, DamagedLog] = {}
+        self._failed: dict[str, DataError] = {}
         self._extract = feature_extractor(
             subject.networks, subject.spec, subject.conditioning.neutral, mesh
         )
@@ -138,7 +139,7 @@ class FeatureStore:
         # Some processes may find a file that others do not: all must extract, or none.
         if in_all_processes(bool(features)):
             return features
-        features = self._extracted(source, short_side)
+        features = self._extracted_once(key, source, short_side)
         # Damaged images may be repaired later and must then be read.
         whole = len(features.features) == len(self.limited(source))
         if whole and has_changed(source):
@@ -149,6 +150,16 @@ class FeatureStore:
         if self._cache and whole and jax.process_index() == 0:
             self._cache.write(self._fingerprint, key, vars(features))
         return features
+
+    def _extracted_once(self, key: str, source: Source, short_side: int) -> Features:
+        """The features; what made them fail before makes them fail at once."""
+        if key in self._failed:
+            raise self._failed[key]
+        try:
+            return self._extracted(source, short_side)
+        except DataError as error:
+            self._failed[key] = error
+            raise
 
     def _extracted(self, source: Source, short_side: int) -> Features:
         LOG.info("features of %s on %s", self._subject.name, source.name)
