@@ -187,6 +187,8 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    except ValueError as error:  # of arrays that are joined
+        raise WeightsError(f"{path}: its arrays do not fit each other: {error}") from error
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -413,6 +413,21 @@ def test_hugging_faces_state_dict_is_read_as_its_file(tmp_path):
     assert_same(weights.encoder, expected.encoder)
 
 
+@pytest.mark.parametrize("kind", ["hugging_face", "dinov3", "timm"])
+def test_arrays_that_are_joined_must_fit_each_other(tmp_path, kind):
+    state, name = published(**KINDS["dinov2"]), "encoder.layer.0.attention.attention.key.weight"
+    if kind == "hugging_face":
+        state = in_hugging_face(state) | {name: np.ones((4, 4), np.float32)}
+    elif kind == "dinov3":
+        state["blocks.0.attn.qkv.bias_mask"] = np.ones(4, np.float32)
+    else:
+        state["reg_token"] = np.ones((1, 4, 4), np.float32)
+        state["pos_embed"] = np.ones((1, 21, 24), np.float32)
+    save_file(state, tmp_path / "file.safetensors")
+    with pytest.raises(WeightsError, match=r"file\.safetensors: its arrays do not fit each other"):
+        load_weights(tmp_path / "file.safetensors")
+
+
 def test_gates_that_hugging_face_keeps_apart_are_joined(tmp_path):
     state = published(**KINDS["dinov2_giant_reg4"])
     theirs = renamed(in_hugging_face(state), {"weights_out": "down_proj"})
