@@ -32,11 +32,13 @@ class Bars(NamedTuple):
       name: tooltip of the bars.
       extents: extent of the bar by group; a missing group gets a dash.
       colour: index of the colour; colours repeat after six.
+      dash: 0 for a solid bar, 1 to 3 for a pale one with a dash pattern as its edge.
     """
 
     name: str
     extents: Mapping[str, Extent]
     colour: int = 0
+    dash: int = 0
 
 
 def bars_svg(
@@ -51,8 +53,8 @@ def bars_svg(
     """Draws groups of bars from top to bottom as an ``<svg>`` element for an HTML page.
 
     Long group names wrap. A column at the right prints the values to three decimals. A bar has the
-    classes ``bar`` and ``run-i``, which the page colours, and a whisker from `Extent.low` to
-    `Extent.high` where these differ.
+    classes ``bar``, ``run-i`` and, if dashed, ``dash-i``, which the page colours. Its whisker goes
+    from `Extent.low` to `Extent.high` where these differ.
 
     Args:
       name: Accessible name of the chart.
@@ -106,9 +108,10 @@ def _bar(
     parts = [f'<text class="left value" x="{width}" y="{y + 8.5}">{text}</text>']
     if extent is not None and x_axis.shows(extent.value):
         start, end = sorted((x(0.0), x(extent.value)))
+        dash = f" dash-{series.dash}" if series.dash else ""
         title = f"<title>{escape(f'{series.name}, {group}: {extent.value!r}')}</title>"
         parts.append(
-            f'<rect class="bar run-{series.colour % len(RUN_COLOURS)}" x="{start}" y="{y}" '
+            f'<rect class="bar run-{series.colour % len(RUN_COLOURS)}{dash}" x="{start}" y="{y}" '
             f'width="{round(end - start, 1)}" height="{_BAR}">{title}</rect>'
         )
         if extent.low < extent.high:

@@ -141,7 +141,7 @@ def _bars(
                         .get(series, {})
                         .items()
                     },
-                    _colour_and_dash(index, place, is_single=is_single)[0],
+                    *_colour_and_dash(index, place, is_single=is_single),
                 )
                 for place, series in enumerate(panel)
                 for index, subject in enumerate(subjects)

@@ -507,10 +507,11 @@ figure .keys{margin:.1rem 0 .5rem}
 svg.key{display:inline-block;width:1.7em;height:.65em;margin-right:.45em;vertical-align:baseline}
 .key .line{stroke-width:3}
 .line.neutral{--run:var(--soft)}
-.line.dash-1{stroke-dasharray:5 5}.line.dash-2{stroke-dasharray:1 4}
-.line.dash-3{stroke-dasharray:9 4 1 4}
+.dash-1{stroke-dasharray:5 5}.dash-2{stroke-dasharray:1 4}
+.dash-3{stroke-dasharray:9 4 1 4}
 .band{fill:var(--run);fill-opacity:.18}
 .bar{fill:var(--run)}
+[class*=" dash-"].bar{fill-opacity:.3;stroke:var(--run);stroke-width:1.5}
 .zero,.whisker{stroke:var(--ink);stroke-width:1;fill:none}
 svg text.value{font-size:11px;fill:var(--ink);font-variant-numeric:tabular-nums}
 nav ol{margin:1rem 0;padding:0;list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;

@@ -246,6 +246,16 @@ def test_bars_begin_at_zero_and_are_as_long_as_their_values(tmp_path):
     assert end - start == pytest.approx(2 / 3 * widths[0], abs=0.3)  # from 0.5 to 1
 
 
+def test_bars_of_many_subjects_look_as_their_legend(tmp_path):
+    path = write_report(tmp_path, {f"subject {index}": [[bars()]] for index in range(14)})
+    (svg,) = drawings(path)
+    looks = [bar.get("class").removeprefix("bar ") for bar in paths(svg, "bar")]
+    stem, projector = looks[:14], looks[14:]
+    assert stem == projector and len(set(stem)) == 14
+    legend = re.search('<ul class="keys">(?:(?!</ul>).)*subject 13', path.read_text("utf-8"))[0]
+    assert re.findall('class="line (.*?)"', legend)[-14:] == stem
+
+
 def test_bars_of_several_subjects_have_a_panel_a_series(tmp_path):
     page = page_of(
         tmp_path, {"a": [[bars(names=("crop", "flip"))]], "b": [[bars(names=("flip",))]]}
