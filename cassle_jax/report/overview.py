@@ -195,7 +195,8 @@ def _mean_ranks(columns: Sequence[Row]) -> dict[str, float]:
 
 def _ranks(row: Row) -> dict[str, float]:
     sign = -1 if row.higher_is_better else 1
-    values = {name: sign * estimate.mean for name, estimate in row.estimates.items()}
+    # Equal means of other seeds, or of seeds in another order, differ in their last digits.
+    values = {name: sign * float(f"{e.mean:.12g}") for name, e in row.estimates.items()}
     return {
         name: sum(other < own for other in values.values())
         + (sum(other == own for other in values.values()) + 1) / 2

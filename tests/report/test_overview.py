@@ -43,6 +43,15 @@ def test_mean_ranks_are_scipys(higher):
     np.testing.assert_allclose([found.mean_ranks[name] for name in NAMES], expected)
 
 
+def test_equal_means_share_a_rank_whatever_the_order_of_their_seeds():
+    values = {"a": (0.1, 0.2, 0.3), "b": (0.3, 0.2, 0.1), "c": (0.2, 0.2, 0.2)}
+    subjects = {
+        name: [[score(d, v) for d in ("pets", "cars")] for v in of_seeds]
+        for name, of_seeds in values.items()
+    }
+    assert overview_of(subjects).mean_ranks == {"a": 2, "b": 2, "c": 2}
+
+
 def test_only_what_every_subject_has_is_ranked():
     subjects = single([(0.1, 0.9, 0.5), (0.2, None, 0.4), (0.3, 0.1, float("nan"))])
     for name, mean in zip(subjects, (0.9, 0.1, 0.1), strict=False):
