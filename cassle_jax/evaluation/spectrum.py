@@ -37,19 +37,22 @@ class Spectrum:
     rank_me: float
 
     @property
-    def explained(self) -> Float64[np.ndarray, " axes"]:
-        """Cumulative share of the variance, over the axes; zero where there is no variance."""
+    def shares(self) -> Float64[np.ndarray, " axes"]:
+        """The share of the variance along each axis; zero where there is no variance."""
         total = self.variances.sum()
-        return np.cumsum(self.variances) / (total if total > 0 else 1)
+        return self.variances / (total if total > 0 else 1)
+
+    @property
+    def explained(self) -> Float64[np.ndarray, " axes"]:
+        """The share of the variance up to each axis."""
+        return np.cumsum(self.shares)
 
     def findings(self, dataset: str) -> list[Finding]:
         """Both curves over the axes, α and RankMe."""
         axes = [float(axis) for axis in range(1, len(self.variances) + 1)]
-        shares = np.diff(self.explained, prepend=0)
         explained = tuple(zip(axes, self.explained.tolist(), strict=True))
-        # A logarithmic axis has no place for zero.
-        seen = tuple((axis, share) for axis, share in zip(axes, shares.tolist(), strict=True)
-                     if share > 0)  # fmt: skip
+        # A logarithmic axis has no place for zero, and would show noise as large as the rest.
+        seen = tuple(zip(axes, self.shares[: _above_noise(self.variances)].tolist(), strict=False))
         return [
             Chart(
                 PROTOCOL.name,
@@ -111,11 +114,14 @@ def spectrum(
     return Spectrum(variances, _power_law(variances, first, last), ranks, effective_rank)
 
 
+def _above_noise(variances: np.ndarray) -> int:
+    """The number of variances, the largest first, that float64 distinguishes from zero."""
+    return int(np.sum(variances > len(variances) * np.finfo(np.float64).eps * variances[0]))
+
+
 def _power_law(variances: np.ndarray, first: int, last: int) -> float:
     """The exponent α of variance = c · rank^−α over the ranks from first to last."""
-    noise = len(variances) * np.finfo(np.float64).eps * variances[0]
-    fitted = variances[first - 1 : last]
-    fitted = fitted[fitted > noise]
+    fitted = variances[first - 1 : min(last, _above_noise(variances))]
     if len(fitted) < 2:
         return float("nan")
     ranks = np.arange(first, first + len(fitted))

@@ -201,3 +201,12 @@ def test_bad_spectra_are_named():
         spectrum.lidar(np.ones((8, 2, 4)), delta=0.0)
     with pytest.raises(ValueError, match="features holds values that are not finite"):
         spectrum.lidar(np.full((8, 2, 4), np.inf))
+
+
+def test_the_chart_shows_small_shares_and_no_noise():
+    variances = 10.0 ** -np.arange(20)
+    found = spectrum.Spectrum(variances, 1.0, (6, 50), 1.0).findings("cars")
+    (chart,) = (each for each in found if getattr(each, "title", "") == "Spectrum")
+    drawn = np.array(chart.series["features"])
+    expected = np.stack([np.arange(1, 16), 0.9 * variances[:15]], axis=1)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-9)
