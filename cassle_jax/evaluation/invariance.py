@@ -186,7 +186,7 @@ def invariance_meter(
     Returns:
       A function of the variables (`params` and `batch_stats`), of a function that returns the
       batches (as from `evaluation_batches`), and of the seed of the augmentations (default 0). It
-      asks for the batches twice where the projector takes ω. It raises ValueError for fewer than
+      reads the batches twice where the projector takes ω. It raises ValueError for fewer than
       two images, where no batch has two, or where an embedding is not finite.
 
     Raises:

@@ -187,7 +187,7 @@ def test_devices_padding_and_damage_change_nothing(invariance, how):
 
 @pytest.mark.parametrize("size", everyday([3, 4, 5], 4))
 def test_the_batch_changes_only_whom_an_image_is_told_apart_from(invariance, size):
-    # Of five and one, the lone image is not told apart from any.
+    # Batches of five and one: the lone image is compared with none.
     candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
     found = measured(strengths=STRENGTHS, size=size)
     assert (found.images, found.candidates) == (6, pytest.approx(candidates))

@@ -272,7 +272,7 @@ def test_what_cannot_be_compared_is_refused():
         ViewMatcher(networks, PLAIN, (JITTERED, JITTERED), devices(1), temperature=0.0)
 
 
-def test_embeddings_that_point_nearly_the_same_way_are_told_apart():
+def test_embeddings_that_point_nearly_the_same_way_are_distinguished():
     draw = np.random.default_rng(0)
     images = draw.normal(size=(50, 1, 24)) + 0.1 * draw.normal(size=(50, 2, 24))
     pairs = (1 + 1e-4 * images).astype(np.float32)

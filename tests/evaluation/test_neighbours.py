@@ -30,7 +30,7 @@ def test_the_search_is_scikit_learns(k, scale, small_blocks):
     np.testing.assert_allclose(found.similarities, 1 - distances, atol=1e-6)
 
 
-def test_rows_that_point_nearly_the_same_way_are_told_apart(small_blocks):
+def test_rows_that_point_nearly_the_same_way_are_distinguished(small_blocks):
     centre = np.random.default_rng(0).uniform(1, 2, size=37)
     rows, queries = (centre + 1e-5 * points(n, seed=n, width=37) for n in (150, 70))
     rows, queries = (each.astype(np.float32) for each in (rows, queries))
