@@ -374,7 +374,7 @@ def architecture_of(
         if is_convnext(state):
             return _convnext(state)
         return _vit(state, heads, position_offset) if is_vit(state) else _resnet(state)
-    except (KeyError, ValueError, IndexError) as error:
+    except ValueError as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(
@@ -485,7 +485,9 @@ def _convnext(state: State) -> ConvNeXtArchitecture:
 
 
 def _shape(state: State, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of an array; ValueError names one of another number of axes."""
+    """The shape of an array; ValueError names one that is missing or of other axes."""
+    if name not in state:
+        raise ValueError(f"it has no {name}")
     shape = state[name].shape
     if len(shape) != axes:
         many = "not enough" if len(shape) < axes else "too many"

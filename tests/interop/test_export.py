@@ -494,6 +494,10 @@ def of_a_wide_first_block(state):
     state["layer1.0.conv1.weight"] = np.zeros((6, 4, 1, 1), np.float32)
 
 
+def without_a_first_layer(state):
+    del state["layer1.0.conv1.weight"]
+
+
 def without_a_stem(state):
     state["conv1.weight"] = state["conv1.weight"].reshape(4, -1)
 
@@ -502,6 +506,7 @@ def without_a_stem(state):
     ("change", "message"),
     [
         (of_a_wide_first_block, "its first block is 6 wide, no multiple of 4"),
+        (without_a_first_layer, r"known here: it has no layer1\.0\.conv1\.weight"),
         (without_a_stem, "the encoder is no ResNet, ViT or ConvNeXt known here: not enough values"),
         (resnext, r"no resnet50 known here.* layer1\.0\.conv2\.weight has shape \(8, 1, 3, 3\)"),
         (wide_resnet, r"layer1\.0\.conv2\.weight has shape \(8, 8, 3, 3\), not \(4, 4, 3, 3\)"),
