@@ -9,11 +9,14 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.config import check_setting, flat_settings
@@ -167,7 +170,7 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         code = EXIT_OUTAGE if passing(error) else EXIT_WRONG_SETTING
         raise Stop(f"config cannot be read: {_last_line(error)}", code) from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Stop(_last_line(error), EXIT_WRONG_SETTING) from error
+        raise Stop(_last_line(error), code_of(error) or EXIT_WRONG_SETTING) from error
     return rest
 
 
@@ -184,16 +187,42 @@ def _with_files_found(arguments: Sequence[str]) -> list[str]:
 
 def _check_overrides(arguments: Sequence[str]) -> None:
     """Raises ConfigError for an override of a setting that the configuration does not have."""
-    pattern = re.compile(r"--?(?:no)?config(?:=([^:]*):?(.*)|\.([\w.]+))")
+    pattern = re.compile(r"--?(?:no)?config(?:=(.+)|\.([\w.]+))", re.DOTALL)
     matches = [pattern.match(word) for word in arguments]
-    files = [(match[1], match[2]) for match in matches if match and match[1]]
-    overridden = [match[3] for match in matches if match and match[3]]
-    if not files or not overridden:
+    files = [match[1] for match in matches if match and match[1]]
+    if not files:
         return
-    path, chosen = files[-1]
-    known = flat_settings(runpy.run_path(path)["get_config"](chosen))
-    for name in overridden:
+    known = flat_settings(config_of(files[-1]))
+    for name in [match[2] for match in matches if match and match[2]]:
         check_setting(name, known, "config.")
+
+
+def config_of(written: str) -> ConfigDict:
+    """The configuration of a file with its arguments, such as `configs/cifar10.py:method=simclr`.
+
+    Raises:
+      ConfigError: the file cannot be read, or makes none; the message names its line.
+    """
+    path, colon, chosen = written.partition(":")
+    try:
+        Path(path).read_bytes()  # runpy looks for a program in a folder
+        make = runpy.run_path(path).get("get_config")
+        config = make(*[chosen] if colon else []) if make else None
+    except UserError:
+        raise
+    except (OSError, ImportError) as error:
+        raise ConfigError(f"config cannot be read: {_last_line(error)}") from error
+    except Exception as error:  # of the user's code
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [each.lineno for each in frames if each.filename == path]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        where = f" in its line {lines[-1]}" if lines else ""
+        said = f"{type(error).__name__}: {_last_line(error)}"
+        raise ConfigError(f"config={path} fails{where}: {said}") from error
+    if not isinstance(config, ConfigDict):
+        lacks = "a get_config that returns a configuration" if make else "a function get_config"
+        raise ConfigError(f"config={path} lacks {lacks}; configs/photos.py has one")
+    return config
 
 
 def _last_line(error: Exception) -> str:

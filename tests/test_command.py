@@ -16,6 +16,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data import DataError
 from cassle_jax.pretrain import pretrain_command
+from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.training.loop import Diverged, Preempted
 from tests.everyday import everyday
 from tests.tiny import tiny_config
@@ -209,6 +210,10 @@ def test_a_setting_without_its_dashes_is_not_silently_left_out(refusal):
         ("config.optimiser.momentum = 0", "optimiser"),
         ("config.batch_size = 'many'", "batch_size"),
         ("import none_such", "config cannot be read: No module named 'none_such'"),
+        ("config.epochs = 1 / 0", "fails in its line 6: ZeroDivisionError: division by zero"),
+        ("config.epochs = (", "fails in its line 6: SyntaxError: '(' was never closed (own.py"),
+        ("return None", "lacks a get_config that returns a configuration; configs/photos.py"),
+        ("return config\n\n\ndel get_config", "lacks a function get_config; configs/photos.py"),
     ],
 )
 def test_a_mistake_in_a_configuration_file_is_found(refusal, tmp_path, body, message):
@@ -216,9 +221,24 @@ def test_a_mistake_in_a_configuration_file_is_found(refusal, tmp_path, body, mes
     file.write_text(
         "from cassle_jax.config import base_config\n\n\n"
         f"def get_config(arguments=''):\n    config = base_config(arguments)\n    {body}\n"
-        "    return config\n"
+        + "    return config\n"
+        * ("return" not in body)
     )
     assert message in refusal(f"--config={file}")
+
+
+@pytest.mark.parametrize("overrides", [[], ["--config.batch_size=8"]])
+def test_a_configuration_file_need_not_take_arguments(run, refusal, tmp_path, overrides):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from cassle_jax.config import base_config\n\n\n"
+        "def get_config():\n    return base_config()\n"
+    )
+    assert run(f"--config={file}", *overrides).batch_size == (8 if overrides else 256)
+    said = f"config={file} fails: TypeError: get_config() takes 0 positional arguments but 1 was"
+    assert refusal(f"--config={file}:method=simclr", *overrides).startswith(said)
+    (swept,) = runs_of(SweepRequest(str(file), grid="batch_size=8"))
+    assert swept.config.batch_size == 8
 
 
 @pytest.mark.parametrize("error", [ConfigError, DataError])

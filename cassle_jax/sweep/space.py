@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_seed
+from cassle_jax.command import config_of
 from cassle_jax.config import (
     ARGUMENTS,
     FLAG_OPTIONS,
@@ -118,7 +119,7 @@ def run_of(
       ConfigError: an unknown setting, with the closest known one, or an invalid value.
     """
     arguments = _arguments(config, overrides, values)
-    known = [*ARGUMENTS, *flat_settings(parsed(arguments[:1]))]
+    known = [*ARGUMENTS, *flat_settings(config_of(arguments[0].removeprefix("--config=")))]
     for setting in values:
         check_setting(setting, known)
     chosen = parsed(arguments)
@@ -240,7 +241,8 @@ def _arguments(config: str, overrides: Sequence[str], values: Values) -> tuple[s
         f"--config.{name}={value}" for name, value in values.items() if name not in ARGUMENTS
     ]
     file = Path(find_file("config", path)).resolve()
-    return (f"--config={file}:{','.join(own)}", *overrides, *settings)
+    chosen = f":{','.join(own)}" if own else ""
+    return (f"--config={file}{chosen}", *overrides, *settings)
 
 
 def parsed(arguments: Sequence[str]) -> ConfigDict:
