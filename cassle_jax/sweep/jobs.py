@@ -98,6 +98,16 @@ class Command:
         environment = {**os.environ, **self.environment}
         # submitit's signals reach all processes of a job, and would kill the command.
         ignoring_signals = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
+        unsent, interrupted = [signal.SIGINT], False
+
+        def interrupt(*_) -> None:
+            # Ctrl-C comes from the terminal, and again through submitit; two kill the command.
+            nonlocal interrupted
+            interrupted = True
+            if self._process and unsent:
+                self._process.send_signal(unsent.pop())
+
+        self._process, before = None, signal.signal(signal.SIGINT, interrupt)
         self._process = subprocess.Popen(
             [*ignoring_signals, sys.executable, "-m", self.module, *self.arguments],
             env={name: value for name, value in environment.items() if value is not None},
@@ -107,11 +117,13 @@ class Command:
             pass_fds=[lock.fileno()],  # the command keeps the lock even if the job is killed
             start_new_session=True,  # Ctrl-C arrives once, through the job
         )
-        try:
-            return self._wait()
-        except KeyboardInterrupt:
-            self._process.send_signal(signal.SIGINT)
-            raise
+        if interrupted:
+            interrupt()
+        code = self._wait()
+        signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
+        return code
 
     def _wait(self) -> int:
         # Polls, because a signal handler's own `_wait` would block inside Popen.wait.

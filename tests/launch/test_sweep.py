@@ -220,7 +220,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeypatch):
+def test_ctrl_c_reaches_the_jobs(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     local, command = Local(tmp_path / "jobs", 1), Command("nothing", [], tmp_path)
@@ -231,12 +231,32 @@ def test_ctrl_c_reaches_the_jobs_and_through_them_the_commands(tmp_path, monkeyp
         patch.setattr(jobs.time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             local.run([command], lambda _: None)
-    process = SimpleNamespace(send_signal=sent.append)
-    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: process)
-    monkeypatch.setattr(command, "_wait", interrupt)
+    assert sent == ["job"]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_ctrl_c_that_comes_twice_reaches_the_command_once(tmp_path, monkeypatch, early):
+    """At a terminal it comes from there and from submitit, at any moment."""
+    sent, command = [], Command("nothing", [], tmp_path)
+
+    def send_signal(number):
+        signal.raise_signal(signal.SIGINT)
+        sent.append(number)
+
+    def start(*_, **__):
+        if early:
+            signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(send_signal=send_signal, poll=lambda: 75, returncode=75)
+
+    def wait():
+        signal.raise_signal(signal.SIGINT)
+        return 75
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", start)
+    monkeypatch.setattr(command, "_wait", wait)
     with (tmp_path / "lock").open("w") as file, pytest.raises(KeyboardInterrupt):
         command._run(file, file)
-    assert sent == ["job", signal.SIGINT]
+    assert sent == [signal.SIGINT]
 
 
 def test_the_tracebacks_of_submitits_own_processes_go_to_a_file(tmp_path, monkeypatch, capfd):
