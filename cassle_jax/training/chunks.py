@@ -39,7 +39,7 @@ def in_chunks(
         return function(rows)
 
     def rows_of(index, x):
-        split = x.reshape(-1, chunks, *x.shape[1:])
+        split = x.reshape(len(x) // chunks, chunks, *x.shape[1:])
         return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
 
     # Two loops share no expressions, so XLA has nothing to merge.
@@ -48,8 +48,11 @@ def in_chunks(
         results, statistics = function(jax.tree.map(partial(rows_of, index), rows))
         return results, jax.lax.stop_gradient(statistics)
 
+    def joined(x):  # also of no width, as the plain method's ω
+        return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
     results, statistics = jax.lax.map(one_chunk, jnp.arange(chunks))
     return (
-        jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results),
+        jax.tree.map(joined, results),
         jax.tree.map(lambda x: x.mean(0), statistics),
     )

@@ -17,12 +17,13 @@ from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS, VisionTransformer
 from cassle_jax.optimizer import learning_rate
 from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.training.chunks import in_chunks
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables, state_from_variables
 from cassle_jax.training.step import Update, make_train_step
 from tests.everyday import everyday
-from tests.methods.one_device import CLOCK, SPEC, compiled, random_views
+from tests.methods.one_device import CLOCK, PLAIN, SPEC, compiled, random_views
 from tests.methods.test_every_method import small
 from tests.tiny import EVERY_AUXILIARY, TinyEncoder, cropped_only, tiny_config
 
@@ -36,6 +37,7 @@ CASSLE = Conditioning(depth=2, width=8)
 INTO_THE_IMAGE = Conditioning(injection="image", depth=2, width=8)
 CASES = {name: (name, CASSLE) for name in METHODS}
 CASES["byol into the image"] = "byol", INTO_THE_IMAGE
+CASES["simclr plain"] = "simclr", PLAIN
 TINY_VIT = partial(VisionTransformer, width=8, depth=1, heads=2, patch_size=4)
 # The tests compile for seconds and run for milliseconds.
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -185,6 +187,13 @@ def test_the_gradient_is_that_of_one_shot(case):
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert_close(after.opt_state.trace, gradient)
     assert_close((after.batch_stats, after.target_batch_stats), statistics)
+
+
+def test_the_plain_methods_omega_without_numbers_passes_in_chunks():
+    images = jnp.arange(BATCH)
+    omega = jnp.zeros((BATCH, 0))
+    (kept, empty), _ = in_chunks(lambda rows: (rows, ()), (images, omega), CHUNKS)
+    assert kept.tolist() == images.tolist() and empty.shape == omega.shape
 
 
 @pytest.mark.exhaustive
