@@ -12,11 +12,12 @@ from cassle_jax.faults import hurry
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C, while entered, into a request to save and stop after a step.
+    """Turns SIGTERM, Ctrl-C and a closed terminal into a request to save and stop after a step.
 
     A first Ctrl-C restores the previous handler, so a second one kills. SIGTERM may come again, as
-    SLURM sends it to a job and to each of its steps. With several processes, JAX receives SIGTERM,
-    informs the others and finds the next step that none of them has started.
+    SLURM sends it to a job and to each of its steps. `nohup` hides a closed terminal. With several
+    processes, JAX receives SIGTERM, informs the others and finds the next step that none of them
+    has started.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -26,7 +27,10 @@ class StopRequest:
         self._first: int | None = None
         when_stopped(hurry.set)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
+            numbers = [signal.SIGINT]
+            numbers += [signal.SIGTERM] * self._alone
+            numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -47,6 +47,20 @@ def test_of_several_processes_ctrl_c_is_the_signal_that_jax_tells_the_others(mon
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
+def test_a_closed_terminal_is_a_request_except_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with StopRequest() as stop:
+                if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:  # else it ends these tests
+                    signal.raise_signal(signal.SIGHUP)
+                assert stop.agreed(3) is stops
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_request_before_the_first_step_has_nothing_to_save():
     begun = SimpleNamespace(
         window=SimpleNamespace(start=lambda: None), _catch_up=lambda: None, step=4, total=9
