@@ -51,7 +51,8 @@ def resampled_linear_evaluation(
     """Linear evaluation on random splits of all rows, in the proportions of the given parts.
 
     Each class is shuffled and cut in these proportions, so a part holds the same share of every
-    class. The splits depend on the labels and the seed alone, so all encoders get the same ones.
+    class, or nearly so. The splits depend on the labels and the seed alone, so all encoders get the
+    same ones.
 
     Args:
       parts: features and labels (from 0) of the training, validation and test rows.
@@ -87,14 +88,20 @@ def split_by_class(
     cuts: Float[np.ndarray, " cuts"],
     generator: np.random.Generator,
 ) -> list[Int[np.ndarray, " part"]]:
-    """The rows of every part: each class shuffled and cut at the given shares."""
-    parts: list[list[np.ndarray]] = [[] for _ in range(len(cuts) + 1)]
-    for of_class in rows_by_label(labels).values():
-        rows = generator.permutation(of_class)
-        pieces = np.split(rows, np.rint(cuts * len(rows)).astype(int))
-        for part, piece in zip(parts, pieces, strict=True):
-            part.append(piece)
-    return [np.concatenate(part) for part in parts]
+    """The rows of every part: each class shuffled and cut at the given shares.
+
+    Where a class does not divide evenly, chance decides which part has one row more or less. So the
+    parts have their shares of all rows, even where every class has only a few.
+    """
+    shuffled = [generator.permutation(rows) for rows in rows_by_label(labels).values()]
+    offsets = generator.random(len(shuffled))
+    places = [
+        (np.arange(len(rows)) + offset) / len(rows)
+        for rows, offset in zip(shuffled, offsets, strict=True)
+    ]
+    rows, ranks = np.concatenate(shuffled), np.argsort(np.argsort(np.concatenate(places)))
+    part_of = np.searchsorted(np.rint(cuts * len(rows)), ranks, side="right")
+    return [rows[part_of == part] for part in range(len(cuts) + 1)]
 
 
 def _run(bench: Bench, settings: Seeded) -> list[Finding]:

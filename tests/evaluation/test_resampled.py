@@ -32,6 +32,17 @@ def test_a_split_has_every_row_once_and_each_class_in_proportion():
     ]
 
 
+@pytest.mark.parametrize("images", [1, 2, 5, 7])
+def test_parts_have_their_shares_even_of_classes_of_few_images(images):
+    labels = np.repeat(np.arange(50), images)
+    found = split_by_class(labels, np.array([0.8, 0.9]), np.random.default_rng(1))
+    assert sorted(np.concatenate(found).tolist()) == list(range(50 * images))
+    assert [len(rows) for rows in found] == [40 * images, 5 * images, 5 * images]
+    for rows, share in zip(found, (0.8, 0.1, 0.1), strict=True):
+        of_class = np.bincount(labels[rows], minlength=50)
+        assert np.abs(of_class - share * images).max() <= 1
+
+
 def test_the_mean_is_that_of_linear_evaluation_on_each_split(parts):
     found = resampled_linear_evaluation(parts, classes=3, penalties=PENALTIES, splits=3, seed=7)
     features, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
