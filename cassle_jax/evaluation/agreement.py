@@ -19,7 +19,10 @@ _ROWS_AT_ONCE = 1024
 
 
 def unit_length(rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    """Rows of length 1, whatever their scale; rows of zeros as they are."""
+    """Rows of length 1, whatever their scale; rows of zeros as they are.
+
+    On CPUs, XLA takes subnormal numbers for zeros, in encoders too.
+    """
     # A power of two rounds nothing, and keeps squares from becoming 0 or infinite.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
     return normalize(jnp.ldexp(rows, -exponent))
