@@ -59,7 +59,7 @@ class BatchNorm(nn.Module):
 
         mean, var = running_mean.value, running_var.value
         if train and not self.is_initializing():
-            mean, var = _moments(x, jax.lax.stop_gradient(mean), self.axis_name)
+            mean, var = _moments(x, mean, self.axis_name)
             count = _count(x, self.axis_name)
             running_mean.value = self._step(running_mean.value, mean)
             running_var.value = self._step(running_var.value, var * (count / (count - 1)))
@@ -77,19 +77,25 @@ class BatchNorm(nn.Module):
 
 
 def _moments(
-    x: Float[Array, "*batch c"], shift: Float[Array, " c"], axis_name: str | None
+    x: Float[Array, "*batch c"], running_mean: Float[Array, " c"], axis_name: str | None
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and biased variance per channel in one pass over `x`.
+    """Mean and biased variance per channel in one pass over `x`, and one exchange.
 
-    E[x²] − E[x]² cancels badly where the mean is large, but not around a `shift` near the mean.
+    E[x²] − E[x]² cancels badly where the mean is large, but not around a shift near the mean: the
+    first value on a device, the running mean between devices. Sums go over each image first: XLA's
+    CPU code adds one value after the other, and long sums would round more than PyTorch's do.
     """
+    places = tuple(range(1, x.ndim - 1))
+    shift = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)])
     centred = x - shift
-    axes = tuple(range(x.ndim - 1))
-    moments = jnp.stack([jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)])
+    mean, squares = (jnp.mean(jnp.mean(v, places), 0) for v in (centred, jnp.square(centred)))
+    mean, var = mean + shift, squares - jnp.square(mean)
     if axis_name is not None:
-        moments = jax.lax.pmean(moments, axis_name)
-    mean, mean_of_squares = moments
-    return mean + shift, jnp.maximum(mean_of_squares - jnp.square(mean), 0)
+        shift = jax.lax.stop_gradient(running_mean)
+        mean -= shift
+        mean, squares = jax.lax.pmean(jnp.stack([mean, var + jnp.square(mean)]), axis_name)
+        mean, var = mean + shift, squares - jnp.square(mean)
+    return mean, jnp.maximum(var, 0)
 
 
 def _count(x: Float[Array, "*batch c"], axis_name: str | None) -> int:

@@ -55,6 +55,16 @@ def test_a_large_mean_does_not_destroy_the_variance(problem):
     np.testing.assert_allclose(np.std(y, axis=(0, 1)), 1.0, rtol=1e-3)
 
 
+def test_the_first_steps_variance_of_many_values_is_exact():
+    """The running mean is still 0 then, and a plain sum of 65 536 values rounds a lot."""
+    x = np.random.default_rng(0).normal(30, 1, (64, 32, 32, 8)).astype(np.float32)
+    norm = BatchNorm(False, False, momentum=0.0)
+    variables = norm.init(jax.random.key(0), jnp.asarray(x), True)
+    _, updates = norm.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+    expected = np.var(x, axis=(0, 1, 2), dtype=np.float64, ddof=1)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], expected, rtol=1e-5)
+
+
 def test_eight_bit_mantissas_in_still_give_float32_statistics(problem):
     x, variables = problem
     x = jnp.asarray(x, jnp.bfloat16)
