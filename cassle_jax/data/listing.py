@@ -64,7 +64,7 @@ def list_images(root: pathlib.Path) -> tuple[list[bytes], Skipped]:
       DataError: the folder itself cannot be listed.
     """
     skipped = Skipped()
-    return sorted(_images(root, b"", (), skipped)), skipped
+    return sorted(_images(root, skipped)), skipped
 
 
 def list_folders(root: pathlib.Path) -> tuple[str, ...]:
@@ -77,31 +77,32 @@ def list_folders(root: pathlib.Path) -> tuple[str, ...]:
     return tuple(map(os.fsdecode, found))
 
 
-def _images(
-    root: pathlib.Path, inside: bytes, above: tuple[tuple[int, int], ...], skipped: Skipped
-) -> Iterator[bytes]:
-    """The images below `<root>/<inside>`, which lies in the folders `above` (device and inode)."""
-    folder = root / os.fsdecode(inside)
-    try:
-        entries = _entries(folder)
-    except DataError as error:
-        if not inside or not isinstance(error.__cause__, PermissionError):
-            raise
-        skipped.note(UNREADABLE, inside)
-        return
-    found = folder.stat()
-    here = found.st_dev, found.st_ino
-    if here in above:
-        skipped.note(CIRCLE, inside)
-        return
-    for entry in entries:
-        path, kind = inside + b"/" * bool(inside) + entry.name, _kind(entry)
-        if kind == _FOLDER:
-            yield from _images(root, path, (*above, here), skipped)
-        elif kind == _IMAGE:
-            yield path
-        else:
-            skipped.note(kind, path)
+def _images(root: pathlib.Path, skipped: Skipped) -> Iterator[bytes]:
+    """The images below a folder, in no order."""
+    waiting: list[tuple[bytes, tuple]] = [(b"", ())]  # folders, and those above: device and inode
+    while waiting:
+        inside, above = waiting.pop()
+        folder = root / os.fsdecode(inside)
+        try:
+            entries = _entries(folder)
+        except DataError as error:
+            if not inside or not isinstance(error.__cause__, PermissionError):
+                raise
+            skipped.note(UNREADABLE, inside)
+            continue
+        found = folder.stat()
+        here = found.st_dev, found.st_ino
+        if here in above:
+            skipped.note(CIRCLE, inside)
+            continue
+        for entry in entries:
+            path, kind = inside + b"/" * bool(inside) + entry.name, _kind(entry)
+            if kind == _FOLDER:
+                waiting.append((path, (*above, here)))
+            elif kind == _IMAGE:
+                yield path
+            else:
+                skipped.note(kind, path)
 
 
 def local_root(path: str, wanted: str) -> pathlib.Path:

@@ -224,7 +224,7 @@ def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
             named = {_path(member): member for member in file if not _is_own_link(member)}
             _check_end(file)
             for member in file:
-                stem, extension = _split_name(member.name)
+                stem, extension = _split_name(_path(member))  # so that ./a.png is a.png
                 content = _content(member, named)
                 if not isinstance(content, str):
                     keys.setdefault(stem, {})[extension] = member.name, content

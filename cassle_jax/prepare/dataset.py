@@ -32,7 +32,8 @@ from cassle_jax.prepare.shards import (
     Written,
     features_of,
     forget_unreadable,
-    remove_leftovers,
+    remove_notes,
+    remove_partials,
     write_shard,
     written_shard,
 )
@@ -87,6 +88,7 @@ def prepare(
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     check_writable("--to", folder)
     with folder_held_for("call", folder.parent, setting="--to"):
+        remove_partials(folder)
         plan = plan_of(sources, folder, preparation, data.max_pixels)
         try:
             if not _is_complete(plan, folder):
@@ -100,7 +102,7 @@ def prepare(
             if plain is None:
                 raise
             raise plain from error
-        remove_leftovers(folder)
+        remove_notes(folder)
     return folder
 
 

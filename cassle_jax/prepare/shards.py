@@ -120,10 +120,16 @@ def forget_unreadable(path: pathlib.Path, written: Written) -> None:
         _note(path).unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes the notes beside the shards of a folder, and what killed calls left half written."""
-    for leftover in (*folder.glob(f".*{_NOTE}"), *folder.glob(f"*{PARTIAL}")):
-        leftover.unlink(missing_ok=True)
+def remove_partials(folder: pathlib.Path) -> None:
+    """Removes what killed calls left half written."""
+    for partial_file in folder.glob(f"*{PARTIAL}"):
+        partial_file.unlink(missing_ok=True)
+
+
+def remove_notes(folder: pathlib.Path) -> None:
+    """Removes the notes beside the shards of a folder."""
+    for note in folder.glob(f".*{_NOTE}"):
+        note.unlink(missing_ok=True)
 
 
 def _note(path: pathlib.Path) -> pathlib.Path:

@@ -149,6 +149,12 @@ def test_float_tiff_is_damaged():
         decode(encoded(np.zeros((4, 4), np.float32), "TIFF"), 8)
 
 
+def test_a_tiff_of_wide_integers_is_damaged():
+    """They were taken for 16 bits: all above was white."""
+    with pytest.raises(DamagedImage, match="integers of 32 bits; which of them is white"):
+        decode(encoded(np.full((4, 4), 1 << 20, np.int32), "TIFF"), 8)
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_transparency_is_laid_on_white(form):
     rgba = np.zeros((2, 3, 4), np.uint8)

@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -196,6 +197,21 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
         (line,) = [each for each in caplog.messages if f": {kind}," in each]
         assert f"skipped {count}: " in line
         assert example in line
+
+
+def test_folders_may_be_nested_deeply(tmp_path, image_bytes):
+    folders = [tmp_path]
+    for _ in range(sys.getrecursionlimit() + 10):
+        folders.append(folders[-1] / "d")
+        folders[-1].mkdir()
+    image = folders[-1] / "0.png"
+    image.write_bytes(image_bytes(1))
+    try:
+        assert len(open_folder(str(tmp_path), "")) == 1
+    finally:  # pytest cannot remove them
+        image.unlink()
+        for folder in reversed(folders[1:]):
+            folder.rmdir()
 
 
 def test_a_bucket_is_asked_for_its_folder(monkeypatch):

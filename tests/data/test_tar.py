@@ -224,6 +224,12 @@ def test_images_with_a_dot_in_their_name_are_named_where_they_are_left_out(
     assert line.endswith("train.tar/IMG.2021.png'")
 
 
+def test_a_path_may_be_written_in_two_ways(tmp_path, settings, image_bytes):
+    write_tar(tmp_path / "train.tar", {"./a/0.png": image_bytes(1), "a/0.cls": b"3"})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert source.labels.tolist() == [3]
+
+
 @pytest.mark.parametrize(
     ("split", "read", "other"),
     [

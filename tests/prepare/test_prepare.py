@@ -32,6 +32,7 @@ from cassle_jax.prepare import dataset as dataset_module
 from cassle_jax.prepare import plan as plan_module
 from cassle_jax.prepare import shards as shards_module
 from cassle_jax.prepare.reencode import reencoded
+from cassle_jax.storage import PARTIAL
 from tests.commands import run_command
 
 SHORT = 24
@@ -265,6 +266,20 @@ def test_a_full_disk_is_refused_before_anything_is_written(images, tmp_path, mon
     with pytest.raises(Stop, match=r"needs about 0\.00 GiB and has 0\.00 GiB free"):
         prepare(settings(images), ["train"], str(tmp_path / "to"), HOW, **BAD)
     assert [path.name for path in (tmp_path / "to").rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_what_a_killed_call_left_half_written_does_not_count_as_written(
+    images, tmp_path, monkeypatch
+):
+    folder = tmp_path / "animals" / "1.0.0"
+    folder.mkdir(parents=True)
+    half = folder / f"animals-train.array_record-00000-of-00001.0badcafe{PARTIAL}"
+    with half.open("wb") as file:
+        file.truncate(1 << 30)
+    monkeypatch.setattr(plan_module, "free_bytes", lambda _: 100)
+    with pytest.raises(Stop, match="free some"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert not half.exists()
 
 
 def test_a_shard_that_reads_back_differently_is_no_shard(images, tmp_path, monkeypatch):
