@@ -206,12 +206,13 @@ def config_of(written: str) -> ConfigDict:
     path, colon, chosen = written.partition(":")
     try:
         Path(path).read_bytes()  # runpy looks for a program in a folder
+    except OSError as error:
+        raise ConfigError(f"config cannot be read: {_last_line(error)}") from error
+    try:
         make = runpy.run_path(path).get("get_config")
         config = make(*[chosen] if colon else []) if make else None
     except UserError:
         raise
-    except (OSError, ImportError) as error:
-        raise ConfigError(f"config cannot be read: {_last_line(error)}") from error
     except Exception as error:  # of the user's code
         frames = traceback.extract_tb(error.__traceback__)
         lines = [each.lineno for each in frames if each.filename == path]

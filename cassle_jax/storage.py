@@ -328,8 +328,8 @@ def kept_json(
 
 
 def number_of(text: str) -> Real:
-    """A whole number of a JSON file; a float beyond 64 bits, where only damage leads."""
-    return int(text) if len(text) < 20 else float(text)
+    """A whole number of a JSON file; a float beyond 64 bits, which damage alone writes."""
+    return int(text) if len(text.removeprefix("-")) < 20 else float(text)
 
 
 def is_of(value: Any, kind: Any) -> bool:

@@ -390,7 +390,7 @@ def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, po
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("weights.path=lost.pth",), r"^weights\.path='lost\.pth' is no file that is there; use a"),
+        (("weights.path=lost.pth",), r"^weights\.path='lost\.pth' is not a local file; download"),
         (
             ("encoder.small_images=True",),
             r"^row 'SimCLR, plain': export=.* 7×7 stem .*, this resnet18",

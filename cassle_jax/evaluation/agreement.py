@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 1024
 def unit_length(rows: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Rows of length 1, whatever their scale; rows of zeros as they are.
 
-    On CPUs, XLA takes subnormal numbers for zeros, in encoders too.
+    On CPUs, rows of subnormal numbers count as rows of zeros, in encoders too.
     """
     # A power of two rounds nothing, and keeps squares from becoming 0 or infinite.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
@@ -194,8 +194,8 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
 def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: str) -> Agreement:
     """The mean of two comparisons: first views as queries, then second views as queries.
 
-    All is computed in float64 (on TPUs in float32): where all embeddings point nearly the same way,
-    float32 rounds every similarity to 1.
+    Similarities are in float64 (on TPUs in float32): where all embeddings point nearly the same
+    way, float32 rounds each of them to 1.
 
     Args:
       embeddings: embeddings of the two views of every image.

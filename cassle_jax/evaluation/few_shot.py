@@ -159,8 +159,8 @@ def _episodes_together(drawn: tuple[int, int, int], shots: int, width: int) -> i
     """The number of episodes that fit in 1 GiB, at most 256."""
     episodes, ways, images = drawn
     fitted = ways * shots
-    # In float64: the images to fit, with and without ones, and the weights; per class a Hessian,
-    # its summands and its factor. In float32, on host and device: all images.
+    # Images to fit (with ones and without), weights, and per class a Hessian, its summands and its
+    # factor are in float64. All images are in float32, on host and device.
     numbers = (2 * fitted + ways) * (width + 1) + 4 * ways * fitted**2 + ways * images * width
     return max(1, min(_TOGETHER, episodes, _WORKING_BYTES // (8 * numbers)))
 

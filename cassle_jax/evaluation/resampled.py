@@ -90,8 +90,9 @@ def split_by_class(
 ) -> list[Int[np.ndarray, " part"]]:
     """The rows of every part: each class shuffled and cut at the given shares.
 
-    Where a class does not divide evenly, chance decides which part has one row more or less. So the
-    parts have their shares of all rows, even where every class has only a few.
+    Chance decides which part has one row more or less of a class that does not divide evenly. The
+    parts have their shares of all rows, even where every class has only a few; a class of few rows
+    may be absent from a part.
     """
     shuffled = [generator.permutation(rows) for rows in rows_by_label(labels).values()]
     offsets = generator.random(len(shuffled))

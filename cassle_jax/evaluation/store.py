@@ -110,7 +110,7 @@ class FeatureStore:
         self._cache = FeatureCache(folder, cache_gib) if folder else None
         # By description of the source: what several protocols read is logged once.
         self._damaged: dict[str, DamagedLog] = {}
-        self._failed: dict[str, DataError] = {}
+        self._failed: dict[str, str] = {}  # why, by key
         self._extract = feature_extractor(
             subject.networks, subject.spec, subject.conditioning.neutral, mesh
         )
@@ -154,11 +154,11 @@ class FeatureStore:
     def _extracted_once(self, key: str, source: Source, short_side: int) -> Features:
         """The features; what made them fail before makes them fail at once."""
         if key in self._failed:
-            raise self._failed[key]
+            raise DataError(self._failed[key])
         try:
             return self._extracted(source, short_side)
         except DataError as error:
-            self._failed[key] = error
+            self._failed[key] = str(error)
             raise
 
     def _extracted(self, source: Source, short_side: int) -> Features:

@@ -53,7 +53,7 @@ def run_card(
     }
     data = config.data.to_dict()
     if data["source"] != "tfds":
-        data["name"] = ""  # left over from the configuration, and not read
+        data["name"] = ""  # no other source reads the configuration's name
     dataset = {name: data[name] for name in ("source", "name", "train_split", "classes")}
     if "images" in start:
         dataset["images"] = start["images"]

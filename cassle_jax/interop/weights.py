@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cassle_jax.checks import UserError
 from cassle_jax.faults import reason_of, retried
 from cassle_jax.interop.card import is_card
 from cassle_jax.interop.errors import WeightsError
@@ -172,7 +173,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     path = Path(path_of(path))
     content, card = retried(str(path), partial(_read, path))
     try:
-        weights = _weights(content)
+        weights = _fitting_weights(content)
         recorded = weights.heads or _recorded(card, "heads", int)
         offset = weights.position_offset
         if offset is None:
@@ -187,8 +188,16 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except ValueError as error:  # of arrays that are joined
-        raise WeightsError(f"{path}: its arrays do not fit each other: {error}") from error
+
+
+def _fitting_weights(content: Any) -> Weights:
+    """The weights; raises WeightsError where arrays that belong together cannot be joined."""
+    try:
+        return _weights(content)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"its arrays do not fit each other: {error}") from error
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:

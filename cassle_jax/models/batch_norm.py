@@ -81,12 +81,13 @@ def _moments(
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance per channel in one pass over `x`, and one exchange.
 
-    E[x²] − E[x]² cancels badly where the mean is large, but not around a shift near the mean: the
-    first value on a device, the running mean between devices. Sums go over each image first: XLA's
-    CPU code adds one value after the other, and long sums would round more than PyTorch's do.
+    E[x²] − E[x]² cancels badly where the mean is large, but not around a shift near the mean: a
+    value from the batch's middle, away from edges and their padding; between devices the running
+    mean, which all know. Sums go over each image first: XLA's CPU code adds one value after the
+    other, and long sums would round more than PyTorch's do.
     """
     places = tuple(range(1, x.ndim - 1))
-    shift = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)])
+    shift = jax.lax.stop_gradient(x[tuple(size // 2 for size in x.shape[:-1])])
     centred = x - shift
     mean, squares = (jnp.mean(jnp.mean(v, places), 0) for v in (centred, jnp.square(centred)))
     mean, var = mean + shift, squares - jnp.square(mean)

@@ -88,7 +88,8 @@ def check_formats(config: ConfigDict, formats: Sequence[str]) -> None:
     encoder, size = networks_of(config).factories["encoder"](), config.augment.size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     shapes = jax.eval_shape(partial(encoder.init, train=False), jax.random.key(0), image)
-    arrays = jax.tree.map(lambda each: np.zeros(each.shape, each.dtype), shapes)
+    # Zeros of any shape that take no memory.
+    arrays = jax.tree.map(lambda each: np.broadcast_to(each.dtype.type(0), each.shape), shapes)
     architecture = architecture_of(encoder_to_pytorch(arrays), getattr(encoder, "heads", None))
     for name in formats:
         FORMATS[name].check(architecture)

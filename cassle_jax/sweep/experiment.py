@@ -206,7 +206,7 @@ def _missing_jobs(
 def _check_missing(
     runs: Sequence[RunSpec], table: Table, results: "_Results", weights_of: Sequence[Path]
 ) -> None:
-    """Raises ConfigError for what runs would fail of, each of them after those before it."""
+    """Raises ConfigError where a run would fail later, after those before it are paid for."""
     for run in runs:
         check_weights_file(run.config.weights, results.workdir(run.name))
     for run in {run.subject: run for run in runs}.values():
@@ -245,7 +245,7 @@ class _Results:
         saved = kept_json(path)
         if saved is None and is_there(path):
             LOG.warning(
-                "%s is damaged; the evaluation of this call is taken for that of all runs here",
+                "%s is damaged; this call's evaluation replaces it, and earlier runs may differ",
                 path,
             )
         saved = saved or facts

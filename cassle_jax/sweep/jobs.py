@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ SUBMITIT_LOG = "submitit.log"
 
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
+_SAME_CTRL_C_SECONDS = 5.0
 _WEEK_MINUTES = 7 * 24 * 60
 _PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 # Requeues by submitit at a job's time limit; practically unlimited.
@@ -95,35 +97,41 @@ class Command:
         return DelayedSubmission(self)
 
     def _run(self, lock, log) -> int:
+        interrupted, sent_at = False, -math.inf
+
+        def interrupt(*_) -> None:
+            # One Ctrl-C comes from the terminal, and again through submitit; two kill the command.
+            nonlocal interrupted, sent_at
+            interrupted, now = True, time.monotonic()
+            if self._process and now - sent_at > _SAME_CTRL_C_SECONDS:
+                sent_at = now
+                self._process.send_signal(signal.SIGINT)
+
+        self._process, before = None, signal.signal(signal.SIGINT, interrupt)
+        try:
+            self._process = self._started(lock, log)
+            if interrupted:
+                interrupt()
+            code = self._wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
+        return code
+
+    def _started(self, lock, log) -> subprocess.Popen:
         environment = {**os.environ, **self.environment}
         # submitit's signals reach all processes of a job, and would kill the command.
         ignoring_signals = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
-        unsent, interrupted = [signal.SIGINT], False
-
-        def interrupt(*_) -> None:
-            # Ctrl-C comes from the terminal, and again through submitit; two kill the command.
-            nonlocal interrupted
-            interrupted = True
-            if self._process and unsent:
-                self._process.send_signal(unsent.pop())
-
-        self._process, before = None, signal.signal(signal.SIGINT, interrupt)
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [*ignoring_signals, sys.executable, "-m", self.module, *self.arguments],
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             pass_fds=[lock.fileno()],  # the command keeps the lock even if the job is killed
-            start_new_session=True,  # Ctrl-C arrives once, through the job
+            start_new_session=True,  # Ctrl-C arrives through the job alone
         )
-        if interrupted:
-            interrupt()
-        code = self._wait()
-        signal.signal(signal.SIGINT, before)
-        if interrupted:
-            raise KeyboardInterrupt
-        return code
 
     def _wait(self) -> int:
         # Polls, because a signal handler's own `_wait` would block inside Popen.wait.

@@ -70,14 +70,15 @@ def check_weights_file(settings: ConfigDict, workdir: Path) -> None:
       workdir: workdir of the run; need not exist.
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: there is no such local file.
       OSError: it is out of reach.
     """
     if not settings.path or holds_run(epath.Path(workdir)):
         return
-    if "://" in settings.path or not is_there(path_of(settings.path)):
+    path = path_of(settings.path)
+    if "://" in settings.path or not is_there(path) or Path(path).is_dir():
         raise ConfigError(
-            f"weights.path={settings.path!r} is no file that is there; use a local file of weights"
+            f"weights.path={settings.path!r} is not a local file; download the weights first"
         )
 
 

@@ -23,4 +23,4 @@ def test_many_classes_take_little_more_time_than_few():
         split_by_class(labels, np.array([0.5]), np.random.default_rng(0))
         return time.process_time() - begun
 
-    assert seconds(2000) < 10 * seconds(2)
+    assert min(seconds(2000) for _ in range(3)) < 10 * min(seconds(2) for _ in range(3))

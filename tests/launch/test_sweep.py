@@ -673,7 +673,7 @@ def test_weights_that_are_not_there_are_refused_unless_a_run_has_taken_them(tmp_
     grid = f"--grid=seed=0;weights.path={path}"
     for option in ("--dry_run", "--nodry_run"):
         assert sweep_here(tmp_path / "new", grid, option) == 2
-        assert f"error: weights.path='{path}' is no file that is there" in capsys.readouterr().err
+        assert f"error: weights.path='{path}' is not a local file" in capsys.readouterr().err
     assert not list((tmp_path / "new").glob("runs"))
     (run,) = runs_of(SweepRequest(TINY, grid=grid.removeprefix("--grid=")))
     workdir = tmp_path / "begun" / "runs" / run.name
