@@ -46,6 +46,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _TIFF_BITS = ExifTags.Base.BitsPerSample
+_TIFF_BLACK = ExifTags.Base.PhotometricInterpretation  # 0 where black is the largest number
 _UNKNOWN_RANGE = "which of them is white is unknown"
 _FLOAT_MODES = ("F", "F;16", "F;32F")
 
@@ -283,11 +284,14 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
         raise DamagedImage(f"its pixels are floating point; {_UNKNOWN_RANGE}")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Converted here: Pillow's own conversion clips at 255 instead of scaling.
-        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))[0]
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(_TIFF_BITS, (16,))[0]
         if bits > 16:
             raise DamagedImage(f"its pixels are integers of {bits} bits; {_UNKNOWN_RANGE}")
         white = (1 << bits) - 1
         grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
+        if tags.get(_TIFF_BLACK) == 0:  # Pillow inverts 8 bits alone
+            grey = white - grey
         grey[grey == image.info.get("transparency", -1)] = white
         return _three_channels(((grey * 255 + white // 2) // white).astype(np.uint8))
     if image.has_transparency_data:

@@ -133,6 +133,16 @@ def test_sixteen_bit_grey_tiff_is_scaled():
     np.testing.assert_array_equal(image[..., 0], np.round(values / 257).astype(np.uint8))
 
 
+def test_a_sixteen_bit_tiff_may_have_white_as_zero():
+    """Scans and X-ray images do; they were shown as their negatives."""
+    values = np.linspace(0, 65535, 48).reshape(6, 8).astype(np.uint16)
+    is_black_0 = struct.Struct("<HHIHxx").pack
+    data = encoded(values, "TIFF")
+    assert data.count(is_black_0(262, 3, 1, 1)) == 1
+    inverted = data.replace(is_black_0(262, 3, 1, 1), is_black_0(262, 3, 1, 0))
+    np.testing.assert_array_equal(decode(inverted, 8), 255 - decode(data, 8))
+
+
 def test_twelve_bit_grey_tiff_is_scaled():
     values = (0, 4095, 2048, 17)
     packed = int("".join(f"{value:03x}" for value in values), 16).to_bytes(6)
