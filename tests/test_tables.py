@@ -419,7 +419,7 @@ def test_a_damaged_record_of_the_evaluation_is_reported(tmp_path, pool, caplog, 
     assert "damaged" not in caplog.text
     (tmp_path / "table.json").write_bytes(b"{")
     run_table(PAIR, tmp_path, **settings)
-    assert f"{tmp_path / 'table.json'} is damaged; the evaluation of this call" in caplog.text
+    assert f"{tmp_path / 'table.json'} is damaged; this call's evaluation" in caplog.text
     assert json.loads((tmp_path / "table.json").read_text())["table"] == PAIR.title
 
 

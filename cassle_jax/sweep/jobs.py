@@ -119,7 +119,7 @@ class Command:
             raise KeyboardInterrupt
         return code
 
-    def _started(self, lock, log) -> subprocess.Popen:
+    def _started(self, lock, log):
         environment = {**os.environ, **self.environment}
         # submitit's signals reach all processes of a job, and would kill the command.
         ignoring_signals = ["/bin/sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]

@@ -75,8 +75,7 @@ def check_weights_file(settings: ConfigDict, workdir: Path) -> None:
     """
     if not settings.path or holds_run(epath.Path(workdir)):
         return
-    path = path_of(settings.path)
-    if "://" in settings.path or not is_there(path) or Path(path).is_dir():
+    if "://" in settings.path or not is_there(path := path_of(settings.path)) or path.is_dir():
         raise ConfigError(
             f"weights.path={settings.path!r} is not a local file; download the weights first"
         )

@@ -259,6 +259,20 @@ def test_ctrl_c_that_comes_twice_reaches_the_command_once(tmp_path, monkeypatch,
     assert sent == [signal.SIGINT]
 
 
+def test_a_second_ctrl_c_ends_a_command_that_does_not_save(tmp_path, monkeypatch):
+    sent, command, before = [], Command("nothing", [], tmp_path), signal.getsignal(signal.SIGINT)
+    started = SimpleNamespace(send_signal=sent.append, returncode=75)
+    monkeypatch.setattr(jobs, "_SAME_CTRL_C_SECONDS", -1.0)
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: started)
+    monkeypatch.setattr(
+        command, "_wait", lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    )
+    with (tmp_path / "lock").open("w") as file, pytest.raises(KeyboardInterrupt):
+        command._run(file, file)
+    assert sent == [signal.SIGINT] * 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_the_tracebacks_of_submitits_own_processes_go_to_a_file(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     local = Local(tmp_path / "jobs", 1)
