@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that launch/test.sh runs without --all, and lists the lines of cassle_jax/ that they leave out.
-# A line counts if any process reaches it. Fails where a test does, where tests/uncovered.txt does not excuse a line, and
-# where it excuses what is no line any more.
+# A line counts if any process reaches it. Fails if a test fails, if tests/uncovered.txt does not excuse a line, or if it
+# excuses a line that no longer exists.
 # Usage: bash launch/coverage.sh [--of FOLDER_OF_CASSLE_JAX] [options of pytest, such as tests/evaluation]
 
 # shellcheck source=launch/environment.sh

@@ -66,7 +66,7 @@ create() {
     state
     echo '# where there is none; one that failed or was taken away is deleted first'
     request
-    echo '# asks every 30 s until it is ACTIVE'
+    echo '# repeats the first command every 30 s until the state is ACTIVE'
     return
   fi
   now="$(state)"

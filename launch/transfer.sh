@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs CASSLE's requirements and runs the table `transfer`: plain, AugSelf, CASSLE, leak-free and leak-free + plain branch of three methods, with seeds, in a time budget.
+# Installs CASSLE's requirements and runs the table `transfer` within a time budget: plain, AugSelf, CASSLE, leak-free and
+# leak-free + plain branch, each for three methods and several seeds.
 # Usage: bash launch/transfer.sh [options of python -m cassle_jax.transfer]
 
 # shellcheck source=launch/environment.sh
