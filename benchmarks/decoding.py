@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from absl import app, flags
+from absl import flags
 
 from benchmarks.workload import jpegs_in
+from cassle_jax import command
+from cassle_jax.checks import check_at_least
 from cassle_jax.data.decode import decode
 
 REPEATS = 5
@@ -58,11 +60,13 @@ def _least(call: Callable[[], object]) -> float:
     return 1000 * min(times)
 
 
-def main(_) -> None:
+def main() -> None:
     """Prints a Markdown table."""
+    check_at_least("canvas", CANVAS.value, 1)
+    check_at_least("limit", LIMIT.value, 0)
+    files = jpegs_in(Path(DATA.value))[: LIMIT.value or None]
     print("| images | number | bare decoding, ms | for the canvas, ms | × |")
     print("|---|--:|--:|--:|--:|")
-    files = jpegs_in(Path(DATA.value))[: LIMIT.value or None]
     for need, times in costs(files, CANVAS.value).items():
         if len(times):
             bare, fitted = times.mean(axis=0)
@@ -73,4 +77,4 @@ if __name__ == "__main__":
     DATA = flags.DEFINE_string("data", None, "Folder of JPEGs.", required=True)
     CANVAS = flags.DEFINE_integer("canvas", 512, "Side of the canvas, pixels.")
     LIMIT = flags.DEFINE_integer("limit", 0, "Largest number of images; 0: all.")
-    app.run(main)
+    command.run(main)

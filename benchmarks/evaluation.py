@@ -11,12 +11,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.contest import one_line
 from benchmarks.isolated import run_isolated
 from benchmarks.linear_evaluation import synthetic_features, timed
 from benchmarks.scaling import IMAGES
+from benchmarks.workload import numbers_in
+from cassle_jax import command
+from cassle_jax.checks import check_at_least, check_one_of
 from cassle_jax.evaluation.few_shot import few_shot
 from cassle_jax.evaluation.knn import knn_evaluation
 from cassle_jax.evaluation.linear import PENALTIES
@@ -83,14 +86,19 @@ def law(costs: Sequence[Cost]) -> str:
     )
 
 
-def main(_) -> None:
+def main() -> None:
     """Prints a Markdown table of the costs, and the law of every protocol."""
+    sizes = numbers_in("rows", ROWS.value)
+    check_at_least("features", FEATURES.value, 1)
+    check_at_least("classes", CLASSES.value, 2)
+    for name in ONLY.value:
+        check_one_of("protocols", name, PROTOCOLS)
     print(f"| {FEATURES.value} features, {CLASSES.value} classes | images | s | GiB |")
     print("|---|--:|--:|--:|")
     laws = {}
     for name in ONLY.value:
         found = []
-        for rows in map(int, ROWS.value):
+        for rows in sizes:
             arguments = name, rows, FEATURES.value, CLASSES.value
             try:
                 found.append(run_isolated(cost, *arguments, seconds=SECONDS.value))
@@ -111,4 +119,4 @@ if __name__ == "__main__":
     CLASSES = flags.DEFINE_integer("classes", 100, "Number of classes.")
     ONLY = flags.DEFINE_list("protocols", [*PROTOCOLS], "Protocols to measure.")
     SECONDS = flags.DEFINE_float("seconds", 1800.0, "Time limit per measurement.")
-    app.run(main)
+    command.run(main)

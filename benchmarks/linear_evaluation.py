@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.contest import Contender, Row, contest
 from benchmarks.rivals.published import torch_device
 from benchmarks.workload import Workload
+from cassle_jax import command
+from cassle_jax.checks import check_at_least
 from cassle_jax.evaluation.linear import PENALTIES
 from cassle_jax.solvers.logistic import fit_logistic
 
@@ -95,8 +97,11 @@ def timed(function: Callable) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def main(_) -> None:
+def main() -> None:
     """Prints a table: seconds, penalties within 1e-4 of the best objective seen, and the ratio."""
+    check_at_least("features", FEATURES.value, 1)
+    check_at_least("classes", CLASSES.value, 2)
+    check_at_least("rows", ROWS.value, CLASSES.value)
     features, labels = synthetic_features(ROWS.value, FEATURES.value, CLASSES.value)
 
     def sweep():
@@ -121,4 +126,4 @@ if __name__ == "__main__":
     FEATURES = flags.DEFINE_integer("features", SIZES[1], "Features per row.")
     CLASSES = flags.DEFINE_integer("classes", SIZES[2], "Number of classes.")
     PUBLISHED = flags.DEFINE_boolean("published", True, "Also time the published way.")
-    app.run(main)
+    command.run(main)

@@ -3,7 +3,8 @@
 python -m benchmarks.weak_scaling --config=configs/quickstart.py:method=moco_v2 --local_batch=128
 
 Every process has one device, the same number of images, and one CPU; more processes than CPUs share
-them. A step on a resident batch is compared with one that is fed as in training.
+them. A step on a resident batch is compared with one that is fed as in training, and with that of
+as many processes which exchange nothing: what they lose is the machine's.
 """
 
 import contextlib
@@ -17,13 +18,17 @@ from functools import partial
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks.linear_evaluation import timed
 from benchmarks.scaling import collectives_in
 from benchmarks.training import SYNTHETIC, from_source, inputs_of, repeated, synthetic
+from benchmarks.workload import numbers_in
+from cassle_jax import command
+from cassle_jax.checks import check_at_least
 from cassle_jax.config import FLAG_OPTIONS
+from cassle_jax.data import open_source
 from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.distributed import ADDRESS, COUNT, INDEX, all_processes
 from cassle_jax.parallel import device_mesh, on_every_device
@@ -58,15 +63,20 @@ def measured(config: ConfigDict, local_batch: int, steps_per_round: int, rounds:
     }
 
 
-def run_processes(count: int, arguments: list[str]) -> dict:
+def run_processes(count: int, arguments: list[str], *, joined: bool = True) -> dict:
     """Runs this module in `count` processes, and returns what the first one measured.
+
+    Args:
+      count: number of processes.
+      arguments: the command's arguments.
+      joined: whether they train together; else each trains alone.
 
     Raises:
       RuntimeError: a process failed.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    environment = {**os.environ, "XLA_FLAGS": "", COUNT: str(count)}
-    if count > 1:
+    environment = {**os.environ, "XLA_FLAGS": "", COUNT: str(count if joined else 1)}
+    if count > 1 and joined:
         environment[ADDRESS] = f"127.0.0.1:{_free_port()}"
     started = []
     with contextlib.ExitStack() as processes:
@@ -75,7 +85,7 @@ def run_processes(count: int, arguments: list[str]) -> dict:
             try:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "benchmarks.weak_scaling", *arguments, "--joined"],
-                    env={**environment, INDEX: str(index)},
+                    env={**environment, INDEX: str(index if joined else 0)},
                     stdout=subprocess.PIPE,
                     text=True,
                 )
@@ -95,7 +105,7 @@ def _free_port() -> int:
         return listening.getsockname()[1]
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Prints a Markdown table, a row per number of processes."""
     if JOINED.value:
         with all_processes():
@@ -103,19 +113,30 @@ def main(arguments: list[str]) -> None:
             if jax.process_index() == 0:
                 print(json.dumps(found))
         return
+    counts = numbers_in("processes", PROCESSES.value)
+    for name, flag in (("local_batch", LOCAL_BATCH), ("steps", STEPS), ("rounds", ROUNDS)):
+        check_at_least(name, flag.value, 1)
+    open_source(CONFIG.value.data, CONFIG.value.data.train_split)  # fails before processes start
     print(f"{LOCAL_BATCH.value} images per process, {usable_cpus()} CPUs\n")
-    print("| processes | s per step | range | efficiency | outside the step | exchanges | MB |")
-    print("|--:|--:|---|--:|--:|--:|--:|")
+    print(
+        "| processes | s per step | range | efficiency | without exchanges | outside the step "
+        "| exchanges | MB |"
+    )
+    print("|--:|--:|---|--:|--:|--:|--:|--:|")
     alone = None
-    for count in map(int, PROCESSES.value):
-        found = run_processes(count, arguments[1:])
+    for count in counts:
+        found = run_processes(count, sys.argv[1:])
         seconds = statistics.median(found["step"])
         alone = alone or seconds
+        apart = seconds
+        if count > 1:
+            apart = statistics.median(run_processes(count, sys.argv[1:], joined=False)["step"])
         sharing = max(1, count / usable_cpus())  # of CPUs: it is no loss of scaling
         outside = statistics.median(1 - np.divide(found["step"], found["fed"]))
         print(
             f"| {count} | {seconds:.3f} | {min(found['step']):.3f}–{max(found['step']):.3f} "
-            f"| {100 * alone * sharing / seconds:.0f} % | {100 * outside:.1f} % "
+            f"| {100 * alone * sharing / seconds:.0f} % | {100 * alone * sharing / apart:.0f} % "
+            f"| {100 * outside:.1f} % "
             f"| {found['exchanges']} | {found['bytes'] / 1e6:.2f} |",
             flush=True,
         )
@@ -128,4 +149,4 @@ if __name__ == "__main__":
     STEPS = flags.DEFINE_integer("steps", 10, "Steps per round.")
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.")
     JOINED = flags.DEFINE_boolean("joined", False, "Measure, as one of the processes.")
-    app.run(lambda _: main(sys.argv))
+    command.run(main)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -75,6 +76,17 @@ def workload_for(platform: str) -> Workload:
     if platform == "cpu":
         return Workload("resnet18", 64, 64, "float32", 224, 32, 512, 2, 7)
     return Workload("resnet50", 224, 256, "bfloat16", 224, 256, 512, 20, 7)
+
+
+def numbers_in(name: str, values: Sequence[str]) -> list[int]:
+    """The numbers that a flag lists.
+
+    Raises:
+      ConfigError: a value is not a whole number of at least 1, or there is none.
+    """
+    if not values or not all(value.strip().isdecimal() and int(value) for value in values):
+        raise ConfigError(f"{name}={','.join(values)} must list numbers of at least 1, such as 1,2")
+    return [int(value) for value in values]
 
 
 def jpegs_in(folder: Path) -> tuple[Path, ...]:

@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 
 
-def run_command(module, *arguments):
-    """`python -m cassle_jax.MODULE arguments…`; returns its exit code.
+def run_command(module, *arguments, package="cassle_jax"):
+    """`python -m PACKAGE.MODULE arguments…`; returns its exit code.
 
     absl's own set-up of the process, which happens once, is left out, as is the command's log.
     """
@@ -27,7 +27,7 @@ def run_command(module, *arguments):
         patch.setattr(sys, "dont_write_bytecode", True)
         try:
             with pytest.raises(SystemExit) as ended:
-                runpy.run_module(f"cassle_jax.{module}", run_name="__main__")
+                runpy.run_module(f"{package}.{module}", run_name="__main__")
         finally:
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
