@@ -121,13 +121,15 @@ def work(lowered: jax.stages.Lowered) -> Work:
     """Counts the work per device of a lowered step.
 
     Bytes are those of the unoptimised program, which has the accelerator's types; a CPU computes
-    bfloat16 in float32. Only convolutions and matrix products count, as XLA can fuse the rest.
+    bfloat16 in float32. Only convolutions and matrix products count, as XLA can fuse the rest;
+    products with a vector are sums, which only CPUs compute so.
     """
     moved = 0
     for line in lowered.as_text().splitlines():
         if re.search(r"stablehlo\.(convolution|dot_general)\b", line):
             arrays = re.findall(r"tensor<([^>]*)>", line.rpartition(" : ")[2])
-            moved += sum(_lowered_bytes(array) for array in arrays)
+            if all(array.count("x") > 1 for array in arrays[:2]):
+                moved += sum(_lowered_bytes(array) for array in arrays)
     state = lowered.in_avals[0][0]
     moved += 2 * sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
     return Work(lowered.cost_analysis()["flops"], moved)

@@ -9,6 +9,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cassle_jax.models.sums import channel_sums
+
 
 class BatchNorm(nn.Module):
     """Normalises each channel (the last axis) by its mean and variance over all other axes.
@@ -67,13 +69,38 @@ class BatchNorm(nn.Module):
         factor = jax.lax.rsqrt(var + self.epsilon)
         if self.use_scale:
             factor *= self.param("scale", self.scale_init, channels, jnp.float32)
-        y = (x - mean) * factor
+        bias = jnp.zeros(channels, jnp.float32)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, channels, jnp.float32)
-        return y.astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        return _scaled(x, *(v.astype(x.dtype) for v in (mean, factor, bias))).astype(self.dtype)
 
     def _step(self, average: Float[Array, " c"], value: Float[Array, " c"]):
         return self.momentum * average + (1 - self.momentum) * value
+
+
+@jax.custom_vjp
+def _scaled(
+    x: Float[Array, "*batch c"],
+    mean: Float[Array, " c"],
+    factor: Float[Array, " c"],
+    bias: Float[Array, " c"],
+) -> Float[Array, "*batch c"]:
+    """`(x − mean) · factor + bias`, with two sums over `x` in its gradient instead of three."""
+    return (x - mean) * factor + bias
+
+
+def _scaled_forward(x, mean, factor, bias):
+    return _scaled(x, mean, factor, bias), (x, mean, factor)
+
+
+def _scaled_backward(kept, gradient):
+    x, mean, factor = kept
+    of_bias = channel_sums(gradient)
+    of_factor = channel_sums(gradient * (x - mean))
+    return gradient * factor, -factor * of_bias, of_factor, of_bias
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def _moments(
@@ -83,14 +110,12 @@ def _moments(
 
     E[x²] − E[x]² cancels badly where the mean is large, but not around a shift near the mean: a
     value from the batch's middle, away from edges and their padding; between devices the running
-    mean, which all know. Sums go over each image first: XLA's CPU code adds one value after the
-    other, and long sums would round more than PyTorch's do.
+    mean, which all know.
     """
-    places = tuple(range(1, x.ndim - 1))
     shift = jax.lax.stop_gradient(x[tuple(size // 2 for size in x.shape[:-1])])
-    centred = x - shift
-    mean, squares = (jnp.mean(jnp.mean(v, places), 0) for v in (centred, jnp.square(centred)))
-    mean, var = mean + shift, squares - jnp.square(mean)
+    values = math.prod(x.shape[:-1])
+    mean, squares = (channel_sums(v) / values for v in (x, jnp.square(x - shift)))
+    var = squares - jnp.square(mean - shift)
     if axis_name is not None:
         shift = jax.lax.stop_gradient(running_mean)
         mean -= shift

@@ -34,6 +34,7 @@ from cassle_jax.methods.base import (
 )
 from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.methods.views import augmented_views, batch_positions, training_views
+from cassle_jax.models.sums import tree_norm
 from cassle_jax.optimizer import Clock
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, parallel
 from cassle_jax.training.chunks import in_chunks
@@ -179,10 +180,10 @@ class Update:
         metrics = {
             **losses,
             **self._similarities(steps[""]),
-            "gradient_norm": optax.tree.norm(gradient),
+            "gradient_norm": tree_norm(gradient),
             "learning_rate": self.schedule(state.step),
         }
-        norms = losses["loss"], metrics["gradient_norm"], optax.tree.norm(updates)
+        norms = losses["loss"], metrics["gradient_norm"], tree_norm(updates)
         memory = {branch: self.method.update_memory(step) for branch, step in steps.items()}
         return state.replace(
             step=state.step + 1,

@@ -128,3 +128,23 @@ def test_one_value_per_channel_has_no_variance():
     stats = norm.init(jax.random.key(0), jnp.ones((1, 3)), False)
     with pytest.raises(ValueError, match="at least 2 values per channel"):
         norm.apply(stats, jnp.ones((1, 3)), True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_are_those_of_the_closed_form(problem, affine):
+    x, variables = problem
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    norm = BatchNorm(affine, affine)
+
+    def ours(x, params):
+        stats = variables["batch_stats"]
+        given = {"params": params if affine else {}, "batch_stats": stats}
+        return (weights * norm.apply(given, x, True, mutable=["batch_stats"])[0]).sum()
+
+    def plain(x, params):
+        y = (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5)
+        y = y * params["scale"] + params["bias"] if affine else y
+        return (weights * y).sum()
+
+    ours, plain = (jax.grad(f, (0, 1))(x, variables["params"]) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)

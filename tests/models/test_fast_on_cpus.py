@@ -1,4 +1,4 @@
-"""What stands in for XLA's convolution and pooling gives the same numbers and gradients."""
+"""What stands in for XLA's convolution, pooling and sums gives the same numbers and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import lax
 
 from cassle_jax.models.convolve import convolve
 from cassle_jax.models.pooling import max_pool
+from cassle_jax.models.sums import channel_sums, tree_norm
 from tests.everyday import everyday_pairs
 
 HOW = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -70,3 +71,34 @@ def test_max_pooling_and_its_gradient_are_xlas_also_among_equals(size, dtype):
         ours,
         theirs,
     )
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (4, 3, 2, 5), (1, 7, 1, 5), (3, 0, 5)])
+def test_sums_per_channel_and_their_gradient_are_plain_sums(shape):
+    x = jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32)
+    ours, theirs = (
+        value_and_gradients(f, x) for f in (channel_sums, lambda x: x.reshape(-1, 5).sum(0))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+
+
+def test_only_cpus_sum_by_products():
+    x = jax.ShapeDtypeStruct((8, 4, 4, 5), jnp.float32)
+    traced = jax.jit(channel_sums).trace(x)
+    program = {each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda")}
+    assert "dot_general" in program["cpu"]
+    assert "dot_general" not in program["cuda"]
+
+
+def test_the_sum_of_many_values_hardly_rounds():
+    x = np.random.default_rng(3).normal(1, 1, (64, 32, 32, 8)).astype(np.float32)
+    exact = x.sum((0, 1, 2), dtype=np.float64)
+    np.testing.assert_allclose(channel_sums(jnp.asarray(x)), exact, rtol=1e-6)
+
+
+def test_the_norm_of_a_tree_is_that_of_all_its_numbers():
+    random = np.random.default_rng(4)
+    tree = {"a": random.standard_normal((3, 3, 4, 5)), "b": {"c": random.standard_normal(7)}}
+    tree = jax.tree.map(jnp.float32, {**tree, "d": 2.0})
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    np.testing.assert_allclose(tree_norm(tree), np.linalg.norm(flat), rtol=1e-6)
