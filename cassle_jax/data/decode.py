@@ -46,6 +46,8 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _TIFF_BITS = ExifTags.Base.BitsPerSample
+_TIFF_FORMAT = ExifTags.Base.SampleFormat
+_SIGNED = 2
 _TIFF_BLACK = ExifTags.Base.PhotometricInterpretation  # 0 where black is the largest number
 _UNKNOWN_RANGE = "which of them is white is unknown"
 _FLOAT_MODES = ("F", "F;16", "F;32F")
@@ -70,7 +72,7 @@ class DamagedImage(ValueError):
 
     Args:
       reason: why, in words.
-      file: the path, where it was found out before there was a record; "" elsewhere.
+      file: the record's name, where the source found it out; "" elsewhere.
     """
 
     def __init__(self, reason: str, file: str = ""):
@@ -282,12 +284,15 @@ def _bare_png(data: bytes) -> bytes:
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode in _FLOAT_MODES:
         raise DamagedImage(f"its pixels are floating point; {_UNKNOWN_RANGE}")
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, (16,))[0]
+    is_wide = image.mode == "I" or image.mode.startswith("I;16")
+    if is_wide and bits > 16:
+        raise DamagedImage(f"its pixels are integers of {bits} bits; {_UNKNOWN_RANGE}")
+    if _SIGNED in tags.get(_TIFF_FORMAT, ()):
+        raise DamagedImage(f"its pixels are signed integers; {_UNKNOWN_RANGE}")
+    if is_wide:
         # Converted here: Pillow's own conversion clips at 255 instead of scaling.
-        tags = getattr(image, "tag_v2", {})
-        bits = tags.get(_TIFF_BITS, (16,))[0]
-        if bits > 16:
-            raise DamagedImage(f"its pixels are integers of {bits} bits; {_UNKNOWN_RANGE}")
         white = (1 << bits) - 1
         grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
         if tags.get(_TIFF_BLACK) == 0:  # Pillow inverts 8 bits alone

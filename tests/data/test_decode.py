@@ -165,6 +165,14 @@ def test_a_tiff_of_wide_integers_is_damaged():
         decode(encoded(np.full((4, 4), 1 << 20, np.int32), "TIFF"), 8)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_of_signed_integers_is_damaged(kind):
+    """Those below zero were white, or black."""
+    data = encoded(np.full((4, 4), 200, kind), "TIFF", tiffinfo={339: 2})
+    with pytest.raises(DamagedImage, match="signed integers; which of them is white"):
+        decode(data, 8)
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_transparency_is_laid_on_white(form):
     rgba = np.zeros((2, 3, 4), np.uint8)
