@@ -228,6 +228,11 @@ def _annotated(
             class_of[file] = class_of_name[name]
         else:
             skipped.note(NO_LINE, file)
+    if not class_of:
+        raise DataError(
+            f"data.path: {str(annotations)!r} names none of the images beside it{skipped}; each of "
+            "its lines is a file's name, a tab and its class"
+        )
     return class_of
 
 

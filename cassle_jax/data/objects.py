@@ -159,7 +159,7 @@ def _listed(path: pathlib.Path) -> list[str]:
 def _array_of(path: pathlib.Path, wanted: str) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(read_whole(path)))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged file raises any type, depending on its bytes.
         raise DataError(
             f"{str(path)!r} cannot be read ({reason_of(error)}); it should hold {wanted}"
         ) from error

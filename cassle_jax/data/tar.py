@@ -310,10 +310,12 @@ def _label(
     text = file.extractfile(note).read()
     try:
         content = json.loads(text)
-        if isinstance(content, dict):
-            content = content.get("label", content.get("cls", -1))
     except (ValueError, RecursionError):
-        content = None
+        content = text
+    if isinstance(content, dict):
+        content = content.get("label", content.get("cls"))
+    if _CLASS not in parts and (content is None or isinstance(content, list)):
+        return -1  # such as captions or boxes
     if type(content) is not int or not -1 <= content < _MOST_CLASSES:
         raise DataError(f"data.path: {tar}/{stem} has the class {text[:40]!r}; use 0, 1, 2, …")
     return content

@@ -246,6 +246,15 @@ def test_labels_that_are_no_text_are_one_line(tree):
     assert "\n" not in str(caught.value)
 
 
+def test_labels_of_no_image_are_refused(tree):
+    root = tree("val/images/0.png", "val/images/1.png")
+    annotations = root / "val" / "val_annotations.txt"
+    for written in ("0.png n1\n1.png n2\n", "images/0.png\tn1\nimages/1.png\tn2\n", ""):
+        annotations.write_text(written)
+        with pytest.raises(DataError, match=r"_annotations\.txt' names none .* and its class$"):
+            open_folder(str(root), "val")
+
+
 def test_a_file_that_has_gone_is_other_content(tree):
     root = tree("train/a/1.png", "train/b/2.png")
     paths = [root / "train" / "a" / "1.png", root / "train" / "b" / "2.png"]

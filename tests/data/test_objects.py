@@ -23,6 +23,7 @@ from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods import Networks
 from tests.evaluation.analysed import JITTERED, PIXELS, PLAIN, SPEC, Colour, devices
 
+TORN = b"\x93NUMPY\x01\x00\x76\x00{".ljust(128)  # a header whose bracket stays open
 CLASSES = ("02691156", "03001627")
 TRAIN, VAL, VIEWS = 24, 4, 5
 
@@ -182,6 +183,7 @@ WANTED = "; it should hold the split's objects as '/<class>/<object>/'"
         (removed(CLASSES[1]), ("lacks 1 of the 2 class folders", "the first is '03001627'")),
         (removed(f"{FIRST}/image_1.jpg"), ("train02' has 1 of the images image_0.jpg,",)),
         (removed(LATENT), ("latent_0.npy' cannot be read (",)),
+        (lambda root: (root / LATENT).write_bytes(TORN), ("latent_0.npy' cannot be read (",)),
         (spoilt(LATENT, np.zeros(9)), ("holds float64 of shape (9,); a view has 7 finite",)),
         (spoilt(LATENT, np.full(7, np.nan)), ("; a view has 7 finite numbers",)),
     ],

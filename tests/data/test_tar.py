@@ -95,12 +95,21 @@ def test_images_without_classes_are_unlabelled(tmp_path, settings, image_bytes):
     assert source.class_names == () and source.labels.tolist() == [-1, -1]
 
 
+@pytest.mark.parametrize("note", [b"{}", b"[[1, 2, 30, 40]]", b"null", b'{"label": null}'])
+def test_a_note_without_a_class_is_none(tmp_path, settings, image_bytes, note):
+    write_tar(tmp_path / "train.tar", {"a.png": image_bytes(1), "a.json": note})
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert source.class_names == () and source.labels.tolist() == [-1]
+
+
 @pytest.mark.parametrize(
     ("members", "mode", "message"),
     [
         ({"a.png": b"x"}, "w:gz", "has no tar files of split|uncompressed"),
         ({"a.v1.png": b"x"}, "w", "hold no images.*begins at the first dot"),
         ({"a.png": b"x", "a.cls": b"cat"}, "w", "has the class b'cat'; use 0, 1, 2"),
+        ({"a.png": b"x", "a.cls": b"[1]"}, "w", r"has the class b'\[1\]'"),
+        ({"a.png": b"x", "a.json": b"[1"}, "w", r"has the class b'\[1'"),
         ({"a.png": b"x", "a.cls": b"1", "b.png": b"x"}, "w", "1 of the 2 images .* no class"),
     ],
 )
