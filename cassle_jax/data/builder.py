@@ -8,7 +8,7 @@ import logging
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -75,6 +75,10 @@ class TfdsSource:
         if wanted is not None:
             self._check_subset(classes, wanted)
         self._records = _open_split(tfds_builder, split)
+        # What else a record holds may be slow to decode, or damaged.
+        needed = [path for path in (self._image_key, self._label_key) if path]
+        self._features = _only(features, needed)
+        self._decoders = _nested({self._image_key: tfds.decode.SkipDecoding()})
         files = tfds_builder.info.splits[split].file_instructions
         self._shards = Shards(self.name, files)
         self._split = split
@@ -89,15 +93,18 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
         position = index if self._kept is None else int(self._kept[index])
+        name = f"{self.name} #{position}"
         try:
-            example = self._records[position]
+            stored = self._records.data_source[position]
+            example = self._features.deserialize_example_np(stored, decoders=self._decoders)
             image = _at(example, self._image_key)
             if image is None:  # an empty record: its file was cut short while it was open
                 raise ValueError("it is empty")
         except _CORRUPT as error:
             self._check_file(position, error)
-            raise DamagedImage(f"the record is corrupt: {str(error).splitlines()[0]}") from error
-        return Record(image, self._label(example), f"{self.name} #{position}")
+            reason = f"the record is corrupt: {_first_line(error)}"
+            raise DamagedImage(reason, name) from error
+        return Record(image, self._label(example), name)
 
     @property
     def names(self) -> str:
@@ -245,6 +252,9 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 def _why_not_found(name: str, folder: epath.Path | None) -> str:
     where = folder or epath.Path(tfds.core.constants.DATA_DIR)
     plain = re.split("[/:]", name)[0]
+    for inside in (where, *where.parents):
+        if inside.name == plain and _is_in(name, inside.parent):
+            return f"data.path={str(where)!r} is a folder of {name!r} itself; give {inside.parent}"
     known = tfds.list_builders(with_community_datasets=False)
     prepared = sorted(entry.name for entry in where.iterdir()) if where.is_dir() else []
     if plain not in known and plain not in prepared:
@@ -256,6 +266,15 @@ def _why_not_found(name: str, folder: epath.Path | None) -> str:
     )
 
 
+def _is_in(name: str, folder: epath.Path) -> bool:
+    """Whether a folder has the builder's files."""
+    try:
+        read_only_builder.builder_from_files(name, data_dir=folder)
+    except Exception:  # as in `_find_builder`
+        return False
+    return True
+
+
 def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
     info = tfds_builder.info
     formats = sorted(file_format.value for file_format in info.available_file_formats())
@@ -265,9 +284,8 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
             f"access; run `tfds convert_format --dataset_version_dir={tfds_builder.data_dir} "
             "--out_file_format=array_record`"
         )
-    decoders = _skip_image_decoding(info.features)
     try:
-        return tfds_builder.as_data_source(split, decoders=decoders, file_format="array_record")
+        return tfds_builder.as_data_source(split, file_format="array_record")
     except Exception as error:  # A bad split expression fails in tfds' parser in many ways.
         splits = list(info.splits)
         raise DataError(
@@ -302,27 +320,20 @@ def _leaves(features, path: FeaturePath = ()) -> Iterator[tuple[FeaturePath, obj
             yield (*path, key), feature
 
 
-def _skip_image_decoding(features) -> dict:
-    """Decoders for tfds that leave every image encoded, including unused ones."""
-    decoders: dict = {}
-    for path, feature in _leaves(features):
-        if isinstance(feature, tfds.features.Image):
-            level = decoders
-            for key in path[:-1]:
-                level = level.setdefault(key, {})
-            level[path[-1]] = tfds.decode.SkipDecoding()
-    return decoders
-
-
 def _only(features, paths: Sequence[FeaturePath]) -> tfds.features.FeaturesDict:
     """The features at `paths` alone, nested as before."""
-    kept: dict = {}
-    for path in paths:
-        level = kept
+    return tfds.features.FeaturesDict(_nested({path: _at(features, path) for path in paths}))
+
+
+def _nested(values: Mapping[FeaturePath, object]) -> dict:
+    """Values in nested dictionaries, by path."""
+    nested: dict = {}
+    for path, value in values.items():
+        level = nested
         for key in path[:-1]:
             level = level.setdefault(key, {})
-        level[path[-1]] = _at(features, path)
-    return tfds.features.FeaturesDict(kept)
+        level[path[-1]] = value
+    return nested
 
 
 def _class_names(

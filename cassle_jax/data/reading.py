@@ -1,8 +1,6 @@
 """Reads and decodes one record, and distinguishes a bad one from storage that is out of reach."""
 
-import contextlib
 import errno
-import os
 import pathlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +9,7 @@ import numpy as np
 
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import FileOfMany, Record, Source, root_of, stored_of
+from cassle_jax.data.sources import FileOfMany, Record, Source, is_gone, root_of, stored_of
 from cassle_jax.faults import Outage, is_of_machine, passing, reason_of, retried, storage_seconds
 
 # Distances to other images. If one can be read, the file is at fault, not the storage.
@@ -135,7 +133,5 @@ def _check_folder_there(file: str | None, root: str) -> None:
     """Raises OSError where the whole folder is missing, as when unmounted, not one file."""
     if file is None or not root or not pathlib.Path(file).is_relative_to(root):
         return
-    with contextlib.suppress(OSError), os.scandir(root) as entries:
-        if any(entries):
-            return
-    raise OSError(errno.ENODEV, "the folder is gone, or empty", root)
+    if is_gone(root):
+        raise OSError(errno.ENODEV, "the folder is gone, or empty", root)

@@ -1,6 +1,7 @@
 """Distinguishes an unreadable file of records from a damaged record in a good file."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from cassle_jax.data.errors import DataError
-from cassle_jax.data.sources import content_of_files, digest_of
+from cassle_jax.data.sources import FileOfMany, content_of_files, digest_of, is_gone
 from cassle_jax.faults import passing, reason_of
 from cassle_jax.storage import open_to_read
 
@@ -79,16 +80,22 @@ class Shards:
           error: the error that reading it raised.
         """
         shard = int(np.searchsorted(self._ends, position, side="right"))
+        path = self.paths[shard]
         failed = _SYSTEM_ERROR.search(str(error))
         fault = passing(error)
+        if fault and failed and failed[0].startswith("open("):
+            raise FileOfMany(fault.errno, fault.strerror, path) from error
         if fault:
-            raise OSError(fault.errno, fault.strerror) from error
+            raise OSError(fault.errno, fault.strerror, f"{self._name} #{position}") from error
         if failed:
-            raise self._unreadable(self.paths[shard], failed[0]) from error
-        found = _records_in(self.paths[shard])
+            folder = os.path.dirname(path)  # noqa: PTH120 - stays a string
+            if "://" not in path and is_gone(folder):
+                raise FileOfMany(errno.ENODEV, "the folder is gone, or empty", folder) from error
+            raise self._unreadable(path, failed[0]) from error
+        found = _records_in(path)
         if found != self._records[shard]:
             raise self._unreadable(
-                self.paths[shard], f"{found} of its {self._records[shard]} records can be found"
+                path, f"{found} of its {self._records[shard]} records can be found"
             ) from error
 
     def _unreadable(self, path: str, reason: str) -> DataError:

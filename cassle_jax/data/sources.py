@@ -1,6 +1,7 @@
 """Defines a source of labelled images, and the classes that a config keeps of it."""
 
 import collections
+import contextlib
 import difflib
 import hashlib
 import importlib.resources
@@ -81,6 +82,13 @@ class FileOfMany(OSError):
 
     Substitutes for all its images would silently change the data of a run.
     """
+
+
+def is_gone(folder: str) -> bool:
+    """Whether a folder is missing or empty, as when it is not mounted any more."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return not any(entries)
+    return True
 
 
 def check_index(index: int, source: Source) -> None:

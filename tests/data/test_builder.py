@@ -25,7 +25,10 @@ from cassle_jax.data import (
 )
 from cassle_jax.data import builder as builder_module
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of
+from cassle_jax.data.splits import Part
+from cassle_jax.faults import Outage
 
 KINDS = ("ant", "bee", "cat", "dog")
 TRAIN, UNLABELLED, TEST = 30, 6, 8
@@ -51,6 +54,7 @@ def build_animals(root, image_bytes, seed=0):
                 "outline": tfds.features.Image(shape=(None, None, 1)),
                 "photo": {"pixels": tfds.features.Image(shape=(None, None, 3))},
                 "kind": tfds.features.ClassLabel(names=KINDS),
+                "details": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 1))),
             }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
@@ -70,6 +74,7 @@ def build_animals(root, image_bytes, seed=0):
                         "outline": io.BytesIO(b"never decoded"),
                         "photo": {"pixels": io.BytesIO(data)},
                         "kind": label,
+                        "details": [io.BytesIO(b"never decoded")],
                     },
                 )
 
@@ -283,6 +288,48 @@ def test_a_corrupt_record_is_a_damaged_image(tiny, monkeypatch):
         source[3]
 
 
+def test_what_cannot_be_read_is_named_by_its_place_among_all_records(tiny, tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("bee\ndog\n")
+    kept = open_source(tiny(classes=str(tmp_path / "some.txt")), "train")
+    source = Part(kept, np.array([3, 5]), "some")
+    name, reasons = source[1].name, ["data loss", "pread() failed: Input/output error; reading"]
+
+    def torn(self, place):
+        raise RuntimeError(reasons.pop())
+
+    monkeypatch.setattr(type(kept._records.data_source), "__getitem__", torn)
+    read = RecordReader(source, lambda name: True)  # which does not wait for it
+    while reasons:
+        with pytest.raises(UnreadableRecord) as caught:
+            read(1, bytes)
+        assert caught.value.name == name
+
+
+def test_a_folder_that_vanishes_is_an_outage(tiny, data_dir, tmp_path, monkeypatch):
+    shutil.copytree(data_dir, tmp_path / "tfds")
+    source = open_source(tiny(path=str(tmp_path / "tfds")), "train")
+    shutil.rmtree(tmp_path / "tfds")
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+    with pytest.raises(Outage, match="the folder is gone, or empty, for"):
+        RecordReader(source, lambda name: False)(0, bytes)
+
+
+def test_a_file_of_records_that_cannot_be_opened_for_now_is_no_damaged_record(tiny, monkeypatch):
+    source = open_source(tiny(), "train")
+    kind = type(source._records.data_source)
+    read = kind.__getitem__
+
+    def closed(self, place):
+        if place == 3:
+            raise RuntimeError("open() failed: Input/output error; opening records")
+        return read(self, place)
+
+    monkeypatch.setattr(kind, "__getitem__", closed)
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+    with pytest.raises(Outage, match="Input/output error, for"):
+        RecordReader(source, lambda name: False)(3, bytes)
+
+
 def test_readers_that_failed_while_storage_was_out_of_reach_are_opened_anew(tiny, monkeypatch):
     """One that failed once fails again, also once storage is back."""
     expected = labels_of(open_source(tiny(), "train")).tolist()
@@ -457,7 +504,19 @@ def test_wrong_settings_say_what_would_work(tiny, changed, split, said):
         assert words in message
 
 
-def test_tfrecord_is_told_apart(tiny, as_tfrecord):
+@pytest.mark.parametrize("inside", ["tiny_animals", "tiny_animals/1.2.0"])
+def test_a_path_into_the_builder_is_led_back_to_the_folder_above(tiny, data_dir, inside):
+    with pytest.raises(DataError, match=rf"/{inside}' is a folder of .* itself; give {data_dir}$"):
+        open_source(tiny(path=str(data_dir / inside)), "train")
+
+
+def test_a_folder_of_the_builders_name_without_its_files_is_none_of_it(tiny, tmp_path):
+    (tmp_path / "tiny_animals").mkdir()
+    with pytest.raises(DataError, match="'tiny_animals' is no tfds builder"):
+        open_source(tiny(path=str(tmp_path / "tiny_animals")), "train")
+
+
+def test_tfrecord_is_distinguished(tiny, as_tfrecord):
     with pytest.raises(DataError, match=r"prepared as tfrecord.*--out_file_format=array_record"):
         open_source(tiny(path=str(as_tfrecord)), "train")
 
