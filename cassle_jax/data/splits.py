@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float32, Int
 
-from cassle_jax.data.decode import ANY_SIDE, decode
+from cassle_jax.data.decode import ANY_SIDE, DamagedImage, decode
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.objects import ObjectSource
 from cassle_jax.data.sources import (
@@ -213,7 +213,11 @@ class Crops:
         """An image's squares, label and name; each thread keeps its last one for further crops."""
         if getattr(self._last, "image", None) != image:
             record = self.stored[image]
-            squares = squares_of(decode(record.image, ANY_SIDE), self._size, self._short_side)
+            try:
+                pixels = decode(record.image, ANY_SIDE)
+            except DamagedImage as error:
+                raise DamagedImage(str(error), record.name) from error
+            squares = squares_of(pixels, self._size, self._short_side)
             self._last.image, self._last.found = image, (squares, record.label, record.name)
         return self._last.found
 

@@ -17,7 +17,7 @@ from PIL import Image
 from cassle_jax.checks import is_finite
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.pipeline import evenly_spaced
-from cassle_jax.data.sources import content_of, has_changed
+from cassle_jax.data.sources import content_of, has_changed, stored_of
 from cassle_jax.data.splits import Crops, Part
 from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
@@ -32,8 +32,9 @@ _MAX_BAD_FRACTION = 0.01
 
 def tolerant_log(source: Source) -> DamagedLog:
     """A log that tolerates 1 % of damaged images, and always at least one."""
-    bound = min(1.0, _MAX_BAD_FRACTION + 1 / len(source))
-    return DamagedLog(len(source), bound, setting=None)
+    images = len(stored_of(source))  # all crops of an image are damaged as one
+    bound = min(1.0, _MAX_BAD_FRACTION + 1 / images)
+    return DamagedLog(images, bound, setting=None)
 
 
 PREPARATION = 2

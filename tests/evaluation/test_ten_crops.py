@@ -93,6 +93,20 @@ def test_a_limit_counts_images_and_each_has_its_ten_crops(bench):
     assert len(limited.cropped()[2].features) == 5
 
 
+def test_the_crops_of_a_damaged_image_are_one_damaged_image(bench, caplog):
+    class Torn(Noise):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            return record._replace(image=record.image[:60]) if index == 3 else record
+
+    torn = dataclasses.replace(bench.data, train=Torn("torn", 12, 0))
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        train, *_ = dataclasses.replace(bench, data=torn).cropped()
+    assert train.labels.tolist() == np.repeat([0, 1, 0, *[0, 1] * 4], 10).tolist()
+    (said,) = [line for line in caplog.messages if "damaged" in line]
+    assert said.startswith("damaged image: torn 3 (")
+
+
 def test_features_of_crops_and_of_whole_images_are_kept_apart(bench, tmp_path):
     whole = [bench.train, bench.val, bench.test]
     cropped = bench.cropped()
