@@ -153,10 +153,11 @@ def test_a_shard_whose_note_has_other_types_counts_as_missing(tmp_path, unreadab
     shard = tmp_path / "mine-train.array_record-00000-of-00001"
     shard.touch()
     note = tmp_path / f".{shard.name}.written.json"
-    note.write_text(f'{{"records": 1, "size": 2, "unreadable": {unreadable}}}')
+    rest = '"records": 1, "size": 2, "content": "of images", "file_size": 0'
+    note.write_text(f'{{{rest}, "unreadable": {unreadable}}}')
     assert written_shard(shard) is None
-    note.write_text('{"records": 1, "size": 2, "unreadable": [["a", "torn"]]}')
-    assert written_shard(shard) == (1, 2, [("a", "torn")])
+    note.write_text(f'{{{rest}, "unreadable": [["a", "torn"]]}}')
+    assert written_shard(shard) == (1, 2, [("a", "torn")], "of images", 0)
 
 
 @pytest.mark.parametrize("content", [each for each in DAMAGED if each != "{}"])

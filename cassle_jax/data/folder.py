@@ -85,15 +85,17 @@ class FolderSource:
 
     @functools.cached_property
     def content(self) -> tuple[str, str]:
-        """See `content_of`; labels may come from a file beside the images."""
-        return self._files_now(), digest_of(self.labels.tobytes())
+        """See `content_of`."""
+        return self.content_at(range(len(self)))
+
+    def content_at(self, places: range) -> tuple[str, str]:
+        """See the function of this name; labels may come from a file beside the images."""
+        labels = self.labels[places.start : places.stop]
+        return content_of_files(map(self._path, places)), digest_of(labels.tobytes())
 
     def has_changed(self) -> bool:
         """See the function of this name."""
-        return self._files_now() != self.content[0]
-
-    def _files_now(self) -> str:
-        return content_of_files(self._path(index) for index in range(len(self)))
+        return self.content_at(range(len(self))) != self.content
 
 
 def open_folder(path: str, split: str, classes: str = "") -> FolderSource:

@@ -1,5 +1,6 @@
 """Prepares a dataset: plans, writes the shards on all CPUs, and describes them for tfds."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -8,7 +9,7 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,16 +24,23 @@ from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
 from cassle_jax.data.folder import check_outside
 from cassle_jax.data.pipeline import usable_cpus
-from cassle_jax.faults import FULL, passing
+from cassle_jax.data.sources import content_at
+from cassle_jax.faults import FULL, hurry, passing
 from cassle_jax.lock import folder_held_for
-from cassle_jax.prepare.plan import PLAN, Preparation, Shard, lacking_bytes, plan_of, shards_of
+from cassle_jax.prepare.plan import (
+    INFO,
+    PLAN,
+    Preparation,
+    Shard,
+    lacking_bytes,
+    plan_of,
+    shards_of,
+)
 from cassle_jax.prepare.progress import PreparationProgress
 from cassle_jax.prepare.shards import (
     Encoding,
     Written,
     features_of,
-    forget_unreadable,
-    remove_notes,
     remove_partials,
     write_shard,
     written_shard,
@@ -49,7 +57,7 @@ from cassle_jax.storage import (
 LOG = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
-_INFO, _UNREADABLE = "dataset_info.json", "unreadable.txt"
+_UNREADABLE = "unreadable.txt"
 
 
 def prepare(
@@ -86,15 +94,17 @@ def prepare(
     for source in sources.values():
         check_outside("--to", to, source)
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
+    _check_name_free(folder)
     check_writable("--to", folder)
     with folder_held_for("call", folder.parent, setting="--to"):
         remove_partials(folder)
-        plan = plan_of(sources, folder, preparation, data.max_pixels)
         try:
+            plan = plan_of(sources, folder, preparation, data.max_pixels)
             if not _is_complete(plan, folder):
                 _check_space(plan, folder)
+                (folder / INFO).unlink(missing_ok=True)  # it would not fit the new shards
                 write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
-                written = _write_shards(sources, plan, folder, workers)
+                written = _write_shards(sources, plan, folder, workers, max_bad_fraction)
                 _check_unreadable(written, folder, max_bad_fraction)
                 _write_info(plan, written, folder)
         except BaseException as error:
@@ -102,16 +112,29 @@ def prepare(
             if plain is None:
                 raise
             raise plain from error
-        remove_notes(folder)
     return folder
 
 
 def _opened(data: ConfigDict, split: str) -> Source:
     try:
         return open_source(data, split)
-    except DataError as error:  # the flags are called as the settings are
-        flags = re.sub(r"\bdata\.(source|path|name|classes|max_pixels)\b", r"--\1", str(error))
-        raise DataError(flags) from error
+    except DataError as error:
+        raise DataError(_with_flags(str(error))) from error
+
+
+def _with_flags(text: str) -> str:
+    """A source's message with flags in the place of settings, which have the same names."""
+    return re.sub(r"\bdata\.(source|path|name|classes|max_pixels)\b", r"--\1", text)
+
+
+def _check_name_free(folder: Path) -> None:
+    """Refuses the name of another dataset: its files would be replaced, or read instead."""
+    for info in sorted(folder.parent.rglob(INFO)):
+        if info.parent != folder or not is_there(folder / PLAN):
+            raise ConfigError(
+                f"--as={folder.parent.name!r}: {info.parent} holds another dataset of this name; "
+                "choose another --as or --to"
+            )
 
 
 def _check(
@@ -145,8 +168,8 @@ def _check(
 
 
 def _is_complete(plan: Mapping[str, Any], folder: Path) -> bool:
-    """Whether an earlier call has written everything, and nobody has lost a shard since."""
-    return is_there(folder / _INFO) and all(is_there(each.path) for each in shards_of(plan, folder))
+    """Whether an earlier call has written everything, and no shard was lost or cut short since."""
+    return is_there(folder / INFO) and all(written_shard(s.path) for s in shards_of(plan, folder))
 
 
 def _check_space(plan: Mapping[str, Any], folder: Path) -> None:
@@ -161,12 +184,16 @@ def _check_space(plan: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_shards(
-    sources: Mapping[str, Source], plan: Mapping[str, Any], folder: Path, workers: int
+    sources: Mapping[str, Source],
+    plan: Mapping[str, Any],
+    folder: Path,
+    workers: int,
+    allowed: float,
 ) -> dict[str, dict[Path, Written]]:
     """Writes the shards that are missing; returns what each shard of a split holds, in order."""
     shards = shards_of(plan, folder)
-    written = {shard.path: written_shard(shard.path) for shard in shards}
-    missing = [shard for shard in shards if written[shard.path] is None]
+    written = _kept(sources, shards, allowed)
+    missing = [shard for shard in shards if shard.path not in written]
     images = sum(len(shard.indices) for shard in shards)
     encoding = Encoding(plan["short_side"], plan["quality"], tuple(plan["classes"]))
     settings = sources, encoding, plan["max_pixels"]
@@ -175,22 +202,37 @@ def _write_shards(
         _pool(min(workers or usable_cpus(), len(missing)), settings) as pool,
     ):
         futures = {pool.submit(_write, shard): shard for shard in missing}
-        try:
-            for future in as_completed(futures):
-                shard = futures[future]
-                written[shard.path] = future.result()
-                progress.add(len(shard.indices))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            shard = futures[future]
+            written[shard.path] = future.result()
+            progress.add(len(shard.indices))
     return {
         split: {shard.path: written[shard.path] for shard in shards if shard.split == split}
         for split in sources
     }
 
 
-def _plain(error: BaseException, folder: Path) -> Stop | None:
+def _kept(
+    sources: Mapping[str, Source], shards: Sequence[Shard], allowed: float
+) -> dict[Path, Written]:
+    """What earlier calls have written, by shard; without what is to be written again."""
+    kept = {}
+    for split, source in sources.items():
+        own = {shard.path: shard.indices for shard in shards if shard.split == split}
+        found = {path: written for path in own if (written := written_shard(path)) is not None}
+        bad = sum(len(written.unreadable) for written in found.values())
+        again = _are_too_many(bad, len(source), allowed)  # they may be repaired by now
+        for path, written in found.items():
+            same = written.content == repr(content_at(source, own[path]))
+            if same and not (again and written.unreadable):
+                kept[path] = written
+    return kept
+
+
+def _plain(error: BaseException, folder: Path) -> Stop | DataError | None:
     """An error as a user reads it; `None` where it says itself what to do."""
+    if isinstance(error, DataError):
+        return DataError(_with_flags(str(error)))
     fault = passing(error)
     if fault is not None and fault.errno in FULL:
         folder = fault.filename or folder  # such as the one for temporary files
@@ -204,12 +246,31 @@ def _plain(error: BaseException, folder: Path) -> Stop | None:
     return Stop(f"{folder}: {reason}; the same command continues", code)
 
 
-def _pool(workers: int, settings: tuple) -> Executor:
-    """Processes, as decoding holds Python's lock between images; one worker needs no process."""
+@contextlib.contextmanager
+def _pool(workers: int, settings: tuple) -> Iterator[Executor]:
+    """Processes, as decoding holds Python's lock between images; one worker needs no process.
+
+    After an error they finish the shards that they have begun; after a request to stop, none.
+    """
     if workers < 2:
-        return ThreadPoolExecutor(1, initializer=_begin_worker, initargs=settings)
-    spawned = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawned, _begin_process, settings)
+        pool = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=settings)
+    else:
+        spawned = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawned, _begin_process, settings)
+    try:
+        with pool:
+            try:
+                yield pool
+            except BaseException as error:
+                begun = [*(getattr(pool, "_processes", None) or {}).values()]
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    hurry.set()
+                    for process in begun:
+                        process.terminate()
+                raise
+    finally:
+        hurry.clear()
 
 
 _of_worker: dict[str, Any] = {}
@@ -238,7 +299,7 @@ def _check_unreadable(
 ) -> None:
     """Lists the images that were left out, between tabs; refuses more than the allowed fraction."""
     lines = [
-        f"{split}\t{name}\t{reason}\n"
+        f"{split}\t{name}\t{_with_flags(reason)}\n"
         for split, shards in written.items()
         for shard in shards.values()
         for name, reason in shard.unreadable
@@ -247,9 +308,7 @@ def _check_unreadable(
     for split, shards in written.items():
         bad = sum(len(shard.unreadable) for shard in shards.values())
         images = bad + sum(shard.records for shard in shards.values())
-        if bad == images or bad > allowed * images:
-            for path, shard in shards.items():
-                forget_unreadable(path, shard)
+        if _are_too_many(bad, images, allowed):
             raise DataError(
                 f"{bad} of the {images} images of split {split!r} cannot be read, more than "
                 f"--max_bad_fraction={allowed:g}; repair what {folder / _UNREADABLE} lists, or "
@@ -257,6 +316,10 @@ def _check_unreadable(
             )
     if lines:
         LOG.warning("left out %d images that cannot be read: %s", len(lines), folder / _UNREADABLE)
+
+
+def _are_too_many(bad: int, images: int, allowed: float) -> bool:
+    return bad == images or bad > allowed * images
 
 
 def _write_info(
@@ -285,5 +348,5 @@ def _write_info(
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     with tempfile.TemporaryDirectory() as elsewhere:
         info.write_to_directory(elsewhere)
-        for file in sorted(Path(elsewhere).iterdir(), key=lambda file: file.name == _INFO):
+        for file in sorted(Path(elsewhere).iterdir(), key=lambda file: file.name == INFO):
             write_whole(folder / file.name, file.read_bytes())

@@ -15,9 +15,11 @@ from cassle_jax.data import Source
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import content_of
 from cassle_jax.prepare.reencode import reencoded
-from cassle_jax.storage import free_bytes, is_utf8, kept_json
+from cassle_jax.storage import free_bytes, is_there, is_utf8, kept_json
 
 PLAN = "prepared.json"
+INFO = "dataset_info.json"  # what tensorflow-datasets reads first
+_OF_SPLIT = ("source", "images")
 _SAMPLE = 64  # images that are re-encoded to estimate the size
 _MARGIN = 1.05  # of the estimate, for records' names and the files' indices
 
@@ -69,8 +71,13 @@ def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
             )
     for split, source in sources.items():
         names = source.class_names
-        if names != most[: len(names)] or (most and not names):
-            differs = next((a for a, b in zip(names, most, strict=False) if a != b), "no labels")
+        if most and not names:
+            raise ConfigError(
+                f"--splits: {split!r} has no labels, and another split has; prepare it apart, with "
+                "another --as"
+            )
+        if names != most[: len(names)]:
+            differs = next(a for a, b in zip(names, most, strict=False) if a != b)
             raise ConfigError(
                 f"--splits: {split!r} has other classes than the rest, such as {differs!r}; a "
                 "class needs a folder in every split; prepare others apart, with another --as"
@@ -84,7 +91,7 @@ def plan_of(
     """What is written, as JSON; an earlier call's plan where the folder has one.
 
     Raises:
-      ConfigError: the folder holds another preparation, or another state of the images.
+      ConfigError: the folder holds another preparation, or a finished one of other images.
     """
     about = {
         **preparation._asdict(),
@@ -99,18 +106,45 @@ def plan_of(
             for split, source in sources.items()
         },
     }
-    earlier = kept_json(folder / PLAN, {"mean_bytes": {str: Real}})
-    differs = [name for name in about if earlier and earlier.get(name) != about[name]]
-    if differs:
-        was, now = earlier.get(differs[0]), about[differs[0]]
-        raise ConfigError(
-            f"--to: {folder} was begun with {differs[0]}={was}, and this is {now}; choose another "
-            "--to or --as, or remove the folder"
-        )
+    earlier = kept_json(
+        folder / PLAN, {"mean_bytes": {str: Real}, "splits": {str: dict}, "classes": [str]}
+    )
+    if earlier:
+        _check_same(earlier, about, folder)
     if earlier and earlier["mean_bytes"].keys() == sources.keys():
-        return earlier
+        return {**about, "mean_bytes": earlier["mean_bytes"]}
     sizes = {split: _mean_size(source, preparation) for split, source in sources.items()}
     return {**about, "mean_bytes": sizes}
+
+
+def _check_same(earlier: Mapping[str, Any], about: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to continue another preparation, or to change a finished one."""
+    other = "choose another --to or --as, or remove the folder"
+    was = _facts(earlier)
+    for fact, now in _facts(about).items():
+        if was.get(fact) != now:
+            raise ConfigError(
+                f"--to: {folder} was begun with {fact}={was.get(fact)}, and this is {now}; {other}"
+            )
+    for split, images in about["splits"].items():
+        # Before it is finished, only the shards of changed images are written again.
+        if images["content"] != earlier["splits"][split].get("content") and is_there(folder / INFO):
+            raise ConfigError(
+                f"--to: {folder} is finished, and images of split {split!r} have changed since; "
+                f"{other}"
+            )
+
+
+def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a preparation stays the same by, each in a few words."""
+    splits = plan["splits"]
+    return {
+        **{name: plan.get(name) for name in (*Preparation._fields, "max_pixels")},
+        "splits": ",".join(sorted(splits)),
+        **{f"{split}'s {fact}": splits[split].get(fact) for split in splits for fact in _OF_SPLIT},
+        "classes": len(plan["classes"]),
+        **{f"class {label}": name for label, name in enumerate(plan["classes"])},
+    }
 
 
 def shards_of(plan: Mapping[str, Any], folder: Path) -> list[Shard]:

@@ -16,12 +16,19 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
-from cassle_jax.data.sources import Source
-from cassle_jax.faults import code_in
+from cassle_jax.data.sources import Source, content_at
+from cassle_jax.faults import Outage, code_in, hurry
 from cassle_jax.prepare.reencode import reencoded
 from cassle_jax.storage import PARTIAL, becoming, kept_json, write_whole
 
 _NOTE = ".written.json"
+_NOTED = {
+    "records": int,
+    "size": int,
+    "unreadable": [(str, str)],
+    "content": str,
+    "file_size": int,
+}
 _GROUP = "group_size:1,uncompressed"  # images are compressed; random access reads one record
 
 
@@ -32,11 +39,15 @@ class Written(NamedTuple):
       records: number of its records.
       size: their bytes.
       unreadable: name and reason of each image that is left out.
+      content: of the images, before they were read; see `content_at`.
+      file_size: bytes of the file.
     """
 
     records: int
     size: int
     unreadable: list[tuple[str, str]]
+    content: str
+    file_size: int
 
 
 class Encoding(NamedTuple):
@@ -62,11 +73,12 @@ def features_of(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
 
 
 def written_shard(path: pathlib.Path) -> Written | None:
-    """What a complete shard holds; `None` for a missing one."""
-    noted = kept_json(_note(path), {"records": int, "size": int, "unreadable": [(str, str)]})
-    if noted is None or not path.exists():
+    """What a complete shard holds; `None` for one that is missing or cut short."""
+    noted = kept_json(_note(path), _NOTED)
+    if noted is None or not path.exists() or path.stat().st_size != noted["file_size"]:
         return None
-    return Written(noted["records"], noted["size"], [tuple(each) for each in noted["unreadable"]])
+    written = Written(*(noted[name] for name in Written._fields))
+    return written._replace(unreadable=[tuple(each) for each in written.unreadable])
 
 
 def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: Encoding) -> Written:
@@ -85,6 +97,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
       DataError: an image cannot be read, and is not damaged.
       Outage: the images are out of reach.
     """
+    content = repr(content_at(source, indices))
     unreadable: list[tuple[str, str]] = []
     sums: list[int] = []
     size = 0
@@ -97,7 +110,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
         writer.close()
         if _sums_in(partial) != sums:
             raise OSError(errno.EIO, "what was written cannot be read back", str(path))
-    written = Written(len(sums), size, unreadable)
+    written = Written(len(sums), size, unreadable, content, path.stat().st_size)
     write_whole(_note(path), json.dumps(written._asdict()))
     return written
 
@@ -107,6 +120,8 @@ def _system_errors(path: pathlib.Path) -> Iterator[None]:
     """Raises, as errors of this file, those that array_record has words for alone."""
     try:
         yield
+    except Outage:  # of the images
+        raise
     except RuntimeError as error:
         code = code_in(str(error))
         if code is None:
@@ -114,22 +129,10 @@ def _system_errors(path: pathlib.Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def forget_unreadable(path: pathlib.Path, written: Written) -> None:
-    """Has a shard that lacks images written again by the next call."""
-    if written.unreadable:
-        _note(path).unlink(missing_ok=True)
-
-
 def remove_partials(folder: pathlib.Path) -> None:
     """Removes what killed calls left half written."""
     for partial_file in folder.glob(f"*{PARTIAL}"):
         partial_file.unlink(missing_ok=True)
-
-
-def remove_notes(folder: pathlib.Path) -> None:
-    """Removes the notes beside the shards of a folder."""
-    for note in folder.glob(f".*{_NOTE}"):
-        note.unlink(missing_ok=True)
 
 
 def _note(path: pathlib.Path) -> pathlib.Path:
@@ -145,6 +148,8 @@ def _records(
     read = RecordReader(source, lambda name: any(name == known for known, _ in unreadable))
     decode = partial(reencoded, short_side=encoding.short_side, quality=encoding.quality)
     for index in indices:
+        if hurry.is_set():
+            raise KeyboardInterrupt
         try:
             record, image = read(index, decode)
         except UnreadableRecord as error:

@@ -26,7 +26,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, open_source
 from cassle_jax.data.decode import MAX_PIXELS
-from cassle_jax.faults import Outage
+from cassle_jax.faults import Outage, hurry
 from cassle_jax.prepare import Preparation, prepare
 from cassle_jax.prepare import dataset as dataset_module
 from cassle_jax.prepare import plan as plan_module
@@ -36,6 +36,7 @@ from cassle_jax.storage import PARTIAL
 from tests.commands import run_command
 
 SHORT = 24
+SPLITS = ("train", "val")
 BAD = {"workers": 1, "max_bad_fraction": 0.1}
 HOW = Preparation("animals", short_side=SHORT, quality=95, shard_mib=1)
 
@@ -217,12 +218,105 @@ def test_a_complete_one_is_not_written_again_and_another_is_refused(images, tmp_
         prepare(data, ["train"], str(tmp_path), HOW._replace(short_side=32), **BAD)
 
 
-def test_a_shard_that_was_lost_since_is_written_again(images, tmp_path, small_shards):
+@pytest.fixture
+def rewritten(monkeypatch):
+    """The numbers of the shards that are written."""
+    write, numbers = shards_module.write_shard, []
+
+    def noted(path, *args):
+        numbers.append(int(path.name.split("-")[2]))
+        return write(path, *args)
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", noted)
+    return numbers
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_only_a_shard_that_was_lost_or_cut_short_since_is_written_again(
+    images, tmp_path, small_shards, rewritten, left
+):
     folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     before = files_in(folder)
-    next(folder.glob("*.array_record-00002-*")).unlink()
+    shard = next(folder.glob("*.array_record-00002-*"))
+    if left is None:
+        shard.unlink()
+    else:
+        os.truncate(shard, left)
+    rewritten.clear()
     prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
-    assert files_in(folder) == before
+    assert rewritten == [2] and files_in(folder) == before
+
+
+def test_only_shards_of_images_that_were_repaired_are_written_again(
+    images, tmp_path, small_shards, rewritten
+):
+    root, to = tmp_path / "images", str(tmp_path / "to")
+    shutil.copytree(images, root)
+    with pytest.raises(DataError, match=r"1 of the 25 images .* the same command continues"):
+        prepare(settings(root), ["train"], to, HOW, workers=1)
+    (root / "train" / "dog" / "zz.jpg").write_bytes(encoded(99, 60, 90))
+    (root / "train" / "cat" / "00.png").write_bytes(encoded(0, 20, 30, "PNG"))  # in shard 0
+    rewritten.clear()
+    folder = prepare(settings(root), ["train"], to, HOW, workers=1)
+    assert rewritten == [0, 4]
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples = tfds.builder_from_directory(folder).as_data_source("train", decoders=decoders)
+    assert len(examples) == 25
+    assert examples[0]["image"] == (root / "train" / "cat" / "00.png").read_bytes()
+    assert examples[24]["name"].endswith(b"dog/zz.jpg")
+
+
+def test_a_finished_one_whose_images_changed_is_left_alone(images, tmp_path):
+    root, to = tmp_path / "images", str(tmp_path / "to")
+    shutil.copytree(images, root)
+    before = files_in(prepare(settings(root), ["train"], to, HOW, **BAD))
+    os.utime(root / "train" / "cat" / "00.png", (0, 0))
+    with pytest.raises(
+        ConfigError, match=r"is finished, and images of split 'train' have changed since; choose"
+    ):
+        prepare(settings(root), ["train"], to, HOW, **BAD)
+    assert files_in(tmp_path / "to" / "animals" / "1.0.0") == before
+
+
+def test_what_another_preparation_differs_in_is_a_few_words(images, tmp_path):
+    root, to = tmp_path / "images", str(tmp_path / "to")
+    shutil.copytree(images, root)
+    shutil.copytree(root / "train", root / "val")
+    prepare(settings(root), ["train", "val"], to, HOW, **BAD)
+    cat, fox = (root / "val" / name for name in ("cat", "fox"))
+    for change, undo, splits, said in (
+        (lambda: None, lambda: None, ["val"], "splits=train,val, and this is val"),
+        (
+            lambda: shutil.copy(cat / "00.png", cat / "0.png"),
+            lambda: (cat / "0.png").unlink(),
+            ["train", "val"],
+            "val's images=25, and this is 26",
+        ),
+        (
+            lambda: [(root / split / "cat").rename(root / split / "fox") for split in SPLITS],
+            lambda: [(root / split / "fox").rename(root / split / "cat") for split in SPLITS],
+            ["train", "val"],
+            "class 0=cat, and this is dog",
+        ),
+    ):
+        change()
+        with pytest.raises(ConfigError, match=rf"was begun with {said}; choose") as caught:
+            prepare(settings(root), splits, to, HOW, **BAD)
+        assert len(str(caught.value)) < 250
+        undo()
+    assert not fox.exists()
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "3.0.2"])
+def test_the_name_of_another_dataset_is_refused(images, tmp_path, version):
+    other = tmp_path / "animals" / version
+    other.mkdir(parents=True)
+    (other / "dataset_info.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=rf"^--as='animals': {other} holds another dataset of this name; choose"
+    ):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["dataset_info.json"]
 
 
 def test_a_second_call_on_the_folder_is_refused_while_the_first_works(
@@ -312,13 +406,17 @@ def test_a_split_without_a_readable_image_is_refused(images, tmp_path):
         prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, **BAD)
 
 
-def test_more_unreadable_images_than_allowed_are_refused_unless_that_is_raised(images, tmp_path):
+def test_more_unreadable_images_than_allowed_are_refused_unless_that_is_raised(
+    images, tmp_path, rewritten
+):
     to = str(tmp_path)
     with pytest.raises(
         DataError, match=r"1 of the 25 .* more than --max_bad_fraction=0\.01; repair"
     ):
         prepare(settings(images), ["train"], to, HOW, workers=1)
+    rewritten.clear()
     folder = prepare(settings(images), ["train"], to, HOW, **BAD)
+    assert rewritten == []  # what the first call wrote is kept
     assert len((folder / "unreadable.txt").read_text().splitlines()) == 1
 
 
@@ -336,6 +434,36 @@ def test_a_folder_that_vanishes_is_an_outage_and_not_damage(images, tmp_path, mo
     with pytest.raises(Outage, match="the folder is gone"):
         prepare(settings(root), ["train"], str(tmp_path / "to"), HOW, **BAD)
     assert not list((tmp_path / "to").rglob("*.array_record*"))
+
+
+def test_an_outage_of_the_images_is_none_of_the_shard(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "_mean_size", lambda *_: 1.0)
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0.1")
+
+    def fails(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr("cassle_jax.data.folder.read_image", fails)
+    with pytest.raises(Outage, match=r"^.*images.*/train #0: Input/output error, for 0\.1 s; the"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+
+
+def test_reasons_name_flags(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # what the process had
+    data = settings(images)
+    data.max_pixels = 60 * 90 - 1
+    folder = prepare(data, ["train"], str(tmp_path), HOW, workers=1, max_bad_fraction=0.9)
+    said = (folder / "unreadable.txt").read_text().splitlines()
+    assert len(said) == 17 and all("than --max_pixels=5399" in line for line in said[:-1])
+
+
+def test_a_split_without_labels_beside_one_with_labels_is_refused(images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    (root / "val").mkdir()
+    shutil.copy(root / "train" / "cat" / "00.png", root / "val")
+    with pytest.raises(ConfigError, match=r"^--splits: 'val' has no labels, and another split has"):
+        prepare(settings(root), ["train", "val"], str(tmp_path / "to"), HOW, **BAD)
 
 
 def test_splits_of_other_classes_are_refused(images, tmp_path):
@@ -391,6 +519,36 @@ def test_what_ends_it_from_outside_is_one_line(images, tmp_path, monkeypatch, er
     with pytest.raises(Stop, match=said) as stop:
         prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     assert stop.value.code == code and "\n" not in str(stop.value)
+
+
+def test_a_request_to_stop_is_heard_within_a_shard(images, tmp_path, monkeypatch):
+    real, read = shards_module.reencoded, []
+
+    def interrupted(*args, **settings):
+        read.append(1)
+        if len(read) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(shards_module, "reencoded", interrupted)
+    with pytest.raises(Stop, match="stopped; the same command continues"):
+        prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert len(read) < 10
+    assert not hurry.is_set() and not list(tmp_path.rglob(f"*{PARTIAL}"))
+
+
+@pytest.mark.exhaustive
+def test_a_request_to_stop_ends_processes_within_a_shard():
+    settings = {}, shards_module.Encoding(24, 90, ()), MAX_PIXELS
+    with pytest.raises(KeyboardInterrupt), dataset_module._pool(2, settings) as pool:
+        assert pool.submit(time.sleep, 0).result() is None
+        pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    until = time.monotonic() + 60
+    while multiprocessing.active_children():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("splits", [[], ["train", "train"], ["train/"], ["all"]])
