@@ -28,7 +28,14 @@ from cassle_jax.data.sources import (
     closest,
     read_class_list,
 )
-from cassle_jax.storage import cache_folder, make_shared, open_to_read, path_of, written_whole
+from cassle_jax.storage import (
+    cache_folder,
+    is_utf8,
+    make_shared,
+    open_to_read,
+    path_of,
+    written_whole,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +51,7 @@ class TfdsSource:
 
     The image and the label are found by their feature's type. The image is the `Image` called
     'image', else the first one in colour; the label is the `ClassLabel` called 'label', else the
-    first. Without a `ClassLabel` every label is -1.
+    first. Features are ordered by name. Without a `ClassLabel` every label is -1.
     """
 
     def __init__(self, tfds_builder: tfds.core.DatasetBuilder, split: str, classes: str = ""):
@@ -240,6 +247,10 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     folder = path_of(data_dir) if data_dir else None
     if folder and not is_folder(folder):
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
+    if folder and not is_utf8(folder):
+        raise DataError(
+            f"data.path={data_dir!r} has bytes that are not UTF-8, and array_record opens none such"
+        )
     try:
         # From files, not by tfds.builder: reads whichever version is prepared.
         return read_only_builder.builder_from_files(name, data_dir=folder)
@@ -285,6 +296,8 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
             "--out_file_format=array_record`"
         )
     try:
+        if info.splits[split].num_examples < 1:
+            raise ValueError("it is empty")
         return tfds_builder.as_data_source(split, file_format="array_record")
     except Exception as error:  # A bad split expression fails in tfds' parser in many ways.
         splits = list(info.splits)
@@ -313,7 +326,8 @@ def _label_path(features) -> FeaturePath | None:
 
 
 def _leaves(features, path: FeaturePath = ()) -> Iterator[tuple[FeaturePath, object]]:
-    for key, feature in features.items():
+    # Sorted: as they are read from a file, their order differs from process to process.
+    for key, feature in sorted(features.items(), key=lambda each: each[0]):
         if isinstance(feature, tfds.features.FeaturesDict):
             yield from _leaves(feature, (*path, key))
         else:

@@ -192,7 +192,7 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
     else:
         try:
             text = read_whole(path_of(classes)).decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, ImportError) as error:  # a store's package
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({reason_of(error)}); give '' for all "
                 f"classes, {', '.join(map(repr, CLASS_LISTS))}, or a text file with one class name "

@@ -31,6 +31,10 @@ from cassle_jax.data.splits import Part
 from cassle_jax.faults import Outage
 
 KINDS = ("ant", "bee", "cat", "dog")
+TWO = {
+    "c": {"right": tfds.features.Image(), "left": tfds.features.Image()},
+    "d": tfds.features.Image(),
+}
 TRAIN, UNLABELLED, TEST = 30, 6, 8
 
 
@@ -483,6 +487,7 @@ WRONG = {
     ),
     "wrong version": ({"name": "tiny_animals:9.9.9"}, "train", ["9.9.9", "not prepared"]),
     "wrong split": ({}, "tran", ["'tran'", "did you mean 'train'", "test", "unlabelled"]),
+    "empty slice": ({}, "train[3:1]", ["no split 'train[3:1]'", "(it is empty)", "there:"]),
     "bad slice": ({}, "train[:ten]", ["'train[:ten]'", "there:"]),
     "no image": (
         {"name": "tiny_numbers"},
@@ -502,6 +507,26 @@ def test_wrong_settings_say_what_would_work(tiny, changed, split, said):
     assert "\n" not in message
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_image_and_label_do_not_depend_on_the_order_of_features(step):
+    """tfds reads features in another order in every process."""
+    features = tfds.features.FeaturesDict(
+        {
+            name: tfds.features.ClassLabel(names=KINDS) if name[0] in "ab" else TWO[name[0]]
+            for name in ("b", "a", "d", "c")[::step]
+        }
+    )
+    assert builder_module._label_path(features) == ("a",)
+    assert builder_module._image_path(features) == ("c", "left")
+
+
+def test_a_path_that_is_not_utf8_is_refused(tiny, data_dir, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff")
+    path.symlink_to(data_dir)
+    with pytest.raises(DataError, match="bytes that are not UTF-8"):
+        open_source(tiny(path=str(path)), "train")
 
 
 @pytest.mark.parametrize("inside", ["tiny_animals", "tiny_animals/1.2.0"])

@@ -112,6 +112,15 @@ def test_the_classes_that_are_held_out_are_not_pretrained_on():
     assert all(re.fullmatch(r"n\d{8}", name) for name in (*seen, *held_out))
 
 
+def test_a_list_on_a_store_whose_package_is_missing_is_one_line(monkeypatch):
+    def missing(_):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("cassle_jax.data.sources.read_whole", missing)
+    with pytest.raises(DataError, match=r"'gs://b/list' cannot be read \(Please install gcsfs"):
+        read_class_list("gs://b/list")
+
+
 def test_a_device_is_no_list_of_classes():
     with pytest.raises(DataError, match=r"data\.classes='/dev/zero' cannot be read .*a device"):
         read_class_list("/dev/zero")
