@@ -1,5 +1,6 @@
 """Checks of settings that raise one clear line: the setting, its value, and what would work."""
 
+import contextlib
 import difflib
 import math
 import re
@@ -63,12 +64,13 @@ def check_share(name: str, value: Real, usual: float) -> None:
 
 def check_area(name: str, value: Sequence[Real]) -> tuple[Real, Real]:
     """The range as a tuple; raises ConfigError unless 0 < low <= high <= 1."""
-    area = tuple(value)
-    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-        raise ConfigError(
-            f"{name}={area} is not a range of areas; use (low, high) with 0 < low <= high <= 1"
-        )
-    return area
+    with contextlib.suppress(TypeError, ValueError):  # no pair, or not of numbers
+        low, high = value
+        if 0 < low <= high <= 1:
+            return low, high
+    raise ConfigError(
+        f"{name}={value!r} is not a range of areas; use (low, high) with 0 < low <= high <= 1"
+    )
 
 
 def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
 """The arguments of a configuration choose a method, its conditioning, AugSelf and the variant."""
 
+import inspect
 import runpy
 
 import pytest
 
-from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.checks import ConfigError, check_area, check_one_of
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.methods import AUXILIARIES, METHODS
 from cassle_jax.training.recorded import todays_settings
@@ -196,6 +197,10 @@ def test_arguments_go_together_in_any_order():
         ("equimod=mian", r"equimod='mian' is unknown; use a weight, or none, main"),
         ("essl=mian", r"essl='mian' is unknown; use a weight, or none, main, cifar10"),
         (
+            "augself=crop:0.5+crop:1.0",
+            r"^augself=crop:0\.5\+crop:1\.0 names 'crop' twice; name each once",
+        ),
+        (
             "augself=crop:half",
             r"augself weight 'crop:half' is not a number; use a form such as crop:0\.5",
         ),
@@ -213,6 +218,13 @@ def test_knows_lets_known_values_pass():
     check_one_of("method", "simclr", METHODS)
     with pytest.raises(ConfigError, match=r"^a\.b='z' is unknown; use one of x, y$"):
         check_one_of("a.b", "z", {"y", "x"})
+
+
+@pytest.mark.parametrize("area", [0.5, "ab", ("a", 1), (0.1, 0.2, 0.3), (0.1, float("nan"))])
+def test_what_is_no_range_of_areas_is_a_config_error(area):
+    check = inspect.unwrap(check_area)  # without the tests' checks of types
+    with pytest.raises(ConfigError, match=r"^a\.b=.* is not a range of areas; use \(low, high\)"):
+        check("a.b", area)
 
 
 def test_a_run_of_a_version_without_these_settings_is_unchanged():

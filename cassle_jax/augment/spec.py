@@ -175,9 +175,12 @@ class AugmentSpec:
           A new spec.
 
         Raises:
-          ConfigError: if strength is negative, or takes hue beyond half a turn or grayscale past 1.
+          ConfigError: if strength is negative or no number, or takes hue beyond half a turn or
+            grayscale past 1.
         """
         strength = _plain("color_strength", strength)
+        if not isinstance(strength, Real):
+            raise ConfigError(f"augment.color_strength={strength!r} is no number; use 1 or 0.5")
         hue = tuple(strength * end for end in self.hue)
         possible = strength >= 0 and max(map(abs, hue)) <= 0.5 and strength * self.grayscale <= 1
         if not (possible and math.isfinite(strength)):
@@ -204,7 +207,9 @@ class AugmentSpec:
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
         if not (isinstance(value, Real) and 0 <= value <= 1):
-            raise ConfigError(f"augment.{name}={value} is not a probability; use a value in [0, 1]")
+            raise ConfigError(
+                f"augment.{name}={value!r} is not a probability; use a value in [0, 1]"
+            )
         object.__setattr__(self, name, float(value))
 
     def _check_range(self, name: str) -> None:
@@ -218,7 +223,7 @@ class AugmentSpec:
     def _set_floats(self, name: str, length: int, advice: str) -> tuple[float, ...]:
         value = getattr(self, name)
         if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != length:
-            raise ConfigError(f"augment.{name}={value} does not have {length} values; {advice}")
+            raise ConfigError(f"augment.{name}={value!r} does not have {length} values; {advice}")
         if not all(map(_is_number, value)):
             raise ConfigError(
                 f"augment.{name}={value} has a value that is too large, too small or no number; "

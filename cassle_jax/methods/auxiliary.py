@@ -215,12 +215,14 @@ def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dic
     """Weights by name from `name:weight`, joined by `+`; 0.5 where a name is alone.
 
     Raises:
-      ConfigError: an unknown name, or a weight that is no number.
+      ConfigError: an unknown name, one that comes twice, or a weight that is no number.
     """
     weights = {}
     for item in argument.split("+"):
         name, _, weight = item.partition(":")
         check_one_of(setting, name, choices)
+        if name in weights:
+            raise ConfigError(f"{setting}={argument} names {name!r} twice; name each once")
         try:
             weights[name] = float(weight or 0.5)
         except ValueError:

@@ -79,6 +79,12 @@ def test_impossible_color_strength(strength):
         AugmentSpec(32).with_color_strength(strength)
 
 
+def test_a_color_strength_of_another_type_is_named():
+    with_strength = inspect.unwrap(AugmentSpec.with_color_strength)
+    with pytest.raises(ConfigError, match=r"^augment\.color_strength='2' is no number; use 1 or"):
+        with_strength(AugmentSpec(32), "2")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -99,6 +105,8 @@ def test_impossible_color_strength(strength):
         ({"size": 1}, r"augment\.kernel_size=3 needs 1 pixels.*augment\.blur=0"),
         ({"jitter_order": "shuffled"}, r"jitter_order='shuffled' is unknown; use one of batch,"),
         ({"flip": 1.2}, r"augment\.flip=1\.2 is not a probability; use a value in \[0, 1\]"),
+        ({"flip": "0.5"}, r"augment\.flip='0\.5' is not a probability; use a value in \[0, 1\]"),
+        ({"hue": "-0.1,0.1"}, r"augment\.hue='-0\.1,0\.1' does not have 2 values; use \(low, hi"),
         ({"jitter": -0.1}, r"augment\.jitter=-0\.1 is not a probability"),
         ({"grayscale": 2}, r"augment\.grayscale=2 is not a probability"),
         ({"blur": float("nan")}, r"augment\.blur=nan is not a probability"),
