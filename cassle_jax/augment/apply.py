@@ -53,8 +53,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
         batch.
     """
     check_spec(spec)
-    check_params(params)
-    params = _without_left_out(params, spec)
+    params = _without_left_out(check_params(params), spec)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
     color_diff = jnp.zeros(3)
     if spec.jitter:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
 from cassle_jax.augment.apply import View
@@ -56,12 +57,14 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
         solarize: threshold; 1 if not applied.
 
     Raises:
-      ValueError: if the input is more than one view, or its parameters are out of range.
+      ValueError: if the input is more than one view, its parameters are out of range, or a
+        descriptor has another number of values than components.
     """
     check_spec(spec)
-    check_params(view.params)
-    check_one("color_diff", view.color_diff, (3,))
-    return {name: each.read(view, spec) for name, each in DESCRIPTORS.items()}
+    view = _checked(view)
+    return {
+        name: _numbers(name, "read", each.read(view, spec)) for name, each in DESCRIPTORS.items()
+    }
 
 
 def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
@@ -82,13 +85,42 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
         rotation: (turns 1 - turns 2) mod 4, one-hot: a class for cross-entropy.
 
     Raises:
-      ValueError: if either is more than one view, or its parameters are out of range.
+      ValueError: if an argument has an error of ``describe``, or a comparison has another number
+        of values than components.
     """
     omega_1, omega_2 = describe(view_1, spec), describe(view_2, spec)
-    return {
-        name: each.compare(view_1, view_2) if each.compare else omega_1[name] - omega_2[name]
-        for name, each in DESCRIPTORS.items()
-    }
+    view_1, view_2 = _checked(view_1), _checked(view_2)
+
+    def relative(name: str):
+        compare = DESCRIPTORS[name].compare
+        if compare is None:
+            return omega_1[name] - omega_2[name]
+        return _numbers(name, "compare", compare(view_1, view_2))
+
+    return {name: relative(name) for name in DESCRIPTORS}
+
+
+def _checked(view: View) -> View:
+    """The view, with its numbers as arrays; raises ValueError where they are not one view's."""
+    params = check_params(view.params)
+    check_one("color_diff", view.color_diff, (3,))
+    return view.replace(params=params)
+
+
+def _numbers(name: str, function: str, result: ArrayLike) -> Float32[Array, "_"]:
+    """The result of a descriptor's function: one number for each component.
+
+    Raises:
+      ValueError: it has another shape, which a loss would broadcast.
+    """
+    numbers = jnp.asarray(result, jnp.float32)
+    components = DESCRIPTORS[name].components
+    if numbers.shape != (len(components),):
+        raise ValueError(
+            f"{function} of the descriptor {name!r} returns shape {numbers.shape}; return one "
+            f"number for each of its components {components}, shape ({len(components)},)"
+        )
+    return numbers
 
 
 def concatenate(
@@ -179,7 +211,7 @@ def identity_difference(names: Iterable[str]) -> Float32[Array, " width"]:
 def _constant(
     values: Mapping[str, tuple[float, ...]], names: Iterable[str]
 ) -> Float32[Array, " width"]:
-    return concatenate({name: jnp.array(each) for name, each in values.items()}, names)
+    return concatenate({name: jnp.array(each, jnp.float32) for name, each in values.items()}, names)
 
 
 def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:

@@ -79,6 +79,10 @@ class Descriptor:
         self._check_class()
 
     def _check_lengths(self) -> None:
+        if isinstance(self.components, str):
+            raise ValueError(
+                f"components={self.components!r} is one name; use a tuple, ({self.components!r},)"
+            )
         for name in ("neutral", "alike"):
             if len(getattr(self, name)) != self.size:
                 raise ValueError(

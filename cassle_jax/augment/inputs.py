@@ -157,8 +157,11 @@ def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
         )
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any) -> Any:
     """Refuses parameters of several views, and values that no view can have.
+
+    Returns:
+      The parameters as arrays; they may be Python's numbers and lists.
 
     Raises:
       ValueError: the message names the parameter, its value and what would work.
@@ -187,6 +190,8 @@ def check_params(params: Any) -> None:
             f"params.jitter_order={order.tolist()} is no order of the four operations; use each "
             "of 0 to 3 once"
         )
+    names = [field.name for field in dataclasses.fields(params)]
+    return params.replace(**{name: jnp.asarray(getattr(params, name)) for name in names})
 
 
 def _known(value: Any) -> np.ndarray | None:

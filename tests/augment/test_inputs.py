@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cassle_jax.augment import (
+    DESCRIPTORS,
     AugmentSpec,
+    Descriptor,
     View,
     apply,
     augment,
@@ -19,6 +21,8 @@ from cassle_jax.augment import (
     describe,
     difference,
     draw,
+    identity_descriptor,
+    identity_difference,
 )
 
 SPEC = AugmentSpec(8, jitter=0, grayscale=0, blur=0)
@@ -211,6 +215,59 @@ def test_what_is_not_applied_may_have_any_value(view):
     apply(BYTES, params.replace(hue=np.float32(9)), SPEC)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"flip": True, "grayscale": False, "turns": 1, "crop": [0, 0, 1, 1]},
+        {"jitter": 1, "jitter_order": [2, 0, 3, 1], "brightness": 1.25, "hue": np.float64(0.25)},
+    ],
+)
+def test_parameters_may_be_pythons_numbers(view, given):
+    spec = AugmentSpec(8, kernel_size=3, rotation=1)
+
+    def seen(given):
+        changed = apply(BYTES, view.params.replace(**given), spec)
+        by_hand = View(changed.image, view.params.replace(**given), changed.color_diff)
+        return changed, describe(changed, spec), difference(by_hand, view, spec)
+
+    arrays = {name: jnp.asarray(value) for name, value in given.items()}
+    jax.tree.map(np.testing.assert_array_equal, seen(given), seen(arrays))
+
+
+@pytest.fixture
+def relative(view, monkeypatch):
+    """relative(read, compare): a view's difference from itself in an entry of one's own."""
+
+    def of_own(read, compare):
+        own = Descriptor(
+            ("tilted",), read, "rotation", "binary", (0,), compare, alike=(1,), predicted=True
+        )
+        monkeypatch.setitem(DESCRIPTORS, "own", own)
+        return difference(view, view, SPEC)["own"]
+
+    return of_own
+
+
+def test_an_entry_may_return_truths_and_whole_numbers(relative):
+    result = relative(lambda view, _: view.params.flip[None], lambda *_: jnp.ones(1, bool))
+    assert (result.shape, result.dtype) == ((1,), jnp.float32)
+    assert identity_difference(["own"]).dtype == identity_descriptor(["own"]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("function", ["read", "compare"])
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_an_entry_of_another_number_of_values_is_refused(relative, function, shape):
+    """A head's loss would spread one value per view over all outputs of the batch."""
+    fits = {"read": lambda *_: jnp.ones(1), "compare": lambda *_: jnp.ones(1)}
+    with pytest.raises(ValueError, match=rf"^{function} of the descriptor 'own' returns shape \("):
+        relative(**fits | {function: lambda *_: jnp.ones(shape)})
+
+
+def test_one_text_is_no_tuple_of_components():
+    with pytest.raises(ValueError, match=r"^components='tilt' is one name; use a tuple, \('tilt',"):
+        Descriptor("tilt", lambda *_: jnp.zeros(1), setting="rotation")
+
+
 def test_descriptors_of_another_width_are_not_concatenated(view):
     descriptors = describe(view, SPEC)
     with pytest.raises(ValueError, match=r"descriptor 'crop' has shape \(3,\); use \[\.\.\., 4\]"):
@@ -230,7 +287,7 @@ def test_pictures_have_their_channels_last(view):
         ({"size": float("nan")}, r"augment\.size=nan .*integer >= 1"),
         ({"size": "8"}, r"augment\.size='8' .*integer >= 1"),
         ({"crop": "no"}, r"augment\.crop='no' is not valid; use True or False"),
-        ({"flip": "often"}, r"augment\.flip=often is not a probability"),
+        ({"flip": "often"}, r"augment\.flip='often' is not a probability"),
         ({"sigma": ("a", 2)}, r"augment\.sigma=.*no number; use \(low, high\)"),
         ({"sigma": None}, r"augment\.sigma=None does not have 2 values; use \(low, high\)"),
     ],
