@@ -1,5 +1,6 @@
 """Describes how views were augmented: the vectors omega that a projector is conditioned on."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
@@ -223,13 +224,14 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
 
     Raises:
       ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
-        example), or if ``names`` is a string.
+        example), or if ``names`` is a string or has several names in one.
     """
-    if isinstance(names, str):
-        raise ConfigError(
-            f"{prefix}descriptors={names!r} is one name; give a tuple of them, ({names!r},)"
-        )
-    names = sorted(map(str, names))
+    given = [names] if isinstance(names, str) else [*map(str, names)]
+    apart = tuple(name for each in given for name in re.split("[,+]", each))
+    if isinstance(names, str) or len(apart) > len(given):
+        text = ",".join(given)
+        raise ConfigError(f"{prefix}descriptors={text!r} is no tuple of names; use {apart}")
+    names = sorted(given)
     for name in names:
         descriptor, dot, _ = name.partition(".")
         known = list(DESCRIPTORS)

@@ -95,8 +95,9 @@ class Conditioning:
         check_share("conditioning.plain_branch", self.plain_branch, 0.5)
         check_one_of("conditioning.into", self.into, ("projector", "predictor", "both"))
         used = is_conditioned(self.treatment, self.injection)
+        names = self.descriptors if isinstance(self.descriptors, str) else (*self.descriptors,)
         # JSON has lists.
-        object.__setattr__(self, "descriptors", tuple(self.descriptors) if used else ())
+        object.__setattr__(self, "descriptors", names if used else ())
         check_descriptors(self.descriptors, "conditioning.")
         self._check_options()
 
