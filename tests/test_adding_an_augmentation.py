@@ -13,8 +13,11 @@ from tests.changes import apply_change
 ROOT = Path(__file__).parents[1]
 
 CHECKS = """
+import contextlib
 import dataclasses
+import inspect
 import numpy as np
+import sys
 from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTORS, draw, identity_descriptor
 from cassle_jax.config import base_config
 from cassle_jax.evaluation.augmentation_probes import _factors
@@ -50,6 +53,16 @@ assert len(np.unique(paired.params.levels)) == 8 and len(np.unique(paired.params
 config = base_config("conditioning=crop+posterize,augself=posterize:0.5")
 assert config.augment.posterize == 0 and config.augself.posterize == 0.5
 assert "posterize coarseness" in _factors({"posterize": np.ones((3, 1))})
+
+# A sixth number of a step, which the page says does not exist, is no copy of the fifth.
+draw_module = sys.modules["cassle_jax.augment.draw"]
+place, sixth = 'uniform["posterize"][1]', 'uniform["posterize"][5]'
+source = inspect.getsource(draw_module.draw)
+assert place in source
+exec(source.replace(place, sixth), vars(draw_module))
+with contextlib.suppress(IndexError):
+    draw_module.draw(jax.random.key(1), jnp.array([40, 48]), spec)
+    raise AssertionError("there is a sixth number")
 """
 
 

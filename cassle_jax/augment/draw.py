@@ -105,13 +105,14 @@ def draw(
     size = jnp.asarray(size)
     # The numbers of all steps in one call: five per step, the most that one step needs.
     numbers = jax.vmap(lambda step: jax.random.uniform(step, (5,)))(jnp.stack(list(keys.values())))
-    uniform = dict(zip(_STEPS, numbers, strict=True))
+    # Tuples refuse a place that does not exist; JAX would repeat the last number.
+    uniform = dict(zip(_STEPS, map(jnp.unstack, numbers), strict=True))
     turns = jnp.floor(4 * uniform["rotation"][1]).astype(jnp.int32)
     return ViewParams(
         crop=_draw_crop(crop_key, size, spec) if spec.crop else jnp.array([0.0, 0.0, 1.0, 1.0]),
         flip=uniform["flip"][0] < spec.flip,
         jitter=uniform["jitter"][0] < spec.jitter,
-        jitter_order=jnp.argsort(uniform["order"][:4]).astype(jnp.int32),
+        jitter_order=jnp.argsort(jnp.stack(uniform["order"][:4])).astype(jnp.int32),
         brightness=_between(uniform["jitter"][1], spec.brightness),
         contrast=_between(uniform["jitter"][2], spec.contrast),
         saturation=_between(uniform["jitter"][3], spec.saturation),
