@@ -100,6 +100,11 @@ def check_finite(name: str, values: np.ndarray, what: str = "values") -> None:
         raise ValueError(f"{name} holds {what} that are not finite")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def naming(setting: str, value: object, error: Exception) -> str:
     """The words of an error about the file or folder that a setting gives, with both named."""
     words = str(error)

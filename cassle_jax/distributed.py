@@ -28,7 +28,7 @@ import jax
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, first_line
 from cassle_jax.command import EXIT_OUTAGE, Stop, end_undisturbed, say_error, stop_of
 from cassle_jax.faults import hurry
 
@@ -371,10 +371,10 @@ class _ProcessGroup:
         with contextlib.suppress(OSError):  # standard error may be a file on a full disk
             traceback.print_exception(error)
         if not _LOST.search(f"{type(error).__name__} {error}"):
-            self.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
+            self.fail(f"{type(error).__name__}: {first_line(error)}", 1)
         time.sleep(_FAILURE_SECONDS)
         self.fail(
-            f"{self} probably lost another process ({_first_line(error)}); {_RESUMABLE}",
+            f"{self} probably lost another process ({first_line(error)}); {_RESUMABLE}",
             EXIT_OUTAGE,
         )
 
@@ -440,7 +440,7 @@ def _initialize(arguments: dict[str, Any]) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{trouble} ({_first_line(error)})") from error
+        raise ConfigError(f"{trouble} ({first_line(error)})") from error
     finally:
         timer.cancel()
         death_message.cancel()
@@ -483,7 +483,3 @@ class _DeathMessage:
         """Ends the shell without printing the line."""
         with contextlib.suppress(OSError):
             self._shell.communicate(b"\n")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from cassle_jax import command
-from cassle_jax.checks import ConfigError, check_at_least, check_one_of
+from cassle_jax.checks import ConfigError, check_at_least, check_one_of, first_line
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
 from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
@@ -350,7 +350,7 @@ def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]
         stop = command.stop_of(error)
         if stop is None and not isinstance(error, ValueError):
             LOG.exception("%s of %s on %s", name, bench.subject.name, bench.data.name)
-        reason = next(iter(str(stop or error).splitlines()), "") or type(error).__name__
+        reason = first_line(stop or error)
         LOG.error("%s of %s on %s failed: %s", name, bench.subject.name, bench.data.name, reason)
         return [Failure(name, bench.data.name, reason)]
     seconds = time.monotonic() - start

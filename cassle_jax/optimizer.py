@@ -20,6 +20,7 @@ from cassle_jax.checks import (
     check_positive,
     check_share,
     did_you_mean,
+    first_line,
 )
 from cassle_jax.methods import Method, Progress
 from cassle_jax.methods.base import FROZEN, PLAIN, PyTree, Schedule, constant
@@ -218,10 +219,9 @@ def _rule(spec: OptimizerSpec) -> tuple[Chain, Callable[..., optax.GradientTrans
             shared, own = (), partial(rule, **arguments)
         _try(optax.chain(*shared, own(learning_rate=constant(1.0))))
     except Exception as error:  # optax checks little: a wrong setting can fail anywhere
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigError(
             f"optimizer.name={spec.name!r} with optimizer.settings={dict(spec.settings)} cannot "
-            f"train: {reason}"
+            f"train: {first_line(error)}"
         ) from error
     return shared, own
 

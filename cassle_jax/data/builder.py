@@ -16,6 +16,7 @@ from etils import epath
 from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 
+from cassle_jax.checks import first_line
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.listing import is_folder
@@ -109,7 +110,7 @@ class TfdsSource:
                 raise ValueError("it is empty")
         except _CORRUPT as error:
             self._check_file(position, error)
-            reason = f"the record is corrupt: {_first_line(error)}"
+            reason = f"the record is corrupt: {first_line(error)}"
             raise DamagedImage(reason, name) from error
         return Record(image, self._label(example), name)
 
@@ -257,7 +258,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(_why_not_found(name, folder)) from error
     except Exception as error:  # A damaged description raises any type, depending on its bytes.
-        raise DataError(f"data.name={name!r} cannot be opened: {_first_line(error)}") from error
+        raise DataError(f"data.name={name!r} cannot be opened: {_unquoted(error)}") from error
 
 
 def _why_not_found(name: str, folder: epath.Path | None) -> str:
@@ -303,7 +304,7 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
         splits = list(info.splits)
         raise DataError(
             f"data.name={info.full_name!r} has no split {split!r}{closest(split, splits)} "
-            f"({_first_line(error)}); there: {', '.join(splits)}"
+            f"({_unquoted(error)}); there: {', '.join(splits)}"
         ) from error
 
 
@@ -424,6 +425,6 @@ def _cache_file(
     return label_cache_folder() / f"{readable}-{digest}-{content}.npy"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().strip("\"'").splitlines()
-    return lines[0] if lines else type(error).__name__
+def _unquoted(error: Exception) -> str:
+    """The first line of an error's message; a `KeyError` quotes its own."""
+    return first_line(error).strip("\"'")

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import difflib
 import hashlib
 import importlib.resources
 import itertools
@@ -15,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from cassle_jax.checks import did_you_mean
 from cassle_jax.data.decode import DamagedImage, check_bytes
 from cassle_jax.data.errors import DataError
 from cassle_jax.faults import reason_of
@@ -225,5 +225,5 @@ def check_classes(classes: str, wanted: tuple[str, ...], known: tuple[str, ...])
 
 def closest(name: str, known) -> str:
     """' (did you mean …?)' with the known name closest to `name`, or '' where none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    hint = did_you_mean(name, known).removeprefix("; ")
+    return f" ({hint})" if hint else ""

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers, type_handlers
 # The store of arrays' metadata, such as a key's kind, has no public name.
 from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, first_line
 from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
@@ -224,7 +224,7 @@ class Checkpoints:
                 LOG.warning(
                     "checkpoint %d cannot be read, trying the one before: %s",
                     step,
-                    _first_line(error),
+                    first_line(error),
                 )
                 if isinstance(error, Outage):
                     outage = outage or error
@@ -547,11 +547,7 @@ def _mb(size: int) -> str:
 def _reason(error: Exception) -> str:
     """The operating system's message, from the middle of TensorStore's."""
     found = re.search(r"([^:]+) \[os_error_code", str(error))
-    return getattr(error, "strerror", None) or (found[1].strip() if found else _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return getattr(error, "strerror", None) or (found[1].strip() if found else first_line(error))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from cassle_jax.checks import first_line
 from cassle_jax.faults import retried
 from cassle_jax.training.state import TrainState
 
@@ -62,7 +63,7 @@ class ReadBack:
             if wrong or saved != self._saved:
                 self._problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
         except Exception as error:  # Orbax and TensorStore raise any type
-            self._problem = (str(error).strip() or repr(error)).splitlines()[0]
+            self._problem = first_line(error)
 
     def _load(self) -> tuple[TrainState, dict[str, Any]]:
         with (

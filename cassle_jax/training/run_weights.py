@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from cassle_jax.checks import first_line
 from cassle_jax.faults import Outage, retried
 from cassle_jax.interop.card import run_card
 from cassle_jax.interop.errors import WeightsError
@@ -155,8 +156,7 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
         except Outage:
             raise
         except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            LOG.warning("checkpoint %d cannot be read: %s", each, reason)
+            LOG.warning("checkpoint %d cannot be read: %s", each, first_line(error))
     there = "checkpoints, and none of them can" if step is None else f"step {step}, and it cannot"
     raise WeightsError(f"run={folder.parent} has {there} be read")
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from etils import epath
 
-from cassle_jax.checks import ConfigError, check_one_of
+from cassle_jax.checks import ConfigError, check_one_of, first_line
 from cassle_jax.faults import hurry
 from cassle_jax.storage import is_there, kept_json, on_object_store, write_whole
 from cassle_jax.training.metrics import read_lines
@@ -144,9 +144,8 @@ class Tracking:
             self._tracker = TRACKERS[name](workdir, settings, before["run"])
             self._note(before["step"], before["names"])
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             known = f"; {self._file} names the run to continue" if before["run"] else ""
-            raise ConfigError(f"log.to={name} cannot start: {reason}{known}") from error
+            raise ConfigError(f"log.to={name} cannot start: {first_line(error)}{known}") from error
         self._before, self._names = before["step"], frozenset(before["names"])
         self._waiting: deque[tuple[int, dict[str, float]]] = deque()
         self._failing = False

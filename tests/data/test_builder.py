@@ -281,14 +281,18 @@ def test_labels_are_read_around_corrupt_records_and_not_kept(tiny, monkeypatch):
     assert labels_of(open_source(tiny(), "train")).tolist() == expected
 
 
-def test_a_corrupt_record_is_a_damaged_image(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["data loss\nin chunk 3"], "data loss"), ([], "RuntimeError")],
+)
+def test_a_corrupt_record_is_a_damaged_image(tiny, monkeypatch, words, said):
     source = open_source(tiny(), "train")
 
     def torn(self, place):
-        raise RuntimeError("data loss\nin chunk 3")
+        raise RuntimeError(*words)
 
     monkeypatch.setattr(type(source._records.data_source), "__getitem__", torn)
-    with pytest.raises(DamagedImage, match=r"^the record is corrupt: data loss$"):
+    with pytest.raises(DamagedImage, match=rf"^the record is corrupt: {said}$"):
         source[3]
 
 
