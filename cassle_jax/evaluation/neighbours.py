@@ -49,7 +49,6 @@ class Neighbours:
         query_picture: Callable[[int], Pixels],
         picture: Callable[[int], Pixels],
         *,
-        title: str = "Nearest images",
         names: Sequence[str] = (),
     ) -> list[Finding]:
         """A gallery: each line shows a query, then its neighbours with their similarity.
@@ -58,7 +57,6 @@ class Neighbours:
           dataset: Name of the dataset.
           query_picture: Fetches the picture of a query by its place among the queries.
           picture: Fetches the picture of a searched row by its place.
-          title: Title of the gallery.
           names: Captions of the queries; "query" by default.
 
         Returns:
@@ -79,7 +77,7 @@ class Neighbours:
             ]
             caption = names[query] if names else "query"
             lines.append(((query_picture(query), caption), *found))
-        return [Gallery(PROTOCOL.name, dataset, title, tuple(lines))]
+        return [Gallery(PROTOCOL.name, dataset, PROTOCOL.title, tuple(lines))]
 
 
 def nearest(

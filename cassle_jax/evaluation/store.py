@@ -88,7 +88,6 @@ class FeatureStore:
       cache_gib: bound of the folder's size, GiB; the least recently read features go first.
       limit: largest number of images per source; 0 for all. `Crops` are taken whole: limit the
         images that are cropped.
-      threads: number of threads that read and decode; 0 for half the CPUs.
     """
 
     def __init__(
@@ -100,13 +99,12 @@ class FeatureStore:
         folder: Path | None = None,
         cache_gib: float = CACHE_GIB,
         limit: int = 0,
-        threads: int = 0,
     ):
         self.batch = batch
         # What serves the subject on every dataset: its maker, the arguments, the result.
         self.made: list[tuple[Callable, tuple, Any]] = []
         self._subject, self.mesh = subject, mesh
-        self.limit, self._threads = limit, threads
+        self.limit = limit
         self._fingerprint = subject.fingerprint()
         self._cache = FeatureCache(folder, cache_gib) if folder else None
         # By description of the source: what several protocols read is logged once.
@@ -201,7 +199,6 @@ class FeatureStore:
             damaged=self._damaged.setdefault(repr(described(source)), tolerant_log(source)),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            threads=self._threads,
             limit=min(limits, default=0),
             **prepared,
         )

@@ -47,9 +47,9 @@ def chart_html(subjects: Sequence[str], comparison: Comparison) -> str:
     )
 
 
-def key_html(colour: int, dash: int = 0) -> str:
-    """A short line in a colour and dash, as a key in a legend."""
-    return _key(f"run-{colour % len(RUN_COLOURS)}", dash or colour // len(RUN_COLOURS))
+def key_html(colour: int) -> str:
+    """A short line as a key in a legend; where colours repeat, it is dashed."""
+    return _key(f"run-{colour % len(RUN_COLOURS)}", colour // len(RUN_COLOURS))
 
 
 def _key(colour: str, dash: int) -> str:

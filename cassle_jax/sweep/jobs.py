@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,18 +47,14 @@ class Command:
       module: a module of this project.
       arguments: command-line arguments.
       folder: folder of the log and the outcome; created where missing.
+
+    Attributes:
       environment: variables to set; `None` as a value unsets one.
     """
 
-    def __init__(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        folder: Path,
-        environment: Mapping[str, str | None] | None = None,
-    ):
+    def __init__(self, module: str, arguments: Sequence[str], folder: Path):
         self.module, self.arguments, self.folder = module, tuple(arguments), folder
-        self.environment = dict(environment or {})
+        self.environment: dict[str, str | None] = {}
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
