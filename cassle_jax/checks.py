@@ -9,8 +9,8 @@ from numbers import Real
 
 import numpy as np
 
-# Larger values are typing errors. Without these bounds, Python and the libraries below would raise
-# errors that name no setting, or compute for ever.
+# Larger values are typing errors. Without these bounds, Python and the libraries would raise errors
+# that name no setting, or compute for ever.
 _MOST = 2**31 - 1
 WIDEST = 2**20
 """Most channels of a layer, rows of a table of features, or epochs of an evaluation."""
@@ -106,7 +106,7 @@ def first_line(error: BaseException) -> str:
 
 
 def naming(setting: str, value: object, error: Exception) -> str:
-    """The words of an error about the file or folder that a setting gives, with both named."""
+    """An error's message about the file or folder `value` of a setting; names both."""
     words = str(error)
     if re.match(r"\w+=", words) and str(value) in words:  # as `step=3 is not in VALUE`
         return words

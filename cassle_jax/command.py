@@ -74,7 +74,7 @@ def _interrupt(number: int, _) -> NoReturn:
 
 
 def open_streams() -> None:
-    """Opens the standard streams that are closed, as by `2>&-`: no other file takes their place."""
+    """Opens closed standard streams, as by `2>&-`, so that no other file takes their place."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
@@ -83,7 +83,8 @@ def open_streams() -> None:
 def say(text: object) -> None:
     """Prints a line to standard output; drops it where that cannot be written, as to `| head`."""
     encoding = sys.stdout.encoding or "utf-8"
-    shown = str(text).encode(encoding, "backslashreplace").decode(encoding)  # of a path, any bytes
+    # A path may have characters that the stream cannot encode.
+    shown = str(text).encode(encoding, "backslashreplace").decode(encoding)
     with contextlib.suppress(OSError):
         print(shown, flush=True)
 
@@ -136,8 +137,8 @@ def stop_of(error: BaseException) -> Stop | None:
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
     if (code := code_of(error)) is not None:  # first: its words may quote a lack of memory
         return Stop(words_of(error), code, alone=True)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # Python's; a device's
-        said = next(iter(str(error).splitlines()), "none is left")  # a device says much more
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # of Python, a device
+        said = next(iter(str(error).splitlines()), "none is left")  # a device's has many lines
         line = f"this machine's memory does not suffice: {said}; use smaller settings"
         return Stop(line, EXIT_WRONG_SETTING, alone=True)
     return None
@@ -201,7 +202,7 @@ def config_of(written: str) -> ConfigDict:
     """The configuration of a file with its arguments, such as `configs/cifar10.py:method=simclr`.
 
     Raises:
-      ConfigError: the file cannot be read, or makes none; the message names its line.
+      ConfigError: the file cannot be read, fails, or returns none; the message names its line.
     """
     path, colon, chosen = written.partition(":")
     try:

@@ -167,7 +167,7 @@ def _data_defaults() -> tuple[ConfigDict, ConfigDict]:
             "name": "",  # tfds: the builder, such as cifar10
             "path": "",  # see docs/datasets.md; tfds: its data_dir, "": the default
             "train_split": "train",
-            "classes": "",  # "": all; a name in CLASS_LISTS; or a text file, one class name a line
+            "classes": "",  # "": all; a name in CLASS_LISTS; or a text file, a class name per line
             "canvas": 32,  # pixels; larger images are shrunk to fit
             "scenes": 50_000,  # number of rendered images, for scenes and motifs
             "threads": 0,  # reading and decoding threads; 0: half the CPUs, at least 2
@@ -215,7 +215,7 @@ class UnknownSetting(ConfigError):
 
 
 def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
-    """Raises UnknownSetting, with the closest one, where `name` is neither known nor open.
+    """Raises UnknownSetting, with the closest known name, where `name` is neither known nor open.
 
     Args:
       name: such as `optimizer.weight_decay`.

@@ -13,9 +13,9 @@ _FIRST, _BEYOND = (0, 10), (0, 13)
 
 
 def switch_off_ynnpack() -> None:
-    """Has XLA compile for CPUs without YNNPACK, unless the environment's XLA_FLAGS say otherwise.
+    """Makes XLA compile for CPUs without YNNPACK, unless the environment's XLA_FLAGS say otherwise.
 
-    It must come before JAX's first use of a device. A `UserWarning` says where it comes too late.
+    Call it before JAX's first use of a device: a later call issues a `UserWarning`.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     release = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))

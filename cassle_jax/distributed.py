@@ -258,7 +258,7 @@ def all_arrive(where: str) -> None:
 
 
 def is_first_to(act: str) -> bool:
-    """Whether this process is the first to call this with `act`, which one process must do."""
+    """Whether this process is the first to call this with `act`, the name of what one must do."""
     return _group is None or _group.is_first_to(act)
 
 

@@ -177,7 +177,7 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
 def _warn_of_idle(
     values: Mapping[str, Any], extraction: Extraction, planned: Sequence[Planned]
 ) -> None:
-    """Logs the settings that are not the default and that no task has."""
+    """Logs the settings that differ from their defaults and that no task uses."""
     used = {field.name for each in planned for field in dataclasses.fields(each.settings)}
     used |= {field.name for field in dataclasses.fields(extraction)}
     known, tasks = all_settings(), ",".join(dict.fromkeys(each.protocol.name for each in planned))

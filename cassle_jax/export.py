@@ -37,8 +37,8 @@ def export_command(
     """Exports as the command does.
 
     Args:
-      run: workdir of the run to export; or
-      weights: a file that `load_weights` reads, to convert.
+      run: workdir of the run to export; empty with `weights`.
+      weights: a file to convert, that `load_weights` reads; empty with `run`.
       to: folder of the files; made where missing.
       formats: names in `FORMATS`; empty for the usual ones that can be written.
       network: network of a run, `online` or `momentum`.
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     )
     step_flag = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
     heads_flag = flags.DEFINE_integer(
-        "heads", None, "Attention heads of a ViT whose file does not say."
+        "heads", None, "Attention heads of a ViT whose file does not record them."
     )
     flags.mark_flags_as_required(["to"])
     command.run(

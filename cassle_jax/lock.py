@@ -100,7 +100,7 @@ def await_turn(file: IO) -> None:
 
 
 def _opened(path: epath.Path) -> int:
-    """Opens the lock's file; everyone who can write to its folder can lock it."""
+    """Opens the lock's file; all users who can write to its folder can lock it."""
     try:
         return open_shared(path, os.O_RDWR)
     except PermissionError:  # another user made it before locks had the modes of their folders
@@ -144,4 +144,4 @@ def _holder(descriptor: int) -> tuple[str, str | None]:
         words = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         return words, holder["host"]
     except (OSError, ValueError, TypeError, KeyError):
-        return "which did not say what it is", None
+        return "its lock does not name it", None

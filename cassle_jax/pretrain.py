@@ -35,7 +35,7 @@ def pretrain_command(
     Args:
       config: a configuration, as from `base_config`.
       workdir: folder of the run, see `pretrain`.
-      accept_changes: continues a run with changed settings, where that is possible.
+      accept_changes: continues a run with changed settings or images, where that is possible.
       given: names of the settings that the user gave; a warning names those without effect.
 
     Raises:
@@ -61,7 +61,14 @@ def pretrain_command(
 
 
 def set_up_devices(config: ConfigDict) -> None:
-    """Process-wide settings of a run; must come before the first use of a device."""
+    """Sets what holds for the whole process; must come before the first use of a device.
+
+    Args:
+      config: a configuration; `deterministic` and `compilation_cache` are read.
+
+    Raises:
+      ConfigError: no programs can be kept in `compilation_cache`.
+    """
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
@@ -89,12 +96,14 @@ def _cache_of_programs(chosen: str) -> epath.Path | None:
 
 
 if __name__ == "__main__":
-    config_flag = config_flags.DEFINE_config_file("config", None, "What to run.", **FLAG_OPTIONS)
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "Configuration: a file or a name, with its arguments.", **FLAG_OPTIONS
+    )
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "Folder of the run; the same one continues it."
     )
     accept_flag = flags.DEFINE_bool(
-        "accept_changes", False, "Continue a run with other settings than it was begun with."
+        "accept_changes", False, "Continue a run although its settings or images have changed."
     )
     flags.mark_flags_as_required(["config", "workdir"])
     command.run(

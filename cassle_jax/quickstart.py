@@ -143,17 +143,17 @@ def whole_table(scores: Scores) -> Table:
 
 
 def headline(scores: Scores) -> str:
-    """Says what each run keeps more or less of than the first run, in a sentence per run."""
+    """Says what every run keeps more or less of than the first run, in a sentence per run."""
     first, *others = RUNS
     means = {run: group_means(scores[run], _GROUPS) for run in RUNS}
 
     def share(run: str, group: str) -> str:
         mine, other = means[run][group], means[first][group]
         word = "more" if mine > other else "less"
-        return f"{word} of {group} ({mine:.2f}, not {other:.2f})"
+        return f"{word} {group} ({mine:.2f}; {first} {other:.2f})"
 
     return " ".join(
-        f"Beside {first}, {run} keeps {', '.join(share(run, group) for group in _ORDER)}."
+        f"Compared with {first}, {run} keeps {', '.join(share(run, group) for group in _ORDER)}."
         for run in others
     )
 

@@ -42,7 +42,7 @@ def path_of(written: epath.PathLike) -> epath.Path:
     path = os.path.expanduser(os.fspath(written))  # noqa: PTH111
     if re.match("~(/|$)", path):
         raise ConfigError(
-            f"{path} is in no folder: no home is known; set HOME, or write it in full"
+            f"{path} cannot be found: no home is known; set HOME, or write it in full"
         )
     if "\0" in path:
         raise ConfigError(f"{path!r} is no path: it has a null character")
@@ -139,7 +139,7 @@ def check_ends(path: epath.PathLike, known: os.stat_result | None = None) -> Non
 
 
 def open_to_read(path: epath.PathLike, buffering: int = -1) -> IO[bytes]:
-    """Opens a local file as `open` does, and see `check_ends`."""
+    """Opens a local file to read, as `open` does; raises the errors of `check_ends`."""
     return open(path, "rb", buffering, opener=_open_ending)
 
 
@@ -162,7 +162,7 @@ def _open_ending(path: str, flags: int) -> int:
 
 
 def read_whole(path: epath.PathLike) -> bytes:
-    """The content of a file; see `check_ends`."""
+    """The content of a file; raises the errors of `check_ends`."""
     if on_object_store(path):
         return epath.Path(path).read_bytes()
     with open_to_read(path, buffering=0) as file:
@@ -241,10 +241,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def share(path: epath.PathLike) -> None:
-    """Lets those who may write to a file's or folder's own folder write here, and inside, too.
+    """Lets users who may write to the enclosing folder write to this file or folder, and inside it.
 
-    Deleting a folder takes the right to write to it. Nothing is added for others, nor in a sticky
-    folder, such as `/tmp`, where everyone keeps to their own.
+    Otherwise they could not delete it. Other users get no new permissions, and in a sticky folder,
+    such as `/tmp`, where users keep to their own files, nobody does.
     """
     top = Path(os.fspath(path))
     if on_object_store(path) or top.is_symlink():
@@ -263,7 +263,7 @@ def share(path: epath.PathLike) -> None:
 
 
 def _given_in(folder: Path) -> int:
-    """What a folder permits, of its group and of all others, to those of them who may write."""
+    """A folder's permissions for its group, and for others, where these may write to it."""
     modes = folder.stat().st_mode
     if modes & stat.S_ISVTX:
         return 0
@@ -272,7 +272,7 @@ def _given_in(folder: Path) -> int:
 
 
 def check_writable(flag: str, folder: Path | epath.Path) -> None:
-    """Makes a local folder, and raises ConfigError, naming the flag, where that takes no files."""
+    """Makes a local folder; raises ConfigError, naming the flag, where it takes no files."""
 
     def write() -> None:
         make_shared(folder)
@@ -309,8 +309,8 @@ def kept_json(
 
     Args:
       path: of the file.
-      needed: names, and the types of their values, without which an object counts as damaged. A
-        type in a list or a dictionary is that of all values in one, types in a tuple those of a
+      needed: names, and the types of their values, without which an object counts as damaged.
+        `[kind]` is a list of such values, `{str: kind}` an object of them, and a tuple of kinds a
         list of this length.
       kind: `dict` for an object, or `list`.
 
@@ -328,7 +328,7 @@ def kept_json(
 
 
 def number_of(text: str) -> Real:
-    """A whole number of a JSON file; a float beyond 64 bits, which damage alone writes."""
+    """Parses a whole number of JSON; beyond 64 bits, where only damage writes one, as a float."""
     return int(text) if len(text.removeprefix("-")) < 20 else float(text)
 
 
@@ -379,7 +379,7 @@ def written_whole(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """A local file to write, which gets its name when the block ends; until then the old one stays.
 
     Several processes may write the same file at once: each writes its own, and the last one stays.
-    A block that raises leaves nothing; what a killed process left goes with a later one.
+    A block that raises leaves nothing; a later write removes what a killed process left.
 
     Raises:
       OSError: it cannot be written.
@@ -406,7 +406,7 @@ def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def remove_dead_partials(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left half written in a folder of the files called `name`."""
+    """Removes half-written files that killed processes left in a folder, of the given name."""
     for partial in folder.glob(f"{name}.*{PARTIAL}"):
         with contextlib.suppress(OSError):  # its writer finished, or removed it
             if time.time() - partial.stat().st_mtime > _DEAD_AFTER:

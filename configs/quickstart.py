@@ -18,7 +18,7 @@ def get_config(arguments=""):
     config.conditioning.depth = 2
     config.conditioning.width = 8  # an eighth of the features, like 64 for ResNet-18's 512
     config.augment.size = 48
-    # So strong that a method without ω cannot tell the motifs apart by colour; dark, not clipped.
+    # So strong that colour does not distinguish motifs without ω; darker, so that less is clipped.
     config.augment.brightness = (0.2, 1.4)
     config.augment.contrast = (0.2, 1.8)
     config.augment.saturation = (0.0, 2.0)

@@ -109,8 +109,8 @@ def test_the_headline_says_which_run_keeps_more():
     plain = dict.fromkeys(FACTORS, 0.25)
     cassle = {name: 0.5 if factor.group == COLOUR else 0.125 for name, factor in FACTORS.items()}
     said = quickstart.headline({"plain": plain, "CASSLE": cassle, "untrained": plain})
-    assert "Beside plain, CASSLE keeps more of colour (0.50, not 0.25), less of contrast" in said
-    assert "less of content (0.12, not 0.25)" in said
+    assert "Compared with plain, CASSLE keeps more colour (0.50; plain 0.25), less contrast" in said
+    assert "less content (0.12; plain 0.25)" in said
 
 
 def test_the_figure_and_the_page_are_there_and_need_no_other_file(result):

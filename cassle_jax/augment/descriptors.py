@@ -39,7 +39,7 @@ class Descriptor:
     """A description of an augmentation by a vector of numbers.
 
     Attributes:
-      components: the name of each number.
+      components: the names of the numbers.
       read: returns the numbers of a view.
       setting: the field of ``AugmentSpec`` that decides whether the augmentation is ever drawn.
       kind: `value` for real numbers, `binary` for one number that is 0 or 1, `class` for one-hot

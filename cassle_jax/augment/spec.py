@@ -24,7 +24,7 @@ STL10_STD = (0.27, 0.26, 0.27)
 
 Number = float | int
 
-_SMALLEST, _LARGEST = 1e-30, 1e30  # with which float32 computes well
+_SMALLEST, _LARGEST = 1e-30, 1e30  # float32 computes well between them
 
 _LEAST_TAPS = 3  # of a blur whose number of taps follows from the view's size
 
@@ -52,10 +52,10 @@ SWITCHES = {
     "solarize": "solarize",
     "rotation": "turns",
 }
-"""The field of `ViewParams` that is false, or 0, where an augmentation is not applied."""
+"""Per augmentation, the field of `ViewParams` that is false, or 0, where it is not applied."""
 
 CHANCES = tuple(SWITCHES)
-"""The settings that are the probability of an augmentation."""
+"""The settings that are probabilities of augmentations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class AugmentSpec:
         for name in CHANCES:
             self._check_probability(name)
         for name in ("mean", "std"):
-            self._set_floats(name, 3, "use three numbers, one a channel")
+            self._set_floats(name, 3, "use three numbers, one per channel")
         if min(self.std) <= 0:
             raise ConfigError(f"augment.std={self.std} has a value that is not positive; use > 0")
         if not isinstance(self.crop, Real) or self.crop not in (True, False):
@@ -249,7 +249,7 @@ class AugmentSpec:
 
 
 def _plain(name: str, value: object) -> object:
-    """Numbers and lists in the place of arrays, also inside a list; any other value as it is."""
+    """Turns arrays into numbers and tuples, also inside a list; returns other values unchanged."""
     if isinstance(value, list | tuple):
         return tuple(_plain(name, each) for each in value)
     try:

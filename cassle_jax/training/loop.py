@@ -95,7 +95,7 @@ def pretrain(
       config: a configuration, as from `base_config`.
       workdir: a folder for checkpoints, metrics, the configuration and the contact sheet; local or
         on an object store (gs://, s3://).
-      accept_changes: continues a run with changed settings, where that is possible.
+      accept_changes: continues a run with changed settings or images, where that is possible.
 
     Returns:
       The state after the last step.
@@ -376,7 +376,7 @@ def _continued_images(
     if not accept_changes:
         raise DataError(
             f"{source.name}: its {images} images have other names than those that the run was "
-            "begun with; restore them, or use --accept_changes to continue with these"
+            "started with; restore them, or use --accept_changes to continue with these"
         )
     return data_state, [f"{images} training images have other names"]
 
@@ -479,7 +479,7 @@ def _mend_workdir(
 
 
 def _warn_of_shown_omega(run: Run) -> None:
-    """Logs which objectives ask for an ω that the encoder sees."""
+    """Logs the objectives that predict an ω that the encoder sees."""
     shown = {name.partition(".")[0] for name in run.conditioning.descriptors}
     predicted = [each.name for each in run.auxiliaries if shown & {*each.descriptors}]
     if predicted and run.conditioning.injection == "image":

@@ -177,7 +177,7 @@ class _Inodes(_Tmpfs):
 
 
 class _FileSizeLimit:
-    """No file grows beyond a few kilobytes: what is free cannot be asked, as with a quota."""
+    """No file grows beyond a few kilobytes; the free space is unknown, as with a quota."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -216,7 +216,7 @@ def warnings_of(caplog):
     everyday_pairs(DISKS, [True, False], (_Tmpfs, True), (_Inodes, True), (_FileSizeLimit, False)),
     indirect=["disk"],
 )
-def test_a_full_disk_is_told_once_and_training_goes_on(
+def test_a_full_disk_is_reported_once_and_training_goes_on(
     config, whole, disk, at_step, caplog, capfd, monkeypatch, room_is_known
 ):
     if not room_is_known:
@@ -311,7 +311,7 @@ def test_the_last_step_is_saved_when_room_is_made_meanwhile(
     at_step[24] = once_saved(workdir, 20, fill)
 
     class Room(logging.Handler):
-        """Is made once the run has told of its trouble."""
+        """Frees room once the run has reported its trouble."""
 
         def emit(self, record):
             if "would be lost" in record.getMessage():
@@ -373,12 +373,12 @@ def test_killed_at_any_moment_it_holds_nothing(tmp_path):
 def test_a_holder_that_could_not_write_its_name_still_holds(tmp_path):
     with folder_held(tmp_path):
         (tmp_path / "lock").write_text("")
-        refused = pytest.raises(ConfigError, match=r"another run \(which did not say")
+        refused = pytest.raises(ConfigError, match=r"another run \(its lock does not name")
         with refused, folder_held(tmp_path):
             pass
 
 
-def test_whoever_may_write_to_the_folder_may_hold_it(tmp_path, monkeypatch):
+def test_users_who_may_write_to_the_folder_may_hold_it(tmp_path, monkeypatch):
     tmp_path.chmod(0o775)
     previous = os.umask(0o022)
     try:
@@ -404,7 +404,7 @@ def test_whoever_may_write_to_the_folder_may_hold_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("leaves_file", [True, False])
-def test_a_file_that_cannot_be_locked_is_told(tmp_path, monkeypatch, caplog, leaves_file):
+def test_a_file_that_cannot_be_locked_is_reported(tmp_path, monkeypatch, caplog, leaves_file):
     def refuses(*_):  # NFS: a folder, and a file that another user made
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
@@ -416,7 +416,7 @@ def test_a_file_that_cannot_be_locked_is_told(tmp_path, monkeypatch, caplog, lea
 # --- a workdir that cannot be written
 
 
-def test_a_read_only_workdir_is_told_in_one_line(config, run):
+def test_a_read_only_workdir_is_reported_in_one_line(config, run):
     if os.geteuid():
         run.chmod(0o555)
     elif subprocess.run(["mount", "--bind", "-o", "ro", run, run], capture_output=True).returncode:
@@ -530,7 +530,7 @@ def test_the_probe_of_a_run_that_was_killed_in_it_is_run_when_it_continues(
 
 
 @pytest.mark.exhaustive
-def test_changes_are_accepted_where_asked_for_and_noted(config, run, tmp_path, caplog):
+def test_changes_are_accepted_on_request_and_noted(config, run, tmp_path, caplog):
     changed = config.copy_and_resolve_references()
     changed.steps, changed.optimizer.weight_decay = 30, 0.5
     with pytest.raises(ConfigError, match=r"weight_decay=0\.5 was .*--accept_changes"):
