@@ -194,7 +194,7 @@ class TfdsSource:
         return _cached_numbers(functools.partial(self._scan, paths), shape, cache_file)
 
     def _scan(self, paths: Sequence[FeaturePath]) -> Iterator[list[list[int]]]:
-        # Parse only the requested features: five times as quick for CelebA's fifty.
+        # Parse only the requested features: five times as quick for CelebA, which has fifty.
         features = _only(self._records.dataset_info.features, paths)
 
         def read(places: Sequence[int]) -> list[list[int]]:

@@ -49,7 +49,7 @@ _TIFF_BITS = ExifTags.Base.BitsPerSample
 _TIFF_FORMAT = ExifTags.Base.SampleFormat
 _SIGNED = 2
 _TIFF_BLACK = ExifTags.Base.PhotometricInterpretation  # 0 where black is the largest number
-_UNKNOWN_RANGE = "which of them is white is unknown"
+_UNKNOWN_RANGE = "the value of white is unknown"
 _FLOAT_MODES = ("F", "F;16", "F;32F")
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -207,7 +207,7 @@ def _decode_jpeg(
     except ValueError:
         return None
     image = _resize(image, target_height, target_width)
-    if not _may_have_orientation(data):  # most images; asking Pillow would take longer
+    if not _may_have_orientation(data):  # most images; Pillow would take longer
         return image
     try:
         with open_image(io.BytesIO(data)) as opened:
@@ -283,7 +283,7 @@ def _bare_png(data: bytes) -> bytes:
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode in _FLOAT_MODES:
-        raise DamagedImage(f"its pixels are floating point; {_UNKNOWN_RANGE}")
+        raise DamagedImage(f"its pixels are floating-point numbers; {_UNKNOWN_RANGE}")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_TIFF_BITS, (16,))[0]
     is_wide = image.mode == "I" or image.mode.startswith("I;16")

@@ -42,7 +42,7 @@ class Drawn:
 
     Image i of a split is a function of (seed, split, i): more images only append. A subclass is a
     family of images. It defines its name, its factors, the number of draws per image and the factor
-    that is the label. With more than one view of each object, it is an `ObjectSource`.
+    that is the label. With several views per object, it is an `ObjectSource`.
     """
 
     FAMILY: ClassVar[str]
@@ -89,7 +89,7 @@ class Drawn:
         return type(self), self._arguments
 
     def in_views(self, images: int, views: int) -> "Drawn":
-        """The family's images of the same seed, size and split, with `views` of each object."""
+        """The family's images of the same seed, size and split, with `views` per object."""
         _, *same, _ = self._arguments
         return type(self)(images, *same, views)
 

@@ -196,7 +196,7 @@ def _root_of(top: pathlib.Path, split: str) -> pathlib.Path:
 def _classes_of_files(
     root: pathlib.Path, files: Sequence[bytes], skipped: Skipped
 ) -> tuple[dict[bytes, str], tuple[str, ...]]:
-    """The class of each file by path, and the names of all classes; empty without labels."""
+    """The classes of the files by path, and the names of all classes; empty without labels."""
     folder_of = {file: file.split(b"/", 1)[0] for file in files if b"/" in file}
     names = {folder: os.fsdecode(folder) for folder in folder_of.values()}
     annotations = root / f"{root.name}_annotations.txt"
@@ -215,7 +215,7 @@ def _classes_of_files(
 def _annotated(
     annotations: pathlib.Path, files: Sequence[bytes], skipped: Skipped
 ) -> dict[bytes, str]:
-    """The class of each file: the field after its name in an annotation line, between tabs."""
+    """The classes of the files: the field after a name in an annotation line, between tabs."""
     try:
         lines = read_whole(annotations).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

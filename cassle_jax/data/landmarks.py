@@ -37,7 +37,7 @@ CELEBA_SIZE = (218, 178)  # height and width, pixels
 class TargetSource(Source, Protocol):
     """A source whose images have numbers to predict instead of a class: every label is -1.
 
-    `targets` has one row per image: x and y of each point in turn.
+    `targets` has one row per image: x and y of every point in turn.
     """
 
     targets: Float32[np.ndarray, "images numbers"]
@@ -210,7 +210,7 @@ def _check_same_files(
 
 
 def _shown_size(path: pathlib.Path) -> tuple[int, int]:
-    """Height and width of an image when upright; reads only its header, of a PNG all."""
+    """Height and width of an image when upright; reads only its header, or all of a PNG."""
     try:
         with open_to_read(path) as file, open_image(file) as image:
             width, height = image.size

@@ -127,7 +127,7 @@ def is_folder(path: epath.PathLike) -> bool:
     """Whether the path is a folder; False without permission to find out.
 
     Raises:
-      OSError: storage is out of reach, for now, which a path's own `is_dir` may not say.
+      OSError: storage is out of reach for now, which a path's own `is_dir` may hide.
     """
     if on_object_store(path):
         return epath.Path(path).is_dir()

@@ -38,7 +38,7 @@ def training_batches(
     start_step: int = 0,
     cache_bytes: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches, this process's slice of each.
+    """Yields endless shuffled batches: this process's slice of every global batch.
 
     Every epoch is a permutation of the dataset by `seed` and the epoch's number; drops its last
     partial batch. The global order is a function of seed and step alone. Process p of n takes
@@ -96,7 +96,7 @@ def evaluation_batches(
     limit: int = 0,
     short_side: int = 0,
 ) -> grain.DatasetIterator:
-    """One pass in the dataset's order, this process's slice of each global batch.
+    """Yields one pass in the dataset's order: this process's slice of every global batch.
 
     Slices are cut as in `training_batches`; every process yields the same number of batches. Rows
     without an image have mask False, label and index -1 and a black 1×1 image. They fill up the
@@ -326,7 +326,11 @@ def _rows_of_process(batch: int, process_index: int, process_count: int) -> slic
 
 
 def thread_count(threads: int) -> int:
-    """The requested number, or half the CPUs: a core gains little from a second thread."""
+    """The requested number, or for 0 half the CPUs: a core gains little from a second thread.
+
+    Raises:
+      DataError: the number is negative.
+    """
     if threads < 0:
         raise DataError(f"data.threads={threads} is negative; 0 chooses by the CPUs")
     return threads or min(max(2, usable_cpus() // 2), _MAX_AUTOMATIC_THREADS)

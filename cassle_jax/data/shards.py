@@ -56,7 +56,7 @@ class Shards:
 
     @property
     def names(self) -> str:
-        """See `names_of`: the files' names, and the end of each one's records in the split."""
+        """See `names_of`: the files' names, and where their records end in the split."""
         files = "\0".join(path.rpartition("/")[2] for path in self.paths)
         return digest_of(files.encode(errors="surrogateescape"), self._ends.tobytes())
 

@@ -49,7 +49,7 @@ class Source(Protocol):
     """Labelled images in a fixed order with random access.
 
     Thread-safe and picklable. `name` identifies the dataset and split; `class_names` has the name
-    of each label, and is empty where images have no labels. A source that knows its labels without
+    of every label, and is empty where images have no labels. A source that knows its labels without
     reading images has them, in its order, as `labels`; `labels_of` takes any source.
     """
 
@@ -141,7 +141,7 @@ def root_of(source: Source) -> str:
 
 
 def stored_of(source: Source) -> Source:
-    """The images as storage has them, where a source may answer from memory; else the source."""
+    """The images as storage has them, where a source answers from memory; else the source."""
     return getattr(source, "stored", source)
 
 
@@ -196,11 +196,11 @@ def read_class_list(classes: str) -> tuple[str, ...] | None:
             raise DataError(
                 f"data.classes={classes!r} cannot be read ({reason_of(error)}); give '' for all "
                 f"classes, {', '.join(map(repr, CLASS_LISTS))}, or a text file with one class name "
-                "a line"
+                "per line"
             ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
-        raise DataError(f"data.classes={classes!r} names no class; write one a line")
+        raise DataError(f"data.classes={classes!r} names no class; write one per line")
     repeated = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if repeated:
         raise DataError(f"data.classes={classes!r} names {repeated[0]!r} more than once")

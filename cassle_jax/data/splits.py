@@ -67,7 +67,7 @@ class Part:
 
     @property
     def targets(self) -> Float32[np.ndarray, "images numbers"]:
-        """The numbers to predict of each image, see `cassle_jax.data.landmarks`.
+        """The numbers to predict per image, see `cassle_jax.data.landmarks`.
 
         Raises:
           AttributeError: the source has classes instead.

@@ -11,8 +11,8 @@ from cassle_jax.data.errors import DataError
 PLACES = 5
 CENTRE = 4
 
-# Of images longer than this number of squares, resize only the region that a square shows. Pillow
-# may then take rows and columns in the other order, which rounds a little differently.
+# Images longer than this number of squares are resized only where a square shows them. Pillow may
+# then take rows and columns in the other order, which rounds a little differently.
 _WHOLE_SQUARES = 16
 
 Square = UInt8[np.ndarray, "size size 3"]

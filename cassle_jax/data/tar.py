@@ -217,7 +217,7 @@ def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]
 
 
 def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
-    """Name, offset, bytes and label of each image; -1 for none."""
+    """Name, offset, bytes and label per image; -1 for no label."""
     keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}  # names, and where they lead
     try:
         with tarfile.open(tar, "r:") as file:

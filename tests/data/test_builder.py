@@ -545,7 +545,7 @@ def test_a_folder_of_the_builders_name_without_its_files_is_none_of_it(tiny, tmp
         open_source(tiny(path=str(tmp_path / "tiny_animals")), "train")
 
 
-def test_tfrecord_is_distinguished(tiny, as_tfrecord):
+def test_tfrecord_is_refused_with_the_command_that_converts_it(tiny, as_tfrecord):
     with pytest.raises(DataError, match=r"prepared as tfrecord.*--out_file_format=array_record"):
         open_source(tiny(path=str(as_tfrecord)), "train")
 

@@ -355,7 +355,7 @@ def test_a_cut_covers_the_source(image_folder):
 
 
 def test_a_few_shots_are_as_many_of_each_class(tmp_path):
-    """Of all 102 flowers, by the rule as `docs/datasets.md` has it."""
+    """The shots of all 102 flowers follow the rule of `docs/datasets.md`."""
     classes = [f"flower {number:03d}" for number in range(102)]
     for split, each in (("train", 5), ("val", 6), ("test", 1)):
         with_test(tmp_path, classes, split, each)
@@ -636,7 +636,7 @@ def empty(directory: Path):
 
 
 @pytest.mark.parametrize(("spoil", "said"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS)
-def test_a_wrong_folder_is_told_in_one_line(spoil, said, image_folder):
+def test_a_wrong_folder_is_reported_in_one_line(spoil, said, image_folder):
     root = with_test(image_folder({"ant": 3, "bee": 3, "cat": 3}))
     spoil(root)
     with pytest.raises(DataError) as caught:
@@ -799,7 +799,7 @@ WRONG_TABLES = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), WRONG_TABLES.values(), ids=WRONG_TABLES)
-def test_a_wrong_table_is_told_in_one_line(spoil, said, tmp_path):
+def test_a_wrong_table_is_reported_in_one_line(spoil, said, tmp_path):
     root = landmark_folder(tmp_path, 28)
     write_table(root / "train.csv", spoil(read_table(root / "train.csv")))
     with pytest.raises(DataError) as caught:

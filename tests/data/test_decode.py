@@ -155,13 +155,13 @@ def test_twelve_bit_grey_tiff_is_scaled():
 
 
 def test_float_tiff_is_damaged():
-    with pytest.raises(DamagedImage, match="floating point"):
+    with pytest.raises(DamagedImage, match="floating-point"):
         decode(encoded(np.zeros((4, 4), np.float32), "TIFF"), 8)
 
 
 def test_a_tiff_of_wide_integers_is_damaged():
     """They were taken for 16 bits: all above was white."""
-    with pytest.raises(DamagedImage, match="integers of 32 bits; which of them is white"):
+    with pytest.raises(DamagedImage, match="integers of 32 bits; the value of white"):
         decode(encoded(np.full((4, 4), 1 << 20, np.int32), "TIFF"), 8)
 
 

@@ -15,7 +15,7 @@ PATIENCE = 60  # seconds, on a machine with other work
 
 
 class Batches(Iterator):
-    """Batch n holds the number n; the state after it is n + 1. Ends as it is told to."""
+    """Batch n holds the number n; the state after it is n + 1. Ends by raising `end`."""
 
     def __init__(self, count=10**6, end=StopIteration, rows=4):
         self.step, self._count, self._end, self._rows = 0, count, end, rows
@@ -57,7 +57,7 @@ def threads():
 def test_batches_come_in_order_with_the_state_after_each(feed_of):
     batches = Batches()
     feed = feed_of(batches)
-    wait_until(lambda: batches.step >= 3)  # it reads ahead of what is asked for
+    wait_until(lambda: batches.step >= 3)  # it reads ahead of what is requested
     for number in range(6):
         batch, state = next(feed)
         np.testing.assert_array_equal(batch["image"], np.full((4, 2), number))
@@ -85,7 +85,7 @@ def test_a_batch_is_split_over_the_devices_in_order(feed_of):
 
 
 def outcomes(feed, count):
-    """What `count` calls of `next` gave; asked for in a thread, so that waiting for ever fails."""
+    """The results of `count` calls of `next`, in a thread, so that waiting for ever fails."""
     found = []
 
     def ask():

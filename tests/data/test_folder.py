@@ -214,7 +214,7 @@ def test_folders_may_be_nested_deeply(tmp_path, image_bytes):
             folder.rmdir()
 
 
-def test_a_bucket_is_asked_for_its_folder(monkeypatch):
+def test_a_bucket_is_queried_for_its_folder(monkeypatch):
     there = SimpleNamespace(
         Path=lambda path: SimpleNamespace(is_dir=lambda: path == "gs://b/there")
     )
@@ -264,7 +264,7 @@ def test_a_file_that_has_gone_is_other_content(tree):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_that_cannot_be_read_is_told_in_one_line(tree, split, monkeypatch):
+def test_a_split_that_cannot_be_read_is_reported_in_one_line(tree, split, monkeypatch):
     root = tree("train/a/1.jpg", "train/b/1.jpg")
     (root / "test").symlink_to(root / "test")
     refuse_folders(monkeypatch, "train")

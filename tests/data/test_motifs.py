@@ -63,7 +63,7 @@ def test_a_motif_is_a_function_of_seed_split_and_index():
 
 
 def test_images_of_the_same_factors_are_the_same():
-    """No number beside the factors is drawn: they are all that tells images apart."""
+    """No number beside the factors is drawn: images differ in them alone."""
     motifs = Motifs(20, size=32)
     assert len(FACTORS) == motifs.DRAWS
     for i in range(20):
@@ -161,7 +161,7 @@ def test_every_factor_is_seen(name):
             assert np.abs(images[first] - images[second]).max() > 8
 
 
-def test_what_augmentations_do_not_change_can_tell_images_apart():
+def test_what_augmentations_do_not_change_distinguishes_images():
     """Or a plain method would have nothing to go by: few of a batch share all those classes."""
     kinds = [len(factor.values) for factor in FACTORS.values() if factor.group == CONTENT]
     assert len(kinds) >= 4 and np.prod(kinds) > 128
