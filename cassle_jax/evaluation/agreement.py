@@ -58,7 +58,7 @@ class BatchRows:
 
     Attributes:
       real: which candidates hold an image.
-      position: the index of each row of this device among the candidates.
+      position: the indices of this device's rows among the candidates.
     """
 
     real: Bool[Array, " N"]

@@ -151,7 +151,7 @@ def read_augmentations(
 
     Args:
       plain: features of the unaugmented images.
-      augmented: features of one augmented view of each image.
+      augmented: features of one augmented view per image.
       descriptors: the descriptors of these views, by name, as `describe` returns them.
 
     Raises:

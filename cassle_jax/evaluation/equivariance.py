@@ -25,7 +25,7 @@ from cassle_jax.evaluation.spectrum import unit_rows
 from cassle_jax.solvers.quadratic import fit_quadratic
 
 VIEWS = 16
-"""Views of each drawn object of the test part."""
+"""Views per drawn object of the test part."""
 
 RETRIEVAL = ("MRR", "H@1", "H@5")
 _EQUAL = 1e-9  # cosines that differ by rounding alone
@@ -52,7 +52,7 @@ class Views:
 
     Attributes:
       features: one row per image.
-      objects: the number of each image's object.
+      objects: the number of the object that an image shows, per image.
       factors: the values in which views of an object differ, per image; [images, 3] for a rotation.
     """
 
@@ -67,8 +67,8 @@ class Equivariance:
 
     Attributes:
       read: R² of the change in each factor, predicted from the features of both views.
-      found: MRR, H@1 and H@5 of each test object's pairs, by the change that the predictor takes:
-        `RIGHT` or `WRONG`; `CHANCE` for a random order of the views.
+      found: MRR, H@1 and H@5 per test object, by the change that the predictor takes: `RIGHT` or
+        `WRONG`; `CHANCE` for a random order of the views.
     """
 
     read: Mapping[str, float]
@@ -231,7 +231,16 @@ def pairs_of(objects: Int[np.ndarray, " images"], seed: int) -> Int[np.ndarray, 
 
 
 def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
-    """The change in a factor from the first view to the second one, as `equivariance` says."""
+    """The change in a factor from the first view to the second one, by the table of `equivariance`.
+
+    Args:
+      kind: value, angle or rotation.
+      first: the factor's values in the first views: [pairs], for a rotation [pairs, 3].
+      second: likewise in the second views.
+
+    Raises:
+      ValueError: the kind is another one.
+    """
     first, second = (np.asarray(each, np.float64) for each in (first, second))
     if kind == "rotation":
         from scipy.spatial.transform import Rotation  # commands start faster without SciPy
@@ -246,7 +255,7 @@ def change_of(kind: str, first: np.ndarray, second: np.ndarray) -> Rows:
 
 
 def _retrieved(views: Views, pairs: _Pairs, predicted: Rows) -> Float[np.ndarray, "objects 3"]:
-    """MRR, H@1 and H@5 of each object's pairs, for predictions of their second features."""
+    """MRR, H@1 and H@5 per object, for predictions of the pairs' second features."""
     found = []
     rows_of = rows_by_label(views.objects)
     for each, own in rows_by_label(views.objects[pairs.rows[:, 0]]).items():
@@ -275,7 +284,7 @@ def retrieval(
 
 
 def _in_views(part: Source, images: int, most_views: int | None) -> ObjectSource:
-    """Objects of a part, with at most `images` images in all and `most_views` views of each.
+    """Objects of a part, with at most `images` images in all and `most_views` views per object.
 
     Drawn objects are drawn again, with the views they need.
     """
@@ -299,7 +308,7 @@ def _run(bench: Bench, settings: EquivarianceSettings) -> list[Finding]:
     data, known = bench.data, bench.data.test.changing
     kinds = {name: factor.kind for name, factor in known.items()}
     groups = {name: factor.group for name, factor in known.items()}
-    # Fits see two views of each object, so that there are many objects; retrieval sees all views.
+    # Fits see two views per object, so that there are many objects; retrieval sees all views.
     parts = views(data.train, 2), views(data.val, 2), views(data.test, None)
     return equivariance(*parts, kinds, seed=settings.seed).findings(data.name, groups)
 

@@ -1,7 +1,7 @@
 """Few-shot classification: logistic regressions of many small episodes.
 
-An episode draws N classes, and of each K images to fit and 16 others to classify. Its logistic
-regressions separate each class from the other ones.
+An episode draws N classes, and per class K images to fit and 16 others to classify. Its logistic
+regressions separate every class from the others.
 """
 
 import warnings
@@ -107,7 +107,7 @@ def few_shot(
     right, converged = [], []
     for part in _parts(drawn, together):
         fit = fit_one_against_rest(features[part[:, :, :shots]])
-        # The mean over the classes changes no choice. Without it, float32 holds what differs.
+        # Their mean over the classes changes no choice; without it, float32 suffices for the rest.
         thetas = ((each - each.mean(axis=1, keepdims=True)).astype(np.float32) for each in fit[:2])
         right.append(_count_right(features[part[:, :, shots:]], *thetas))
         converged.append(fit.converged.all(axis=1))
@@ -146,7 +146,7 @@ def _rows_of_classes(
 def _draw(
     rows_of: list[np.ndarray], ways: int, images: int, episodes: int, seed: int
 ) -> Int[np.ndarray, "episodes ways images"]:
-    """Rows of each episode's images; neither classes nor images repeat within an episode."""
+    """Rows of the episodes' images; neither classes nor images repeat within an episode."""
     generator = np.random.default_rng(seed)
     drawn = np.empty((episodes, ways, images), np.int32)
     for episode in drawn:

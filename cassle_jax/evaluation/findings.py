@@ -206,5 +206,5 @@ def _decoded(png: str) -> Pixels:
     try:
         image = Image.open(io.BytesIO(base64.b64decode(png)), formats=("PNG",))
         return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # as Pillow calls damage
+    except (OSError, SyntaxError) as error:  # Pillow raises either for damage
         raise ValueError(f"a picture is damaged: {error}") from error

@@ -110,7 +110,7 @@ def leak_of(
       conditioning: the descriptors that make up ω.
       specs: the run's augmentation per view; the first two are compared.
       images: whole pictures of any aspect ratio; see `pictures_of`.
-      sizes: original height and width of each picture, which decide the crops that are drawn;
+      sizes: original height and width per picture, which decide the crops that are drawn;
         `None` for the size of `images`.
       batch: images per training step and held-out batch; at most a quarter of the images.
       temperature: temperature of the loss.

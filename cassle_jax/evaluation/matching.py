@@ -1,4 +1,4 @@
-"""Matches two views of each image by features and by projections with the right, a wrong or no ω.
+"""Matches the two views of an image by features, and by projections with right, wrong or no ω.
 
 Also measures how well ω alone matches, with features that say nothing about the image.
 """
@@ -188,7 +188,7 @@ class ViewMatcher:
         return Matching(agreements, len(index))
 
     def _views(self, keys, batch):
-        """The images of both views one after the other, and ω of each."""
+        """The images of both views one after the other, and ω of both."""
         pair = [
             view_as_in_training(key, batch, spec)
             for key, spec in zip(keys, self._specs, strict=True)

@@ -32,7 +32,7 @@ def check_memory(
     images = [len(bench.store.limited(part)) for part in (bench.data.train, bench.data.val)]
     rows, features = copies * sum(images), bench.subject.feature_width
     solver, device = bytes_of(rows, features)
-    both = 2 * 4 * rows * features  # of the parts, and of the two as one
+    both = 2 * 4 * rows * features  # float32, of both parts and of their union
     on_host = jax.default_backend() == "cpu"
     for what, needed, there in (
         ("this machine", both + (max(solver, device) if on_host else solver), host_bytes()),
@@ -49,7 +49,7 @@ def check_memory(
 def host_bytes() -> int:
     """Bytes of memory that this process may use."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _CGROUPS:  # of a container
+    for name in _CGROUPS:  # limits of a container
         try:
             there = min(there, int(Path(name).read_text()))
         except (OSError, ValueError):  # none, or without a limit

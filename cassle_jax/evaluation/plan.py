@@ -46,7 +46,7 @@ def plan(
 
     Args:
       opened: the datasets.
-      tasks: names of the requested protocols; empty for the usual ones of each dataset.
+      tasks: names of the requested protocols; empty for a dataset's usual ones.
       settings: settings of every protocol, by its name.
       limit: largest number of images per part; 0 for all.
       devices: number of devices.

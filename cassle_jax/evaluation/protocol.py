@@ -16,7 +16,7 @@ DRAWN = "drawn"
 """The kind of the embedded datasets, whose factors are known."""
 
 OBJECTS = "objects"
-"""The kind of datasets with several views of each object, whose differences are known."""
+"""The kind of datasets with several views per object, whose differences are known."""
 
 ANY: tuple[str, ...] = get_args(Task)
 

@@ -71,7 +71,7 @@ class Setting:
 
     Attributes:
       name: its name.
-      kind: type of its value, or of each value of a list.
+      kind: type of its value, or of the values of a list.
       is_list: whether it takes several values, separated by commas.
       default: its default.
       help: what it sets, in one sentence.

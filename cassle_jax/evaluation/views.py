@@ -121,12 +121,12 @@ def draw_for_each(key: PRNGKeyArray, batch: Batch, spec: AugmentSpec) -> ViewPar
 
 
 def view_as_in_training(key: PRNGKeyArray, batch: Batch, spec: AugmentSpec) -> View:
-    """A view of each image, drawn from `spec`."""
+    """One view per image, drawn from `spec`."""
     return _apply(batch, draw_for_each(key, batch, spec), spec)
 
 
 def view_under(chosen: Chosen, drawn: ViewParams, batch: Batch, spec: AugmentSpec) -> View:
-    """A view of each image with none but the chosen augmentations.
+    """One view per image, with none but the chosen augmentations.
 
     Without the crop, the view shows the image's largest centred square, resized as a crop is
     (bilinear): only the chosen augmentations distinguish it from a view under `nothing()`.
@@ -142,7 +142,7 @@ def view_under(chosen: Chosen, drawn: ViewParams, batch: Batch, spec: AugmentSpe
 
 
 def plain_view(batch: Batch, spec: AugmentSpec) -> View:
-    """The view of each image under no augmentation: its largest centred square."""
+    """One view per image without augmentation: the largest centred square."""
     return view_under(nothing(), draw_for_each(jax.random.key(0), batch, spec), batch, spec)
 
 

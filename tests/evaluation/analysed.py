@@ -43,9 +43,9 @@ class Linear(Method):
 
 
 def colour_networks(conditioning=PLAIN, encoder=Colour):
-    """Networks whose projector adds what it is told, ω, to the mean colour, and their variables.
+    """Networks whose projector adds ω to the mean colour, and their variables.
 
-    Told `color_diff`, it undoes what the jitter did to the mean colour: π(f(t(x)) | ω) = f(x).
+    With `color_diff`, it undoes what the jitter did to the mean colour: π(f(t(x)) | ω) = f(x).
     """
     networks = build_networks(Linear(), encoder, 3, conditioning)
     view = ViewBatch(jnp.zeros((2, PIXELS, PIXELS, 3)), jnp.zeros((2, conditioning.size)))

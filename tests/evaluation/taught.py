@@ -15,7 +15,7 @@ from cassle_jax.parallel import AXIS
 from tests.evaluation.analysed import PIXELS, PLAIN, SPEC, Colour
 from tests.tiny import TinyEncoder
 
-TOLD = Conditioning(injection="image", depth=2, width=4)
+IMAGE_CONDITIONED = Conditioning(injection="image", depth=2, width=4)
 
 
 class Plain:

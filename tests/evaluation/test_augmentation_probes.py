@@ -123,7 +123,7 @@ def probed(count=1, size=32, images=64, holes=0, spec=JITTERED, seed=0):
     return prober(variables, batches_of(pictures(images), size, holes), seed)
 
 
-def test_mean_colours_tell_the_jitter_by_comparison(jittered):
+def test_mean_colours_reveal_the_jitter_by_comparison(jittered):
     # What is never drawn differently (here all but the jitter) is not among the readings.
     assert [name.split()[0] for name in jittered.readings] == ["color"] * 4 + ["color_diff"] * 3
     for channel in ("red", "green", "blue"):

@@ -116,7 +116,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     np.testing.assert_array_equal(cache.read(SUBJECT, key(1))["features"], ARRAYS["features"])
 
 
-def test_files_are_readable_by_whom_the_user_lets(tmp_path):
+def test_files_are_readable_by_the_users_that_the_owner_permits(tmp_path):
     umask = os.umask(0o022)
     try:
         FeatureCache(tmp_path).write(SUBJECT, key(1), ARRAYS)

@@ -37,7 +37,7 @@ def test_numbers_of_numpy_are_numbers():
     assert there_and_back(chart).log_x and not there_and_back(chart).log_y
 
 
-def test_bars_and_lines_are_told_apart_after_reading():
+def test_bars_and_lines_are_distinguished_after_reading():
     bars = Chart("a", "b", "c", "x", "y", {"s": [("stem", 1.0), ("nan", float("nan"))]})
     lines = Chart("a", "b", "c", "x", "y", {"s": [(1, 1.0)]})
     assert there_and_back(bars).is_bars and not there_and_back(lines).is_bars

@@ -12,7 +12,7 @@ from cassle_jax.evaluation.fine_tune import fine_tune, labelled_subset
 from cassle_jax.evaluation.sgd_probe import sgd_probe
 from tests.evaluation.analysed import devices
 from tests.evaluation.taught import (
-    TOLD,
+    IMAGE_CONDITIONED,
     Plain,
     assert_close,
     assert_equal,
@@ -85,7 +85,7 @@ def test_encoder_and_head_have_learning_rates_of_their_own():
 
 
 def test_what_takes_the_descriptor_into_the_image_stays_as_it_is():
-    subject = tiny_subject(conditioning=TOLD)
+    subject = tiny_subject(conditioning=IMAGE_CONDITIONED)
     found = trained(subject, 1)
     for collection in ("params", "batch_stats"):
         assert_equal(

@@ -123,7 +123,7 @@ def test_only_the_right_descriptor_undoes_the_jitter(invariance):
     assert stages[WRONG_PROJECTOR].same < stages["features"].same
 
 
-def test_relative_descriptors_tell_each_view_of_the_other():
+def test_relative_descriptors_relate_each_view_to_the_other():
     stages = measured(dataclasses.replace(COLOR_DIFF, relative=True)).alone()["jitter"]
     # The plain image's ω takes from its colour what the augmented one's adds: they change places.
     assert stages[PROJECTOR].same == pytest.approx(stages["features"].same, abs=1e-5)
@@ -186,7 +186,7 @@ def test_devices_padding_and_damage_change_nothing(invariance, how):
 
 
 @pytest.mark.parametrize("size", everyday([3, 4, 5], 4))
-def test_the_batch_changes_only_whom_an_image_is_told_apart_from(invariance, size):
+def test_the_batch_changes_only_the_images_that_an_image_is_compared_with(invariance, size):
     # Batches of five and one: the lone image is compared with none.
     candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
     found = measured(strengths=STRENGTHS, size=size)

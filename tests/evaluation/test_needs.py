@@ -86,7 +86,7 @@ def test_what_is_enough_is_not_refused(task):
         ("fine_tune", {}, {"devices": 8}, "too few images to learn from: 3; 8 is the least"),
     ],
 )
-def test_what_is_missing_is_told(task, changed, settings, message):
+def test_what_is_missing_is_named(task, changed, settings, message):
     assert re.search(message, unmet(task, data(**changed), **settings))
 
 

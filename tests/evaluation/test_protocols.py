@@ -37,7 +37,7 @@ SETTINGS = Analysis(analysed=12)
 
 @pytest.fixture
 def bench():
-    """Of an encoder without a projector."""
+    """A bench of an encoder without a projector."""
     networks = Networks({"encoder": Colour})
     variables = {"params": {}, "batch_stats": {}}
     subject = Subject("bare", networks, variables, SPEC, PLAIN, (JITTERED, JITTERED))
@@ -56,7 +56,7 @@ def bench():
                       for of in ("features", "chance")}),
     ],
 )  # fmt: skip
-def test_an_encoder_without_a_projector_is_analysed_and_told_so(bench, caplog, task, metrics):
+def test_an_encoder_alone_is_analysed_and_the_log_says_so(bench, caplog, task, metrics):
     assert PROTOCOLS[task].suits(bench.data, requested=False)
     with caplog.at_level("INFO", logger="cassle_jax"):
         findings = PROTOCOLS[task].run(bench, SETTINGS)
@@ -64,7 +64,7 @@ def test_an_encoder_without_a_projector_is_analysed_and_told_so(bench, caplog, t
     assert {each.metric for each in findings if isinstance(each, Score)} == metrics
 
 
-def test_a_leak_is_measured_of_what_is_told_and_of_nothing_else(bench, caplog):
+def test_a_leak_is_measured_of_omega_and_of_nothing_else(bench, caplog):
     with caplog.at_level("INFO", logger="cassle_jax"):
         assert PROTOCOLS["leak"].run(bench, SETTINGS) == []
     assert "leak of bare: left out" in caplog.text

@@ -34,7 +34,7 @@ def optimum(features: np.ndarray, target: np.ndarray, penalty: float) -> np.ndar
 def test_fits_are_the_optima(monkeypatch):
     monkeypatch.setattr(absolute_error, "_TOGETHER", 4)
     features, targets = landmarks(40, seed=1, width=4, targets=2)
-    # Out of order, and so many that they are solved in lots of three.
+    # Out of order, and enough to be solved in lots of three.
     penalties = [1.0, 0.1, 30.0, 0.05, 5.0, 0.3]
     path = fit_absolute(features, targets, penalties)
     assert path.converged.all()
@@ -115,7 +115,7 @@ def test_scores_are_those_of_scikit_learn():
     assert curve.series["validation"][best] == (pytest.approx(best - 2), pytest.approx(max(scores)))
 
 
-def test_the_published_score_chooses_where_it_is_asked_for():
+def test_the_published_score_chooses_where_it_is_requested():
     train, val, test = (landmarks(80, seed=seed, noise=0.1) for seed in (1, 2, 3))
     penalties = [1e5, 1e6, 1.0, 1e7, 1e8, 1e9, 1e10]
     result = regression(train, val, test, penalties=penalties, metric="r2_pooled")

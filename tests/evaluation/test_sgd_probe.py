@@ -24,7 +24,7 @@ from cassle_jax.evaluation.sgd_probe import dropping, sgd_probe
 from cassle_jax.methods import Networks, ViewBatch
 from tests.evaluation.analysed import PLAIN, devices
 from tests.evaluation.taught import (
-    TOLD,
+    IMAGE_CONDITIONED,
     Plain,
     assert_close,
     assert_equal,
@@ -176,7 +176,7 @@ def test_the_learning_rate_drops_at_60_and_80_percent(steps):
     np.testing.assert_allclose(found, np.repeat([30.0, 3.0, 0.3], parts), rtol=1e-6)
 
 
-@pytest.mark.parametrize("conditioning", [PLAIN, TOLD])
+@pytest.mark.parametrize("conditioning", [PLAIN, IMAGE_CONDITIONED])
 def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(conditioning):
     subject = tiny_subject(conditioning=conditioning)
     before = jax.tree.map(np.copy, subject.variables)
@@ -263,7 +263,7 @@ def test_findings_are_two_scores():
     assert 0 <= findings[0].value <= 1
 
 
-def test_a_batch_larger_than_the_dataset_shrinks_and_is_told(caplog):
+def test_a_batch_larger_than_the_dataset_shrinks_and_is_reported(caplog):
     train = Plain(*colours(10, CLASSES))
     result = sgd_probe(colour_subject(), train, train, classes=CLASSES, mesh=devices(4), epochs=1)
     assert result.batch == 8

@@ -171,7 +171,7 @@ def test_lidar_is_the_rank_of_the_whitened_covariance():
     assert 1 < expected < width
 
 
-def test_lidar_counts_directions_that_tell_images_apart():
+def test_lidar_counts_directions_that_distinguish_images():
     # Views do not differ, so that only δ is within; images differ alike in three directions.
     corners = np.concatenate([np.eye(3), -np.eye(3)]) @ np.eye(3, 10)
     assert spectrum.lidar(np.repeat(corners[:, None], 4, axis=1)) == pytest.approx(3)

@@ -42,7 +42,7 @@ class Noise:
 
 @pytest.fixture
 def bench(tmp_path):
-    """Of a subject whose features are an image's mean colour, in [0, 1]."""
+    """A bench of a subject whose features are an image's mean colour, in [0, 1]."""
     parts = [Noise(name, count, seed) for seed, (name, count) in enumerate(SIZES.items())]
     data = EvaluationData("noise", *parts, 2, "accuracy", "classification", ten_crops=True)
     subject, mesh = colour_subject(), devices(2)
@@ -126,7 +126,7 @@ def test_random_splits_take_whole_images_and_no_more_memory(bench, monkeypatch):
         PROTOCOL.run(bench, Settings())
 
 
-def test_only_datasets_that_ask_for_them_are_cropped(bench):
+def test_only_datasets_with_ten_crops_are_cropped(bench):
     findings = PROTOCOL.run(bench, Settings())
     assert findings[0].value == 1
     plain = dataclasses.replace(bench, data=dataclasses.replace(bench.data, ten_crops=False))
