@@ -256,7 +256,7 @@ class ViTArchitecture:
         architecture = f"{self.name}_patch{TIMM_PATCHES.get(self.name, 16)}_224"
         if self.name == "vit_giant":  # timm's own is 48/11
             arguments["mlp_ratio"] = 4.0
-        if self.layer_scale or self.swiglu:  # timm's model with SwiGLU has some of its own
+        if self.layer_scale or self.swiglu:  # timm's model with SwiGLU has its own layer scale
             arguments["init_values"] = 1e-5 if self.layer_scale else None
         if self.registers:
             arguments |= {"reg_tokens": self.registers, "no_embed_class": True}
@@ -290,7 +290,7 @@ class ConvNeXtArchitecture:
     """A ConvNeXt, identified by its arrays.
 
     Attributes:
-        depths: number of blocks of each of the four stages.
+        depths: number of blocks per stage; there are four stages.
         width: channels of the stem.
         channels: channels of the images.
     """

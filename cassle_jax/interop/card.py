@@ -135,7 +135,7 @@ def markdown(card: Card, loading: Mapping[str, tuple[str, list[str]]]) -> str:
     sections.append(
         f"Images {are} RGB in [0, 1], {size}×{size} pixels in training, less {tuple(mean)} and "
         f"then divided by {tuple(std)}. In evaluation mode the model gives "
-        f"{card['feature_width']} features for each." + _further_channels(card)
+        f"{card['feature_width']} features per image." + _further_channels(card)
     )
     sections += ["## Loading"]
     for title, (language, lines) in loading.items():

@@ -33,7 +33,8 @@ class Format:
     Attributes:
         title: title in the model card.
         files: names of its files.
-        check: raises WeightsError for an architecture, or a computer, it cannot be written for.
+        check: raises WeightsError for an architecture that the format cannot hold, or on a machine
+            that cannot write it.
         write: writes weights with their model card into a folder.
         loading: returns the language and the lines that load it there.
     """

@@ -189,7 +189,7 @@ def from_hugging_face(state: State) -> State:
 
 
 def check_number(encoders: Collection[str]) -> None:
-    """Raises WeightsError for a file of more encoders, by their prefixes, than any project's."""
+    """Raises WeightsError for more encoders (their prefixes) than any project's file has."""
     if len(encoders) > MOST_ENCODERS:
         raise WeightsError(
             f"it has {len(encoders)} encoders; save one's state_dict() alone with torch.save"
@@ -197,7 +197,7 @@ def check_number(encoders: Collection[str]) -> None:
 
 
 def _from_hugging_face(state: State, prefix: str) -> State:
-    """The same of the one ViT under a prefix."""
+    """As `from_hugging_face`, for the one ViT under a prefix."""
     found = {name: array for name, array in state.items() if not name.startswith(prefix)}
     inner = {
         _replaced(name.removeprefix(prefix), HUGGING_FACE): array

@@ -37,18 +37,18 @@ LEAVES = {
 }
 KERNEL_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by number of axes, in PyTorch's order
 VARIANCES = ("running_var", ".var")  # how their names end in PyTorch and here
-PROBLEMS_SHOWN = 8  # of each kind
+PROBLEMS_SHOWN = 8  # per kind
 
 
 def encoder_from_pytorch(state: Mapping[str, np.ndarray], variables: Variables) -> dict[str, Any]:
     """An encoder's variables with the values of `state`, which has no classifier.
 
+    A ViT's positions are interpolated where `variables` are made for images of another size.
+
     Args:
         state: arrays by PyTorch name.
         variables: the Flax variables to replace, arrays or `jax.ShapeDtypeStruct`s: `params` and
             `batch_stats`, as `init` or `jax.eval_shape` returns them.
-
-    A ViT's positions are interpolated where `variables` are made for images of another size.
 
     Raises:
         WeightsError: an array is missing, unexpected, of another shape or not finite, or variances
@@ -63,6 +63,9 @@ def at_image_size(
     """The state with its positions resized to the grid that `variables` have, where they differ.
 
     `offset` is that of `resize_positions`.
+
+    Raises:
+        WeightsError: the positions are not those of a square grid.
     """
     target, positions = variables.get("params", {}).get("pos_embed"), state.get("pos_embed")
     if target is None or positions is None or not len(target.shape) == positions.ndim == 3:
@@ -160,7 +163,7 @@ def _predictor_module(variables: Variables) -> Callable[[Path], str]:
 
 
 def _names(variables: Variables, module: Callable[[Path], str]) -> dict[Path, str]:
-    """PyTorch's name of each array."""
+    """PyTorch's names of the arrays."""
     names = {path: _pytorch_name(path, module) for path in traverse_util.flatten_dict(variables)}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
@@ -206,7 +209,7 @@ def _from_pytorch(
 def _fitting_names(
     state: Mapping[str, np.ndarray], variables: Variables, module: Callable[[Path], str]
 ) -> dict[Path, str]:
-    """The name of each of `variables` in `state`; refuses a `state` with other or fewer arrays."""
+    """The names of `variables` in `state`; refuses a `state` with other or fewer arrays."""
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     names = _names(variables, module)
     expected = {

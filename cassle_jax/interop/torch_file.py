@@ -191,7 +191,7 @@ class _Unpickler(pickle._Unpickler):
         full_name = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
         if full_name not in self._known:
             raise WeightsError(
-                f"it asks for {full_name}, which weights do not need and which is not run; if you "
+                f"it names {full_name}, which weights do not need and which is not run; if you "
                 f"trust the file, {RESAVE}"
             )
         return self._known[full_name]

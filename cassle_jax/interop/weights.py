@@ -77,7 +77,7 @@ class Weights:
             raise WeightsError("there is no encoder")
         for network, state in self.networks.items():
             if problems := not_weights(state):
-                raise WeightsError(f"of the {network}, {problems[0]}")
+                raise WeightsError(f"its {network}: {problems[0]}")
 
     @property
     def encoder(self) -> State:
@@ -183,7 +183,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         if heads is not None and not is_vit(weights.encoder):
             raise WeightsError(f"heads={heads} is for ViTs, and its encoder is none")
         if weights.ignored:
-            LOG.info("of %s, not read: %s", path, ", ".join(weights.ignored))
+            LOG.info("%s: not read: %s", path, ", ".join(weights.ignored))
         heads = recorded or heads
         return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:

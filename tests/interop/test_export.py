@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, tmp_path, caplog)
         export_command(run=str(tmp_path / "run"), to=str(tmp_path / "out"), step=10)
 
 
-def test_an_export_tells_what_produced_it(run, tmp_path):
+def test_an_export_names_what_produced_it(run, tmp_path):
     workdir, _ = run
     export_command(run=str(workdir), to=str(tmp_path))
     card = json.loads((tmp_path / "model_card.json").read_text())
@@ -192,7 +192,7 @@ def test_an_export_tells_what_produced_it(run, tmp_path):
         assert told in text
 
 
-def test_an_earlier_step_is_told_with_the_metrics_it_had(run, tmp_path):
+def test_an_earlier_step_is_reported_with_the_metrics_it_had(run, tmp_path):
     workdir, _ = run
     export_command(run=str(workdir), to=str(tmp_path), step=5)
     card = json.loads((tmp_path / "model_card.json").read_text())
@@ -351,7 +351,7 @@ def test_images_of_a_file_without_a_card_have_the_encoders_usual_size(tmp_path, 
         assert open_subject(tmp_path / "file.safetensors").spec.size == size
 
 
-def test_a_vit_computes_the_same_with_the_heads_that_are_told(tmp_path):
+def test_a_vit_computes_the_same_with_the_heads_that_are_given(tmp_path):
     """The arrays are the same for every number of heads, the features are not."""
     save_file(encoder_state("vit"), tmp_path / "file.safetensors")
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -420,7 +420,7 @@ def test_a_network_that_the_method_lacks_is_refused(tmp_path, monkeypatch):
         read_run(tmp_path, network="momentum")
 
 
-def test_a_run_that_has_saved_nothing_yet_is_told_so(tmp_path):
+def test_a_run_that_has_saved_nothing_yet_is_reported(tmp_path):
     write_config(run_config(), tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"^run=.* has no checkpoint yet$"):
@@ -602,7 +602,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nope", '{"encoder": {"name": "resnet18"}}'])
-def test_a_damaged_configuration_is_told_in_one_line(tmp_path, content):
+def test_a_damaged_configuration_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json .* damaged or lacks") as raised:
         export_command(run=str(tmp_path), to=str(tmp_path / "out"))

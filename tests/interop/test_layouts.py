@@ -156,7 +156,7 @@ def test_a_pytorch_file_of_a_nested_layout_is_read(resnet, tmp_path):
     assert {"encoder_k", "queue", "fc.0.weight"} <= {*weights.ignored}
 
 
-def test_two_encoders_that_nothing_tells_apart_are_named(resnet):
+def test_two_encoders_that_nothing_distinguishes_are_named(resnet):
     with pytest.raises(WeightsError, match=r"several encoders: left, right; save one's"):
         networks_in(under("left.", resnet) | under("right.", negative(resnet)))
 
@@ -269,7 +269,7 @@ def test_numbers_that_no_network_has_are_refused_by_name(resnet, tmp_path, name,
     state = dict(resnet)
     state[name] = state[name][:0] if value is None else np.full_like(state[name], value)
     save_file(state, tmp_path / "file.safetensors")
-    with pytest.raises(WeightsError, match=rf"file\.safetensors: of the encoder, {message}"):
+    with pytest.raises(WeightsError, match=rf"file\.safetensors: its encoder: {message}"):
         load_weights(tmp_path / "file.safetensors")
 
 

@@ -116,7 +116,7 @@ def test_every_encoder_comes_back_as_it_was(name):
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
-def test_of_many_problems_some_of_each_kind_are_told():
+def test_some_problems_per_kind_are_reported():
     variables = encoder_variables(make_encoder("resnet50"), 32)
     state = {f"blocks.{i}": np.ones(1) for i in range(9)} | {"conv1.weight": np.ones(2)}
     with pytest.raises(ValueError, match="does not fit") as raised:

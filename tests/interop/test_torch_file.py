@@ -227,7 +227,7 @@ def test_nothing_known_can_be_changed_or_taken_apart(tmp_path, pickled):
 
 
 def test_tensors_cannot_reach_beyond_their_storage(tmp_path):
-    """A header that asks for 1000 numbers of a storage of 24, or for a storage of another size."""
+    """A header that claims 1000 numbers of a storage of 24, or a storage of another size."""
     data = (DATA / "zip.pth").read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = {name: archive.read(name) for name in archive.namelist()}
@@ -398,7 +398,7 @@ def test_a_storage_larger_than_its_file_is_refused_before_it_is_made(tmp_path, l
 
 
 def test_copies_of_one_list_are_no_larger_than_the_file(tmp_path):
-    """Of a list of n entries n copies, in a file of 8n bytes."""
+    """A file of 8n bytes claims n copies of a list of n entries."""
     n = 20_000
     copies = b"ctorch\nSize\nq\x020" + b"h\x02h\x01\x85R" * n
     (tmp_path / "file.pth").write_bytes(b"\x80\x02](" + b"N" * n + b"eq\x01" + copies + b".")
@@ -439,7 +439,7 @@ def test_a_storage_that_an_older_file_does_not_list_is_missed(tmp_path):
         ({"other/data.pkl": b""}, r"one data\.pkl; save the arrays of others, such as NumPy's"),
     ],
 )
-def test_other_archives_are_told_apart(tmp_path, extra, message):
+def test_other_archives_are_recognised(tmp_path, extra, message):
     with zipfile.ZipFile(tmp_path / "file.pth", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
         for name, content in extra.items():
@@ -476,7 +476,7 @@ def test_a_whole_model_is_refused(tmp_path):
     import torch
 
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(WeightsError, match=r"asks for torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(WeightsError, match=r"names torch\.nn\.modules\.linear\.Linear"):
         read_torch_file(tmp_path / "model.pth")
 
 

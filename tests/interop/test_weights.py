@@ -241,7 +241,7 @@ def test_what_holds_no_encoder_is_refused(tmp_path, state, message):
         ({"__author__": "them", "model": [1]}, "it holds a list where a state dict should be"),
     ],
 )
-def test_a_pickle_of_something_else_is_told_in_one_line(tmp_path, content, message):
+def test_a_pickle_of_something_else_is_reported_in_one_line(tmp_path, content, message):
     (tmp_path / "file.pkl").write_bytes(pickle.dumps(content, 2))
     with pytest.raises(WeightsError, match=message) as raised:
         load_weights(tmp_path / "file.pkl")
@@ -253,7 +253,7 @@ def test_weights_without_an_encoder_are_none():
         Weights({"projector": {"0.weight": np.ones((2, 2), np.float32)}})
 
 
-def test_a_damaged_safetensors_file_is_told_in_one_line(tmp_path):
+def test_a_damaged_safetensors_file_is_reported_in_one_line(tmp_path):
     path = saved(tmp_path / "file.safetensors", encoder_state("resnet18"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightsError, match="is damaged or no safetensors file"):
@@ -262,7 +262,7 @@ def test_a_damaged_safetensors_file_is_told_in_one_line(tmp_path):
         load_weights(tmp_path / "none.safetensors")
 
 
-def test_a_file_that_may_not_be_read_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_is_reported_in_one_line(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -329,12 +329,12 @@ def test_a_type_that_numpy_has_not_is_named(tmp_path, dtype):
 def test_heads_hold_floating_point_numbers(tmp_path, published):
     published["projector"]["module.projector.0.weight"] = np.ones((8, 36), np.int32)
     flat = {f"{n}.{k}": v for n, state in published.items() for k, v in state.items()}
-    with pytest.raises(WeightsError, match=r"of the projector, projector\.0\.weight holds int32"):
+    with pytest.raises(WeightsError, match=r"its projector: projector\.0\.weight holds int32"):
         load_weights(saved(tmp_path / "file.safetensors", flat))
 
 
-def test_a_vits_heads_are_recorded_or_told(tmp_path):
-    """No array tells: MoCo-v3 has 12 at every width, others 6 at the same one."""
+def test_a_vits_heads_are_recorded_or_given(tmp_path):
+    """No array shows them: MoCo-v3 has 12 at every width, others 6 at the same one."""
     state = encoder_state("vit")
     bare = saved(tmp_path / "bare.safetensors", state)
     assert load_weights(bare).heads is None
