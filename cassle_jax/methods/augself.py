@@ -32,7 +32,7 @@ class AugSelf(Auxiliary):
 
     Attributes:
       weights: weight per predicted difference, by name; empty for no AugSelf.
-      hidden: width of each head's hidden layers.
+      hidden: width of the heads' hidden layers.
       stage: the stage of the encoder whose features the heads see; 0 for the last one.
     """
 

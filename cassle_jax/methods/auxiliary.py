@@ -21,7 +21,7 @@ class Canvases(NamedTuple):
 
     Attributes:
       images: canvases, the picture at the top left.
-      sizes: true height and width of each picture, in pixels.
+      sizes: true height and width per picture, in pixels.
       positions: positions of the images in the global batch.
     """
 
@@ -94,7 +94,7 @@ class Auxiliary:
         method; those of the paper's experiment.
       further: number of views that it adds to the method's.
       paired: whether images 2i and 2i + 1 of the batch need views of the same crop and colours.
-      weights: weight of each of its losses, by name; empty where it is switched off.
+      weights: weights of its losses, by name; empty where it is switched off.
       descriptors: the descriptors that it needs drawn.
       stage: the stage of the encoder whose features it sees; 0 for the last one, the encoder's own.
     """
@@ -144,7 +144,7 @@ class Auxiliary:
     def images(
         self, key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
     ) -> tuple[Float[Array, "B _ _ 3"], ...]:
-        """The further views; each image's depend only on the key and on its position.
+        """The further views; those of an image depend only on the key and on its position.
 
         Args:
           key: a random key for these views alone.
@@ -235,7 +235,7 @@ def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dic
 def with_own_views(
     auxiliaries: Sequence[Auxiliary], count: int
 ) -> list[tuple[Auxiliary, tuple[int, ...]]]:
-    """Each objective with the indices of its further views, which are the last of `count` views."""
+    """The objectives with the indices of their further views, the last of all `count` views."""
     start, result = count - sum(each.further for each in auxiliaries), []
     for each in auxiliaries:
         result.append((each, tuple(range(start, start + each.further))))

@@ -96,7 +96,7 @@ class Conditioning:
         check_one_of("conditioning.into", self.into, ("projector", "predictor", "both"))
         used = is_conditioned(self.treatment, self.injection)
         names = self.descriptors if isinstance(self.descriptors, str) else (*self.descriptors,)
-        # JSON has lists.
+        # JSON turns tuples into lists.
         object.__setattr__(self, "descriptors", names if used else ())
         check_descriptors(self.descriptors, "conditioning.")
         self._check_options()

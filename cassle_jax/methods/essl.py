@@ -23,7 +23,7 @@ class ESSL(Auxiliary):
     """E-SSL (Dangovski et al., 2022, section 3): loss = base + weight · cross-entropy.
 
     A further view of every image, small and drawn as `augment` says, passes the encoder in all
-    four rotations, as one batch; a head classifies the rotation of each.
+    four rotations, as one batch; a head classifies the rotation.
 
     Attributes:
       weight: weight λ of the loss, 0.4 in the paper; 0 for no E-SSL.

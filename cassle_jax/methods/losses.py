@@ -309,7 +309,7 @@ def sinkhorn_codes(
     device, and then each sample by its sum. It works with logarithms, so that a small ε is safe.
 
     Args:
-      scores: similarity of each sample to each of K prototypes; no gradient goes through them.
+      scores: similarities of the samples to K prototypes; no gradient goes through them.
       queued: scores of earlier samples that share the prototypes, the same on every device.
       use_queue: whether the queued scores take part.
       epsilon: ε, positive; the smaller, the harder the assignments.

@@ -37,7 +37,7 @@ def augmented_views(
     Args:
       key: the step's random key.
       images: canvases, the picture at the top left.
-      sizes: true height and width of each picture, in pixels.
+      sizes: true height and width per picture, in pixels.
       specs: the augmentation per view.
       axis_name: the devices that share the global batch; `None` for a single one.
       positions: positions of the images in the global batch; `None` where `images` are this
@@ -81,11 +81,11 @@ def training_views(
     given: Bool[Array, " B"] | None = None,
     further: Sequence[Float[Array, "B _ _ 3"]] = (),
 ) -> TrainingViews:
-    """The networks' training inputs: the views' images, their ω, and what auxiliaries predict.
+    """The networks' training inputs: images and ω of the views, and what auxiliaries predict.
 
     Args:
       views: the method's views of the same images, with a leading batch axis.
-      specs: the augmentation of each of them.
+      specs: the augmentation per view.
       conditioning: defines ω.
       auxiliaries: the auxiliary objectives.
       given: which images are projected with ω, from `Conditioning.given`; `None` for all.

@@ -115,7 +115,7 @@ class ConditionedProjector(nn.Module):
 
         Args:
             features: the encoder's features.
-            descriptor: ω, the augmentation of each image of the view.
+            descriptor: ω, the augmentation per image of the view.
             train: normalise by the batch's statistics, and record them.
 
         Raises:
@@ -271,7 +271,16 @@ def where_given(
 def condition_network(
     width: int, out: int, depth: int, axis_name: str | None, dtype: DTypeLike, name: str
 ) -> MLP:
-    """The MLP, ending in a BatchNorm with scale and shift, that maps ω."""
+    """The MLP, ending in a BatchNorm with scale and shift, that maps ω.
+
+    Args:
+        width: width of the hidden layers.
+        out: width of the result.
+        depth: number of Linear layers.
+        axis_name: mapped axis over which BatchNorm statistics are synchronised.
+        dtype: dtype the layers compute in; parameters are float32.
+        name: name of the module in the parameters.
+    """
     return MLP(
         hidden=width,
         out=out,

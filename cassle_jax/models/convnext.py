@@ -17,7 +17,7 @@ LEAST_SIZE = 32  # pixels; the last stage has one place for them
 LAYER_SCALE = 1e-6
 
 layer_norm = partial(nn.LayerNorm, epsilon=1e-6)
-normal = nn.initializers.normal(0.02)  # theirs is truncated, at 100 standard deviations
+normal = nn.initializers.normal(0.02)  # the published one is truncated, at 100 standard deviations
 
 
 class Block(nn.Module):
@@ -58,7 +58,7 @@ class ConvNeXt(nn.Module):
     unless the caller makes it mutable: `stem`, `layer1` … `layer4` (feature maps) and `features`.
 
     Attributes:
-        depths: number of blocks of each of the four stages.
+        depths: number of blocks per stage; there are four stages.
         width: channels of the stem and the first stage; every stage has twice those before it.
         dtype: dtype the convolutions and matrix products compute in; parameters, LayerNorm's
             statistics and the sums along the blocks are float32.

@@ -107,8 +107,8 @@ def rotary_angles(
 ) -> Float32[Array, "{height*width} half_head"]:
     """Angles by which DINOv3 rotates the queries and keys of height×width patches, row after row.
 
-    The centres of the patches are in (−1, 1) along each axis. The first half of the angles is of
-    the row, the second of the column.
+    The centres of the patches are in (−1, 1) along both axes. The first half of the angles is for
+    the row, the second for the column.
     """
     rows, columns = (2 * (jnp.arange(n) + 0.5) / n - 1 for n in (height, width))
     places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)

@@ -226,7 +226,7 @@ def _most_probable(weights, biases, features):
 
 
 class _Solved(NamedTuple):
-    """Every penalty's solution: θ, the loss of each row there, and whether it is the optimum."""
+    """The solutions: θ, the losses of the rows there, and whether they are optima, per penalty."""
 
     thetas: Array
     losses: Array

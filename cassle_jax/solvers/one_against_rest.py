@@ -40,14 +40,14 @@ class OneAgainstRest(NamedTuple):
 def fit_one_against_rest(
     support: Float[np.ndarray, "episodes ways shots features"],
 ) -> OneAgainstRest:
-    """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of each episode.
+    """Fits scikit-learn's liblinear logistic regression, C = 1, to the images of every episode.
 
     A fit has converged when its last Newton step was predicted to lower the objective by less than
     1e-6 of its value. Images longer than 1e7 (on TPUs 1e4) never count as converged: their
     curvature swallows the penalty's.
 
     Args:
-      support: The features of each episode's classes; used as they are.
+      support: The features to fit, per episode and class; used as they are.
 
     Returns:
       The classifier that separates each class from the episode's other classes.

@@ -116,7 +116,7 @@ def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
 
 @pytest.mark.parametrize("into", ["predictor", "both"])
 @pytest.mark.parametrize("name", everyday(WITH_PREDICTOR, "byol"))
-def test_the_predictor_can_be_told_instead_of_the_projector_or_as_well(name, into):
+def test_the_predictor_can_be_conditioned_instead_of_the_projector_or_as_well(name, into):
     conditioning = Conditioning(into=into, depth=2, width=8)
     state, update, views = start(name, conditioning)
     before = compiled(state)()
@@ -137,7 +137,7 @@ def test_the_predictor_can_be_told_instead_of_the_projector_or_as_well(name, int
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - set(WITH_PREDICTOR)))
-def test_a_method_without_a_predictor_cannot_be_told_through_it(name):
+def test_a_method_without_a_predictor_cannot_be_conditioned_through_it(name):
     message = r"conditioning\.into='both' needs a predictor, which .* lacks"
     with pytest.raises(ValueError, match=message):
         start(name, Conditioning(into="both"))
@@ -155,7 +155,7 @@ def test_raw_descriptors_must_be_as_wide_as_what_the_predictor_takes():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_a_method_asks_of_a_configuration_exists(name):
+def test_what_a_method_sets_in_a_configuration_exists(name):
     known = flat_settings(base_config(f"method={name}"))
     for settings in (METHODS[name].recipe, METHODS[name].published):
         for setting, value in settings.items():

@@ -231,7 +231,7 @@ def embedder(networks):
 
 
 def embeddings(embed, state, views):
-    """Of each view, at unit length."""
+    """Projections per view, at unit length."""
     return [unit(rows) for rows in np.split(np.float64(embed(state, views)), len(views))]
 
 

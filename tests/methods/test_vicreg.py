@@ -33,7 +33,7 @@ def papers_terms(first, second):
         deviations = np.sqrt(np.diag(c) + 1e-4)
         variance += np.maximum(0, 1 - deviations).sum() / width
         covariance += sum(c[i, j] ** 2 for i in range(width) for j in range(width) if i != j)
-    # Of views and of a difference's units the paper takes sums, the authors' code means.
+    # The paper takes sums over views and over a difference's units, the authors' code means.
     return variance / 2, ((first - second) ** 2).mean(), covariance / width
 
 

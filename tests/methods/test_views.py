@@ -113,7 +113,7 @@ def test_a_batch_and_view_shares_its_order_of_jitter_on_all_devices(on_devices, 
     assert any(first.tobytes() != second.tobytes() for first, second in orders)
 
 
-def test_omega_is_alphabetical_whatever_order_was_asked_for(drawn):
+def test_omega_is_alphabetical_whatever_order_was_requested(drawn):
     pair, views = drawn
     for view, made in zip(pair, views.views, strict=True):
         np.testing.assert_array_equal(made.images, view.image)

@@ -147,7 +147,7 @@ def test_images_of_other_sizes_give_features_that_depend_on_where_things_are(tin
     wide = jnp.concatenate([images, images[:, :, :8]], axis=2)
     features = encoder.apply(tiny, wide, False)
     assert features.shape == (3, 16)
-    # The same patches elsewhere: only their positions tell the two apart.
+    # The same patches elsewhere: only their positions distinguish the two.
     swapped = jnp.roll(wide, 4, axis=2)
     assert relative_error(encoder.apply(tiny, swapped, False), features) > 1e-4
 
