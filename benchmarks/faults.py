@@ -185,7 +185,9 @@ def main(repetitions: int, kills: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    repetitions_flag = flags.DEFINE_integer("repetitions", 20, "Repetitions of each fault.", 0)
+    repetitions_flag = flags.DEFINE_integer("repetitions", 20, "Repetitions per fault.", 0)
     kills_flag = flags.DEFINE_integer("kills", 10, "Kills at random moments.", 0)
-    minutes_flag = flags.DEFINE_float("minutes", 0.0, "No repetition begins later; 0: all do.", 0.0)
+    minutes_flag = flags.DEFINE_float(
+        "minutes", 0.0, "Minutes after which no repetition begins; 0: no limit.", 0.0
+    )
     command.run(lambda: main(repetitions_flag.value, kills_flag.value, minutes_flag.value))

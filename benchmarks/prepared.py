@@ -102,7 +102,7 @@ def views(name: str, before: Sequence[bytes], after: Sequence[bytes], work: Work
     measurement = f"views of {name}, beside those of the originals"
     return [
         Row(measurement, "mean difference", "grey levels", tuple(differences)),
-        Row(measurement, "mean gradient", "of theirs", tuple(gradients)),
+        Row(measurement, "mean gradient", "of the originals'", tuple(gradients)),
     ]
 
 

@@ -131,7 +131,7 @@ def main() -> None:
         apart = seconds
         if count > 1:
             apart = statistics.median(run_processes(count, sys.argv[1:], joined=False)["step"])
-        sharing = max(1, count / usable_cpus())  # of CPUs: it is no loss of scaling
+        sharing = max(1, count / usable_cpus())  # of CPUs, which is no loss of scaling
         outside = statistics.median(1 - np.divide(found["step"], found["fed"]))
         print(
             f"| {count} | {seconds:.3f} | {min(found['step']):.3f}–{max(found['step']):.3f} "

@@ -230,7 +230,7 @@ def _kept(
 
 
 def _plain(error: BaseException, folder: Path) -> Stop | DataError | None:
-    """An error as a user reads it; `None` where it says itself what to do."""
+    """An error in words for the user; `None` where its own words say what to do."""
     if isinstance(error, DataError):
         return DataError(_with_flags(str(error)))
     fault = passing(error)
@@ -297,7 +297,7 @@ def _write(shard: Shard) -> Written:
 def _check_unreadable(
     written: Mapping[str, Mapping[Path, Written]], folder: Path, allowed: float
 ) -> None:
-    """Lists the images that were left out, between tabs; refuses more than the allowed fraction."""
+    """Lists the images left out, tab-separated; refuses more than the allowed fraction."""
     lines = [
         f"{split}\t{name}\t{_with_flags(reason)}\n"
         for split, shards in written.items()
@@ -325,7 +325,7 @@ def _are_too_many(bad: int, images: int, allowed: float) -> bool:
 def _write_info(
     plan: Mapping[str, Any], written: Mapping[str, Mapping[Path, Written]], folder: Path
 ) -> None:
-    """Writes what tfds reads; what it reads first appears last, and whole."""
+    """Writes the description that tfds reads; the file that it reads first appears last."""
     splits = [
         tfds.core.SplitInfo(
             name=split,

@@ -55,7 +55,7 @@ class Shard(NamedTuple):
 
 
 def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """The classes of all splits: the longest list of one, which begins with those of the others.
+    """The classes of all splits: the longest list, which begins with those of the other splits.
 
     Raises:
       ConfigError: two splits give one label to different classes, only some have labels, or a name
@@ -63,7 +63,7 @@ def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """
     most = max((source.class_names for source in sources.values()), key=len)
     for name in most:
-        # A file holds one name a line, and its reader drops blanks around a name.
+        # A file holds one name per line, and its reader drops blanks around a name.
         if not is_utf8(name) or {"\n", "\r"} & {*name} or name != name.strip():
             raise ConfigError(
                 f"--splits: class {name!r} has a line break, a blank at an end, or bytes that are "
@@ -162,7 +162,7 @@ def shards_of(plan: Mapping[str, Any], folder: Path) -> list[Shard]:
 
 
 def lacking_bytes(plan: Mapping[str, Any], folder: Path) -> tuple[float, float] | None:
-    """Bytes that the folder still needs and has free; `None` where they suffice."""
+    """Bytes that the folder still needs, and bytes free; `None` where these suffice."""
     free = free_bytes(folder)
     needed = _MARGIN * sum(
         plan["mean_bytes"][split] * about["images"] for split, about in plan["splits"].items()

@@ -38,7 +38,7 @@ class Written(NamedTuple):
     Attributes:
       records: number of its records.
       size: their bytes.
-      unreadable: name and reason of each image that is left out.
+      unreadable: name and reason per image that is left out.
       content: of the images, before they were read; see `content_at`.
       file_size: bytes of the file.
     """
@@ -117,7 +117,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
 
 @contextlib.contextmanager
 def _system_errors(path: pathlib.Path) -> Iterator[None]:
-    """Raises, as errors of this file, those that array_record has words for alone."""
+    """Turns errors that array_record reports in words alone into an `OSError` of this file."""
     try:
         yield
     except Outage:  # of the images
@@ -159,7 +159,7 @@ def _records(
         if "label" in features:
             example["label"] = record.label
         message = serializer.get_tf_example(features.encode_example(example))
-        yield message.SerializeToString(deterministic=True)  # else in an order of the process's own
+        yield message.SerializeToString(deterministic=True)  # else the order varies by process
 
 
 def _sums_in(path: epath.PathLike) -> list[int]:

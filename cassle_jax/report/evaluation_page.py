@@ -96,7 +96,7 @@ def write_report(
         configuration; long facts are listed below the table.
       pairing: Seeds and baselines; `None` for no seeds, and the subjects called `plain` as
         baselines.
-      parts: For `read_parts`.
+      parts: Keys of the findings, see `Parts`; for `read_parts`.
       kept: Findings by key that are not part of the page; the JSON holds them for `read_parts`.
       complete: Whether no results are to follow; see `read_complete`.
 

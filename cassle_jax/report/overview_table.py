@@ -97,7 +97,7 @@ def _head(name: str, first: str, note: str = "", kind: str = "number") -> str:
 def _method_html(
     overview: Overview, runs: Mapping[str, int], name: str, *, with_seeds: bool
 ) -> str:
-    """The row of a method, with a line above the first row of each base method."""
+    """The row of a method, with a line above the first row of a base method."""
     names = list(runs)
     place = names.index(name)
     begins = place > 0 and group_of(name) != group_of(names[place - 1])

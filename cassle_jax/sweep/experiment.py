@@ -167,7 +167,7 @@ def _plan(
         protocol = Evaluation() if jobs else evaluation
         jobs.append(Job(run.subject, short.arguments, workdir, protocol, False, toy=toy))
     missing = [job for job in jobs if measured_in(job.workdir) is None]
-    for job in missing:  # one that goes on in the middle would measure too little
+    for job in missing:  # a run that continues in the middle would measure too little
         shutil.rmtree(job.workdir, ignore_errors=True)
 
     def on_end(job: Job, code: int) -> None:
@@ -206,7 +206,7 @@ def _missing_jobs(
 def _check_missing(
     runs: Sequence[RunSpec], table: Table, results: "_Results", weights_of: Sequence[Path]
 ) -> None:
-    """Raises ConfigError where a run would fail later, after those before it are paid for."""
+    """Raises ConfigError where a run would fail only after the runs before it are computed."""
     for run in runs:
         check_weights_file(run.config.weights, results.workdir(run.name))
     for run in {run.subject: run for run in runs}.values():

@@ -86,7 +86,7 @@ class Checkpoints:
         if self._leads:
             self._open()
             if not on_object_store(self._folder):
-                # It may be another user's, though the workdir is not; the first save comes late.
+                # The folder may be another user's, which the first save would report late.
                 check_writable("workdir", self._folder)
 
     def take_over(self) -> None:
@@ -405,7 +405,7 @@ class Checkpoints:
                     f"workdir={self._folder.parent} holds checkpoints of other networks or another "
                     f"optimizer: {name} is {_shape_text(saved.get(name))} in checkpoint {step} and "
                     f"{_shape_text(now.get(name))} now; use another workdir, or the settings the "
-                    "run was begun with"
+                    "run was started with"
                 )
 
     def _set_aside_after(self, step: int) -> None:

@@ -48,7 +48,7 @@ def in_chunks(
         results, statistics = function(jax.tree.map(partial(rows_of, index), rows))
         return results, jax.lax.stop_gradient(statistics)
 
-    def joined(x):  # also of no width, as the plain method's ω
+    def joined(x):  # also where the width is 0, as the plain method's ω has
         return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     results, statistics = jax.lax.map(one_chunk, jnp.arange(chunks))

@@ -74,7 +74,7 @@ class MetricsWriter:
 
 
 class JsonLines:
-    """One line for each report, with its step; earlier lines after `step` are dropped.
+    """One line per report, with its step; earlier lines after `step` are dropped.
 
     Attributes:
       measured: names of the metrics of that step that the file already has.
@@ -95,7 +95,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard's events: each with its length, and checksums of both."""
+    """TensorBoard's events, written with their lengths and checksums of both."""
 
     def __init__(self, folder: epath.Path, step: int):
         make_shared(folder)

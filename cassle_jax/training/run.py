@@ -250,7 +250,11 @@ def compute_dtype(config: ConfigDict, platform: str) -> jnp.dtype:
 
 
 def build_method(config: ConfigDict) -> Method:
-    """The method of a configuration with its hyper-parameters."""
+    """The method of a configuration with its hyper-parameters.
+
+    Raises:
+      ConfigError: the method is unknown, or a setting of it is unknown or invalid.
+    """
     settings = config.method.to_dict()
     name = settings.pop("name")
     check_one_of("method.name", name, METHODS)

@@ -69,14 +69,14 @@ def check_unchanged(
     if accept_changes and impossible:
         raise ConfigError(
             f"workdir={workdir} holds a run that cannot continue with {'; '.join(impossible)}; "
-            "use another workdir, or the settings it was begun with"
+            "use another workdir, or the settings it was started with"
         )
     if differences and not accept_changes:
         hint = "" if impossible else ", or --accept_changes to continue with these"
         raise ConfigError(
             f"workdir={workdir} holds a run with other settings "
             f"({'; '.join(differences.values())}); use another workdir, or the settings it was "
-            f"begun with{hint}"
+            f"started with{hint}"
         )
     return list(differences.values())
 

@@ -1,4 +1,4 @@
-"""Records the facts of each start of a run: versions, devices, images, heads."""
+"""Records the facts of every start of a run: versions, devices, images, heads."""
 
 import logging
 from collections.abc import Mapping, Sequence

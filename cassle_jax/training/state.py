@@ -81,7 +81,7 @@ def joined(memories: dict[str, PyTree]) -> PyTree:
 
 
 def of_branches(memory: PyTree, branches: Collection[str]) -> dict[str, PyTree]:
-    """The memory of each of the branches; undoes `joined`."""
+    """The memories by branch; undoes `joined`."""
     if len(branches) == 1:
         return {"": memory}
     return {branch: memory[_MEMORY[branch]] for branch in branches}
@@ -111,7 +111,17 @@ def create_state(
 ) -> TrainState:
     """The state before the first step: a function of the seed and the shapes alone.
 
-    Momentum networks start as copies of the trained ones. The seed may be given as a key.
+    Momentum networks start as copies of the trained ones.
+
+    Args:
+      networks: the run's networks.
+      method: provides the initial memory, and says whether there are momentum networks.
+      optimizer: the run's optimizer.
+      view: a view of the run's shapes; its values do not matter.
+      seed: seed in [0, 2³²), or its key.
+
+    Raises:
+      ValueError: the seed is out of that range.
     """
     run_key, network_key, memory_key = seed_keys(seed)
     variables = initial_variables(networks, view, network_key)

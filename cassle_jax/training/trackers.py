@@ -44,7 +44,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of a step; a step may come twice, with other metrics."""
+        """Adds metrics of a step; the same step may come again with other metrics."""
 
     @abstractmethod
     def close(self) -> None:
@@ -182,7 +182,7 @@ class Tracking:
             while self._waiting and time.monotonic() < until:
                 step, metrics = self._waiting[0]
                 names = {*metrics, *(self._names if step == self._before else ())}
-                self._note(step, names)  # first: a kill then loses the report, not sends it twice
+                self._note(step, names)  # first: after a kill, a report is lost, not sent twice
                 try:
                     self._tracker.write(step, metrics)
                 except Exception:

@@ -44,7 +44,7 @@ class Window:
         return self._seconds
 
     def summary(self) -> dict[str, float]:
-        """Means over the window, images per second, share of time waiting for data; restarts."""
+        """Means over the window, images/s, share of time waiting for data; begins a new window."""
         values = jax.device_get(list(self._metrics))
         elapsed = self.seconds * self._steps
         summary = {name: float(np.mean([each[name] for each in values])) for name in values[0]}

@@ -43,7 +43,12 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
 
 
 def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
-    """Returns what `write` returns; turns an error of writing into one line."""
+    """Returns what `write` returns; waits while a fault may pass.
+
+    Raises:
+      ConfigError: the workdir cannot be written.
+      Outage: it cannot be written for now.
+    """
     try:
         return retried(f"workdir={workdir}", write)
     except OSError as error:
