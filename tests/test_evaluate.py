@@ -90,7 +90,7 @@ def test_images_may_be_prepared_otherwise_than_in_training(run, tmp_path):
         assert (spec.size, spec.mean, spec.std) == (40, chosen["mean"], IMAGENET_STD)
 
 
-def test_protocols_that_train_are_run_when_asked_for(run, tmp_path):
+def test_protocols_that_train_are_run_when_requested(run, tmp_path):
     settings = {"probe_epochs": 1, "fine_tune_epochs": 1, "fractions": (1.0,)}
     for split in ("train", "test"):
         for shade, name in enumerate("ab"):
@@ -282,7 +282,7 @@ def write_images(root, counts, names=("a", "b", "c", "d")):
     return f"folder:{root}"
 
 
-def test_what_a_dataset_lacks_is_told_first_and_the_rest_is_done(run, tmp_path, caplog):
+def test_what_a_dataset_lacks_is_reported_first_and_the_rest_is_done(run, tmp_path, caplog):
     small = write_images(tmp_path / "small", {"train": 2, "test": 1})
     with pytest.raises(DataError, match="2 tasks failed"):
         evaluate(run, tmp_path, "knn", "augmentation_probes", "few_shot", datasets=[small], batch=8)
@@ -405,7 +405,7 @@ def test_a_report_that_cannot_be_read_is_refused_before_anything_is_measured(
     assert line == f"error: {tmp_path / 'report.json'}: Is a directory"
 
 
-def test_a_page_that_cannot_be_written_is_told_while_it_grows_and_at_its_end(
+def test_a_page_that_cannot_be_written_is_reported_while_it_grows_and_at_its_end(
     run, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "report" / "report.html" / "a file").mkdir(parents=True)

@@ -189,7 +189,7 @@ def caused(error, cause):
         (RuntimeError("Gloo: Connection reset by peer"), None),
     ],
 )
-def test_the_exit_code_tells_a_mistake_from_an_outage(error, code):
+def test_the_exit_code_distinguishes_a_mistake_from_an_outage(error, code):
     assert code_of(error) == code
 
 
@@ -296,7 +296,7 @@ def test_an_outage_while_a_split_is_listed_passes(folder, monkeypatch):
     assert len(open_source(settings, "train")) == IMAGES
 
 
-def test_a_file_of_records_that_is_out_of_reach_is_told_from_a_damaged_one(tmp_path):
+def test_a_file_of_records_that_is_out_of_reach_is_not_taken_for_a_damaged_one(tmp_path):
     (tmp_path / "records").write_bytes(b"")
     instruction = SimpleNamespace(filename=tmp_path / "records", examples_in_shard=1, take=1)
     shards = Shards("records", [instruction])

@@ -64,7 +64,7 @@ def by_purpose(collectives):
 
 
 def count_and_bytes(tree):
-    """Of a tree's arrays, in float32."""
+    """Number of a tree's arrays, and their bytes in float32."""
     return len(jax.tree.leaves(tree)), FLOAT * sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 

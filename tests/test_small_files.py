@@ -276,7 +276,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read, kind):
 
 
 @pytest.mark.parametrize("name", ["log.txt", "job.lock", "metrics.jsonl"])
-def test_whoever_may_write_to_the_folder_may_write_to_its_files(tmp_path, name):
+def test_users_who_may_write_to_the_folder_may_write_to_its_files(tmp_path, name):
     tmp_path.chmod(0o775)
     previous = os.umask(0o022)
     try:

@@ -141,7 +141,7 @@ def test_settings_that_came_or_went_since_a_run_began_do_not_matter(run, tmp_pat
     assert exported.fingerprint() == expected.fingerprint()
 
 
-def test_damaged_settings_of_a_run_or_file_are_told_in_one_line(run, tmp_path):
+def test_damaged_settings_of_a_run_or_file_are_reported_in_one_line(run, tmp_path):
     workdir, file = shutil.copytree(run[0], tmp_path / "run"), tmp_path / "a.safetensors"
     weights = read_run(workdir).in_pytorch()
     for setting, value in (

@@ -22,7 +22,7 @@ class Clock:
         return Contender(name, lambda: run, items)
 
 
-def test_rates_are_told_by_round_and_ratios_do_not_feel_the_machine():
+def test_rates_are_reported_by_round_and_ratios_do_not_feel_the_machine():
     clock = Clock()
     contenders = [clock.contender("ours", 1.0), clock.contender("theirs", 3.0, items=20)]
 
@@ -59,7 +59,7 @@ def test_what_was_made_during_others_turns_does_not_count():
     assert honest.values == (1.0, 1.0)
 
 
-def test_what_is_not_installed_or_fails_is_told_and_the_others_run():
+def test_what_is_not_installed_or_fails_is_reported_and_the_others_run():
     def not_installed():
         import no_such_package  # noqa: F401
 

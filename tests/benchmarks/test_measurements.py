@@ -1,4 +1,4 @@
-"""Every measurement runs, at sizes that tell no speed, and the command says what is wrong."""
+"""Every measurement runs, at sizes too small to compare, and the command says what is wrong."""
 
 import dataclasses
 import json

@@ -17,7 +17,7 @@ from tests.tiny import TinyEncoder
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.py"))
 TINY = ("encoder.name=tiny", "encoder.width=24", "encoder.small_images=False", "steps=2")
-# Of the tasks of tables, those that scenes are for.
+# The tasks of tables that suit scenes.
 FOR_SCENES = {"few_shot", "invariance", "knn", "linear", "matching", "spectrum"}
 
 

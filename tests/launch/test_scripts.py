@@ -58,7 +58,7 @@ def test_a_gpu_host_has_one_process_for_all_gpus():
     assert "JAX_NUM_PROCESSES" not in text
 
 
-def test_or_as_many_as_asked_for_each_with_its_share():
+def test_or_as_many_as_requested_each_with_its_share():
     words, _ = printed(
         "gpu_host.sh", *RUN, "--processes=2", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="4,5,6,7"
     )

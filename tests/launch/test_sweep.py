@@ -289,7 +289,7 @@ def test_the_tracebacks_of_submitits_own_processes_go_to_a_file(tmp_path, monkey
     assert capfd.readouterr().err == "seen"
 
 
-def test_an_error_tells_the_other_commands_to_save_and_end(tmp_path, monkeypatch):
+def test_an_error_makes_the_other_commands_save_and_end(tmp_path, monkeypatch):
     cancelled, jobs_of = [], {"a": Waiting("1"), "b": Done("2")}
     jobs_of["a"].cancel = lambda: cancelled.append("a")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -656,7 +656,7 @@ def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
     assert run.config.data.path == "/a=b"
 
 
-def test_a_quote_without_its_end_is_told_in_one_line(tmp_path, capsys):
+def test_a_quote_without_its_end_is_reported_in_one_line(tmp_path, capsys):
     code = sweep_here(tmp_path / "none", "--grid=seed=0", "--evaluation=--limit='3")
     said = "error: evaluation=--limit='3 has a quote without its end\n"
     assert (code, capsys.readouterr().err) == (2, said)

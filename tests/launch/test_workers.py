@@ -93,7 +93,7 @@ def test_an_outage_starts_a_run_again_and_a_silent_end_is_recorded(make_pool, jo
 @pytest.mark.parametrize(
     ("code", "codes"), [(None, []), (EXIT_PREEMPTED, []), (3, [3]), (EXIT_NOT_SAVED, [74])]
 )
-def test_at_the_time_limit_runs_are_told_to_save_and_killed_where_they_do_not_end(
+def test_at_the_time_limit_runs_save_and_are_killed_where_they_do_not_end(
     make_pool, job, monkeypatch, caplog, code, codes
 ):
     monkeypatch.setattr(pool, "GRACE_SECONDS", 0.0)
@@ -200,7 +200,7 @@ def test_an_outcome_that_cannot_be_written_is_the_error(work, monkeypatch, capsy
     assert "error: outcome.json: Read-only file system" in capsys.readouterr().err
 
 
-def test_a_worker_whose_parent_is_gone_is_told_to_save(monkeypatch):
+def test_a_worker_whose_parent_is_gone_saves(monkeypatch):
     sent = []
     parent = SimpleNamespace(join=lambda: None)
     monkeypatch.setattr(worker.multiprocessing, "parent_process", lambda: parent)
@@ -209,7 +209,7 @@ def test_a_worker_whose_parent_is_gone_is_told_to_save(monkeypatch):
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_weights_are_exported_where_the_table_asks_for_it(job, monkeypatch):
+def test_weights_are_exported_where_the_table_requests_it(job, monkeypatch):
     done = {}
     update = SimpleNamespace(config=SimpleNamespace(update=lambda *setting: None))
     monkeypatch.setattr(worker, "jax", update)

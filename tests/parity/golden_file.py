@@ -1,4 +1,4 @@
-"""One file of golden figures, which notices what is missing from it and what nobody asked for."""
+"""One file of golden figures, which notices missing entries and entries that nothing reads."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ class GoldenFile:
     Attributes:
       path: of the file; its folder may hold others that belong to it.
       seed: what the figures were drawn with, where the caller knows; `None` otherwise.
-      unread: names of the entries nobody has asked for yet.
+      unread: names of the entries that nothing has read yet.
     """
 
     def __init__(self, path: Path, seed: int | None = None):

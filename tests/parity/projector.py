@@ -14,7 +14,7 @@ from tests.parity.weights import load, mlp_sizes
 
 BOUND = 1e-5
 
-# What the shapes of a case's arrays do not tell.
+# What the shapes of a case's arrays do not show.
 HYPERNETWORK = {"treatment": "hypernetwork", "injection": "none", "depth": 2}
 CASES = {
     "mlp_concat": {},

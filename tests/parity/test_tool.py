@@ -42,7 +42,7 @@ def change(path, **changed):
     )
 
 
-def test_an_error_beyond_the_bound_is_told_with_the_entry_it_is_at(folder):
+def test_an_error_beyond_the_bound_is_reported_with_its_entry(folder):
     path = folder / "projector.npz"
     with np.load(path) as archive:
         output = archive["mlp_add/train_output"]

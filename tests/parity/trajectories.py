@@ -50,7 +50,7 @@ CONVERTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """What a file's arrays do not tell of the run they come from.
+    """What a file's arrays do not show of the run they come from.
 
     Attributes:
       method: its name here.

@@ -1,4 +1,4 @@
-"""PyTorch's arrays into Flax variables, and what shapes tell of a network."""
+"""PyTorch's arrays into Flax variables, and what shapes show of a network."""
 
 import re
 from collections.abc import Callable, Mapping

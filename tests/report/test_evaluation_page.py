@@ -170,7 +170,7 @@ def best(*estimates, higher=True):
     [
         ([(0.8, 0.01), (0.7, 0.01)], "0"),
         ([(0.8, 0.01), (0.785, 0.01), (0.7, 0.01)], "01"),
-        ([(0.8, 0.01), (0.785, 0.01)], ""),  # nobody is told apart
+        ([(0.8, 0.01), (0.785, 0.01)], ""),  # no difference is clear
         ([(0.8, None), (0.79, None)], "0"),
         ([(0.8, None), (0.8, None), (0.7, None)], "01"),
         ([(0.8, 0.01), (0.75, 0.05), (0.76, None), (0.7, None)], "012"),  # what lies between
@@ -179,7 +179,7 @@ def best(*estimates, higher=True):
         ([(0.8, None)], ""),
     ],
 )
-def test_the_best_is_marked_where_intervals_tell_it_apart(estimates, marked):
+def test_the_best_is_marked_where_intervals_distinguish_it(estimates, marked):
     assert best(*estimates) == marked
     mirrored = [(-value, interval) for value, interval in estimates]
     assert best(*mirrored, higher=False) == marked
@@ -338,7 +338,7 @@ def test_the_page_needs_nothing_else_and_its_links_arrive(tmp_path):
     assert len(targets) == 5
 
 
-def test_provenance_is_told_in_short_and_in_full(tmp_path):
+def test_provenance_is_given_in_short_and_in_full(tmp_path):
     config = {"optimizer": {"lr": 0.03}}
     facts = {"a": {"weights": "3fa9", "config": config}, "b": {"date": "2025-01-31"}}
     page = page_of(tmp_path, {"a": [[]], "b": [[]]}, provenance=facts)

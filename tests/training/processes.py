@@ -39,7 +39,7 @@ def start(workdir, count, *settings, each=None, module="tests.training.run_tiny"
 
 
 def ends(processes):
-    """Exit codes and standard errors; whoever does not end in time is killed and fails the test."""
+    """Exit codes and standard errors; a process that does not end in time fails the test."""
     try:
         errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
     finally:

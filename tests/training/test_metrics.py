@@ -87,7 +87,7 @@ def test_tensorboard_has_the_same_curves(tmp_path):
     ]
 
 
-def test_tensorboard_is_told_which_steps_a_continued_run_repeats(tmp_path):
+def test_tensorboard_learns_which_steps_a_continued_run_repeats(tmp_path):
     write(tmp_path, 2, 3)
     (start,) = (event for event in events(tmp_path) if event.HasField("session_log"))
     assert (start.step, start.session_log.status) == (3, SessionLog.START)

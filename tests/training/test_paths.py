@@ -61,7 +61,7 @@ def test_a_run_lives_in_a_folder_of_any_name(config, tmp_path, monkeypatch):
     assert os.listdir("runs") == [AWKWARD]  # noqa: PTH208
 
 
-def test_whoever_may_write_to_a_workdir_may_continue_the_run(config, tmp_path):
+def test_users_who_may_write_to_a_workdir_may_continue_the_run(config, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     workdir.chmod(0o2775)
@@ -80,7 +80,7 @@ def test_whoever_may_write_to_a_workdir_may_continue_the_run(config, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/fs").exists(), reason="no folder that not even root writes to")
-def test_a_folder_of_checkpoints_that_takes_no_files_is_told_before_the_first_step(
+def test_a_folder_of_checkpoints_that_takes_no_files_is_reported_before_the_first_step(
     config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("cassle_jax.training.loop.LAST_SAVE_SECONDS", 0.0)
@@ -118,7 +118,7 @@ def test_without_a_home_no_folder_is_called_tilde(config, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_null_character_is_told_in_one_line(config, tmp_path):
+def test_a_null_character_is_reported_in_one_line(config, tmp_path):
     with pytest.raises(ConfigError, match=r"run\\x00' is no path: it has a null character"):
         pretrain(config, f"{tmp_path}/run\0")
     config = config.copy_and_resolve_references()
@@ -208,7 +208,7 @@ def test_a_path_with_an_equals_sign_is_no_name(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["https://host/moco_v2.pth", "runs/hdfs://x", "name=file:///x"])
-def test_a_scheme_that_is_unknown_is_told_in_one_line(written):
+def test_a_scheme_that_is_unknown_is_reported_in_one_line(written):
     """As in a link to weights that somebody copied."""
     with pytest.raises(ConfigError, match="has a scheme that is unknown; use a local path, gs://"):
         named_path(written), open_subject(written)

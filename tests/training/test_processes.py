@@ -197,7 +197,7 @@ def test_a_process_whose_others_do_not_come_gives_up_with_one_line(tmp_path):
     processes = start(tmp_path, 2, STEPS, CASSLE_JOIN_SECONDS="4")
     processes.pop().kill()
     codes, errors = ends(processes)
-    assert codes == [69]  # whoever starts it may start it again
+    assert codes == [69]  # it may be started again
     assert errors[0].count("\n") == 1
     assert "process 0 did not meet the others at JAX_COORDINATOR_ADDRESS=127.0.0.1:" in errors[0]
 
@@ -352,7 +352,7 @@ def test_a_signal_to_any_process_is_acted_upon(group):
     assert heard.wait(10)
 
 
-def test_a_failure_is_told_to_the_others(group, monkeypatch):
+def test_a_failure_is_reported_to_the_others(group, monkeypatch):
     sent = {}
 
     def end(message, code):

@@ -287,7 +287,7 @@ def test_only_weights_that_are_not_zero_make_heads():
     assert augself.descriptors == ("blur", "flip")
 
 
-def test_bfloat16_is_for_accelerators_unless_asked_for():
+def test_bfloat16_is_for_accelerators_unless_requested():
     config = tiny_config()
     assert compute_dtype(config, "cpu") == jnp.float32
     assert compute_dtype(config, "gpu") == compute_dtype(config, "tpu") == jnp.bfloat16
@@ -365,7 +365,7 @@ def test_another_seed_is_another_beginning():
 
 
 @pytest.mark.parametrize("name", ["solarize", "rotation"])
-def test_what_is_never_drawn_cannot_be_told_or_predicted(name):
+def test_what_is_never_drawn_cannot_be_conditioned_on_or_predicted(name):
     with pytest.raises(ConfigError, match=rf"augment\.{name}=0 never draws"):
         build({"conditioning.descriptors": ("crop", name)})
     build({"conditioning.descriptors": ("crop", name), f"augment.{name}": 0.5})

@@ -29,7 +29,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_first_ctrl_c_asks_and_a_second_one_ends(ctrl_c):
+def test_a_first_ctrl_c_requests_a_stop_and_a_second_one_ends(ctrl_c):
     with StopRequest() as stop:
         assert not stop.agreed(3)
         signal.raise_signal(signal.SIGINT)
@@ -38,7 +38,7 @@ def test_a_first_ctrl_c_asks_and_a_second_one_ends(ctrl_c):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_of_several_processes_ctrl_c_is_the_signal_that_jax_tells_the_others(monkeypatch):
+def test_with_several_processes_ctrl_c_is_the_signal_that_jax_passes_on(monkeypatch):
     sent = []
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
@@ -95,7 +95,7 @@ def test_a_workdir_that_cannot_be_looked_at_is_a_line_and_ends_nothing(
     assert f"workdir={tmp_path} cannot be written: Permission denied" in caplog.text
 
 
-def test_processes_that_see_other_folders_are_told(tmp_path, monkeypatch):
+def test_processes_that_see_other_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "SHARED_FOLDER_SECONDS", 0)
     with pytest.raises(ConfigError, match=r"is not the folder that process 0 writes: .*config"):
         workdir.check_seen(epath.Path(tmp_path))
