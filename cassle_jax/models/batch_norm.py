@@ -108,8 +108,8 @@ def _moments(
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance per channel in one pass over `x`, and one exchange.
 
-    E[x²] − E[x]² cancels badly where the mean is large. So squares are taken around a shift near it:
-    within a device a value from the batch's middle, away from edges and their padding; between
+    E[x²] − E[x]² cancels badly where the mean is large. So squares are taken around a shift near
+    it: within a device a value from the batch's middle, away from edges and their padding; between
     devices the running mean, which all know.
     """
     shift = jax.lax.stop_gradient(x[tuple(size // 2 for size in x.shape[:-1])])

@@ -169,7 +169,7 @@ def test_a_tiff_of_wide_integers_is_damaged():
 def test_a_tiff_of_signed_integers_is_damaged(kind):
     """Those below zero were white, or black."""
     data = encoded(np.full((4, 4), 200, kind), "TIFF", tiffinfo={339: 2})
-    with pytest.raises(DamagedImage, match="signed integers; which of them is white"):
+    with pytest.raises(DamagedImage, match="signed integers; the value of white"):
         decode(data, 8)
 
 

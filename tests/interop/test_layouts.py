@@ -247,11 +247,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(resnet, tmp_path, spoil
     state = dict(resnet)
     state["layer2.0.bn1.running_var"] = state["layer2.0.bn1.running_var"].astype(dtype)
     state["layer2.0.bn1.running_var"][1] = spoil
-    message = r"encoder, the weights layer2\.0\.bn1\.running_var are not finite"
+    message = r"encoder: the weights layer2\.0\.bn1\.running_var are not finite"
     with pytest.raises(WeightsError, match=message):
         Weights({"encoder": state})
     save_file(state, tmp_path / "file.safetensors")
-    with pytest.raises(WeightsError, match=rf"file\.safetensors: of the {message}"):
+    with pytest.raises(WeightsError, match=rf"file\.safetensors: its {message}"):
         load_weights(tmp_path / "file.safetensors")
     variables = encoder_variables(ENCODERS["resnet18"])
     with pytest.raises(WeightsError, match=r"layer2\.0\.bn1\.running_var are not finite"):
@@ -277,7 +277,7 @@ def test_a_runs_weights_that_are_not_finite_are_not_exported():
     variables = filled(encoder_variables(ENCODERS["resnet18"]))
     variables["params"]["bn1"]["bias"][0] = np.nan
     of_run = {collection: {"encoder": arrays} for collection, arrays in variables.items()}
-    with pytest.raises(WeightsError, match=r"encoder, the weights bn1\.bias are not finite"):
+    with pytest.raises(WeightsError, match=r"encoder: the weights bn1\.bias are not finite"):
         weights_of(of_run)
 
 
