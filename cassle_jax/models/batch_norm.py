@@ -72,7 +72,8 @@ class BatchNorm(nn.Module):
         bias = jnp.zeros(channels, jnp.float32)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
-        return _scaled(x, *(v.astype(x.dtype) for v in (mean, factor, bias))).astype(self.dtype)
+        scaled = _scaled(x, *(jnp.asarray(v, x.dtype) for v in (mean, factor, bias)))
+        return scaled.astype(self.dtype)
 
     def _step(self, average: Float[Array, " c"], value: Float[Array, " c"]):
         return self.momentum * average + (1 - self.momentum) * value
