@@ -41,6 +41,7 @@ from cassle_jax.prepare.shards import (
     Encoding,
     Written,
     features_of,
+    is_whole,
     remove_partials,
     write_shard,
     written_shard,
@@ -169,7 +170,7 @@ def _check(
 
 def _is_complete(plan: Mapping[str, Any], folder: Path) -> bool:
     """Whether an earlier call has written everything, and no shard was lost or cut short since."""
-    return is_there(folder / INFO) and all(written_shard(s.path) for s in shards_of(plan, folder))
+    return is_there(folder / INFO) and all(is_whole(each.path) for each in shards_of(plan, folder))
 
 
 def _check_space(plan: Mapping[str, Any], folder: Path) -> None:

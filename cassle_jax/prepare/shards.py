@@ -19,7 +19,7 @@ from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import Source, content_at
 from cassle_jax.faults import Outage, code_in, hurry
 from cassle_jax.prepare.reencode import reencoded
-from cassle_jax.storage import PARTIAL, becoming, kept_json, write_whole
+from cassle_jax.storage import PARTIAL, becoming, is_there, kept_json, write_whole
 
 _NOTE = ".written.json"
 _NOTED = {
@@ -79,6 +79,11 @@ def written_shard(path: pathlib.Path) -> Written | None:
         return None
     written = Written(*(noted[name] for name in Written._fields))
     return written._replace(unreadable=[tuple(each) for each in written.unreadable])
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether a shard is there, and not cut short where its note is; earlier versions left none."""
+    return is_there(path) and (not is_there(_note(path)) or written_shard(path) is not None)
 
 
 def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: Encoding) -> Written:

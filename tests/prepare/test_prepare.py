@@ -247,6 +247,18 @@ def test_only_a_shard_that_was_lost_or_cut_short_since_is_written_again(
     assert rewritten == [2] and files_in(folder) == before
 
 
+def test_a_finished_one_of_an_earlier_version_has_no_notes_and_is_left_alone(
+    images, tmp_path, rewritten
+):
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    for note in folder.glob(".*.written.json"):
+        note.unlink()
+    rewritten.clear()
+    before = files_in(folder)
+    prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert rewritten == [] and files_in(folder) == before
+
+
 def test_only_shards_of_images_that_were_repaired_are_written_again(
     images, tmp_path, small_shards, rewritten
 ):
