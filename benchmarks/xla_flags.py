@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from unittest import mock
 
 import jax
+import numpy as np
 from absl import flags
 
 from benchmarks.contest import one_line
@@ -21,7 +22,8 @@ from benchmarks.isolated import run_isolated
 from benchmarks.training import steps
 from benchmarks.workload import Workload, workload_for
 from cassle_jax import command
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import check_at_least, check_one_of, check_positive
+from cassle_jax.methods import METHODS
 
 CALLS = 5
 
@@ -80,18 +82,22 @@ def compared(
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
-    """The largest relative difference of two results' metrics."""
-    return max(abs(theirs[name] / value - 1) if value else 0.0 for name, value in ours.items())
+    """The largest relative difference of two results' metrics; NaN where one of them is NaN."""
+    one, other = (np.array([metrics[name] for name in ours]) for metrics in (ours, theirs))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.max(np.where(one == other, 0.0, np.abs(other - one) / np.abs(one))))
 
 
 def main() -> None:
     """Prints a Markdown table: medians and ranges of the rates, and of the ratios to the first."""
     check_at_least("rounds", ROUNDS.value, 1)
+    check_positive("seconds", SECONDS.value)
+    check_one_of("method", METHOD.value, METHODS)
     work = dataclasses.replace(workload_for(run_isolated(jax.default_backend)), rounds=ROUNDS.value)
     found = compared(["", *CHOICES.value], work, METHOD.value, SECONDS.value)
     ours = found[""]
     if isinstance(ours, str):
-        raise RuntimeError(ours)
+        raise command.Stop(f"the step fails with the flags that cassle_jax sets: {ours}", 1)
     print(f"| XLA_FLAGS, jax {jax.__version__} | images/s | range | × | metrics differ by |")
     print("|---|--:|---|--:|--:|")
     for choice, theirs in found.items():

@@ -227,7 +227,7 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
         example), or if ``names`` is a string or has several names in one.
     """
     given = [names] if isinstance(names, str) else [*map(str, names)]
-    apart = tuple(name for each in given for name in re.split("[,+]", each))
+    apart = tuple(name for each in given for name in re.split(r"[,+()\s]+", each) if name)
     if isinstance(names, str) or len(apart) > len(given):
         text = ",".join(given)
         raise ConfigError(f"{prefix}descriptors={text!r} is no tuple of names; use {apart}")

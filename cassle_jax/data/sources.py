@@ -126,7 +126,7 @@ def content_of(source: Source) -> object:
 
 
 def content_at(source: Source, places: range) -> object:
-    """Distinguishes some images from others; goes by all of them where the source knows no less."""
+    """Distinguishes some images from others; all images, where the source cannot split them."""
     return getattr(source, "content_at", lambda _: content_of(source))(places)
 
 

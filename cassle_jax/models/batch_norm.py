@@ -86,7 +86,11 @@ def _scaled(
     factor: Float[Array, " c"],
     bias: Float[Array, " c"],
 ) -> Float[Array, "*batch c"]:
-    """`(x − mean) · factor + bias`, with two sums over `x` in its gradient instead of three."""
+    """`(x − mean) · factor + bias`, with two sums over `x` in its gradient instead of three.
+
+    A caller's own `jax.shard_map` around it needs `check_vma=False`: the gradients are local to a
+    device until they are averaged.
+    """
     return (x - mean) * factor + bias
 
 
@@ -109,14 +113,14 @@ def _moments(
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and biased variance per channel in one pass over `x`, and one exchange.
 
-    E[x²] − E[x]² cancels badly where the mean is large. So squares are taken around a shift near
+    E[x²] − E[x]² cancels badly where the mean is large. So sums are taken around a shift near
     it: within a device a value from the batch's middle, away from edges and their padding; between
     devices the running mean, which all know.
     """
     shift = jax.lax.stop_gradient(x[tuple(size // 2 for size in x.shape[:-1])])
     values = math.prod(x.shape[:-1])
-    mean, squares = (channel_sums(v) / values for v in (x, jnp.square(x - shift)))
-    var = squares - jnp.square(mean - shift)
+    mean, squares = (channel_sums(v) / values for v in (x - shift, jnp.square(x - shift)))
+    mean, var = mean + shift, squares - jnp.square(mean)
     if axis_name is not None:
         shift = jax.lax.stop_gradient(running_mean)
         mean -= shift

@@ -1,5 +1,6 @@
 """Sums of large arrays that are fast on CPUs too."""
 
+import math
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ def _by_sum(x):
 
 def _by_product(x):
     images = x.shape[0] if x.ndim > 1 else 1
-    over_images = jnp.tensordot(jnp.ones(images, x.dtype), x.reshape(images, -1, x.shape[-1]), 1)
-    return jnp.sum(over_images, 0)
+    places = x.reshape(images, math.prod(x.shape[1:-1]), x.shape[-1])
+    return jnp.sum(jnp.tensordot(jnp.ones(images, x.dtype), places, 1), 0)
 
 
 channel_sums.defvjp(
@@ -45,4 +46,5 @@ def tree_norm(tree: Any) -> Float[Array, ""]:
         rows = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1)
         return jnp.sum(channel_sums(jnp.square(rows)))
 
-    return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree))))
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    return jnp.sqrt(sum(map(squares, leaves), start=jnp.zeros(())))

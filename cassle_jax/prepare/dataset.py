@@ -130,7 +130,8 @@ def _with_flags(text: str) -> str:
 
 def _check_name_free(folder: Path) -> None:
     """Refuses the name of another dataset: its files would be replaced, or read instead."""
-    for info in sorted(folder.parent.rglob(INFO)):
+    layouts = (f"*/{INFO}", f"*/*/{INFO}")  # of versions, and of configurations with versions
+    for info in sorted(path for layout in layouts for path in folder.parent.glob(layout)):
         if info.parent != folder or not is_there(folder / PLAN):
             raise ConfigError(
                 f"--as={folder.parent.name!r}: {info.parent} holds another dataset of this name; "
@@ -251,7 +252,8 @@ def _plain(error: BaseException, folder: Path) -> Stop | DataError | None:
 def _pool(workers: int, settings: tuple) -> Iterator[Executor]:
     """Processes, as decoding holds Python's lock between images; one worker needs no process.
 
-    After an error they finish the shards that they have begun; after a request to stop, none.
+    It is left when no process writes any more: after an error they finish the shards that they have
+    begun; after a request to stop, none.
     """
     if workers < 2:
         pool = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=settings)
@@ -259,18 +261,14 @@ def _pool(workers: int, settings: tuple) -> Iterator[Executor]:
         spawned = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, spawned, _begin_process, settings)
     try:
-        with pool:
-            try:
-                yield pool
-            except BaseException as error:
-                begun = [*(getattr(pool, "_processes", None) or {}).values()]
-                pool.shutdown(wait=False, cancel_futures=True)
-                if isinstance(error, KeyboardInterrupt):
-                    hurry.set()
-                    for process in begun:
-                        process.terminate()
-                raise
+        yield pool
+    except KeyboardInterrupt:
+        hurry.set()
+        for process in [*(getattr(pool, "_processes", None) or {}).values()]:
+            process.terminate()
+        raise
     finally:
+        pool.shutdown(wait=True, cancel_futures=True)
         hurry.clear()
 
 

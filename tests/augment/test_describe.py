@@ -229,6 +229,7 @@ def test_widths():
             ("crop,hue+flip",),
             r"='crop,hue\+flip' is no tuple of names; use \('crop', 'hue', 'flip'\)",
         ),
+        (("(crop, hue)",), r"='\(crop, hue\)' is no tuple of names; use \('crop', 'hue'\)"),
         (("crop", "zoom"), r"unknown name 'zoom'; use any of blur, color, "),
         (("color.tint",), r"unknown name 'color.tint'; use any of color.brightness, "),
         (("crop", "crop"), r"names 'crop' twice; name each once"),

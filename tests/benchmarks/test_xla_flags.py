@@ -1,6 +1,8 @@
 import dataclasses
 import os
 
+import numpy as np
+
 from benchmarks import xla_flags
 from benchmarks.workload import workload_for
 from benchmarks.xla_flags import Trained, compared, difference
@@ -26,4 +28,7 @@ def test_choices_alternate_and_one_that_fails_is_left_out(monkeypatch):
 
 
 def test_a_difference_is_relative_and_the_largest():
-    assert difference({"loss": 2.0, "rate": 0.0}, {"loss": 2.5, "rate": 0.0}) == 0.25
+    ours = {"loss": 2.0, "rate": 0.0}
+    assert difference(ours, {"loss": 2.5, "rate": 0.0}) == 0.25
+    assert difference(ours, {"loss": 2.0, "rate": 0.1}) == np.inf
+    assert np.isnan(difference(ours, {"loss": np.nan, "rate": 0.0}))
