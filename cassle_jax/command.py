@@ -137,9 +137,7 @@ def stop_of(error: BaseException) -> Stop | None:
         return Stop("stopped; the same command continues", EXIT_PREEMPTED, alone=True)
     if (code := code_of(error)) is not None:  # first: its words may quote a lack of memory
         return Stop(words_of(error), code, alone=True)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(
-        error
-    ):  # host, device
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         said = next(iter(str(error).splitlines()), "none is left")  # a device says many lines
         line = f"this machine's memory does not suffice: {said}; use smaller settings"
         return Stop(line, EXIT_WRONG_SETTING, alone=True)

@@ -551,6 +551,19 @@ def test_a_request_to_stop_is_heard_within_a_shard(images, tmp_path, monkeypatch
 
 
 @pytest.mark.exhaustive
+def test_no_worker_writes_any_more_when_an_error_leaves():
+    before = multiprocessing.active_children()
+    settings = {}, shards_module.Encoding(24, 90, ()), MAX_PIXELS
+    with pytest.raises(Outage), dataset_module._pool(2, settings) as pool:
+        written = pool.submit(time.sleep, 2)
+        while not written.running():
+            time.sleep(0.05)
+        raise Outage("gone")
+    assert written.done()
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.exhaustive
 def test_a_request_to_stop_ends_processes_within_a_shard():
     settings = {}, shards_module.Encoding(24, 90, ()), MAX_PIXELS
     with pytest.raises(KeyboardInterrupt), dataset_module._pool(2, settings) as pool:
