@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 def channel_sums(x: Float[Array, "*batch channels"]) -> Float[Array, " channels"]:
     """The sum per channel (the last axis) over all other axes.
 
-    XLA's code for CPUs takes up to twelve times as long for `jnp.sum`, and rounds more: it adds one
-    value after the other. Forward-mode differentiation, as in `jax.jvp`, is not supported.
+    XLA's code for CPUs takes up to twelve times as long for `jnp.sum`, which it splits into many
+    small windows. Forward-mode differentiation, as in `jax.jvp`, is not supported.
     """
     return _sums(x)
 
