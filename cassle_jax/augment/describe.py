@@ -62,10 +62,7 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
         descriptor has another number of values than components.
     """
     check_spec(spec)
-    view = _checked(view)
-    return {
-        name: _numbers(name, "read", each.read(view, spec)) for name, each in DESCRIPTORS.items()
-    }
+    return _described(_checked(view), spec)
 
 
 def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
@@ -89,8 +86,9 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
       ValueError: if an argument has an error of ``describe``, or a comparison has another number
         of values than components.
     """
-    omega_1, omega_2 = describe(view_1, spec), describe(view_2, spec)
+    check_spec(spec)
     view_1, view_2 = _checked(view_1), _checked(view_2)
+    omega_1, omega_2 = _described(view_1, spec), _described(view_2, spec)
 
     def relative(name: str):
         compare = DESCRIPTORS[name].compare
@@ -99,6 +97,12 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
         return _numbers(name, "compare", compare(view_1, view_2))
 
     return {name: relative(name) for name in DESCRIPTORS}
+
+
+def _described(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
+    return {
+        name: _numbers(name, "read", each.read(view, spec)) for name, each in DESCRIPTORS.items()
+    }
 
 
 def _checked(view: View) -> View:
