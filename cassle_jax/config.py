@@ -115,7 +115,9 @@ def _defaults() -> ConfigDict:
     )
     config.augment = _from_dataclass(AugmentSpec(size=32))
     config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
-    config.augment.asymmetric = False  # BYOL's: solarize second views only, and rarely blur them
+    # BYOL's: blur all first views; rarely blur second views, and solarize some. Replaces the
+    # probabilities of blur and solarize, and the threshold.
+    config.augment.asymmetric = False
     config.optimizer = _from_dataclass(OptimizerSpec())
     config.data, config.probe = _data_defaults()
     config.checkpoint = ConfigDict(

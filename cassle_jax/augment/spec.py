@@ -160,6 +160,16 @@ class AugmentSpec:
             dataclasses.replace(self, blur=0.1, solarize=0.2, solarize_threshold=(0.5, 0.5)),
         )
 
+    def asymmetric_mean(self) -> "AugmentSpec":
+        """One distribution for both views of `asymmetric_pair`.
+
+        Returns:
+          This spec with the mean of the two probabilities of blur, and of solarize.
+        """
+        first, second = self.asymmetric_pair()
+        means = {name: (getattr(first, name) + getattr(second, name)) / 2 for name in CHANCES}
+        return dataclasses.replace(second, **means)
+
     def with_color_strength(self, strength: Number) -> "AugmentSpec":
         """This spec with its colour augmentation scaled: 0.5 is weak, 1 unchanged, 2 strong.
 

@@ -22,7 +22,7 @@ TURNS = 4
 class ESSL(Auxiliary):
     """E-SSL (Dangovski et al., 2022, section 3): loss = base + weight · cross-entropy.
 
-    A further view of every image, small and drawn as `augment` says, passes the encoder in all
+    A further view of every image, small and drawn as the others are, passes the encoder in all
     four rotations, as one batch; a head classifies the rotation.
 
     Attributes:

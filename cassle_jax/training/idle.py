@@ -21,11 +21,14 @@ class _Feature(NamedTuple):
       settings: patterns of the settings' names.
       switch: the setting that switches the feature on, or words for several such settings.
       is_on: whether a configuration has the feature on.
+      names_off: whether to name settings that are themselves off, such as a probability of 0 which
+        another setting replaces.
     """
 
     settings: tuple[str, ...]
     switch: str
     is_on: Callable[[ConfigDict], bool]
+    names_off: bool = False
 
 
 def _auxiliary(name: str) -> _Feature:
@@ -77,6 +80,12 @@ _FEATURES = (
         lambda config: config.augment.jitter > 0,
     ),
     _Feature(
+        ("augment.blur", "augment.solarize", "augment.solarize_threshold"),
+        "augment.asymmetric",
+        lambda config: not config.augment.asymmetric,
+        names_off=True,
+    ),
+    _Feature(
         ("augment.sigma", "augment.kernel_size"),
         "augment.blur",
         lambda config: config.augment.blur > 0 or config.augment.asymmetric,
@@ -116,15 +125,15 @@ def idle_settings(config: ConfigDict, given: Iterable[str]) -> list[str]:
     Args:
       config: a configuration, as from `base_config`.
       given: names of the settings that the user gave, such as `augself.stage`. A setting that is
-        itself off (0, false, empty) is never named.
+        itself off (0, false, empty) is named only where another setting replaces it.
 
     Returns:
       Lines such as "augself.stage=3 has no effect with augself=none"; empty where all have one.
     """
     values = flat_settings(config)
     lines = []
-    for name in (each for each in given if values.get(each)):
-        for feature in _FEATURES:
+    for name in (each for each in given if each in values):
+        for feature in (each for each in _FEATURES if values[name] or each.names_off):
             belongs = any(fnmatch.fnmatchcase(name, pattern) for pattern in feature.settings)
             if belongs and name != feature.switch and not feature.is_on(config):
                 off = feature.switch

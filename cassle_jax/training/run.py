@@ -47,7 +47,8 @@ class Run:
       batch_size: images per step, all devices together.
       chunks: number of parts in which the batch passes the encoder.
       seed: seed of parameters, augmentations and the order of the images.
-      augment: augmentation of the images; evaluation uses its size and normalisation too.
+      augment: augmentation of the images, the mean of asymmetric views; auxiliary objectives draw
+        further views from it, and evaluation uses its size and normalisation.
       views: augmentation per view of a step.
       method: the method with its hyper-parameters.
       conditioning: conditioning of the projector.
@@ -220,16 +221,17 @@ def _draw(views: Sequence[AugmentSpec], augmentation: str) -> bool:
 
 
 def augment_spec(config: ConfigDict) -> AugmentSpec:
-    """The augmentations of a configuration.
+    """The augmentations of a configuration; for asymmetric views, their mean.
 
     Raises:
       ConfigError: a setting is out of its range; the message names it.
     """
     settings = config.augment.to_dict()
-    settings.pop("asymmetric")
+    asymmetric = settings.pop("asymmetric")
     strength = settings.pop("color_strength")
     spec = AugmentSpec(**settings)
-    return spec if strength == 1.0 else spec.with_color_strength(strength)
+    spec = spec if strength == 1.0 else spec.with_color_strength(strength)
+    return spec.asymmetric_mean() if asymmetric else spec
 
 
 def view_specs(config: ConfigDict, method: Method) -> tuple[AugmentSpec, ...]:

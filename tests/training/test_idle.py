@@ -50,6 +50,8 @@ def test_every_setting_of_an_auxiliary_objective_needs_its_weight(name):
         ("", ["augment.blur=0.0", "augment.sigma=(0.1,0.2)"], "with augment.blur=0.0"),
         ("", ["augment.solarize_after=blur"], "with augment.solarize=0.0"),
         ("", ["augment.crop=False", "augment.crop_area=(0.1,1.0)"], "with augment.crop=False"),
+        ("", ["augment.asymmetric=True", "augment.blur=0.0"], "blur=0.0 has no effect with"),
+        ("essl=main", ["augment.asymmetric=True", "augment.solarize=0.5"], "asymmetric=True"),
         ("", ["data.source=scenes", "data.path=mine"], "data.path='mine' has no effect with"),
         ("", ["data.scenes=9"], "data.scenes=9 has no effect with data.source='tfds'"),
         ("", ["data.source=folder", "data.name=mine"], "with data.source='folder'"),
@@ -74,7 +76,7 @@ def test_a_setting_of_what_is_off_is_named(arguments, settings, line):
         ("", ["conditioning.treatment=none"]),
         ("conditioning=none", ["conditioning.dropout=0.5"]),  # which is refused
         ("", ["optimizer.name=sdg", "optimizer.momentum=0.8"]),  # and so is this
-        ("", ["augment.asymmetric=True", "augment.blur=0.0", "augment.solarize_after=blur"]),
+        ("", ["augment.asymmetric=True", "augment.sigma=(1,2)", "augment.solarize_after=blur"]),
         ("", ["encoder.name=vit_tiny", "encoder.patch_size=4", "optimizer.name=lars"]),
         ("", ["optimizer.momentum=0.8", "epochs=3", "probe.train_images=9", "data.name=mine"]),
         ("", ["data.source=folder", "data.path=mine", "data.classes=names.txt"]),

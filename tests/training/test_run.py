@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from cassle_jax import pretrain as pretrain_module
-from cassle_jax.augment import DESCRIPTORS
+from cassle_jax.augment import CHANCES, DESCRIPTORS
 from cassle_jax.checks import ConfigError
+from cassle_jax.evaluation.views import every_augmentation
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.loop import pretrain
@@ -303,6 +304,20 @@ def test_colour_strength_scales_what_the_other_settings_say():
     config.augment.color_strength = 0.5
     spec = augment_spec(config)
     assert (spec.hue, spec.brightness, spec.grayscale) == ((-0.05, 0.05), (0.8, 1.2), 0.1)
+
+
+def test_asymmetric_views_replace_blur_and_solarize_in_training_and_in_evaluation():
+    replaced = {"blur": 0.0, "solarize": 0.9, "solarize_threshold": (0.1, 0.2)}
+    asymmetric = {"augment.asymmetric": True}
+    run = build(asymmetric)
+    other = build(asymmetric | {f"augment.{name}": value for name, value in replaced.items()})
+    assert (other.views, other.augment) == (run.views, run.augment)
+    (first, second), both = run.views, run.augment
+    assert every_augmentation(both).solarize == 1  # analyses measure what training draws
+    for chance in CHANCES:
+        views = getattr(first, chance) + getattr(second, chance)
+        assert getattr(both, chance) == pytest.approx(views / 2)
+    assert both.solarize_threshold == second.solarize_threshold == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
