@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import type_checks
+from tests.forking.preloaded import start as start_preloaded
 
 type_checks.install()
 
@@ -79,6 +80,8 @@ def pytest_configure(config):
     if not folder.is_dir():
         raise pytest.UsageError(f"--golden={config.getoption('golden')} is not a folder")
     config.option.golden = str(folder.resolve())
+    if "CASSLE_JAX_PRELOADED" not in os.environ and (preloaded := start_preloaded()):
+        config.add_cleanup(preloaded.kill)
 
 
 def pytest_collection_finish():

@@ -45,12 +45,13 @@ def test_every_command_of_the_page_runs_on_what_the_one_before_it_left(tmp_path)
         split = "train" if seed < 30 else "test"
         name = ("red", "blue")[seed % 2]
         photograph(tmp_path / "labelled" / split / name / f"{seed}.png", colour, seed)
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     for command in COMMANDS:
         _, module, *arguments = command.split()
         subprocess.run(
             [sys.executable, "-m", module, *arguments, *QUICKLY[module]],
             cwd=tmp_path,
-            env=on_one_device({**os.environ, "PYTHONPATH": str(ROOT)}),
+            env=on_one_device({**os.environ, "PYTHONPATH": os.pathsep.join(path)}),
             check=True,
         )
     assert (tmp_path / "runs" / "photos" / "views.png").exists()
