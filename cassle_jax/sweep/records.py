@@ -1,6 +1,9 @@
 """Reads the folder of a sweep's or table's run: its state, and why it failed."""
 
 import dataclasses
+import functools
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +11,10 @@ from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_DIVERGED, Stop
+from cassle_jax.data import names_of, open_source
 from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
 from cassle_jax.training.saved_config import changes, read_config
+from cassle_jax.training.start_records import last_start_record
 
 FINISHED, DIVERGED, FAILED, MISSING = "finished", "diverged", "failed", "missing"
 
@@ -50,8 +55,25 @@ class RunRecord:
         return f"{self.folder.name}: {self.reason}"
 
     def changes(self, config: ConfigDict) -> list[str]:
-        """The settings in which the run differs from a configuration, such as `steps=9 was 7`."""
-        return list(changes(read_config(self.folder), config).values())
+        """The settings in which the run differs from a configuration, such as `steps=9 was 7`.
+
+        Another `data.path` is none of them, unless the images there have other names.
+
+        Raises:
+          DataError: the images there cannot be opened.
+        """
+        before = read_config(self.folder)
+        return list(changes(before, config).values()) or self._other_images(before, config)
+
+    def _other_images(self, before: ConfigDict, now: ConfigDict) -> list[str]:
+        path = before.data.get("path", "")
+        if path == now.data.path:
+            return []
+        names = last_start_record(self.folder, sys.maxsize).get("names")
+        # Older versions did not record them.
+        if names is None or names == _names_of(json.dumps(now.data.to_dict())):
+            return []
+        return [f"data.path={now.data.path!r} has other images than {path!r} had"]
 
     def check_same(self, config: ConfigDict) -> None:
         """Raises ConfigError where the run had other settings than the requested ones."""
@@ -60,6 +82,13 @@ class RunRecord:
                 f"{self.folder} holds a run with other settings ({'; '.join(changed)}); use "
                 "another folder (--to), or the run's settings"
             )
+
+
+@functools.cache
+def _names_of(data: str) -> str | None:
+    """See `names_of`, for the training images of `data` settings as JSON; lists them once."""
+    settings = ConfigDict(json.loads(data))
+    return names_of(open_source(settings, settings.train_split))
 
 
 def check_finished(records: Sequence[RunRecord]) -> None:

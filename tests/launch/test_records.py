@@ -7,7 +7,9 @@ import pytest
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import Stop
+from cassle_jax.data import DataError, names_of, open_source
 from cassle_jax.evaluation.findings import Score
+from cassle_jax.parallel import device_mesh
 from cassle_jax.report.evaluation_page import JSON, write_report
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Local, write_outcome
@@ -15,6 +17,7 @@ from cassle_jax.sweep.records import RunRecord, check_finished
 from cassle_jax.sweep.space import RunSpec
 from cassle_jax.sweep.sweep import EvaluationOptions
 from cassle_jax.training.saved_config import write_config
+from cassle_jax.training.start_records import record_start
 from tests.tiny import tiny_config
 
 
@@ -56,6 +59,30 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     config.steps += 1
     with pytest.raises(ConfigError, match=rf"holds a run with other .*steps={config.steps} was"):
         RunRecord(tmp_path).check_same(config)
+
+
+def test_a_run_of_other_images_is_another_run_and_a_moved_folder_is_not(tmp_path):
+    def config_of(folder, *files):
+        config = tiny_config()
+        config.data.source, config.data.path = "folder", str(tmp_path / folder)
+        for file in files:
+            path = tmp_path / folder / "train" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        return config
+
+    config, record = config_of("mine", "a/1.png", "b/2.png"), RunRecord(tmp_path / "run")
+    record.folder.mkdir()
+    write_config(config, record.folder)
+    source, mesh = open_source(config.data, "train"), device_mesh()
+    record_start(record.folder, step=0, images=2, mesh=mesh, names=names_of(source))
+    record.check_same(config_of("moved", "a/1.png", "b/2.png"))
+    with pytest.raises(ConfigError, match=r"\(data\.path='.*other' has other images than '.*mine'"):
+        record.check_same(config_of("other", "a/1.png", "b/3.png"))
+    with pytest.raises(DataError, match=r"^data\.path='.*gone' is not a folder"):
+        record.check_same(config_of("gone"))
+    (record.folder / "starts.jsonl").unlink()  # as an older version
+    record.check_same(config_of("other"))
 
 
 @pytest.mark.parametrize("name", ["requested.json", "asked.json"])  # the latter by older versions
