@@ -188,6 +188,17 @@ def test_whole_numbers_that_no_float_holds_end_no_page(tmp_path):
     assert (step, first, last) == (1, float("inf"), (2, 3.0))
 
 
+@pytest.mark.parametrize(("source", "dataset"), [("tfds", "cifar10"), ("folder", "folder")])
+def test_metrics_of_a_folder_do_not_bear_the_name_of_the_configurations_builder(
+    tmp_path, source, dataset
+):
+    config = tiny_config()
+    config.data.update({"source": source, "name": "cifar10", "path": "/flowers"})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
+    (loss,) = pretraining_findings(config, tmp_path)
+    assert (loss.dataset, loss.value) == (dataset, 2.0)
+
+
 def test_a_sweep_shows_a_finished_run_whose_metrics_are_gone(tmp_path):
     (run,) = runs_of(SweepRequest(CONFIG, grid="seed=0"))
     workdir = workdir_of(tmp_path, run.name)

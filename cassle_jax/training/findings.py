@@ -30,4 +30,5 @@ def pretraining_findings(config: ConfigDict, workdir: epath.PathLike) -> list[Fi
 
 
 def _dataset(config: ConfigDict) -> str:
-    return config.data.name or config.data.source
+    # No other source reads the name.
+    return config.data.name if config.data.source == "tfds" else config.data.source
