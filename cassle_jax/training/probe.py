@@ -98,6 +98,7 @@ class OnlineProbe:
         for source, *_ in (self._train, self._test):
             if not _has_classes(source):
                 LOG.info("measuring RankMe without k-NN accuracy: %s has no labels", source.name)
+        self._compares = self._has_comparable_labels(test_split)
         _check_same_classes(self._train[0], self._test[0], test_split)
         self._read = FeatureReader(config, run, mesh)
 
@@ -106,13 +107,25 @@ class OnlineProbe:
         """The training and the test images of the probe."""
         return self._train[0], self._test[0]
 
+    def _has_comparable_labels(self, test_split: str) -> bool:
+        """Whether both parts have labels, and are not the same images."""
+        train, test = self.sources
+        if not (_has_classes(train) and _has_classes(test)):
+            return False
+        if train.name == test.name:
+            LOG.warning(
+                "measuring RankMe without k-NN accuracy: probe.test_split=%r has the images of the "
+                "training split, so the nearest neighbour of an image would be itself",
+                test_split,
+            )
+        return train.name != test.name
+
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """k-NN accuracy in [0, 1] where there are labels, and RankMe, from 1 to the width."""
+        """k-NN accuracy in [0, 1], of held-out images with labels; RankMe, from 1 to the width."""
         test, test_labels = self._read(state, *self._test)
         measured = {MEASURED: rank_me(test)}
         train, train_labels = self._read(state, *self._train)
-        both = (self._train[0], self._test[0])
-        if all(map(_has_classes, both)) and min(train_labels.min(), test_labels.min()) >= 0:
+        if self._compares and min(train_labels.min(), test_labels.min()) >= 0:
             measured["knn_accuracy"] = knn_accuracy(train, train_labels, test, test_labels)
         return measured
 

@@ -19,9 +19,13 @@ from PIL import Image
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DataError
+from cassle_jax.parallel import device_mesh
 from cassle_jax.training import loop
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
+from cassle_jax.training.probe import OnlineProbe
+from cassle_jax.training.run import build_run
+from cassle_jax.training.state import TrainState
 from tests.tiny import cropped_only, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -356,6 +360,25 @@ def test_a_folder_without_labels_is_probed_by_rank_me_alone(of_images, tmp_path,
         pretrain(of_images, tmp_path / ".run")
     assert {"rank_me", "knn_accuracy"} & read_metrics(tmp_path / ".run").keys() == {"rank_me"}
     assert f"without k-NN accuracy: {images} has no labels" in caplog.text
+
+
+def test_training_images_are_not_their_own_nearest_neighbours(of_images, tmp_path, caplog):
+    mesh = device_mesh()
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            shutil.copy(tmp_path / "00.png", tmp_path / split / name)
+
+    def measured(split):
+        of_images.probe.test_split = split
+        probe = OnlineProbe(of_images, build_run(of_images, mesh, 33), mesh)
+        probe._read = lambda *_: (np.eye(2, 3), np.arange(2))  # without a network
+        return probe(TrainState(*[None] * 9))
+
+    with caplog.at_level("WARNING", logger="cassle_jax"):
+        assert measured("test").keys() == {"rank_me", "knn_accuracy"} and not caplog.messages
+        assert measured("train").keys() == {"rank_me"}
+    assert "probe.test_split='train' has the images of the training split" in caplog.text
 
 
 def test_images_of_more_pixels_than_allowed_are_damaged(of_images, tmp_path, monkeypatch):
