@@ -437,6 +437,7 @@ def _record_start(
     if start["step"] == 0:
         _warn_of_leaks(run.conditioning)
         _warn_of_shown_omega(run)
+        _warn_of_late_omega(run)
         views = workdir / "views.png"
         written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
         LOG.info("what the network sees is in %s; compiling", views)
@@ -487,6 +488,18 @@ def _warn_of_shown_omega(run: Run) -> None:
             "conditioning.injection='image' shows ω to the encoder, so what %s predicts need not "
             "be read off the image; conditioning.injection='concat' keeps ω in the projector",
             ", ".join(predicted),
+        )
+
+
+def _warn_of_late_omega(run: Run) -> None:
+    """Logs that a run ends before any image is projected with ω."""
+    start = run.conditioning.start_epoch
+    if start >= run.clock.epochs:
+        LOG.warning(
+            "conditioning.start_epoch=%g is not within the run's %.3g epochs, so no image is "
+            "projected with ω; use a smaller value",
+            start,
+            run.clock.epochs,
         )
 
 

@@ -435,6 +435,13 @@ def test_relative_descriptors_of_a_projector_are_warned_of(warnings):
     assert "conditioning.relative=True" in told and "conditioning.into='predictor'" in told
 
 
+def test_a_run_that_ends_before_any_image_is_projected_with_omega_is_warned_of(warnings):
+    six_epochs = {"steps": 24, "conditioning.start_epoch": 6.0}
+    (line,) = warnings("leak_free", six_epochs)
+    assert line.startswith("conditioning.start_epoch=6 is not within the run's 6 epochs, so no ")
+    assert not warnings("leak_free", {**six_epochs, "conditioning.start_epoch": 5.9, "seed": 1})
+
+
 def test_an_encoder_that_sees_what_a_head_predicts_is_warned_of(warnings):
     shown = {"conditioning.injection": "image"}
     (line,) = warnings("leak_free,augself=main", shown)
