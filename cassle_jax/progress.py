@@ -1,5 +1,6 @@
 """Shows the progress of long work: a bar if standard error is a terminal, else nothing."""
 
+import contextlib
 import sys
 
 from rich.console import Console
@@ -44,9 +45,10 @@ class ProgressBar:
             self._bar.update(self._task, completed=done, **fields)
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Removes the bar, where the terminal is still open."""
         if self.shown:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def duration_text(seconds: float) -> str:
