@@ -46,11 +46,13 @@ class Stop(BaseException):
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`; reports a user's mistake as one line.
 
-    SIGTERM stops it as Ctrl-C does, except where `main` handles either itself.
+    SIGTERM and a closed terminal stop it as Ctrl-C does, except where `main` handles them itself.
     """
     open_streams()
     set_up_logging()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in stopping_signals():
+        if number != signal.SIGINT:  # of which Python makes a KeyboardInterrupt
+            signal.signal(number, _interrupt)
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
     except (Stop, KeyboardInterrupt) as error:
@@ -61,10 +63,18 @@ def run(main: Callable[[], None]) -> None:
         flush_log()
 
 
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """SIGTERM, Ctrl-C and a closed terminal, which `nohup` hides."""
+    always = signal.SIGTERM, signal.SIGINT
+    hidden = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return always if hidden else (*always, signal.SIGHUP)
+
+
 def end_undisturbed() -> None:
-    """Ignores SIGTERM, which has nothing left to stop; another Ctrl-C kills the process."""
+    """Ignores the signals that have nothing left to stop; another Ctrl-C kills the process."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

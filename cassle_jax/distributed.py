@@ -29,7 +29,14 @@ from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
 from cassle_jax.checks import ConfigError, first_line
-from cassle_jax.command import EXIT_OUTAGE, Stop, end_undisturbed, say_error, stop_of
+from cassle_jax.command import (
+    EXIT_OUTAGE,
+    Stop,
+    end_undisturbed,
+    say_error,
+    stop_of,
+    stopping_signals,
+)
 from cassle_jax.faults import hurry
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -448,14 +455,14 @@ def _initialize(arguments: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _killed_by_signals(*, but_for_jax: bool) -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C kill this process while native code waits and runs no Python handler.
+    """Lets a signal kill this process while native code waits and runs no Python handler.
 
     Args:
       but_for_jax: whether JAX handles SIGTERM from then on.
     """
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping_signals():
             handlers[number] = signal.signal(number, signal.SIG_DFL)
     try:
         yield

@@ -1,6 +1,8 @@
 """A user's mistake ends a command with exit code 2 and one line that says what to mend."""
 
+import contextlib
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data import DataError
 from cassle_jax.pretrain import pretrain_command
+from cassle_jax.progress import ProgressBar
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.training.loop import Diverged, Preempted
 from tests.everyday import everyday
@@ -76,6 +79,34 @@ def test_ctrl_c_is_one_line_and_the_code_of_what_continues(run, capsys):
         run(SIMCLR, main=interrupted)
     assert stopped.value.code == command.EXIT_PREEMPTED
     assert capsys.readouterr().err == "error: stopped; the same command continues\n"
+
+
+@pytest.mark.parametrize(("nohup", "code"), [(False, command.EXIT_PREEMPTED), (True, 0)])
+def test_a_closed_terminal_stops_a_command_except_under_nohup(run, capsys, nohup, code):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    def closed(_):
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:  # else it ends these tests
+            signal.raise_signal(signal.SIGHUP)
+
+    with contextlib.suppress(SystemExit):
+        run(SIMCLR, main=closed)
+    said = capsys.readouterr().err
+    assert said == ("error: stopped; the same command continues\n" if code else "")
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # it has nothing left to stop
+
+
+def test_a_bar_outlives_its_terminal(monkeypatch):
+    ours, shown = pty.openpty()
+    terminal = os.fdopen(shown, "w")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = ProgressBar("pretraining", 9, 0)
+    assert bar.shown
+    os.close(ours)
+    bar.update(3, figures="loss 2")
+    bar.close()
+    with contextlib.suppress(OSError):
+        terminal.close()
 
 
 def test_sigterm_is_one_line_and_the_same_code(tmp_path):

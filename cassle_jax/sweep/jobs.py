@@ -208,10 +208,13 @@ class Local:
         # Ctrl-C ends submitit's processes with tracebacks, which would hide this command's line.
         with open(self._executor.folder / SUBMITIT_LOG, "ab", opener=open_shared) as log:
             shown = os.dup(2)
+            # A closed terminal would kill them, and leave their command running.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
             try:
                 os.dup2(log.fileno(), 2)
                 return self._executor.submit(command)
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 os.dup2(shown, 2)
                 os.close(shown)
 

@@ -11,7 +11,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_PREEMPTED
+from cassle_jax.command import EXIT_PREEMPTED, stopping_signals
 from cassle_jax.faults import Outage, retried
 from cassle_jax.storage import make_shared
 from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
@@ -55,7 +55,9 @@ class WorkerPool:
         """
         waiting, running = deque(jobs), {}
         starts, due = dict.fromkeys(jobs, 0), dict.fromkeys(jobs, 0.0)
-        handlers = {number: signal.signal(number, self._request_stop) for number in _SIGNALS}
+        handlers = {
+            number: signal.signal(number, self._request_stop) for number in stopping_signals()
+        }
         try:
             while (waiting or running) and not self._is_over:
                 for job in [job for job in waiting if due[job] <= time.monotonic()]:
@@ -134,7 +136,7 @@ class WorkerPool:
         return list(running.items())
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL)
 
 

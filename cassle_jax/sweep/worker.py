@@ -74,7 +74,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     code, line, start, done = 0, "", time.monotonic(), False
     try:
-        # The pool blocks both signals. SIGINT stays blocked: on Ctrl-C the pool sends SIGTERM.
+        # The pool blocks all signals that stop it, and on any of them sends SIGTERM.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         turn = retried(str(job.workdir), lambda: _opened(job.workdir))
         await_turn(turn)  # a worker of a killed command may still be saving

@@ -289,6 +289,19 @@ def test_the_tracebacks_of_submitits_own_processes_go_to_a_file(tmp_path, monkey
     assert capfd.readouterr().err == "seen"
 
 
+def test_a_closed_terminal_leaves_the_processes_that_stop_a_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local = Local(tmp_path / "jobs", 1)
+
+    def submit(_):  # the kernel sends the signal to all processes of the terminal
+        subprocess.run(["/bin/sh", "-c", "kill -HUP $$"], check=True)
+        return Done("1")
+
+    monkeypatch.setattr(local._executor, "submit", submit)
+    local.run([Command("a", [], tmp_path)], lambda _: None)
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_an_error_makes_the_other_commands_save_and_end(tmp_path, monkeypatch):
     cancelled, jobs_of = [], {"a": Waiting("1"), "b": Done("2")}
     jobs_of["a"].cancel = lambda: cancelled.append("a")

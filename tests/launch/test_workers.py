@@ -124,7 +124,8 @@ def test_a_process_that_cannot_be_started_says_why(job, monkeypatch, error, rais
         found.run([job], lambda *_: None)
 
 
-def test_a_signal_to_all_processes_stops_and_is_no_failure(job, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_stops_and_is_no_failure(job, monkeypatch, number):
     monkeypatch.setattr(pool, "import_in_processes", lambda: None)
     monkeypatch.setattr(pool, "work", wait_to_be_stopped)
     ended, stopping = [], WorkerPool(1)
@@ -134,7 +135,7 @@ def test_a_signal_to_all_processes_stops_and_is_no_failure(job, monkeypatch):
             time.sleep(0.05)
         server = forkserver._forkserver._forkserver_pid
         for process in (server, int((job.workdir / "pid").read_text()), os.getpid()):
-            os.kill(process, signal.SIGTERM)
+            os.kill(process, number)
 
     threading.Thread(target=stop_all).start()
     assert not stopping.run([job], lambda *end: ended.append(end))
