@@ -48,7 +48,7 @@ from cassle_jax.storage import (
     on_object_store,
     path_of,
 )
-from cassle_jax.subjects import open_subject
+from cassle_jax.subjects import open_subject, other_settings
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
 
@@ -330,8 +330,22 @@ def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, lis
                 f"run={path} would be a seed of another run called {subject.name!r}; "
                 "give each a name, as in --run=name=path (one name for seeds)"
             )
-        subjects.setdefault(subject.name, []).append(subject)
+        seeds = subjects.setdefault(subject.name, [])
+        _check_seed(path, subject, seeds)
+        seeds.append(subject)
     return subjects
+
+
+def _check_seed(path: str, subject: Subject, seeds: Sequence[Subject]) -> None:
+    """Refuses weights that are another seed of the subject; logs where their settings differ."""
+    if subject.fingerprint() in [each.fingerprint() for each in seeds]:
+        raise ConfigError(
+            f"run={path} has the same weights as another run called {subject.name!r}, and would "
+            "count twice in its mean; give each seed once"
+        )
+    if seeds and (other := other_settings(seeds[0], subject)):
+        said = "%s: its mean is over runs of different settings: %s"
+        LOG.warning(said, subject.name, "; ".join(other))
 
 
 def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]:

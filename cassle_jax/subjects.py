@@ -22,6 +22,7 @@ from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
+from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +53,18 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         return _of_encoder(name, weights)
     except ValueError as error:
         raise ConfigError(naming("run", path, error)) from error
+
+
+def other_settings(first: Subject, other: Subject) -> list[str]:
+    """The settings in which the run of a subject differs from another's, except for the seed.
+
+    Empty where a file does not say how it was trained.
+    """
+    configs = [each.facts.get("config") for each in (first, other)]
+    if None in configs:
+        return []
+    found = changes(*(todays_settings(ConfigDict(each))[0] for each in configs))
+    return [line for name, line in found.items() if name != "seed"]
 
 
 def _of_run(name: str, weights: Weights | RunWeights) -> Subject:

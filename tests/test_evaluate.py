@@ -114,9 +114,37 @@ def test_protocols_that_train_are_run_when_requested(run, tmp_path):
 
 @pytest.mark.exhaustive
 def test_runs_of_one_name_are_seeds_of_it(run, tmp_path):
-    evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={run}", f"b={run}"])
+    evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={of_other_weights(tmp_path)}", f"b={run}"])
     held = json.loads((tmp_path / "report" / "report.json").read_text())["subjects"]
     assert {name: len(one["runs"]) for name, one in held.items()} == {"a": 2, "b": 1}
+
+
+def of_other_weights(tmp_path, **settings):
+    """A further run, whose configuration has other settings."""
+
+    def halved(params):
+        return jax.tree.map(lambda each: each / 2, params)
+
+    folder = workdir_of(tmp_path / "other", halved)
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def test_a_run_does_not_count_twice_in_a_mean(run, tmp_path):
+    again = tmp_path / "linked"
+    again.symlink_to(run)
+    said = rf"^run={again} has the same weights as another run called 'a', and would count twice"
+    with pytest.raises(ConfigError, match=said):
+        evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"b={run}", f"a={again}"])
+
+
+def test_a_mean_over_runs_of_different_settings_says_so(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(PROTOCOLS, "knn", dataclasses.replace(PROTOCOLS["knn"], run=lambda *_: []))
+    other = of_other_weights(tmp_path, seed=7, batch_size=32, log={"every_steps": 1, "to": []})
+    evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={other}", f"b={run}"])
+    (said,) = (each for each in caplog.messages if "mean" in each)
+    assert said == "a: its mean is over runs of different settings: batch_size=32 was 16"
 
 
 def test_subjects_of_the_same_seed_are_compared_with_the_plain_one(run, tmp_path):
@@ -195,7 +223,7 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
 
         monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], run=runs))
 
-    runs = [f"a={run}", f"a={run}", f"b={run}"]
+    runs = [f"a={run}", f"b={run}", f"c={run}"]
     watched("knn")
     watched("spectrum", stop=True)
     with pytest.raises(KeyboardInterrupt):
@@ -209,7 +237,7 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
     # Equal weights are evaluated once, and nothing is done again that was done before.
     assert done == [("knn", "a"), ("spectrum", "a")]
     found = read_report(report)[0]
-    assert [[score.value for score in each] for each in found["a"]] == [[1, 2], [1, 2]]
+    assert [[score.value for score in each] for (each,) in found.values()] == 3 * [[1, 2]]
     evaluate(run, tmp_path, "knn", "spectrum", runs=runs)
     assert len(done) == 2
     evaluate(run, tmp_path, "knn", "spectrum", runs=runs, limit=64)
