@@ -188,12 +188,12 @@ def test_whole_numbers_that_no_float_holds_end_no_page(tmp_path):
     assert (step, first, last) == (1, float("inf"), (2, 3.0))
 
 
-@pytest.mark.parametrize(("source", "dataset"), [("tfds", "cifar10"), ("folder", "folder")])
-def test_metrics_of_a_folder_do_not_bear_the_name_of_the_configurations_builder(
-    tmp_path, source, dataset
-):
+@pytest.mark.parametrize(
+    ("source", "dataset"), [("tfds", "cifar10"), ("folder", "flowers"), ("scenes", "scenes")]
+)
+def test_metrics_bear_the_name_of_the_images_that_were_read(tmp_path, source, dataset):
     config = tiny_config()
-    config.data.update({"source": source, "name": "cifar10", "path": "/flowers"})
+    config.data.update({"source": source, "name": "cifar10", "path": "/data/flowers/"})
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
     (loss,) = pretraining_findings(config, tmp_path)
     assert (loss.dataset, loss.value) == (dataset, 2.0)

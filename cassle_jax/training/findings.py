@@ -3,7 +3,9 @@
 from etils import epath
 from ml_collections import ConfigDict
 
+from cassle_jax.data.families import FAMILIES
 from cassle_jax.evaluation.findings import Chart, Finding, Score
+from cassle_jax.storage import path_of
 from cassle_jax.training.metrics import read_metrics
 
 TASK = "pretraining"
@@ -30,5 +32,7 @@ def pretraining_findings(config: ConfigDict, workdir: epath.PathLike) -> list[Fi
 
 
 def _dataset(config: ConfigDict) -> str:
-    # No other source reads the name.
-    return config.data.name if config.data.source == "tfds" else config.data.source
+    """The builder of tfds, the family of drawn images, or the folder of others."""
+    data = config.data
+    names = {"tfds": data.name} | dict.fromkeys(FAMILIES, data.source)
+    return names.get(data.source) or path_of(data.path).name or data.source
