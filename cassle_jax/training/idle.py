@@ -112,6 +112,22 @@ _FEATURES = (
         "encoder.name",
         lambda config: config.encoder.name.startswith("vit"),
     ),
+    # Another method may have one of the two settings alone.
+    _Feature(
+        ("method.queue_start",),
+        "method.queue_size",
+        lambda config: config.method.get("queue_size", 1) > 0,
+    ),
+    _Feature(
+        ("method.small_crop_size", "method.small_crop_area"),
+        "method.small_crops",
+        lambda config: config.method.get("small_crops", 1) > 0,
+    ),
+    _Feature(
+        ("method.freeze_prototypes_epochs",),
+        "method.freeze_prototypes_steps",
+        lambda config: not config.method.get("freeze_prototypes_steps", 0),
+    ),
     _Feature(("optimizer.momentum",), "optimizer.name", _takes_momentum),
     _Feature(("probe.*",), "probe.every_epochs", lambda config: config.probe.every_epochs > 0),
     _Feature(("weights.networks",), "weights.path", lambda config: config.weights.path),

@@ -56,6 +56,13 @@ def test_every_setting_of_an_auxiliary_objective_needs_its_weight(name):
         ("", ["data.scenes=9"], "data.scenes=9 has no effect with data.source='tfds'"),
         ("", ["data.source=folder", "data.name=mine"], "with data.source='folder'"),
         ("", ["encoder.patch_size=4"], "with encoder.name='resnet18'"),
+        ("method=swav", ["method.queue_size=0", "method.queue_start=2.0"], "queue_start=2.0 has"),
+        ("method=swav", ["method.small_crops=0", "method.small_crop_size=8"], "crop_size=8 has"),
+        (
+            "method=swav",
+            ["method.freeze_prototypes_steps=9", "method.freeze_prototypes_epochs=2.0"],
+            "freeze_prototypes_epochs=2.0 has no effect with method.freeze_prototypes_steps=9",
+        ),
         ("", ["optimizer.name=adamw", "optimizer.momentum=0.8"], "with optimizer.name='adamw'"),
         ("", ["probe.every_epochs=0", "probe.train_images=9"], "with probe.every_epochs=0"),
         ("", ["weights.networks=encoder"], "with weights.path=''"),
@@ -77,6 +84,7 @@ def test_a_setting_of_what_is_off_is_named(arguments, settings, line):
         ("conditioning=none", ["conditioning.dropout=0.5"]),  # which is refused
         ("", ["optimizer.name=sdg", "optimizer.momentum=0.8"]),  # and so is this
         ("", ["augment.asymmetric=True", "augment.sigma=(1,2)", "augment.solarize_after=blur"]),
+        ("method=swav", ["method.queue_start=2.0", "method.small_crop_size=8"]),
         ("", ["encoder.name=vit_tiny", "encoder.patch_size=4", "optimizer.name=lars"]),
         ("", ["optimizer.momentum=0.8", "epochs=3", "probe.train_images=9", "data.name=mine"]),
         ("", ["data.source=folder", "data.path=mine", "data.classes=names.txt"]),
