@@ -22,6 +22,7 @@ from cassle_jax.sweep import worker
 from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.evaluation import Evaluation
+from cassle_jax.sweep.experiment import _Results
 from cassle_jax.sweep.jobs import write_outcome
 from cassle_jax.sweep.pool import WorkerPool, gpu_shares
 from cassle_jax.sweep.results import lines_of, with_means
@@ -29,7 +30,7 @@ from cassle_jax.sweep.space import SweepRequest, parsed
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
 from cassle_jax.sweep.worker import Job
-from cassle_jax.tables import dry_run, run_table
+from cassle_jax.tables import dry_run, evaluation_of, run_table
 from cassle_jax.training.saved_config import read_config, write_config
 from tests.commands import run_command
 from tests.tiny import on_one_device
@@ -410,6 +411,29 @@ def test_what_a_run_would_fail_of_is_refused_before_a_step_is_measured(
     with pytest.raises(ConfigError, match=message) as refused:
         run_table(exported, tmp_path / "to", minutes=60.0, overrides=overrides, parallel=2)
     assert not pool.ran and "\n" not in str(refused.value)
+
+
+def test_a_dataset_of_other_images_is_refused_as_its_results_would_be_mixed(tmp_path):
+    def evaluated_on(folder, classes):
+        for path in (f"{split}/{name}" for split in ("train", "val") for name in classes):
+            (tmp_path / folder / path).mkdir(parents=True, exist_ok=True)
+            for number in range(10):
+                (tmp_path / folder / path / f"{number}.png").touch()
+        evaluation = evaluation_of(PAIR, datasets=[f"tiny_imagenet={tmp_path / folder}"])
+        _Results(tmp_path, PAIR, evaluation)
+
+    evaluated_on("some", "ab")
+    evaluated_on("moved", "ab")
+    said = r"^images=.*'tiny_imagenet': '27/3/30 of .* was .*'18/2/20 of .*, or another folder"
+    with pytest.raises(ConfigError, match=said):
+        evaluated_on("more", "abc")
+    with pytest.raises(ConfigError, match=r"^images=.* was "):
+        evaluated_on("other", "ac")
+    record = tmp_path / "table.json"
+    known = json.loads(record.read_text())
+    del known["images"]  # as an older version
+    record.write_text(json.dumps(known))
+    evaluated_on("other", "ac")
 
 
 def test_a_damaged_record_of_the_evaluation_is_reported(tmp_path, pool, caplog, monkeypatch):

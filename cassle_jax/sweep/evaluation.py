@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
+from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.data.sources import digest_of
 from cassle_jax.evaluate import check_names, open_evaluated
 from cassle_jax.evaluation.plan import plan
 from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
@@ -30,12 +32,14 @@ class Evaluation:
       tasks: as in the evaluation command; empty for the default tasks.
       data_dir: folder of tensorflow-datasets.
       settings: settings that differ from their defaults, by name.
+      images: what distinguishes the images of each dataset, wherever they lie.
     """
 
     datasets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     data_dir: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    images: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
 
 def evaluation_of(
@@ -78,7 +82,15 @@ def evaluation_of(
     for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
-    return Evaluation(chosen, tasks, data_dir, settings=values)
+    images = {data.name: _numbers_and_classes(data) for data in opened}
+    return Evaluation(chosen, tasks, data_dir, settings=values, images=images)
+
+
+def _numbers_and_classes(data: EvaluationData) -> str:
+    """The numbers of a dataset's images per part, and a digest of the names of its classes."""
+    parts = [part for part in (data.train, data.val, data.test) if part is not None]
+    classes = digest_of("\0".join(data.test.class_names).encode(errors="surrogateescape"))
+    return f"{'/'.join(str(len(part)) for part in parts)} of classes {classes}"
 
 
 def check_formats(config: ConfigDict, formats: Sequence[str]) -> None:
@@ -102,4 +114,5 @@ def facts_of(evaluation: Evaluation) -> dict[str, object]:
         for dataset in evaluation.datasets
     ]
     settings = {name: each.default for name, each in all_settings().items()} | evaluation.settings
-    return {"datasets": names, "tasks": evaluation.tasks, **settings}
+    facts = {"datasets": names, "tasks": evaluation.tasks, "images": evaluation.images}
+    return {**facts, **settings}

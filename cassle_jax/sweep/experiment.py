@@ -251,6 +251,7 @@ class _Results:
         saved = saved or facts
         # Settings that an older version lacked count as today's defaults.
         saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
+        saved["images"] = saved["images"] or facts["images"]  # which it did not record
         for name, value in facts.items():
             if saved.get(name) != value:
                 raise ConfigError(
