@@ -22,7 +22,7 @@ from PIL import Image
 from cassle_jax import faults
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, RESTARTABLE, code_of
-from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source
+from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source, sources
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.memory import KeptRecords
 from cassle_jax.data.pipeline import training_batches
@@ -257,6 +257,26 @@ def test_a_folder_that_vanishes_is_an_outage_and_waited_for(images, folder, moun
     threading.Timer(0.2, back).start()
     np.testing.assert_array_equal(batches(images, damaged), undisturbed)
     assert len(damaged) == 0
+
+
+@pytest.mark.parametrize("kind", ["images", "records"])
+def test_a_folder_that_lost_its_permission_is_a_mistake_and_not_waited_for(
+    images, folder, tmp_path, monkeypatch, kind
+):
+    def refused(at, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), at)
+
+    (tmp_path / "records").write_bytes(b"")
+    instruction = SimpleNamespace(filename=tmp_path / "records", examples_in_shard=1, take=1)
+    shards, damaged = Shards("records", [instruction]), DamagedLog(IMAGES, 1.0)
+    monkeypatch.setattr(os, "scandir", refused)
+    monkeypatch.setattr(sources, "open_to_read", refused)
+    where = folder / "train" if kind == "images" else tmp_path
+    with pytest.raises(DataError, match=rf"^the folder {where} cannot be .*Permission denied") as e:
+        if kind == "images":
+            batches(images, damaged)
+        shards.check(0, RuntimeError("open() failed: Permission denied; reading records"))
+    assert code_of(e.value) == EXIT_WRONG_SETTING and len(damaged) == 0
 
 
 def test_what_is_in_memory_does_not_prove_that_storage_is_there(images, folder):

@@ -1,7 +1,6 @@
 """Defines a source of labelled images, and the classes that a config keeps of it."""
 
 import collections
-import contextlib
 import hashlib
 import importlib.resources
 import itertools
@@ -85,10 +84,21 @@ class FileOfMany(OSError):
 
 
 def is_gone(folder: str) -> bool:
-    """Whether a folder is missing or empty, as when it is not mounted any more."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return not any(entries)
-    return True
+    """Whether a folder is missing or empty, as when it is not mounted any more.
+
+    Raises:
+      DataError: it is there, and must not be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return not any(entries)
+    except PermissionError as error:
+        raise DataError(
+            f"the folder {folder} cannot be read ({reason_of(error)}); give this user permission, "
+            "and the same command continues"
+        ) from error
+    except OSError:
+        return True
 
 
 def check_index(index: int, source: Source) -> None:
