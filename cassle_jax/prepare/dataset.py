@@ -103,7 +103,6 @@ def prepare(
             plan = plan_of(sources, folder, preparation, data.max_pixels)
             if not _is_complete(plan, folder):
                 _check_space(plan, folder)
-                (folder / INFO).unlink(missing_ok=True)  # it would not fit the new shards
                 write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
                 written = _write_shards(sources, plan, folder, workers, max_bad_fraction)
                 _check_unreadable(written, folder, max_bad_fraction)
@@ -196,6 +195,13 @@ def _write_shards(
     shards = shards_of(plan, folder)
     written = _kept(sources, shards, allowed)
     missing = [shard for shard in shards if shard.path not in written]
+    if is_there(folder / INFO):
+        LOG.warning(
+            "%s was finished, and has lost a shard or a part of one; %d of its %d shards, those "
+            "without a note of what they hold, are written again",
+            *(folder, len(missing), len(shards)),
+        )
+        (folder / INFO).unlink()  # it would not fit the new shards
     images = sum(len(shard.indices) for shard in shards)
     encoding = Encoding(plan["short_side"], plan["quality"], tuple(plan["classes"]))
     settings = sources, encoding, plan["max_pixels"]

@@ -233,7 +233,7 @@ def rewritten(monkeypatch):
 
 @pytest.mark.parametrize("left", [None, 100])
 def test_only_a_shard_that_was_lost_or_cut_short_since_is_written_again(
-    images, tmp_path, small_shards, rewritten, left
+    images, tmp_path, small_shards, rewritten, caplog, left
 ):
     folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     before = files_in(folder)
@@ -245,6 +245,7 @@ def test_only_a_shard_that_was_lost_or_cut_short_since_is_written_again(
     rewritten.clear()
     prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
     assert rewritten == [2] and files_in(folder) == before
+    assert f"{folder} was finished, and has lost a shard or a part of one; 1 of its" in caplog.text
 
 
 def test_a_finished_one_of_an_earlier_version_has_no_notes_and_is_left_alone(
