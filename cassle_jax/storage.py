@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -333,7 +334,12 @@ def number_of(text: str) -> Real:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file has a type, as `needed` of `kept_json` gives it."""
+    """Whether a value of a JSON file has a type, as `needed` of `kept_json` gives it.
+
+    NaN and infinity, which JSON lacks, have none.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     if isinstance(kind, type):
         return isinstance(value, kind) and not isinstance(value, bool)
     if isinstance(kind, dict):

@@ -96,6 +96,8 @@ OF_OTHER_TYPES = (
     '{"minutes": 3.0, "steps": [], "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": 0, "seconds": {}, "overhead": 1.0}',
     '{"minutes": 3.0, "steps": 3, "seconds": {"a": "x"}, "overhead": 1.0}',
+    '{"minutes": 3.0, "steps": 3, "seconds": {"a": NaN}, "overhead": 1.0}',
+    '{"minutes": Infinity, "steps": 3, "seconds": {}, "overhead": 1.0}',
     f'{{"minutes": 3.0, "steps": {10**400}, "seconds": {{}}, "overhead": 1.0}}',
 )
 
@@ -167,6 +169,12 @@ def test_damaged_settings_or_results_are_named_in_one_line(tmp_path, content):
         with pytest.raises(ConfigError, match="is damaged") as raised:
             read(tmp_path)
         assert str(tmp_path / name) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_settings_of_no_configuration_are_named_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"data.name": "cifar10"}')
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config.json is damaged: .* dots"):
+        read_config(tmp_path)
 
 
 def test_damaged_lines_of_metrics_are_left_out(tmp_path):

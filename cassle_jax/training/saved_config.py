@@ -137,8 +137,8 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
     path = epath.Path(workdir, "config.json")
     try:
         settings = json.loads(read_surely(path))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+        return ConfigDict(settings)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} is damaged: it holds no settings")
-    return ConfigDict(settings)
