@@ -96,7 +96,7 @@ _FEATURES = (
         lambda config: config.augment.solarize > 0 or config.augment.asymmetric,
     ),
     _Feature(
-        ("augment.crop_area", "augment.crop_aspect"),
+        ("augment.crop_area", "augment.crop_aspect", "essl.crop_area", "method.small_crop_area"),
         "augment.crop",
         lambda config: config.augment.crop,
     ),

@@ -50,6 +50,7 @@ def test_every_setting_of_an_auxiliary_objective_needs_its_weight(name):
         ("", ["augment.blur=0.0", "augment.sigma=(0.1,0.2)"], "with augment.blur=0.0"),
         ("", ["augment.solarize_after=blur"], "with augment.solarize=0.0"),
         ("", ["augment.crop=False", "augment.crop_area=(0.1,1.0)"], "with augment.crop=False"),
+        ("essl=main", ["augment.crop=False", "essl.crop_area=(0.1,0.2)"], "augment.crop=False"),
         ("", ["augment.asymmetric=True", "augment.blur=0.0"], "blur=0.0 has no effect with"),
         ("essl=main", ["augment.asymmetric=True", "augment.solarize=0.5"], "asymmetric=True"),
         ("", ["data.source=scenes", "data.path=mine"], "data.path='mine' has no effect with"),
