@@ -61,7 +61,7 @@ class FewShotResult:
         """The mean accuracy with its interval."""
         setting = f"{self.ways}-way {self.shots}-shot"
         score = Score(PROTOCOL.name, dataset, f"{setting} accuracy", self.mean, self.interval)
-        return [score, *missed_optima(PROTOCOL.name, dataset, self.converged, f"{setting} fits")]
+        return [score, missed_optima(PROTOCOL.name, dataset, self.converged, f"{setting} fits")]
 
 
 def few_shot(

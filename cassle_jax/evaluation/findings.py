@@ -46,11 +46,14 @@ def half_interval(values: Sequence[float] | np.ndarray) -> float:
 
 def missed_optima(
     task: str, dataset: str, converged: Bool[np.ndarray, " fits"], fits: str = "fits"
-) -> list[Score]:
-    """Reports the fits of a protocol that missed their optimum; empty where none did."""
-    missed = float(np.sum(~converged))
+) -> Score:
+    """The number of a protocol's fits that missed their optimum.
+
+    Zeros are reported, too: without them, a mean over seeds or datasets would be over those with
+    misses alone.
+    """
     name = f"{fits} that did not converge"
-    return [Score(task, dataset, name, missed, higher_is_better=False)] if missed else []
+    return Score(task, dataset, name, float(np.sum(~converged)), higher_is_better=False)
 
 
 @dataclasses.dataclass(frozen=True)

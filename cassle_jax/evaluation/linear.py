@@ -62,7 +62,7 @@ class LinearResult:
             {"validation": points},
         )
         scores = [Score(PROTOCOL.name, dataset, name, values[name]) for name in names]
-        return [*scores, *missed_optima(PROTOCOL.name, dataset, self.converged), chart]
+        return [*scores, missed_optima(PROTOCOL.name, dataset, self.converged), chart]
 
 
 def linear_evaluation(

@@ -57,7 +57,7 @@ class RegressionResult:
         return [
             Score(PROTOCOL.name, dataset, "R²", self.test_r2),
             Score(PROTOCOL.name, dataset, "R² pooled", self.test_r2_pooled),
-            *missed_optima(PROTOCOL.name, dataset, self.converged),
+            missed_optima(PROTOCOL.name, dataset, self.converged),
             Chart(
                 PROTOCOL.name,
                 dataset,

@@ -36,7 +36,7 @@ class ResampledResult:
         """The mean over the splits, and half its 95 % interval: over splits, not over seeds."""
         mean, half = float(np.mean(self.accuracies)), half_interval(self.accuracies)
         score = Score(PROTOCOL.name, dataset, metric.replace("_", " "), mean, half)
-        return [score, *missed_optima(PROTOCOL.name, dataset, np.array(self.converged))]
+        return [score, missed_optima(PROTOCOL.name, dataset, np.array(self.converged))]
 
 
 def resampled_linear_evaluation(

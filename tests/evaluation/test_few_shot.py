@@ -4,7 +4,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from cassle_jax.evaluation import few_shot as few_shot_module
-from cassle_jax.evaluation.few_shot import few_shot
+from cassle_jax.evaluation.few_shot import FewShotResult, few_shot
+from cassle_jax.report.comparison import rows_of
 from cassle_jax.report.evaluation_page import write_report
 from cassle_jax.solvers.one_against_rest import fit_one_against_rest
 from tests.evaluation.traced import peak_bytes
@@ -109,14 +110,26 @@ def test_the_interval_and_the_finding():
     first, same, other = (few_shot(features, labels, episodes=20, seed=seed) for seed in (1, 1, 2))
     assert first.accuracies.tolist() == same.accuracies.tolist() != other.accuracies.tolist()
     assert first.interval == pytest.approx(1.96 * np.std(first.accuracies) / np.sqrt(20))
-    (score,) = first.findings("CUB-200")
+    score, missed = first.findings("CUB-200")
     assert (score.task, score.dataset, score.metric) == (
         "few_shot",
         "CUB-200",
         "5-way 1-shot accuracy",
     )
     assert (score.value, score.interval) == (first.mean, first.interval)
+    assert (missed.metric, missed.value) == ("5-way 1-shot fits that did not converge", 0)
     assert few_shot(features, labels, episodes=1).findings("CUB-200")[0].interval is None
+
+
+def test_a_seed_whose_fits_all_converged_counts_in_the_mean_of_those_that_did_not():
+    of_seeds = [
+        FewShotResult(5, 1, 16, np.zeros(3), np.array(converged))
+        for converged in (3 * [True], [True, False, False])
+    ]
+    subjects = {"run": [each.findings("CUB-200") for each in of_seeds]}
+    *_, missed = rows_of(subjects, "few_shot")
+    assert missed.metric.endswith("fits that did not converge")
+    assert missed.estimates["run"].values == (0, 2) and missed.estimates["run"].mean == 1
 
 
 def test_what_no_fit_can_solve_is_said_of_every_number_of_shots(tmp_path):
