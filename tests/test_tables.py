@@ -32,6 +32,7 @@ from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, run
 from cassle_jax.sweep.worker import Job
 from cassle_jax.tables import dry_run, evaluation_of, run_table
 from cassle_jax.training.saved_config import read_config, write_config
+from cassle_jax.training.start_records import last_start_record
 from tests.commands import run_command
 from tests.tiny import on_one_device
 
@@ -480,12 +481,15 @@ def test_a_run_with_the_weights_of_another_records_its_own_settings(tmp_path, mo
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the process is not its own
     evaluation = Evaluation(datasets=("motifs",), tasks=("knn",))
     arguments = (f"--config={ROOT / CONFIG}", "--config.seed=5")
-    (tmp_path / "own").mkdir()
+    for name in ("own", "lent"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lent" / "starts.jsonl").write_text('{"step": 0, "names": "a digest"}')
     worker.pretrain_and_evaluate(
         Job("a", arguments, tmp_path / "own", evaluation, True, weights=tmp_path / "lent")
     )
     assert [each["runs"] for each in evaluated] == [[f"a={tmp_path / 'lent'}"]]
     assert read_config(tmp_path / "own").seed == 5
+    assert last_start_record(tmp_path / "own", 0)["names"] == "a digest"
 
 
 @pytest.mark.parametrize(

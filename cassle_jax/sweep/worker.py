@@ -23,11 +23,12 @@ from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.lock import await_turn
 from cassle_jax.pretrain import pretrain_command, set_up_devices
 from cassle_jax.report.evaluation_page import JSON, is_complete
-from cassle_jax.storage import make_shared, open_shared
+from cassle_jax.storage import is_there, make_shared, open_shared, read_whole, write_whole
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.jobs import JOB_LOCK, LOG_FILE, outcome_of, write_outcome
 from cassle_jax.sweep.space import parsed
 from cassle_jax.training.saved_config import write_config
+from cassle_jax.training.start_records import STARTS
 
 LOG = logging.getLogger(__name__)
 
@@ -123,6 +124,9 @@ def pretrain_and_evaluate(job: Job) -> None:
         if job.weights:
             LOG.info("using the weights of %s", job.weights)
             write_config(config, job.workdir)
+            starts = job.weights / STARTS
+            if is_there(starts):  # with the names of the images that the weights have seen
+                write_whole(job.workdir / STARTS, read_whole(starts))
         else:
             LOG.info("python -m cassle_jax.pretrain %s", " ".join(job.arguments))
             pretrain_command(config, job.workdir)

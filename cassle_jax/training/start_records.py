@@ -14,6 +14,8 @@ from cassle_jax.versions import versions
 
 LOG = logging.getLogger(__name__)
 
+STARTS = "starts.jsonl"
+
 Start = dict[str, Any]
 
 _TYPES = {"images": int, "names": str, "devices": str, "versions": {str: str}}
@@ -54,12 +56,12 @@ def record_start(
     }
     if changes:
         start["changes"] = list(changes)
-    append_line(epath.Path(workdir, "starts.jsonl"), start)
+    append_line(epath.Path(workdir, STARTS), start)
 
 
 def last_start_record(workdir: epath.PathLike, step: int) -> Start:
     """The last start of a run at or before `step`, without damaged facts; empty without any."""
-    starts = read_lines(epath.Path(workdir, "starts.jsonl"))
+    starts = read_lines(epath.Path(workdir, STARTS))
     start = next((each for each in reversed(starts) if each["step"] <= step), {})
     unknown = [name for name, kind in _TYPES.items() if not is_of(start.get(name), kind)]
     if damaged := [name for name in unknown if start.get(name) is not None]:
