@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cassle_jax
 
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "simplejpeg")
 
 
 def versions() -> dict[str, str]:

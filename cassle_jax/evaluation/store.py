@@ -24,6 +24,7 @@ from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import in_all_processes, replicate
+from cassle_jax.versions import code_fingerprint
 
 LOG = logging.getLogger(__name__)
 
@@ -35,10 +36,6 @@ def tolerant_log(source: Source) -> DamagedLog:
     images = len(stored_of(source))  # all crops of an image are damaged as one
     bound = min(1.0, _MAX_BAD_FRACTION + 1 / images)
     return DamagedLog(images, bound, setting=None)
-
-
-PREPARATION = 2
-"""Version of the code between a file and its features; a change invalidates all kept features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +201,10 @@ class FeatureStore:
         )
 
     def _key(self, source: Source, short_side: int) -> str:
-        """Digest of what features depend on besides the weights: images, preparation, device."""
+        """Digest of what features depend on besides the weights: images, code, device."""
         spec = self._subject.spec
         settings = (
-            PREPARATION,
+            code_fingerprint(),
             computed_on(self.mesh),
             described(source),
             self._limit_of(source),

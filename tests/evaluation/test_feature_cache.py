@@ -137,7 +137,7 @@ def test_features_made_in_another_way_are_not_read(tmp_path, monkeypatch):
     with jax.default_matmul_precision("bfloat16"):
         features(Motifs(4, size=16))
     assert kept() == 3
-    monkeypatch.setattr(store, "PREPARATION", store.PREPARATION + 1)
+    monkeypatch.setattr(store, "code_fingerprint", lambda: "of another version")
     features(Motifs(4, size=16))
     assert kept() == 4
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 2)
