@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -29,6 +29,10 @@ EXIT_OUTAGE = 69  # EX_UNAVAILABLE: storage or a process is out of reach; it may
 EXIT_NOT_SAVED = 74  # EX_IOERR: fix the disk; the same command continues from the last checkpoint
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 RESTARTABLE = (EXIT_OUTAGE, EXIT_PREEMPTED)
+
+_EXAMPLES = {"config": "configs/photos.py", "table": "configs/tables/field.py"}
+
+T = TypeVar("T")
 
 
 class Stop(BaseException):
@@ -215,13 +219,30 @@ def config_of(written: str) -> ConfigDict:
       ConfigError: the file cannot be read, fails, or returns none; the message names its line.
     """
     path, colon, chosen = written.partition(":")
+    return made_by("config", path, ConfigDict, *[chosen] if colon else [])
+
+
+def made_by(setting: str, path: str, kind: type[T], *chosen: str, **named: Any) -> T:
+    """What the function `get_<setting>` of a user's Python file returns.
+
+    Args:
+      setting: the setting that names the file, `config` or `table`.
+      path: of the file.
+      kind: type of what the function returns.
+      chosen: arguments of the function.
+      named: its keyword arguments.
+
+    Raises:
+      ConfigError: the file cannot be read, fails, or returns another type; the message names its
+        line.
+    """
     try:
         Path(path).read_bytes()  # runpy looks for a program in a folder
     except OSError as error:
-        raise ConfigError(f"config cannot be read: {_last_line(error)}") from error
+        raise ConfigError(f"{setting} cannot be read: {_last_line(error)}") from error
     try:
-        make = runpy.run_path(path).get("get_config")
-        config = make(*[chosen] if colon else []) if make else None
+        make = runpy.run_path(path).get(f"get_{setting}")
+        made = make(*chosen, **named) if make else None
     except UserError:
         raise
     except Exception as error:  # of the user's code
@@ -230,11 +251,12 @@ def config_of(written: str) -> ConfigDict:
         lines += [error.lineno] if isinstance(error, SyntaxError) else []
         where = f" in its line {lines[-1]}" if lines else ""
         said = f"{type(error).__name__}: {_last_line(error)}"
-        raise ConfigError(f"config={path} fails{where}: {said}") from error
-    if not isinstance(config, ConfigDict):
-        lacks = "a get_config that returns a configuration" if make else "a function get_config"
-        raise ConfigError(f"config={path} lacks {lacks}; configs/photos.py has one")
-    return config
+        raise ConfigError(f"{setting}={path} fails{where}: {said}") from error
+    if not isinstance(made, kind):
+        returning = f"get_{setting} that returns a {kind.__name__}"
+        lacks = returning if make else f"function get_{setting}"
+        raise ConfigError(f"{setting}={path} lacks a {lacks}; {_EXAMPLES[setting]} has one")
+    return made
 
 
 def _last_line(error: Exception) -> str:

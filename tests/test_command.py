@@ -244,7 +244,7 @@ def test_a_setting_without_its_dashes_is_not_silently_left_out(refusal):
         ("open('/none.csv')", "in its line 6: FileNotFoundError: "),
         ("config.epochs = 1 / 0", "fails in its line 6: ZeroDivisionError: division by zero"),
         ("config.epochs = (", "fails in its line 6: SyntaxError: '(' was never closed (own.py"),
-        ("config = None", "lacks a get_config that returns a configuration; configs/photos.py"),
+        ("config = None", "lacks a get_config that returns a ConfigDict; configs/photos.py"),
     ],
 )
 def test_a_mistake_in_a_configuration_file_is_found(refusal, tmp_path, body, message):

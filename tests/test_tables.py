@@ -216,16 +216,36 @@ def test_the_command_prints_what_a_dry_run_finds_and_refuses_what_is_no_seed(tmp
     assert capsys.readouterr().err == "error: seeds=0,x is not a list of integers\n"
 
 
-def test_a_file_without_a_table_is_refused(tmp_path):
-    (tmp_path / "table.py").write_text("TABLE = 1\n")
-    with pytest.raises(ConfigError, match=r"^table=.*table\.py has no function get_table$"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("TABLE = 1", "lacks a function get_table; configs/tables/field.py has one"),
+        (
+            "get_table = lambda: 1",
+            "lacks a get_table that returns a Table; configs/tables/field.py",
+        ),
+        ("\nimport nothing_such", "fails in its line 2: ModuleNotFoundError: No module named"),
+    ],
+)
+def test_a_file_without_a_table_is_refused(tmp_path, text, said):
+    (tmp_path / "table.py").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^table=.*/table\.py {said}"):
         find_table(str(tmp_path / "table.py"))
+
+
+@pytest.mark.parametrize("name", ["", "a folder"])
+def test_a_folder_in_the_place_of_a_table_is_refused(tmp_path, capsys, name):
+    folder = tmp_path / name if name else ""
+    if name:
+        folder.mkdir()
+    assert run_command("tables", f"--table={folder}") == 2
+    assert capsys.readouterr().err.startswith("error: table cannot be read: ")
 
 
 def test_an_unknown_table_names_the_closest():
     with pytest.raises(ConfigError, match=r"^table='small_image' is unknown.* 'small_images'\?$"):
         find_table("small_image")
-    with pytest.raises(ConfigError, match=r"none\.py cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"^table cannot be read: none\.py: No such file"):
         find_table("none.py")
 
 

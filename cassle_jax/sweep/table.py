@@ -2,15 +2,14 @@
 
 import dataclasses
 import re
-import runpy
 from collections.abc import Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
+from cassle_jax.command import made_by
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS, TABLES, find_file
-from cassle_jax.faults import reason_of
 from cassle_jax.methods import AUXILIARIES
 from cassle_jax.sweep.space import RunSpec, Values, run_of
 from cassle_jax.training.run import check_settings
@@ -133,13 +132,7 @@ def find_table(name: str, **arguments: object) -> Table:
     Raises:
       ConfigError: the name is unknown, with the closest known one; or the table is invalid.
     """
-    try:
-        module = runpy.run_path(find_file("table", name, TABLES))
-    except OSError as error:
-        raise ConfigError(f"table={name} cannot be read: {reason_of(error)}") from error
-    if "get_table" not in module:
-        raise ConfigError(f"table={name} has no function get_table")
-    table = module["get_table"](**arguments)
+    table = made_by("table", find_file("table", name, TABLES), Table, **arguments)
     _check(table)
     return table
 
