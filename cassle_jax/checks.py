@@ -31,7 +31,8 @@ class ConfigError(UserError):
 def check_positive(name: str, value: Real) -> None:
     """Raises ConfigError unless the setting is finite and above 0."""
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value} must be above 0")
+        also = "" if math.isfinite(value) else " and finite"
+        raise ConfigError(f"{name}={value} must be above 0{also}")
 
 
 def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> None:

@@ -101,11 +101,8 @@ def evaluate_command(
     opened = _open_datasets(datasets, data_dir)
     subjects = _open_subjects(runs, extraction)
     agree(_shared_facts(opened, subjects, tasks, values))
-    planned = plan(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
-    if not planned:
-        raise ConfigError(f"tasks={','.join(tasks)} suit none of {', '.join(datasets)}")
+    planned = _planned(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
     _warn_of_idle(values, extraction, planned)
-    _warn_of_unmet(planned)
     stores = partial(
         FeatureStore,
         mesh=mesh,
@@ -165,13 +162,20 @@ def _evaluate(
             report.add(findings, "" if failed else key)
 
 
-def _warn_of_unmet(planned: Sequence[Planned]) -> None:
-    """Logs why protocols cannot run; raises DataError where none can run on any dataset."""
+def _planned(
+    opened: Sequence[EvaluationData], tasks: Sequence[str], *settings, **of_run: int
+) -> list[Planned]:
+    """The protocols that `plan` chooses; logs why some cannot run, and refuses where none can."""
+    planned = plan(opened, tasks, *settings, **of_run)
+    if not planned:
+        names = ", ".join(data.name for data in opened)
+        raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
     lines = [f"{each}: {each.unmet}" for each in planned if each.unmet]
     if len(lines) == len(planned):
         raise DataError("nothing can be evaluated; " + "; ".join(lines))
     for line in lines:
         LOG.warning("%s; the rest is done", line)
+    return planned
 
 
 def _warn_of_idle(
@@ -448,14 +452,20 @@ def define_flags(into: flags.FlagValues) -> None:
         flags.DEFINE_string(name, each.text, help, flag_values=into)
 
 
-def check_options(options: Sequence[str]) -> None:
-    """Refuses words that the command would refuse, without opening anything.
+def check_requested(
+    datasets: Sequence[str], tasks: Sequence[str], options: Sequence[str], *, opens: bool
+) -> None:
+    """Refuses what the command would refuse, before there are runs to evaluate.
 
     Args:
-      options: options of the command, such as `--limit=1000`.
+      datasets: as `evaluate_command` takes them.
+      tasks: as `evaluate_command` takes them.
+      options: further options of the command, such as `--limit=1000`.
+      opens: whether to open the datasets, which only the machine of the evaluation may have.
 
     Raises:
-      ConfigError: a word is no option, or its value cannot work.
+      ConfigError: a name is unknown, a word is no further option, or its value cannot work.
+      DataError: a dataset is missing, or nothing can be evaluated on it.
     """
     values = flags.FlagValues()
     define_flags(values)
@@ -465,8 +475,16 @@ def check_options(options: Sequence[str]) -> None:
         raise ConfigError(f"evaluation: {error}") from error
     if rest:
         raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")
-    check_names(datasets_in(values.datasets), values.tasks)
-    checked_settings(_settings_in(values))
+    for name in ("run", "to"):
+        if values[name].present:
+            raise ConfigError(f"evaluation: --{name} is not a further option; leave it out")
+    # The command takes the later one of an option.
+    datasets, tasks = datasets_in(values.datasets) or datasets, values.tasks or tasks
+    check_names(datasets, tasks)
+    extraction, of_protocols = checked_settings(_settings_in(values))
+    if datasets and opens:
+        opened = _open_datasets(datasets, values.data_dir)
+        _planned(opened, tasks, of_protocols, limit=extraction.limit)
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

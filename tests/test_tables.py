@@ -242,6 +242,13 @@ def test_a_folder_in_the_place_of_a_table_is_refused(tmp_path, capsys, name):
     assert capsys.readouterr().err.startswith("error: table cannot be read: ")
 
 
+@pytest.mark.parametrize("flag", ["set", "evaluation"])
+def test_a_setting_without_a_value_names_its_flag(tmp_path, capsys, flag):
+    words = ("--table=transfer", "--toy", "--seeds=0", f"--to={tmp_path}", f"--{flag}=steps")
+    assert run_command("tables", *words) == 2
+    assert capsys.readouterr().err == f"error: {flag}='steps' is not name=value\n"
+
+
 def test_an_unknown_table_names_the_closest():
     with pytest.raises(ConfigError, match=r"^table='small_image' is unknown.* 'small_images'\?$"):
         find_table("small_image")

@@ -100,3 +100,5 @@ def test_an_unknown_method_and_no_time_are_refused(tmp_path):
         command.transfer(tmp_path, minutes=5.0, methods=["simclrr"])
     with pytest.raises(ValueError, match=r"minutes=0\.0 must be above 0"):
         command.transfer(tmp_path, minutes=0.0)
+    with pytest.raises(ValueError, match=r"minutes=inf must be above 0 and finite"):
+        command.transfer(tmp_path, minutes=float("inf"))

@@ -71,7 +71,8 @@ def evaluation_of(
     opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
-    texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ()), *options))
+    texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ())))
+    texts |= parse_settings(options, "evaluation=")
     for name in texts:
         check_one_of("evaluation", name, all_settings())
     try:

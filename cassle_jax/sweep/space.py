@@ -160,14 +160,14 @@ def _combinations(request: SweepRequest) -> list[Values]:
 def _listed(flag: str, text: str) -> dict[str, list[str]]:
     """Parses `name=value,value;name=…` into values by name."""
     listed: dict[str, list[str]] = {}
-    for item in filter(None, _split(text, ";")):
+    for item in filter(None, _split(flag, text, ";")):
         name, separator, values = item.partition("=")
         name = name.strip()
         if not separator or not name:
             raise ConfigError(f"{flag}: {item!r} is not name=value,value")
         if name in listed:
             raise ConfigError(f"{flag}: {name} is given values twice")
-        listed[name] = [_unquoted(value.strip()) for value in _split(values, ",")]
+        listed[name] = [_unquoted(value.strip()) for value in _split(flag, values, ",")]
         if "" in listed[name] or len(set(listed[name])) < len(listed[name]):
             raise ConfigError(f"{flag}: {item!r} has an empty value or the same one twice")
     return listed
@@ -179,7 +179,7 @@ def _unquoted(value: str) -> str:
     return match[2] if match else value
 
 
-def _split(text: str, separator: str) -> list[str]:
+def _split(flag: str, text: str, separator: str) -> list[str]:
     """Splits a text at the separators outside brackets and quotes."""
     parts, closing, quote = [""], [], ""
     for character in text:
@@ -196,7 +196,7 @@ def _split(text: str, separator: str) -> list[str]:
             continue
         parts[-1] += character
     if closing or quote:
-        raise ConfigError(f"{text!r} does not close its {quote or closing[-1]}")
+        raise ConfigError(f"{flag}: {text!r} does not close its {quote or closing[-1]}")
     return parts
 
 

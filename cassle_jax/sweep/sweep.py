@@ -12,7 +12,7 @@ from etils import epath
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
-from cassle_jax.evaluate import check_names, check_options
+from cassle_jax.evaluate import check_requested
 from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held_for
 from cassle_jax.report.evaluation_page import JSON, is_complete
@@ -79,9 +79,12 @@ def sweep(
     """
     evaluation = evaluation or EvaluationOptions()
     runs = runs_of(request)
-    check_names(evaluation.datasets, evaluation.tasks)
-    check_options(evaluation.options)
     folder = _known_folder(folder, where)
+    check_requested(
+        evaluation.datasets, evaluation.tasks, evaluation.options, opens=where == "local"
+    )
+    if slurm and where != "slurm":
+        LOG.warning("slurm=%s has no effect with where=%s", slurm, where)
     check_writable("to", folder)
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):

@@ -175,7 +175,8 @@ def runs_of_table(
     """
     chosen = _chosen(table, rows)
     shared = parse_settings(table.overrides)
-    last = {**(parse_settings(table.toy) if toy else {}), **parse_settings(overrides)}
+    last = parse_settings(table.toy) if toy else {}
+    last |= parse_settings(overrides, "set=")
     runs = []
     for seed in seeds or table.seeds:
         for row in chosen:
@@ -227,8 +228,12 @@ def folder_of(subject: str, seed: int) -> str:
     return f"{_slug(subject)}-{seed}"
 
 
-def parse_settings(texts: Iterable[str]) -> Values:
+def parse_settings(texts: Iterable[str], flag: str = "") -> Values:
     """Parses texts `name=value` into values by name; the last value of a name counts.
+
+    Args:
+      texts: the texts.
+      flag: how the message names the flag that gives them, such as `set=`.
 
     Raises:
       ConfigError: a text has no value.
@@ -237,7 +242,7 @@ def parse_settings(texts: Iterable[str]) -> Values:
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator:
-            raise ConfigError(f"{text!r} is not name=value")
+            raise ConfigError(f"{flag}{text!r} is not name=value")
         values[name.strip()] = value
     return values
 

@@ -26,10 +26,10 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
       ConfigError: none can be written there, as by an unknown scheme.
     """
     if not os.fspath(workdir):
-        raise ConfigError("workdir='' names no folder; give one, as in --workdir=runs/first")
+        raise ConfigError(f"{setting}='' names no folder; give one, as in --{setting}=runs/first")
     if re.search(r"://|^(gs|s3):/", str(workdir)) and not on_object_store(workdir):
         raise ConfigError(
-            f"workdir={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
+            f"{setting}={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
     path = path_of(workdir)
     check_no_file(setting, path)

@@ -144,7 +144,7 @@ def test_names_are_as_long_as_distinction_needs():
         ({"grid": "seed=0,-1;epochs=1,2"}, "^run seed=-1, epochs=1: seed=-1 is no seed"),
         ({"grid": "seed=0,,1"}, "empty value"),
         ({"grid": "seed"}, "is not name=value"),
-        ({"grid": "augment.crop_area=(0.1,1"}, r"does not close its \)"),
+        ({"grid": "augment.crop_area=(0.1,1"}, r"^grid: .* does not close its \)"),
         ({"grid": "seed=0", "zipped": "seed=1"}, "seed is given values twice"),
         ({"grid": "seed=0;seed=1"}, "^grid: seed is given values twice"),
         ({"zipped": "seed=0,1;epochs=1,2,3"}, "seed has 2, epochs has 3"),
@@ -667,6 +667,36 @@ def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
     (run,) = runs_of(requests[0])
     assert (run.config.deterministic, run.config.augment.crop) == (True, False)
     assert run.config.data.path == "/a=b"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--datasets=folder:/none", "dataset 'folder:/none': path='/none' is not a folder"),
+        ("--evaluation=--run=other", "evaluation: --run is not a further option; leave it out"),
+        ("--evaluation=--to=/tmp", "evaluation: --to is not a further option; leave it out"),
+        ("--to=gs:/bucket", "to=gs:/bucket has a scheme that is unknown"),
+    ],
+)
+def test_what_would_fail_after_all_runs_is_refused_before_the_first(tmp_path, capsys, option, said):
+    assert sweep_here(tmp_path, "--grid=seed=0", "--datasets=scenes", option) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_images_of_an_evaluation_elsewhere_need_not_be_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = ("--datasets=folder:/none", "--where=slurm", "--slurm=partition=long")
+    assert sweep_here(tmp_path / "to", "--grid=seed=0", *options) == 2
+    assert "where=slurm needs sbatch" in capsys.readouterr().err
+
+
+def test_options_of_slurm_without_slurm_are_reported(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Local, "run", interrupt)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(Stop):
+        sweep_module.sweep(SweepRequest(CONFIG, grid="seed=0"), tmp_path, slurm="time=60")
+    assert "slurm=time=60 has no effect with where=local" in caplog.text
 
 
 def test_a_quote_without_its_end_is_reported_in_one_line(tmp_path, capsys):
