@@ -91,8 +91,8 @@ def run_table(
       datasets: evaluation datasets that replace the table's; empty for the table's.
       data_dir: folder of tensorflow-datasets, for evaluation.
       evaluation: further evaluation options, as `name=value`.
-      weights_of: folders of other tables; a finished run there with the same settings and kept
-        weights replaces pretraining.
+      weights_of: folders of other tables; a finished run there with the same settings and images,
+        and with kept weights, replaces pretraining.
       parallel: number of runs at a time.
       minutes: time budget of all runs together. In a new folder it sets the number of steps, at
         most the table's; 0 for the table's.
@@ -220,7 +220,7 @@ def _check_missing(
 
 
 def _same_run(run: RunSpec, folders: Sequence[Path]) -> Path | None:
-    """The workdir of a finished run with the same settings and kept weights; `None` without one."""
+    """The workdir of a finished run of the same settings and images, with weights, or `None`."""
     for folder in folders:
         for workdir in sorted((folder / "runs").iterdir()):
             record = RunRecord(workdir)

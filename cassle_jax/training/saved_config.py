@@ -10,7 +10,8 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.storage import is_there, read_surely, read_whole, write_whole
 
-# Settings that may differ when a run is continued: its results do not depend on them.
+# Settings that may differ when a run is continued: its results do not depend on them. Whether the
+# images at another `data.path` are the same is decided by their names.
 FREE_TO_CHANGE = (
     "log.",
     "probe.",
