@@ -76,6 +76,7 @@ def test_the_command_runs_it_and_its_name_is_in_the_csv(folder):
     assert found == pytest.approx(np.mean(classes[distances.argmin(axis=1)] == test.labels))
 
 
+@pytest.mark.exhaustive
 def test_its_flag_is_checked_before_anything_is_opened(folder):
     ran = evaluated(folder, "--shrinkage=-1", "--run=nowhere")
     assert ran.returncode == 2

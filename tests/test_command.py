@@ -109,6 +109,7 @@ def test_a_bar_outlives_its_terminal(monkeypatch):
         terminal.close()
 
 
+@pytest.mark.exhaustive
 def test_sigterm_is_one_line_and_the_same_code(tmp_path):
     program = (
         "import time\nfrom cassle_jax import command\n"
@@ -358,7 +359,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", everyday(MISTAKES, "log.to=1 is unknown"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("message", MISTAKES)
 def test_the_pretraining_command_ends_with_one_line(message, tmp_path):
     ended = subprocess.run(
         [sys.executable, "-m", "cassle_jax.pretrain", f"--workdir={tmp_path}", *MISTAKES[message]],
@@ -373,6 +375,7 @@ def test_the_pretraining_command_ends_with_one_line(message, tmp_path):
     assert "Traceback" not in ended.stderr and not ended.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("ends", ["fail", "fail_after"])
 def test_a_second_ctrl_c_ends_a_process_that_waits_for_the_others(ends):
     program = f"""

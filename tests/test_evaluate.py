@@ -147,6 +147,7 @@ def test_a_mean_over_runs_of_different_settings_says_so(run, tmp_path, monkeypat
     assert said == "a: its mean is over runs of different settings: batch_size=32 was 16"
 
 
+@pytest.mark.exhaustive
 def test_subjects_of_the_same_seed_are_compared_with_the_plain_one(run, tmp_path):
     page = evaluate(run, tmp_path, "knn", runs=[f"plain={run}", f"b={run}"]).read_text()
     assert "difference to plain with the same seeds" in page and "+0.0" in page
@@ -274,6 +275,7 @@ def test_a_call_that_ends_early_loses_no_result_of_an_earlier_one(run, tmp_path,
     assert report["kept"] == {}
 
 
+@pytest.mark.exhaustive
 def test_only_protocols_whose_settings_changed_run_again(run, tmp_path, monkeypatch):
     done = []
 
@@ -337,6 +339,7 @@ def test_a_setting_that_no_task_has_is_named(run, tmp_path, caplog):
     ]
 
 
+@pytest.mark.exhaustive
 def test_names_of_any_bytes_reach_the_page(run, tmp_path):
     names = ("caf\udce9", "tea")
     images = write_images(tmp_path / "drinks\udcff", {"train": 2, "test": 4}, names)
@@ -376,6 +379,7 @@ def test_the_command_without_a_run_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.exhaustive
 def test_features_are_kept_where_the_user_keeps_caches(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     arguments = (f"--run={run}", "--datasets=scenes", "--tasks=spectrum", "--limit=8", "--batch=8")

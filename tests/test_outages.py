@@ -426,6 +426,7 @@ def test_a_stop_while_the_images_are_gone_is_heard_at_once(config, folder, tmp_p
     assert code_of(outage.value) == EXIT_OUTAGE and steps_saved(tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_a_command_that_ends_waits_for_no_reading_thread(tmp_path):
     """Python joins the threads of its pools before it ends."""
     program = """

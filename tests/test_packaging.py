@@ -145,6 +145,7 @@ def brought_by(extra):
     }
 
 
+@pytest.mark.exhaustive
 def test_the_core_works_without_what_the_extras_bring():
     absent = brought_by("test")
     assert {"orbax", "grain", "tensorflow_datasets", "matplotlib", "sklearn"} <= absent
@@ -189,6 +190,7 @@ def test_a_command_without_its_extra_names_it(command, tmp_path):
     assert ended.returncode == 2 and not ended.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("command", "further"),
     [

@@ -27,7 +27,6 @@ from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
-from tests.everyday import everyday
 from tests.tiny import TinyEncoder, tiny_config
 
 FLOAT = 4  # bytes
@@ -78,7 +77,8 @@ def scaled(pair, times):
     return pair[0] * times, pair[1] * times
 
 
-@pytest.mark.parametrize("devices", everyday([2, 4, 8], 2))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_moco_exchanges_gradients_statistics_keys_and_metrics(devices):
     collectives, state = compiled("method=moco_v2", devices)
     similarities = FLOAT * (2 * EMBEDDING + 1)
@@ -91,6 +91,7 @@ def test_moco_exchanges_gradients_statistics_keys_and_metrics(devices):
     }
 
 
+@pytest.mark.exhaustive
 def test_a_step_starts_as_many_exchanges_on_eight_devices_as_on_two():
     # XLA combines those that do not wait for each other: all gradients are a few, not one each.
     of_two, state = compiled("method=moco_v2", 2)
@@ -100,11 +101,13 @@ def test_a_step_starts_as_many_exchanges_on_eight_devices_as_on_two():
     assert len(of_eight) <= layers + 4
 
 
+@pytest.mark.exhaustive
 def test_one_device_says_nothing():
     collectives, _ = compiled("method=moco_v2", 1)
     assert collectives == []
 
 
+@pytest.mark.exhaustive
 def test_simclr_gathers_both_views_and_scatters_their_gradients():
     devices = 8
     collectives, state = compiled("method=simclr", devices)

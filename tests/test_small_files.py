@@ -518,6 +518,7 @@ def test_a_growing_file_that_is_deleted_meanwhile_has_every_record_from_then_on(
     assert (tmp_path / "inside" / "lines").read_bytes() == b"3\n4\n"
 
 
+@pytest.mark.exhaustive
 def test_a_folder_too_deep_for_sockets_is_named_in_one_line(tmp_path):
     deep = tmp_path / ("a" * 100)
     deep.mkdir()
@@ -598,6 +599,7 @@ def test_the_worker_of_a_table_waits_for_that_of_a_killed_one(tmp_path):
     assert RunRecord(tmp_path).state == FINISHED and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.exhaustive
 def test_what_a_worker_has_recorded_as_done_is_not_done_again(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     write_outcome(tmp_path, 0, "", seconds=7.0)

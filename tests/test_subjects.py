@@ -78,6 +78,7 @@ def test_another_weight_is_another_fingerprint(run):
     assert dataclasses.replace(subject, variables=other).fingerprint() != subject.fingerprint()
 
 
+@pytest.mark.exhaustive
 def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
     workdir, _ = run
     subject = open_subject(workdir)

@@ -177,6 +177,7 @@ def _torchvision_box(random, height, width, spec=SPEC):
 
 
 # The last three reject many draws: the fallback is drawn in a good part of the cases.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (3, 2), (60, 240), (200, 50), (5, 20)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     random = np.random.default_rng(0)

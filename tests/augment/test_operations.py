@@ -187,6 +187,7 @@ def test_denormalize_undoes_normalisation(image, make_params):
     assert denormalize(10 * jnp.ones((1, 1, 3)), spec).max() == 1
 
 
+@pytest.mark.exhaustive
 def test_colours_are_right_within_a_compiled_loop():
     """A compiler that rounds a channel differently at two places must not change its hue."""
     spec = AugmentSpec(32, crop=False, flip=0, jitter=1, blur=0, grayscale=0)

@@ -94,6 +94,7 @@ def test_float_canvases_are_bytes_over_255(make_params):
     np.testing.assert_allclose(as_floats, as_bytes, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_padding_never_reaches_a_view():
     spec = AugmentSpec(16, kernel_size=3)
     compiled = jax.jit(

@@ -3,10 +3,10 @@ import pytest
 from benchmarks import evaluation
 from benchmarks.evaluation import Cost, law
 from benchmarks.isolated import run_isolated
-from tests.everyday import everyday
 
 
-@pytest.mark.parametrize("protocol", everyday([*evaluation.PROTOCOLS], "knn"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
 def test_every_protocol_is_measured(protocol):
     found = run_isolated(evaluation.cost, protocol, 60, 8, 5)
     assert found.rows == 60

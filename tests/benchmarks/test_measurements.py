@@ -28,7 +28,6 @@ from benchmarks.workload import Workload, draw_jpegs
 from cassle_jax.checks import ConfigError
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
-from tests.everyday import everyday
 from tests.shared_programs import share_programs
 from tests.tiny import TinyEncoder, cropped_only
 
@@ -165,6 +164,7 @@ def test_the_other_jax_step_runs(work):
     stable_pretraining.step(dataclasses.replace(work, encoder="resnet18", size=32))()
 
 
+@pytest.mark.exhaustive
 def test_a_measurement_that_fails_is_a_row_and_the_next_one_runs(work, monkeypatch, capsys):
     def too_large(work):
         raise MemoryError("no room for it")
@@ -259,6 +259,7 @@ def test_an_isolated_function_leaves_no_process(tmp_path):
         time.sleep(0.1)
 
 
+@pytest.mark.exhaustive
 def test_the_time_to_the_first_step_is_that_of_the_command(tmp_path):
     work = dataclasses.replace(TINY, encoder="resnet18")
     with pytest.raises(RuntimeError, match=r"the process ended: error: .*batch_size"):
@@ -275,7 +276,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("arguments", everyday(MISTAKES, "--only=augmentations"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arguments", MISTAKES)
 def test_what_cannot_be_measured_is_one_line(arguments):
     message = MISTAKES[arguments]
     command = [sys.executable, "-m", "benchmarks", *arguments.split()]

@@ -34,7 +34,8 @@ def tasks_by_table():
 OWN_TASKS = tasks_by_table()
 
 
-@pytest.mark.parametrize("name", everyday(NAMES, "small_images", "transfer"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_a_run(name):
     mesh, table = device_mesh(), find_table(name)
     for run in runs_of_table(table, seeds=(0,)):

@@ -444,6 +444,7 @@ def test_batches_of_a_builder(tiny):
         assert batch["label"][row] == record.label
 
 
+@pytest.mark.exhaustive
 def test_no_tensorflow_at_run_time(tiny, tmp_path):
     """In a process of its own, where the builder's code does not exist: files alone must do."""
     listed = tmp_path / "classes.txt"

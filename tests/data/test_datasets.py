@@ -220,6 +220,7 @@ def test_every_class_of_a_folder_gives_its_share():
     assert set(np.bincount(held_out(67 * 80, 670, "mit67/train") // 80)) == {10}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", IN_BUILDERS)
 def test_every_builder_is_read_by_its_real_schema(name, prepared, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -294,6 +295,7 @@ def test_landmarks_are_read_once(prepared, monkeypatch, tmp_path):
     assert open_dataset("celeba", data_dir=data_dir).train.targets.tolist() == first.tolist()
 
 
+@pytest.mark.exhaustive
 def test_no_tensorflow_at_run_time(prepared):
     """In a process of its own: the files alone must do."""
     script = f"""
@@ -354,6 +356,7 @@ def test_a_cut_covers_the_source(image_folder):
 # -- a few shots -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_few_shots_are_as_many_of_each_class(tmp_path):
     """The shots of all 102 flowers follow the rule of `docs/datasets.md`."""
     classes = [f"flower {number:03d}" for number in range(102)]

@@ -126,6 +126,7 @@ def test_bodies_lie_where_and_are_as_large_as_stated():
     np.testing.assert_allclose(areas, areas[0], rtol=0.05)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", range(4))
 def test_there_are_as_many_bodies_as_stated(count):
     for shape in range(len(SHAPES)):

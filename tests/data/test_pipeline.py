@@ -111,6 +111,7 @@ def test_every_epoch_is_another_permutation(chunk):
     assert not np.array_equal(epochs[1], epochs[2])
 
 
+@pytest.mark.exhaustive
 def test_the_order_is_uniform():
     """Chi-squared: over 400 epochs, each image comes first, and last, about equally often."""
     source = Numbered(20)
@@ -153,6 +154,7 @@ def test_threads_do_not_change_the_batches(chunk, threads):
     assert_same(take(training(source, threads=threads), 9), take(training(source), 9))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 7, 17])
 def test_restart_is_exact(chunk, step):
     source = Numbered(50, damaged=(9,))
@@ -286,6 +288,7 @@ def test_trouble_of_the_machine_is_no_damaged_image_and_reaches_the_consumer_fro
     assert_same([*seen, *take(iterator, 4)], take(training(Numbered(50)), len(seen) + 4))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kept_images_are_read_once_and_the_same(chunk, processes):
     for part in range(processes):
@@ -297,6 +300,7 @@ def test_kept_images_are_read_once_and_the_same(chunk, processes):
         assert len(source.reads) < 48 * 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_memory_for_a_part_of_the_images_keeps_that_part(share):
     source, canvas_bytes = Numbered(48, damaged=(3, 40)), 8 * 8 * 3

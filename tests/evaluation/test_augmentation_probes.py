@@ -155,6 +155,7 @@ def test_the_protocol_reads_the_analysed_images_of_the_test_part(jittered, monke
     assert asked == [(networks, JITTERED), (20, 3)]
 
 
+@pytest.mark.exhaustive
 def test_devices_and_batches_change_nothing(jittered):
     found = probed(count=4, size=16, holes=5)
     assert found.images == jittered.images == 64

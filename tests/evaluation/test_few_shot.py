@@ -63,6 +63,7 @@ def test_accuracies_are_those_of_scikit_learn(ways, shots, monkeypatch):
     assert 1 / ways < result.mean < 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mean", "scale"), [(100, 0.1), (300, 0.3), (0, 1e-6), (0, 1e5)], ids=str)
 def test_accuracies_do_not_depend_on_the_features_mean_and_scale(mean, scale):
     features, labels = clusters(200, classes=5, width=256)

@@ -77,6 +77,7 @@ def test_the_encoder_moves_alike_on_any_number_of_devices():
         assert all(jax.tree.leaves(moved)), moved
 
 
+@pytest.mark.exhaustive
 def test_encoder_and_head_have_learning_rates_of_their_own():
     subject = tiny_subject()
     found = trained(subject, 1, encoder_rate=0.0)

@@ -42,7 +42,6 @@ from tests.evaluation.analysed import (
     pictures,
     similarity_of_different,
 )
-from tests.everyday import everyday
 
 ALONE = ["crop", "flip", "jitter", "grayscale", "blur"]
 
@@ -123,6 +122,7 @@ def test_only_the_right_descriptor_undoes_the_jitter(invariance):
     assert stages[WRONG_PROJECTOR].same < stages["features"].same
 
 
+@pytest.mark.exhaustive
 def test_relative_descriptors_relate_each_view_to_the_other():
     stages = measured(dataclasses.replace(COLOR_DIFF, relative=True)).alone()["jitter"]
     # The plain image's ω takes from its colour what the augmented one's adds: they change places.
@@ -165,6 +165,7 @@ def test_the_blur_is_as_wide_as_its_strength_says(invariance):
         assert found.same == pytest.approx(expected, abs=1e-5), strength
 
 
+@pytest.mark.exhaustive
 def test_all_augmentations_and_strengths_are_one_compiled_program():
     networks, variables = colour_networks()
     measure = invariance_meter(networks, PLAIN, EXACT_BLUR, devices(1), strengths=STRENGTHS)
@@ -177,7 +178,8 @@ def test_all_augmentations_and_strengths_are_one_compiled_program():
 DEVICES_SIZES_HOLES = [(2, 8, 0), (1, 16, 0), (4, 12, 3)]
 
 
-@pytest.mark.parametrize("how", everyday(DEVICES_SIZES_HOLES, (4, 12, 3)), ids=str)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("how", DEVICES_SIZES_HOLES, ids=str)
 def test_devices_padding_and_damage_change_nothing(invariance, how):
     count, size, holes = how
     found = measured(count=count, size=size, holes=holes)
@@ -185,7 +187,8 @@ def test_devices_padding_and_damage_change_nothing(invariance, how):
     assert_agree(found.alone(), invariance.alone())
 
 
-@pytest.mark.parametrize("size", everyday([3, 4, 5], 4))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [3, 4, 5])
 def test_the_batch_changes_only_the_images_that_an_image_is_compared_with(invariance, size):
     # Batches of five and one: the lone image is compared with none.
     candidates = {3: 3, 4: (4 * 4 + 2 * 2) / 6, 5: 5}[size]
@@ -200,6 +203,7 @@ def test_the_batch_changes_only_the_images_that_an_image_is_compared_with(invari
             ), (name, stage)
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_without_a_projector_is_compared_at_its_stages(invariance):
     measure, variables = meter(COLOR_DIFF, 1, ())
     bare = measure({"params": {}, "batch_stats": {}}, lambda: batches_of(IMAGES, 8)).alone()
@@ -211,7 +215,8 @@ def test_an_encoder_without_a_projector_is_compared_at_its_stages(invariance):
     assert "projector" in variables["params"]
 
 
-@pytest.mark.parametrize("strength", everyday([0.5, 2.0], 2.0))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_a_strength_scales_the_draws_as_it_scales_the_ranges(strength):
     spec = every_augmentation(AugmentSpec(PIXELS, grayscale=0, jitter_order="batch"))
     batch = jax.tree.map(jnp.asarray, next(batches_of(IMAGES, 6)))

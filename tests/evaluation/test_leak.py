@@ -23,6 +23,7 @@ def leak(*descriptors, images=256, grey=False):
     return leak_of(conditioning, (SPEC, SPEC), shown, batch=BATCH, steps=STEPS)
 
 
+@pytest.mark.exhaustive
 def test_what_was_drawn_does_not_give_the_image_away():
     found = leak("color", "crop")
     assert found.chance == pytest.approx(np.log(2 * BATCH - 1))
@@ -30,16 +31,19 @@ def test_what_was_drawn_does_not_give_the_image_away():
     assert found.interval < 0.02
 
 
+@pytest.mark.exhaustive
 def test_how_the_mean_colour_changed_gives_it_away():
     found = leak("color", "color_diff")
     assert found.nt_xent + found.interval < found.chance - 0.3
 
 
+@pytest.mark.exhaustive
 def test_images_that_are_all_the_same_cannot_be_given_away():
     found = leak("color", "color_diff", grey=True)
     assert found.nt_xent == pytest.approx(found.chance, abs=0.02)
 
 
+@pytest.mark.exhaustive
 def test_the_sizes_of_images_are_given_away_by_what_crops_fit_them():
     shape = np.random.default_rng(0).uniform(-1.5, 1.5, 256)
     sizes = np.stack([200 * np.exp(-shape), 200 * np.exp(shape)], axis=1).astype(np.int32)

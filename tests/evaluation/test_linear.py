@@ -46,6 +46,7 @@ class Witness:
         return gradient @ gradient / (4 * path.penalties[index]) / objective
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("penalty", [1e-6, 1e-3, 1.0, 1e3])
 def test_objectives_agree_with_scipy_in_float64(penalty):
     features, labels = blobs(300, seed=1)
@@ -75,6 +76,7 @@ def test_weights_agree_with_scikit_learn(penalty):
     np.testing.assert_allclose(path.biases[0], model.coef_[:, -1], atol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_separable_digits_are_solved_at_the_smallest_penalties():
     # 61 axes of very different lengths, pixels up to 16: the objective at 1e-6 is about 2e-4.
     features, labels = (array[:900] for array in load_digits(return_X_y=True))

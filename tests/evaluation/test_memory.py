@@ -12,6 +12,7 @@ from cassle_jax.solvers.logistic import logistic_bytes
 from tests.test_evaluate import evaluate, workdir_of
 
 
+@pytest.mark.exhaustive
 def test_features_beyond_the_memory_are_refused_before_extraction(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(memory, "host_bytes", lambda: 60_000)
     run = workdir_of(tmp_path / "run")

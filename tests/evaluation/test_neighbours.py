@@ -76,6 +76,7 @@ def test_rows_in_several_parts_are_those_of_one(lengths, small_blocks):
     np.testing.assert_allclose(found.similarities, whole.similarities, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_with_the_rows_searched(small_blocks):
     rows = points(40_000, seed=2, width=32)
     nearest(rows[:100], rows[:100], 3)  # compiles

@@ -176,6 +176,7 @@ def test_the_learning_rate_drops_at_60_and_80_percent(steps):
     np.testing.assert_allclose(found, np.repeat([30.0, 3.0, 0.3], parts), rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("conditioning", [PLAIN, IMAGE_CONDITIONED])
 def test_the_frozen_encoder_stays_as_it_is_bit_for_bit(conditioning):
     subject = tiny_subject(conditioning=conditioning)
@@ -210,6 +211,7 @@ def test_the_devices_and_a_second_run_change_nothing():
     assert np.abs(found["params"]["head"]["kernel"] - once["params"]["head"]["kernel"]).max() > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_in_bfloat16_the_head_is_float32():
     subject, classes = tiny_subject(), len(SCENES.class_names)
 

@@ -80,6 +80,7 @@ def test_what_is_fitted_are_ten_crops_and_what_is_tested_is_the_centre(bench):
     np.testing.assert_allclose(test.features, expected, atol=0.002)
 
 
+@pytest.mark.exhaustive
 def test_a_limit_counts_images_and_each_has_its_ten_crops(bench):
     store = FeatureStore(bench.subject, bench.store.mesh, batch=8, limit=5)
     limited = Bench(bench.subject, bench.data, store)

@@ -134,6 +134,7 @@ def assert_same_networks(weights, expected):
         assert_same(weights.networks[name], state)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("choice", "step", "expected"),
     [
@@ -241,6 +242,7 @@ def test_the_card_of_an_encoder_that_saw_omega_says_which_channels_it_takes(tmp_
     assert "the model takes" not in (plain / "model_card.md").read_text().lower()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["resnet50", "wide", "bottlenecks"])
 def test_detectron2s_settings_make_a_resnet_of_the_files_widths(tmp_path, name):
     """detectron2 leaves an array of another shape at its random values, with a warning."""
@@ -266,6 +268,7 @@ def test_every_encoder_comes_back_exactly_from_pytorchs_own_file(tmp_path, name)
     assert_comes_back(tmp_path, name, ["torch"])
 
 
+@pytest.mark.exhaustive
 def test_the_lines_that_load_this_projects_file_give_an_images_features(run, tmp_path, monkeypatch):
     workdir, states = run
     export_command(run=str(workdir), to=str(tmp_path), formats=["cassle"])
@@ -339,6 +342,7 @@ def test_a_file_is_converted_and_its_card_says_from_what(tmp_path):
     assert (folder / "timm" / "config.json").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "size"), [("vit", 32), ("small_images", 32), ("resnet18", 224), ("convnext", 224)]
 )
@@ -351,6 +355,7 @@ def test_images_of_a_file_without_a_card_have_the_encoders_usual_size(tmp_path, 
         assert open_subject(tmp_path / "file.safetensors").spec.size == size
 
 
+@pytest.mark.exhaustive
 def test_a_vit_computes_the_same_with_the_heads_that_are_given(tmp_path):
     """The arrays are the same for every number of heads, the features are not."""
     save_file(encoder_state("vit"), tmp_path / "file.safetensors")
@@ -703,6 +708,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_command_exports_a_run_written_on_other_devices(run, tmp_path):
     workdir, states = run
     ended = command(f"--run={workdir}", f"--to={tmp_path}", "--formats=cassle,torchvision")

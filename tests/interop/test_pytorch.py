@@ -87,6 +87,7 @@ def test_a_conditioned_predictor_has_a_projectors_names():
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_small"])
 def test_an_encoder_has_the_published_names_and_shapes(name):
     shapes = json.loads((GOLDEN / "backbone_shapes.json").read_text())[name]
@@ -94,6 +95,7 @@ def test_an_encoder_has_the_published_names_and_shapes(name):
     assert {key: list(array.shape) for key, array in state.items()} == shapes
 
 
+@pytest.mark.exhaustive
 def test_a_vits_arrays_are_laid_out_as_published():
     """The golden features are PyTorch's for a state in its own layouts."""
     state = by_rule(json.loads((GOLDEN / "backbone_shapes.json").read_text())["vit_small"])
@@ -109,6 +111,7 @@ def test_a_vits_arrays_are_laid_out_as_published():
     assert np.linalg.norm(features - expected) < 1e-4 * np.linalg.norm(expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_comes_back_as_it_was(name):
     variables = filled(encoder_variables(ENCODERS[name]))

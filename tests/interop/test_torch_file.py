@@ -318,6 +318,7 @@ def test_an_older_file_of_a_big_endian_machine_is_refused(tmp_path):
         read_torch_file(tmp_path / "file.pth")
 
 
+@pytest.mark.exhaustive
 def test_no_place_that_is_read_leaves_its_storage(tmp_path):
     random = np.random.default_rng(0)
     numbers = [0, 1, 2, 3, 5, 23, 24, -1, -2, 2**31, 2**32, 2**60, 2**62, 2**63, 2**64, -(2**62)]

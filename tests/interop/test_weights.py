@@ -149,6 +149,7 @@ def test_moco_v3s_base_encoder_is_taken_with_projector_and_predictor(tmp_path):
     assert weights_of(weights.into(variables)).flat().keys() == weights.flat().keys()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_bare_encoder_is_read_without_its_classifier(tmp_path, name):
     state = encoder_state(name)

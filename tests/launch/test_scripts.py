@@ -39,6 +39,7 @@ def printed(script, *arguments, **settings):
     return shlex.split(ended.stdout, comments=True), ended.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_and_bash_find_nothing(script):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.defpath}")
@@ -189,6 +190,7 @@ def stub(tmp_path):
     return make
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("codes", "starts", "ends_with"),
     [

@@ -747,6 +747,7 @@ def test_a_typo_fails_before_anything_is_submitted(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_former_spelling_says_where_the_command_is(tmp_path):
     ended = sweep(
         tmp_path / "none", "--grid=sed=0", command=[ROOT / "launch" / "sweep.py"], cwd=tmp_path

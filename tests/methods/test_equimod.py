@@ -122,6 +122,7 @@ def with_unaugmented(seed):
     return TrainingViews(views, {"equimod": tuple(each.descriptor for each in omegas)})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", [SimCLR(), MoCoV2(queue_size=2 * BATCH, projector_out=6)])
 def test_a_step_encodes_the_unaugmented_images_in_one_batch_with_the_views(method):
     networks, state, update, _ = training(method, auxiliaries=(EQUIMOD,))

@@ -65,6 +65,7 @@ def test_the_loss_and_accuracy_against_numpy(simclr):
     np.testing.assert_allclose((losses["rotation"], metrics["accuracy"]), wanted, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_step_encodes_the_four_rotations_as_one_batch(simclr):
     networks, state, update, _ = simclr
     inputs = random_views(5, sizes=(PIXELS,) * 6)
@@ -102,6 +103,7 @@ def test_every_image_has_a_small_view_in_all_four_rotations(canvases):
             np.testing.assert_array_equal(image, np.rot90(of_upright, turns))
 
 
+@pytest.mark.exhaustive
 def test_the_small_view_is_drawn_by_key_and_position_and_never_rotated_already(canvases):
     views = four_views(jax.random.key(0), canvases)[0]
     part = Canvases(*(x[2:] for x in canvases))

@@ -114,8 +114,9 @@ def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
     assert all(metric.dtype == jnp.float32 for metric in metrics.values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["predictor", "both"])
-@pytest.mark.parametrize("name", everyday(WITH_PREDICTOR, "byol"))
+@pytest.mark.parametrize("name", WITH_PREDICTOR)
 def test_the_predictor_can_be_conditioned_instead_of_the_projector_or_as_well(name, into):
     conditioning = Conditioning(into=into, depth=2, width=8)
     state, update, views = start(name, conditioning)

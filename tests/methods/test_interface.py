@@ -221,6 +221,7 @@ def test_momentum_networks_follow_after_the_step_by_the_epochs_schedule(own):
         assert_close(step.after.target_params, expected, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_momentum_networks_may_follow_before_the_targets_are_computed():
     (step,), witness = take_steps(FollowingFirst(), 1)
     kept = momentum(0)
@@ -273,6 +274,7 @@ def losses_of_two_steps(conditioning):
     return [float(update(state, each)[1]["loss"]) for each in (inputs, otherwise)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("treatment", "injection"), CONDITIONED)
 def test_a_conditioned_projector_trains_and_depends_on_the_descriptor(treatment, injection):
     conditioning = Conditioning(treatment=treatment, injection=injection, depth=2, width=4)
@@ -281,6 +283,7 @@ def test_a_conditioned_projector_trains_and_depends_on_the_descriptor(treatment,
     assert abs(loss - otherwise) > 1e-4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("treatment", "injection"), UNCONDITIONED)
 def test_a_plain_projector_trains_and_ignores_the_descriptor(treatment, injection):
     conditioning = Conditioning(treatment=treatment, injection=injection)

@@ -108,6 +108,7 @@ def test_with_vicreg_the_loss_is_the_papers(vicreg):
     np.testing.assert_allclose(gain, expected, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_have_the_statistics_of_one(vicreg):
     method, (_, state, _, _) = vicreg
 
@@ -144,6 +145,7 @@ def test_eight_devices_have_the_statistics_of_one(vicreg):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), eight, one)
 
 
+@pytest.mark.exhaustive
 def test_the_method_sees_the_first_half_and_sie_the_last(vicreg):
     _, (networks, state, update, _) = vicreg
     variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -167,6 +167,7 @@ def test_no_gradient_of_the_staged_loss_reaches_later_stages(branched):
     assert reached == {"stage1": True, "stage2": True, "stage3": False}
 
 
+@pytest.mark.exhaustive
 def test_auxiliary_objectives_see_their_own_stage():
     """AugSelf the first stage, EquiMod the second, SimCLR the last, in one pass of the encoder."""
     augself = AugSelf({"crop": 0.5}, hidden=8, stage=1)
@@ -191,6 +192,7 @@ def test_auxiliary_objectives_see_their_own_stage():
         np.testing.assert_allclose(found, losses[name], rtol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_equal_one():
     augself = AugSelf({"crop": 0.5}, hidden=8, stage=1)
     conditioning = dataclasses.replace(CASSLE, stage=2)
@@ -285,6 +287,7 @@ class ColourFirst(analysed.Colour):
         return (features, {1: colour}) if stages else features
 
 
+@pytest.mark.exhaustive
 def test_evaluation_projects_what_the_projector_was_trained_on():
     """Views match as with an encoder whose features are that stage."""
     staged = dataclasses.replace(analysed.COLOR_DIFF, stage=1, plain_branch=0.5)

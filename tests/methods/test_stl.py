@@ -119,6 +119,7 @@ def test_eight_devices_contrast_what_one_does(simclr):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), eight, one)
 
 
+@pytest.mark.exhaustive
 def test_a_step_adds_the_weighted_losses(simclr):
     _, metrics = simclr.update(simclr.state, random_views(5))
     parts = {name: metrics[f"loss_stl_{name}"] for name in STL_TINY.weights}

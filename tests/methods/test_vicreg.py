@@ -126,6 +126,7 @@ def test_a_collapsed_batch_costs_all_of_the_variance_and_nothing_else():
     assert invariance == 0 and covariance == 0
 
 
+@pytest.mark.exhaustive
 def test_the_weighted_terms_are_logged_and_add_up_to_the_loss():
     method = VICReg(projector_hidden=8, projector_out=WIDTH, **WEIGHTS)
     _, state, update, embed = training(method)

@@ -95,6 +95,7 @@ def test_draws_depend_on_key_and_place_not_on_the_pixels(on_devices, batch, draw
     assert not np.isclose(other.params.brightness, drawn[0][0].params.brightness).any()
 
 
+@pytest.mark.exhaustive
 def test_a_part_of_the_batch_gets_the_views_it_has_in_the_whole(batch, drawn):
     part = slice(1, None, 3)
     make = partial(augmented_views, specs=(SPEC, SPEC), positions=jnp.arange(BATCH)[part])
@@ -158,6 +159,7 @@ def test_relative_omega_is_how_a_view_differs_from_the_other(drawn):
         np.testing.assert_array_equal(grayscale[:, 0], gray_one - gray_other)
 
 
+@pytest.mark.exhaustive
 def test_each_view_has_an_augmentation_of_its_own(batch):
     first, second = AugmentSpec(size=8, jitter=0.0).asymmetric_pair()
     small = AugmentSpec(size=4, jitter=0.0, blur=0.0, kernel_size=3)
@@ -182,6 +184,7 @@ def test_without_descriptors_omega_is_empty(drawn):
     assert views.targets == {}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("devices", [1, 4])
 def test_paired_images_share_crop_and_colours_and_nothing_else(batch, devices):
     images, _ = batch

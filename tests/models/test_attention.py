@@ -41,6 +41,7 @@ def test_every_token_gets_the_weighted_mean_of_the_values(dtype, tolerance):
     np.testing.assert_allclose(np.asarray(attended, np.float64), expected, atol=tolerance)
 
 
+@pytest.mark.exhaustive
 def test_a_vit_in_bfloat16_uses_flash_attention_on_gpus_in_both_directions(ampere):
     make = partial(make_encoder, "vit_small", width=96, patch_size=8, dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)

@@ -39,6 +39,7 @@ def test_sizes_are_torchvisions_without_the_classifier(name, width, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 
+@pytest.mark.exhaustive
 def test_kernels_begin_with_a_standard_deviation_of_a_fiftieth_and_biases_at_zero():
     """As the authors draw them: PyTorch's `trunc_normal_` cuts at ±2, not at 2 deviations."""
     params = TINY.clone(width=16).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), True)["params"]
@@ -65,6 +66,7 @@ def test_every_stage_halves_the_map_and_doubles_the_channels(variables, images):
     }
 
 
+@pytest.mark.exhaustive
 def test_recomputed_blocks_give_the_same_gradient_and_bfloat16_float32_features(variables, images):
     def gradient(**settings):
         encoder = TINY.clone(**settings)

@@ -55,6 +55,7 @@ def images():
     return jax.random.normal(jax.random.key(1), (3, 16, 16, 5))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "width", "parameters"),
     [
@@ -236,6 +237,7 @@ def test_bfloat16_layers_give_nearly_the_same_float32_features(tiny, images):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_recomputed_blocks_give_the_same_gradient(tiny, images, dtype):
     def gradient(remat):

@@ -8,12 +8,13 @@ from tests.everyday import everyday
 from tests.parity.comparison import Comparison
 from tests.parity.files import compare_file, files_of
 
-LONG = {"augment_ops.npz", "backbone_features.npz"}
+QUICK = {"backbone_shapes.json", "descriptors.npz", "linear_evaluation.npz", "projector.npz"}
+EVERYDAY = {*QUICK, "trajectory_moco.npz"}
 
 
 def pytest_generate_tests(metafunc):
     files = files_of(Path(metafunc.config.getoption("golden")))
-    metafunc.parametrize("file", everyday(files, *set(files) - LONG))
+    metafunc.parametrize("file", everyday(files, *EVERYDAY & set(files)))
 
 
 def test_file(file, pytestconfig, record_property):

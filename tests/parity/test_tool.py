@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.everyday import everyday
 from tests.parity import backbones
 from tests.parity.comparison import Comparison
 from tests.parity.files import COMPARE, compare_file, files_of
@@ -51,6 +50,7 @@ def test_an_error_beyond_the_bound_is_reported_with_its_entry(folder):
     assert failure == "training: 0.0001, more than 1e-05, at mlp_add/train_output"
 
 
+@pytest.mark.exhaustive
 def test_losses_and_parameters_of_a_trajectory_have_bounds(folder):
     path = folder / "trajectory_byol.npz"
     with np.load(path) as archive:
@@ -154,6 +154,7 @@ class TestSeeds:
     def test_a_seed_is_found(self, with_seed):
         assert not failures(with_seed(1), "backbone_features.npz")
 
+    @pytest.mark.exhaustive
     def test_a_seed_may_be_stated(self, with_seed, monkeypatch):
         monkeypatch.setattr(backbones, "SEEDS_TRIED", 1)
         folder = with_seed(7)
@@ -190,7 +191,8 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize("processes", everyday([(), ("-n", "1")], ()))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [(), ("-n", "1")])
 def test_a_run_ends_with_a_line_for_every_file(folder, processes):
     with_another_shape(folder / "backbone_shapes.json")
     (folder / "notes.txt").touch()
@@ -206,6 +208,7 @@ def test_a_run_ends_with_a_line_for_every_file(folder, processes):
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     ended = run("--golden", tmp_path / "nowhere")
     assert ended.returncode == pytest.ExitCode.USAGE_ERROR

@@ -150,6 +150,7 @@ def prepared_here(images, to):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_a_child_process_prepares_as_any_other_and_stays_as_it_is(images, tmp_path, small_shards):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(prepared_here, images, str(tmp_path)).result().is_dir()

@@ -21,6 +21,7 @@ def size_of(path) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_a_picture_of_any_number_of_examples(rows, tmp_path):
     path = tmp_path / "deep" / "figure.png"

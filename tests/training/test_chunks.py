@@ -22,7 +22,6 @@ from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
 from cassle_jax.training.state import initial_variables, state_from_variables
 from cassle_jax.training.step import Update, make_train_step
-from tests.everyday import everyday
 from tests.methods.one_device import CLOCK, PLAIN, SPEC, compiled, random_views
 from tests.methods.test_every_method import small
 from tests.tiny import EVERY_AUXILIARY, TinyEncoder, cropped_only, tiny_config
@@ -168,7 +167,8 @@ class OneShot:
         return loss, (changed["batch_stats"], target_stats)
 
 
-@pytest.mark.parametrize("case", everyday(CASES, "byol into the image"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_that_of_one_shot(case):
     method, networks, state, views = prepare(*CASES[case])
     after, metrics = update_of(method, networks, CHUNKS)(state, views)

@@ -297,6 +297,7 @@ def test_splits_of_different_classes_are_not_compared(tmp_path):
         pretrain(config, tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_a_damaged_image_is_named_once_however_often_the_features_are_probed(tmp_path, caplog):
     from PIL import Image
 

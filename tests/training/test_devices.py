@@ -17,7 +17,6 @@ from cassle_jax.parallel import (
 )
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step, update_of
-from tests.everyday import everyday
 from tests.tiny import EVERY_AUXILIARY, tiny_config
 
 STEPS = 4
@@ -90,7 +89,8 @@ def test_a_whole_step_of_eight_devices_is_that_of_one():
     assert_eight_devices_are_one(f"method=simclr,{EVERY_AUXILIARY}", whole_steps)
 
 
-@pytest.mark.parametrize("arguments", everyday(ARGUMENTS, "method=swav"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_every_method_makes_the_same_update_of_the_same_views(arguments):
     assert_eight_devices_are_one(arguments, updates)
 

@@ -13,7 +13,6 @@ from cassle_jax.parallel import device_mesh
 from cassle_jax.training import loop
 from cassle_jax.training.loop import Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_metrics
-from tests.everyday import everyday
 from tests.tiny import TinyEncoder, tiny_config
 
 # Each number is begun on once and continued on once, by more devices and by fewer.
@@ -73,7 +72,8 @@ def stopped(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("pair", everyday(PAIRS, (1, 8)), ids=str)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_a_run_begun_on_n_devices_continues_on_m(whole, stopped, tmp_path, pair):
     losses, expected, order = whole
     begun, continued = pair

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -34,7 +35,6 @@ from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.state import TrainState
-from tests.everyday import everyday, everyday_pairs
 from tests.tiny import TinyEncoder, tiny_config
 from tests.training.processes import assert_same, ends, start, steps_saved
 
@@ -211,9 +211,10 @@ def warnings_of(caplog):
     return [each.getMessage() for each in caplog.records if each.name.startswith("cassle_jax")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("disk", "room_is_known"),
-    everyday_pairs(DISKS, [True, False], (_Tmpfs, True), (_Inodes, True), (_FileSizeLimit, False)),
+    [*itertools.product(DISKS, [True, False])],
     indirect=["disk"],
 )
 def test_a_full_disk_is_reported_once_and_training_goes_on(
@@ -249,15 +250,10 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("disk", "stopped"),
-    everyday_pairs(
-        DISKS,
-        ["", "before", "meanwhile"],
-        (_Tmpfs, "before"),
-        (_Inodes, ""),
-        (_FileSizeLimit, "meanwhile"),
-    ),
+    [*itertools.product(DISKS, ["", "before", "meanwhile"])],
     indirect=["disk"],
 )
 def test_a_last_step_that_cannot_be_saved_is_an_error(
@@ -646,7 +642,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", everyday(DAMAGES, "missing", "half"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_file_of_a_checkpoint_does_no_harm(saved, caplog, kind):
     workdir, files = saved
     for file in files:
@@ -841,6 +838,7 @@ def test_a_file_system_that_is_gone_for_a_time_is_not_replaced_by_a_folder(
     assert "was deleted" not in caplog.text
 
 
+@pytest.mark.exhaustive
 def test_records_that_become_unreadable_lose_no_step(of_records, tmp_path, at_step):
     config, files = of_records
     config.checkpoint.every_steps = 100

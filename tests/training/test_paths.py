@@ -49,6 +49,7 @@ def config():
     return config
 
 
+@pytest.mark.exhaustive
 def test_a_run_lives_in_a_folder_of_any_name(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdir = f"runs/{AWKWARD}"

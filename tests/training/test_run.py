@@ -214,6 +214,7 @@ def shipped(path, arguments):
     return config, build_run(config, device_mesh(), 100_000)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
 def test_every_dataset_goes_with_every_method(path, method):
