@@ -33,6 +33,7 @@ def run(program, **environment):
     )
 
 
+@pytest.mark.exhaustive
 def test_known_miscompilations_are_avoided():
     done = run(f"{IMPORTS}{KNOWN}")
     assert (done.returncode, done.stderr) == (0, "")

@@ -82,6 +82,7 @@ def reached(module, seen):
             yield first
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("extra", MODULES)
 def test_an_extra_declares_what_its_commands_import(extra):
     seen = set()

@@ -47,6 +47,7 @@ def _hold(folder):
         pass
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "make",
     [

@@ -71,6 +71,7 @@ def test_a_run_and_its_export_are_one_subject(run, tmp_path):
     assert momentum.variables["params"].keys() == {"encoder", "projector"}
 
 
+@pytest.mark.exhaustive
 def test_another_weight_is_another_fingerprint(run):
     subject = open_subject(run[0])
     other = copy.deepcopy(subject.variables)

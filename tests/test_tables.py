@@ -407,6 +407,7 @@ def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tm
     assert len(pool.ran) == 6
 
 
+@pytest.mark.exhaustive
 def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, pool):
     lender, settings = str(tmp_path / "lender"), {"overrides": LONG, "parallel": 2}
     with pytest.raises(ConfigError, match=rf"^weights_of={lender} holds no runs; use the folder"):

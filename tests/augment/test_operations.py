@@ -149,6 +149,7 @@ def test_a_step_of_probability_zero_is_left_out(image, make_params):
     np.testing.assert_array_equal(_compiled(spec)(image, params).image[0], image)
 
 
+@pytest.mark.exhaustive
 def test_vmap_is_a_loop():
     spec = AugmentSpec(16, solarize=0.5, rotation=0.5, jitter_order="batch")
     random = np.random.default_rng(0)

@@ -289,6 +289,7 @@ def test_no_program_is_started_on_what_calls_itself_postscript(monkeypatch):
         decode(data, 64)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize(
     ("height", "width", "canvas", "expected"),

@@ -133,6 +133,7 @@ def test_the_seed_changes_the_order():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_order(chunk, count):
     source = Numbered(50, damaged=(3, 4, 20))
@@ -148,6 +149,7 @@ def test_processes_share_the_order(chunk, count):
     assert_same(joined, expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_do_not_change_the_batches(chunk, threads):
     source = Numbered(50, damaged=(0, 49))
@@ -324,6 +326,7 @@ def test_one_slow_read_does_not_make_storage_slow():
     assert kept == Kept(decoded=24)
 
 
+@pytest.mark.exhaustive
 def test_slow_storage_has_images_kept_as_they_are_stored():
     class Slow(Numbered):
         """Images of a tenth of the canvas, on storage slower than decoding."""

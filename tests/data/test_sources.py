@@ -236,6 +236,7 @@ def test_empty_class_is_named(image_folder, settings):
         open_source(settings(source="folder", path=str(root)), "train")
 
 
+@pytest.mark.exhaustive
 def test_only_tfds_users_import_tfds(image_folder, settings):
     script = (
         "import sys, cassle_jax.data; "

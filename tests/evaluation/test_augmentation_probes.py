@@ -56,6 +56,7 @@ def mixed(drawn):
     return (known @ np.random.default_rng(2).normal(size=(known.shape[1], 24))).astype(np.float32)
 
 
+@pytest.mark.exhaustive
 def test_what_the_features_hold_is_read_and_noise_says_nothing():
     drawn = descriptors()
     held = read_augmentations(noise(3), mixed(drawn), drawn)

@@ -119,6 +119,7 @@ def test_images_of_any_size_and_aspect_are_shown_as_pillow_has_them(benches, kin
     assert_shown(benches[kind].test.features, [five_crops(resized(f, SIZE))[4] for f in files])
 
 
+@pytest.mark.exhaustive
 def test_ten_crops_and_their_centres_are_pillows(benches):
     files = Pictures("PNG").files
     side = uncropped_side(SIZE)
@@ -147,6 +148,7 @@ def seen_under():
     return lambda chosen: jax.tree.map(np.asarray, under(chosen))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_an_augmentation_by_itself_changes_the_view_and_its_own_descriptors(seen_under, name):
     """Also fails where an augmentation is described, and `apply` leaves it out."""

@@ -47,6 +47,7 @@ def test_weights_are_those_of_liblinear(ways, shots, width, scale):
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("ways", "shots"), [(5, 1), (2, 5), (6, 3)])
 def test_accuracies_are_those_of_scikit_learn(ways, shots, monkeypatch):
     monkeypatch.setattr(few_shot_module, "_TOGETHER", 7)

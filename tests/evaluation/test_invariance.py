@@ -130,6 +130,7 @@ def test_relative_descriptors_relate_each_view_to_the_other():
     assert stages[WRONG_PROJECTOR].same < stages[PROJECTOR].same
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_descriptor_is_shown_where_there_is_one_and_the_encoder_hears_none(invariance):
     alone = invariance.alone()
     assert list(alone) == ALONE
@@ -251,6 +252,7 @@ def test_the_plain_view_is_the_centred_square():
     assert not any((view.params.flip, view.params.jitter, view.params.blur, view.params.grayscale))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("injection", ["concat", "image"])
 def test_a_resnet_is_compared_at_every_stage(injection):
     conditioning = Conditioning(injection=injection, depth=2, width=4)

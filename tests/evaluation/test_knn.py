@@ -28,6 +28,7 @@ def test_nearest_neighbour_agrees_with_scikit_learn(train_rows, monkeypatch):
     assert 0.3 < accuracy < 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("k", [5, 200])
 def test_votes_agree_with_counting_them_one_by_one(k, monkeypatch):
     monkeypatch.setattr(neighbours, "_SEARCH_ROWS", 128)

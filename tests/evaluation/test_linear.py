@@ -154,6 +154,7 @@ def test_more_features_than_rows():
     assert max(witness.excess(path, index) for index in range(3)) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_solutions_do_not_depend_on_lots_order_or_start():
     features, labels = blobs(300, seed=1)
     penalties = [1e-3, 10.0, 0.1, 1.0, 1e-2]
@@ -167,6 +168,7 @@ def test_solutions_do_not_depend_on_lots_order_or_start():
     np.testing.assert_allclose(path.weights, started.weights, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_heavy_penalties_end_at_the_optimum_and_stay_there():
     """Their optimum is one step away: then all slopes are rounding, and must not lead astray."""
     heavy = PENALTIES[PENALTIES > 1]
@@ -182,6 +184,7 @@ def test_heavy_penalties_end_at_the_optimum_and_stay_there():
             assert witness.excess(again, 0) < 1e-6
 
 
+@pytest.mark.exhaustive
 def test_metrics_are_those_of_scikit_learn_and_the_smallest_of_equals_is_taken():
     generator = np.random.default_rng(3)
     splits = []

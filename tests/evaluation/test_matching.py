@@ -81,6 +81,7 @@ def deaf_to(rows):
     return measure(jax.tree.map(silence, variables), lambda: batches_of(IMAGES, 16)).agreements
 
 
+@pytest.mark.exhaustive
 def test_a_projector_that_hears_the_descriptor_alone_matches_alike_whatever_the_features(measured):
     found = deaf_to(slice(0, 3))
     right = dataclasses.astuple(found[RIGHT])

@@ -43,6 +43,7 @@ def test_rows_that_point_nearly_the_same_way_are_distinguished(small_blocks):
     np.testing.assert_allclose(found.similarities, 1 - reached / 2, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("k", [3, 149])
 def test_a_query_does_not_find_itself(k, small_blocks):
     rows = points(150, seed=2)
@@ -58,6 +59,7 @@ def test_a_query_does_not_find_itself(k, small_blocks):
     assert mixed.rows.tolist() == [[0, 1], [0, 2]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("rows", "width"), [(100, 129), (100, 512), (1030, 37)])
 def test_copies_of_an_image_are_found_in_their_order(rows, width):
     copies = np.tile(points(1, seed=3, width=width), (rows, 1))

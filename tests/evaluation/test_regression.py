@@ -90,6 +90,7 @@ def test_scales_do_not_matter_to_how_well_a_fit_is_found(feature_scale, target_s
     assert objective(theta, features, targets[:, 0], 1e-6) <= least * (1 + 1e-4)
 
 
+@pytest.mark.exhaustive
 def test_scores_are_those_of_scikit_learn():
     train, val, test = (landmarks(80, seed=seed, noise=0.1) for seed in (1, 2, 3))
     penalties = np.logspace(-2, 4, 7)

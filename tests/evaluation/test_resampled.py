@@ -43,6 +43,7 @@ def test_parts_have_their_shares_even_of_classes_of_few_images(images):
         assert np.abs(of_class - share * images).max() <= 1
 
 
+@pytest.mark.exhaustive
 def test_the_mean_is_that_of_linear_evaluation_on_each_split(parts):
     found = resampled_linear_evaluation(parts, classes=3, penalties=PENALTIES, splits=3, seed=7)
     features, labels = (np.concatenate(each) for each in zip(*parts, strict=True))

@@ -134,6 +134,7 @@ def shown(act):
     return np.concatenate(Watched.seen)
 
 
+@pytest.mark.exhaustive
 def test_views_of_training_are_cropped_and_flipped_and_nothing_else():
     picture = np.zeros((20, 40, 3), np.uint8)
     picture[:, :20, 0] = picture[:, 20:, 2] = 255
@@ -265,6 +266,7 @@ def test_findings_are_two_scores():
     assert 0 <= findings[0].value <= 1
 
 
+@pytest.mark.exhaustive
 def test_a_batch_larger_than_the_dataset_shrinks_and_is_reported(caplog):
     train = Plain(*colours(10, CLASSES))
     result = sgd_probe(colour_subject(), train, train, classes=CLASSES, mesh=devices(4), epochs=1)

@@ -61,6 +61,7 @@ def mean_colours(pixels, places):
             for top, left in places]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_what_is_fitted_are_ten_crops_and_what_is_tested_is_the_centre(bench):
     assert uncropped_side(PIXELS) == 9
     assert uncropped_side(224) == 256

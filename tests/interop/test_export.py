@@ -580,6 +580,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, to, message):
         )
 
 
+@pytest.mark.exhaustive
 def test_a_second_export_into_a_folder_is_refused_and_leaves_no_file_of_its_own(tmp_path):
     """Two at once would leave the weights of one beside the card of the other."""
     folder = converted(tmp_path, "resnet18", "cassle")

@@ -478,6 +478,7 @@ def with_card(weights):
     return Weights(weights.networks, (), CARD, HEADS, weights.position_offset)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_dinov2s_format_has_every_array_as_published(tmp_path, kind):
     state = published(**KINDS[kind])

@@ -253,6 +253,7 @@ def test_a_signal_to_the_script_saves_and_ends_the_run(stub, tmp_path, number):
     assert (process.wait(600), stub.starts()) == (75, 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
     [

@@ -51,6 +51,7 @@ def expected_losses(names, params, first, second, differences):
     }
 
 
+@pytest.mark.exhaustive
 def test_each_head_against_numpy():
     networks, state, _, _ = training(SimCLR(), auxiliaries=(AUGSELF,))
     draw = np.random.default_rng(3)

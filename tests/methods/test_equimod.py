@@ -90,6 +90,7 @@ def test_the_loss_and_its_metrics_against_numpy(simclr, views):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_contrast_what_one_does(simclr):
     def losses(axis_name, variables, features, omegas):
         networks = build_networks(SimCLR(), TinyEncoder, 24, PLAIN, (EQUIMOD,), axis_name=axis_name)

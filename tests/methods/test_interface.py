@@ -156,6 +156,7 @@ def own():
     return take_steps(OwnMethod(), STEPS)
 
 
+@pytest.mark.exhaustive
 def test_the_loss_sees_predictions_targets_and_memory(own):
     steps, witness = own
     for step in steps:

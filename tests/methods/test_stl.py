@@ -91,6 +91,7 @@ def test_the_losses_and_metrics_against_numpy(simclr, momentum):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_contrast_what_one_does(simclr):
     def losses(axis_name, variables, features):
         networks = build_networks(

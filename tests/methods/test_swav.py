@@ -166,6 +166,7 @@ def random_prototypes():
     return networks.bind({"params": {"predictor": {"prototypes": prototypes}}})
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_are_one_with_and_without_the_queue(scores):
     """The gradient as a training step takes it: of weights that all devices have alike."""
     swav, networks = method(queue_size=SAMPLES), random_prototypes()

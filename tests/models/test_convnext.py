@@ -27,6 +27,7 @@ def images():
 
 
 # Parameters of torchvision 0.28's models without their classifiers.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "width", "parameters"),
     [("convnext_tiny", 768, 27_820_128), ("convnext_base", 1024, 87_566_464)],
@@ -52,6 +53,7 @@ def test_kernels_begin_with_a_standard_deviation_of_a_fiftieth_and_biases_at_zer
     assert not biases.any()
 
 
+@pytest.mark.exhaustive
 def test_every_stage_halves_the_map_and_doubles_the_channels(variables, images):
     features, seen = TINY.apply(variables, images, False, mutable=["intermediates"])
     shapes = {name: value[0].shape for name, value in seen["intermediates"].items()}

@@ -174,6 +174,7 @@ def test_weights_start_as_moco_v3s():
             np.testing.assert_array_equal(leaf, float(path[-1] == "scale"))
 
 
+@pytest.mark.exhaustive
 def test_no_gradient_reaches_what_is_frozen_and_all_else_has_one(tiny, images):
     frozen = TINY.func.frozen_parameters
     assert set(frozen) < tiny["params"].keys()

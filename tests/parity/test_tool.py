@@ -73,6 +73,7 @@ def test_a_figure_that_is_no_number_is_beyond_every_bound(folder):
     assert failure.startswith("training: inf, more than 1e-05, at mlp_add/train_output")
 
 
+@pytest.mark.exhaustive
 def test_arrays_that_are_missing_renamed_or_of_another_shape_are_named(folder):
     path = folder / "projector.npz"
     with np.load(path) as archive:
@@ -169,6 +170,7 @@ class TestSeeds:
         (folder / "README.md").unlink()
         assert not failures(with_seed(7, seed=7), "backbone_features.npz")
 
+    @pytest.mark.exhaustive
     def test_features_a_little_off_are_beyond_the_bound(self, with_seed):
         folder = with_seed(0)
         path = folder / "backbone_features.npz"

@@ -644,6 +644,7 @@ def test_an_error_of_the_system_that_array_record_words_is_one_of_its_file(tmp_p
         raise RuntimeError("data loss")
 
 
+@pytest.mark.exhaustive
 def test_a_limit_of_a_files_size_is_one_line(images, tmp_path, monkeypatch):
     # Python would leave compiled modules that end at the limit, and fail at them from then on.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -409,6 +409,7 @@ def warnings(tmp_path, caplog, monkeypatch):
     return begin
 
 
+@pytest.mark.exhaustive
 def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step(warnings):
     (told,) = warnings("cassle")
     assert "conditioning.descriptors has color_diff" in told
@@ -416,6 +417,7 @@ def test_a_descriptor_computed_from_the_image_is_warned_of_before_the_first_step
     assert not warnings("leak_free")
 
 
+@pytest.mark.exhaustive
 def test_components_of_one_descriptor_are_one_warning(warnings):
     names = sorted(f"color_diff.{each}" for each in DESCRIPTORS["color_diff"].components)
     first, second, _ = names
