@@ -103,6 +103,7 @@ def evaluate_command(
     agree(_shared_facts(opened, subjects, tasks, values))
     planned = _planned(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
     _warn_of_idle(values, extraction, planned)
+    _warn_of_unmet(planned)
     stores = partial(
         FeatureStore,
         mesh=mesh,
@@ -165,17 +166,21 @@ def _evaluate(
 def _planned(
     opened: Sequence[EvaluationData], tasks: Sequence[str], *settings, **of_run: int
 ) -> list[Planned]:
-    """The protocols that `plan` chooses; logs why some cannot run, and refuses where none can."""
+    """The protocols that `plan` chooses; raises ConfigError where they suit no dataset."""
     planned = plan(opened, tasks, *settings, **of_run)
     if not planned:
         names = ", ".join(data.name for data in opened)
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
+    return planned
+
+
+def _warn_of_unmet(planned: Sequence[Planned]) -> None:
+    """Logs why protocols cannot run; raises DataError where none can run on any dataset."""
     lines = [f"{each}: {each.unmet}" for each in planned if each.unmet]
     if len(lines) == len(planned):
         raise DataError("nothing can be evaluated; " + "; ".join(lines))
     for line in lines:
         LOG.warning("%s; the rest is done", line)
-    return planned
 
 
 def _warn_of_idle(
@@ -484,7 +489,7 @@ def check_requested(
     extraction, of_protocols = checked_settings(_settings_in(values))
     if datasets and opens:
         opened = _open_datasets(datasets, values.data_dir)
-        _planned(opened, tasks, of_protocols, limit=extraction.limit)
+        _warn_of_unmet(_planned(opened, tasks, of_protocols, limit=extraction.limit))
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

@@ -141,8 +141,10 @@ def _no_end():
     _undo_end()
 
 
-# What a script starts in the background ignores Ctrl-C, and so would all that the tests start.
+# What a script starts in the background ignores Ctrl-C, and under nohup a closed terminal; so would
+# all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 _HANDLERS = {
     number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 }
