@@ -68,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, Ctrl-C and a closed terminal, which `nohup` hides."""
+    """SIGTERM, Ctrl-C and, except under `nohup`, a closed terminal."""
     always = signal.SIGTERM, signal.SIGINT
     hidden = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return always if hidden else (*always, signal.SIGHUP)
@@ -83,7 +83,9 @@ def end_undisturbed() -> None:
 
 
 def _interrupt(number: int, _) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # SLURM sends it several times, and the end takes a while
+    # SLURM sends it several times, systemd the other one besides, and the end takes a while.
+    for each in (number, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -34,6 +34,7 @@ from cassle_jax.evaluation.protocols import (
     parsed_settings,
     protocols_with,
 )
+from cassle_jax.evaluation.settings import Settings
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import Outage, reason_of, retried
@@ -98,10 +99,10 @@ def evaluate_command(
     extraction, of_protocols = checked_settings(values)
     check_at_least("cache_gib", cache_gib, 0)
     mesh, limit = _mesh_for(extraction.batch), extraction.limit
-    opened = _open_datasets(datasets, data_dir)
+    opened = open_datasets(datasets, data_dir)
     subjects = _open_subjects(runs, extraction)
     agree(_shared_facts(opened, subjects, tasks, values))
-    planned = _planned(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
+    planned = planned_on(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
     _warn_of_idle(values, extraction, planned)
     _warn_of_unmet(planned)
     stores = partial(
@@ -163,11 +164,16 @@ def _evaluate(
             report.add(findings, "" if failed else key)
 
 
-def _planned(
-    opened: Sequence[EvaluationData], tasks: Sequence[str], *settings, **of_run: int
+def planned_on(
+    opened: Sequence[EvaluationData],
+    tasks: Sequence[str],
+    settings: Mapping[str, Settings],
+    *,
+    limit: int = 0,
+    devices: int = 1,
 ) -> list[Planned]:
     """The protocols that `plan` chooses; raises ConfigError where they suit no dataset."""
-    planned = plan(opened, tasks, *settings, **of_run)
+    planned = plan(opened, tasks, settings, limit=limit, devices=devices)
     if not planned:
         names = ", ".join(data.name for data in opened)
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
@@ -276,7 +282,8 @@ def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
             check_one_of("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
 
 
-def _open_datasets(datasets: Sequence[str], data_dir: str) -> list[EvaluationData]:
+def open_datasets(datasets: Sequence[str], data_dir: str) -> list[EvaluationData]:
+    """Opens every dataset as `open_evaluated` does; raises ConfigError where two have one name."""
     opened = [retried(each, partial(open_evaluated, each, data_dir)) for each in datasets]
     names = [data.name for data in opened]
     for name in names:
@@ -327,6 +334,7 @@ def named_path(described: str) -> tuple[str, str]:
 
 def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, list[Subject]]:
     subjects: dict[str, list[Subject]] = {}
+    weights: dict[str, set[str]] = {}
     for described in runs:
         name, path = named_path(described)
         subject = open_subject(path, name=name, network=extraction.network)
@@ -340,21 +348,18 @@ def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, lis
                 "give each a name, as in --run=name=path (one name for seeds)"
             )
         seeds = subjects.setdefault(subject.name, [])
-        _check_seed(path, subject, seeds)
+        known = weights.setdefault(subject.name, set())
+        if (fingerprint := subject.fingerprint()) in known:
+            raise ConfigError(
+                f"run={path} has the same weights as another run called {subject.name!r}, and "
+                "would count twice in its mean; give each seed once"
+            )
+        if seeds and (other := other_settings(seeds[0], subject)):
+            said = "%s: its mean is over runs of different settings: %s"
+            LOG.warning(said, subject.name, "; ".join(other))
         seeds.append(subject)
+        known.add(fingerprint)
     return subjects
-
-
-def _check_seed(path: str, subject: Subject, seeds: Sequence[Subject]) -> None:
-    """Refuses weights that are another seed of the subject; logs where their settings differ."""
-    if subject.fingerprint() in [each.fingerprint() for each in seeds]:
-        raise ConfigError(
-            f"run={path} has the same weights as another run called {subject.name!r}, and would "
-            "count twice in its mean; give each seed once"
-        )
-    if seeds and (other := other_settings(seeds[0], subject)):
-        said = "%s: its mean is over runs of different settings: %s"
-        LOG.warning(said, subject.name, "; ".join(other))
 
 
 def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]:
@@ -483,13 +488,13 @@ def check_requested(
     for name in ("run", "to"):
         if values[name].present:
             raise ConfigError(f"evaluation: --{name} is not a further option; leave it out")
-    # The command takes the later one of an option.
+    # As absl does: the last value of a repeated option counts.
     datasets, tasks = datasets_in(values.datasets) or datasets, values.tasks or tasks
     check_names(datasets, tasks)
     extraction, of_protocols = checked_settings(_settings_in(values))
     if datasets and opens:
-        opened = _open_datasets(datasets, values.data_dir)
-        _warn_of_unmet(_planned(opened, tasks, of_protocols, limit=extraction.limit))
+        opened = open_datasets(datasets, values.data_dir)
+        _warn_of_unmet(planned_on(opened, tasks, of_protocols, limit=extraction.limit))
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.augment import AugmentSpec
 from cassle_jax.checks import ConfigError, naming
+from cassle_jax.config import flat_settings
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import retried
 from cassle_jax.interop.architecture import architecture_of, image_size
@@ -22,7 +23,7 @@ from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
-from cassle_jax.training.saved_config import changes
+from cassle_jax.training.saved_config import FREE_TO_CHANGE
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
@@ -63,8 +64,12 @@ def other_settings(first: Subject, other: Subject) -> list[str]:
     configs = [each.facts.get("config") for each in (first, other)]
     if None in configs:
         return []
-    found = changes(*(todays_settings(ConfigDict(each))[0] for each in configs))
-    return [line for name, line in found.items() if name != "seed"]
+    one, two = (flat_settings(todays_settings(ConfigDict(each))[0]) for each in configs)
+    return [
+        f"{name}={two.get(name)!r} beside {one.get(name)!r}"
+        for name in sorted(one.keys() | two.keys())
+        if one.get(name) != two.get(name) and not name.startswith(("seed", *FREE_TO_CHANGE))
+    ]
 
 
 def _of_run(name: str, weights: Weights | RunWeights) -> Subject:

@@ -80,8 +80,8 @@ def pytest_configure(config):
     if not folder.is_dir():
         raise pytest.UsageError(f"--golden={config.getoption('golden')} is not a folder")
     config.option.golden = str(folder.resolve())
-    if "CASSLE_JAX_PRELOADED" not in os.environ and (preloaded := start_preloaded()):
-        config.add_cleanup(preloaded.kill)
+    if "CASSLE_JAX_PRELOADED" not in os.environ and (end := start_preloaded()):
+        config.add_cleanup(end)
 
 
 def pytest_collection_finish():

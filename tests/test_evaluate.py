@@ -144,7 +144,7 @@ def test_a_mean_over_runs_of_different_settings_says_so(run, tmp_path, monkeypat
     other = of_other_weights(tmp_path, seed=7, batch_size=32, log={"every_steps": 1, "to": []})
     evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"a={other}", f"b={run}"])
     (said,) = (each for each in caplog.messages if "mean" in each)
-    assert said == "a: its mean is over runs of different settings: batch_size=32 was 16"
+    assert said == "a: its mean is over runs of different settings: batch_size=32 beside 16"
 
 
 @pytest.mark.exhaustive

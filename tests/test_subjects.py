@@ -18,7 +18,7 @@ from cassle_jax.interop.weights import weights_of
 from cassle_jax.methods import METHODS, ViewBatch
 from cassle_jax.methods.base import HeadShape
 from cassle_jax.parallel import device_mesh
-from cassle_jax.subjects import open_subject
+from cassle_jax.subjects import open_subject, other_settings
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.recorded import method_of
 from cassle_jax.training.run import build_run
@@ -203,6 +203,7 @@ def test_a_run_of_a_method_that_nobody_knows_has_its_encoder(run, monkeypatch, c
     subject = open_subject(run[0])
     assert not subject.has_projector
     assert subject.fingerprint() == expected.fingerprint()
+    assert other_settings(subject, expected) == []
     assert "method.name='byol' is not among the methods here" in caplog.text
     record_start(run[0], step=0, images=64, mesh=device_mesh(), record={"heads": {"projector": 1}})
     with pytest.raises(ConfigError, match="record of heads and views is damaged"):

@@ -21,7 +21,7 @@ from cassle_jax.faults import Outage
 from cassle_jax.sweep import worker
 from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
-from cassle_jax.sweep.evaluation import Evaluation
+from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
 from cassle_jax.sweep.experiment import _Results
 from cassle_jax.sweep.jobs import write_outcome
 from cassle_jax.sweep.pool import WorkerPool, gpu_shares
@@ -30,7 +30,7 @@ from cassle_jax.sweep.space import SweepRequest, parsed
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
 from cassle_jax.sweep.worker import Job
-from cassle_jax.tables import dry_run, evaluation_of, run_table
+from cassle_jax.tables import dry_run, run_table
 from cassle_jax.training.saved_config import read_config, write_config
 from cassle_jax.training.start_records import last_start_record
 from tests.commands import run_command
@@ -405,6 +405,18 @@ def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tm
     assert len(pool.ran) == 3
     run_table(PAIR, tmp_path, seeds=(1,), **settings)
     assert len(pool.ran) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"datasets": ("scenes", "scenes")}, r"^dataset 'scenes' is named twice"),
+        ({"datasets": ("scenes",), "tasks": ("regression",)}, "^tasks=regression suit none of sc"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_any_run(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluation_of(PAIR, **settings)
 
 
 @pytest.mark.exhaustive

@@ -197,9 +197,11 @@ def _write_shards(
     missing = [shard for shard in shards if shard.path not in written]
     if is_there(folder / INFO):
         LOG.warning(
-            "%s was finished, and has lost a shard or a part of one; %d of its %d shards, those "
-            "without a note of what they hold, are written again",
-            *(folder, len(missing), len(shards)),
+            "%s was finished, and has lost a shard or a part of one; %d of its %d shards are "
+            "written again",
+            folder,
+            len(missing),
+            len(shards),
         )
         (folder / INFO).unlink()  # it would not fit the new shards
     images = sum(len(shard.indices) for shard in shards)
@@ -288,7 +290,8 @@ def _begin_worker(sources: Mapping[str, Source], encoding: Encoding, max_pixels:
 
 def _begin_process(*settings) -> None:
     _begin_worker(*settings)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all; the parent answers
+        signal.signal(number, signal.SIG_IGN)
     # A worker whose parent was killed would wait for work for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -13,8 +13,7 @@ from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.sources import digest_of
-from cassle_jax.evaluate import check_names, open_evaluated
-from cassle_jax.evaluation.plan import plan
+from cassle_jax.evaluate import check_names, open_datasets, planned_on
 from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.formats import FORMATS
@@ -68,7 +67,7 @@ def evaluation_of(
     if toy:
         chosen = ("scenes",) if chosen else ()
     check_names(chosen, tasks)
-    opened = [open_evaluated(dataset, data_dir) for dataset in chosen]
+    opened = open_datasets(chosen, data_dir)
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
     texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ())))
@@ -80,7 +79,8 @@ def evaluation_of(
         extraction, of_protocols = checked_settings(values)
     except ConfigError as error:
         raise ConfigError(f"evaluation {error}") from error
-    for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
+    planned = planned_on(opened, tasks, of_protocols, limit=extraction.limit) if opened else []
+    for each in planned:
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
     images = {data.name: _numbers_and_classes(data) for data in opened}

@@ -1,10 +1,10 @@
 """Reads the folder of a sweep's or table's run: its state, and why it failed."""
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_DIVERGED, Stop
 from cassle_jax.data import names_of, open_source
+from cassle_jax.faults import retried
 from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
 from cassle_jax.training.saved_config import changes, read_config
 from cassle_jax.training.start_records import last_start_record
@@ -54,16 +55,21 @@ class RunRecord:
         """One line with the run's name and the reason of its failure."""
         return f"{self.folder.name}: {self.reason}"
 
-    def changes(self, config: ConfigDict) -> list[str]:
+    def changes(self, config: ConfigDict, *, opens: bool = True) -> list[str]:
         """The settings in which the run differs from a configuration, such as `steps=9 was 7`.
 
         Another `data.path` is none of them, unless the images there have other names.
+
+        Args:
+          config: the configuration.
+          opens: whether to compare the images, which only a run's own host may have.
 
         Raises:
           DataError: the images there cannot be opened.
         """
         before = read_config(self.folder)
-        return list(changes(before, config).values()) or self._other_images(before, config)
+        changed = list(changes(before, config).values())
+        return changed or (self._other_images(before, config) if opens else [])
 
     def _other_images(self, before: ConfigDict, now: ConfigDict) -> list[str]:
         path = before.data.get("path", "")
@@ -75,20 +81,21 @@ class RunRecord:
             return []
         return [f"data.path={now.data.path!r} has other images than {path!r} had"]
 
-    def check_same(self, config: ConfigDict) -> None:
+    def check_same(self, config: ConfigDict, *, opens: bool = True) -> None:
         """Raises ConfigError where the run had other settings than the requested ones."""
-        if changed := self.changes(config):
+        if changed := self.changes(config, opens=opens):
             raise ConfigError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed)}); use "
                 "another folder (--to), or the run's settings"
             )
 
 
-@functools.cache
+@cache
 def _names_of(data: str) -> str | None:
     """See `names_of`, for the training images of `data` settings as JSON; lists them once."""
     settings = ConfigDict(json.loads(data))
-    return names_of(open_source(settings, settings.train_split))
+    opened = partial(open_source, settings, settings.train_split)
+    return names_of(retried(f"data.path={settings.path}", opened))
 
 
 def check_finished(records: Sequence[RunRecord]) -> None:

@@ -74,15 +74,17 @@ def sweep(
       The path of the page.
 
     Raises:
-      ConfigError: an invalid setting, or another sweep uses the folder; nothing was submitted.
+      ConfigError, DataError: an invalid setting, a missing dataset, or another sweep uses the
+        folder; nothing was submitted.
       Stop: some runs failed, or Ctrl-C; the same sweep resumes.
     """
     evaluation = evaluation or EvaluationOptions()
     runs = runs_of(request)
     folder = _known_folder(folder, where)
-    check_requested(
-        evaluation.datasets, evaluation.tasks, evaluation.options, opens=where == "local"
-    )
+    records = [RunRecord(workdir_of(folder, run.name)) for run in runs]
+    # Only SLURM's hosts may have the images of an evaluation there.
+    opens = where == "local" and any(record.state != FINISHED for record in records)
+    check_requested(evaluation.datasets, evaluation.tasks, evaluation.options, opens=opens)
     if slurm and where != "slurm":
         LOG.warning("slurm=%s has no effect with where=%s", slurm, where)
     check_writable("to", folder)
@@ -90,7 +92,7 @@ def sweep(
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
         LOG.warning("%s", line)
     with folder_held_for("sweep", folder):
-        lines = _RunLines(folder, runs)
+        lines = _RunLines(folder, runs, where)
         jobs = folder / "jobs"
         retried(f"to={folder}", lambda: make_shared(jobs))
         executor = Slurm(jobs, parallel, slurm) if where == "slurm" else Local(jobs, parallel)
@@ -125,7 +127,7 @@ def dry_run(request: SweepRequest, folder: epath.PathLike, where: str = "local")
       ConfigError: an invalid setting or folder, or a run of the folder has other settings.
     """
     runs = runs_of(request)
-    lines = _RunLines(_known_folder(folder, where), runs)
+    lines = _RunLines(_known_folder(folder, where), runs, where)
     states = [lines.state(run) for run in runs]
     listed = [f"{run.name}: {state}" for run, state in zip(runs, states, strict=True)]
     return "\n".join([*listed, _count(runs, states)])
@@ -155,14 +157,14 @@ class _RunLines:
         initial weights.
     """
 
-    def __init__(self, folder: Path, runs: Sequence[RunSpec]):
+    def __init__(self, folder: Path, runs: Sequence[RunSpec], where: str):
         self._folder, self._runs = folder, runs
         self._path = folder / "runs.jsonl"
         self._running: set[str] = set()
         for run in runs:
             record = self.record(run)
             if record.state == FINISHED:
-                record.check_same(run.config)
+                record.check_same(run.config, opens=where == "local")
             else:
                 check_weights_file(run.config.weights, record.folder)
 

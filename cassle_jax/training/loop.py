@@ -496,7 +496,7 @@ def _warn_of_late_omega(run: Run) -> None:
     start = run.conditioning.start_epoch
     if start >= run.clock.epochs:
         LOG.warning(
-            "conditioning.start_epoch=%g is not within the run's %.3g epochs, so no image is "
+            "conditioning.start_epoch=%g is not within the run's %g epochs, so no image is "
             "projected with ω; use a smaller value",
             start,
             run.clock.epochs,

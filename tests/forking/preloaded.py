@@ -1,6 +1,6 @@
 """The process that has imported what commands need, and forks one for each; see sitecustomize.py.
 
-python tests/forking/preloaded.py FILE_DESCRIPTOR   # of a listening socket
+python tests/forking/preloaded.py FILE_DESCRIPTOR PROCESS   # a listening socket, its owner
 """
 
 import array
@@ -12,6 +12,7 @@ import os
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,14 +23,13 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 COMMANDS = ("evaluate", "export", "prepare", "pretrain", "sweep", "tables", "transfer")
-FURTHER = ("submitit.core.submission", "tests.tiny")
 READ_LATER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HANDLERS = {number: signal.getsignal(number) for number in range(1, 32)}
 
 
 def read_at_import(environment):
     """What a process reads of its environment while it imports JAX and this project."""
-    names = [name for name in environment if name.startswith(("JAX_", "PYTHON"))]
+    names = [name for name in environment if name.startswith(("JAX_", "PYTHON", "LC_", "LANG"))]
     path = environment.get("PYTHONPATH", "").split(os.pathsep)
     read = {name: environment[name] for name in names if name not in READ_LATER}
     return {**read, "PYTHONPATH": set(path) - {str(ROOT), str(FOLDER), ""}}
@@ -38,6 +38,8 @@ def read_at_import(environment):
 def fits(request):
     """Whether a fork has imported what the process itself would import."""
     environment, folder = request["environment"], Path(request["folder"])
+    if request["executable"] != sys.executable:
+        return False
     if folder != ROOT:  # which Python looks through first
         path = environment.get("PYTHONPATH", "").split(os.pathsep)
         packages = any((folder / name).exists() for name in ("cassle_jax", "tests"))
@@ -61,7 +63,7 @@ def received(connection):
 
 
 def become(request, files):
-    """Gives a fork all that its module may look at, but for the number of its process."""
+    """Gives a fork what its module may look at, but for the numbers of its process and group."""
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -69,6 +71,7 @@ def become(request, files):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             ignored = number in request["ignored"]
             signal.signal(number, signal.SIG_IGN if ignored else handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     for number, limit in request["limits"]:
         resource.setrlimit(number, limit)
     os.umask(request["umask"])
@@ -76,22 +79,22 @@ def become(request, files):
     sys.path[0] = request["folder"]
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # of another TMPDIR
     sys.argv = [request["module"], *request["arguments"]]
 
 
 class Server:
     """Forks, waits for the forks, and kills those whose process was killed."""
 
-    def __init__(self, listening):
-        self.listening = listening
+    def __init__(self, listening, tests):
+        self.listening, self.tests = listening, tests
         self.events = selectors.DefaultSelector()
         self.events.register(listening, selectors.EVENT_READ)
         self.forks = {}  # their connections, by process
 
     def serve(self):
         """Forks as long as the tests run; returns in a fork, with its request and files."""
-        tests = os.getppid()
-        while os.getppid() == tests:
+        while os.getppid() == self.tests:
             ready = [key.fileobj for key, _ in self.events.select(0.02 if self.forks else 1.0)]
             # First the killed ones: a process that starts after one of them never meets its fork.
             for process, connection in list(self.forks.items()):
@@ -109,8 +112,12 @@ class Server:
 
     def begin(self, connection, _):
         """Forks for a process that has just started, or lets it go on by itself."""
-        request, files = received(connection)
-        fork = request is not None and fits(request)
+        try:
+            request, files = received(connection)
+            fork = request is not None and fits(request)
+        except OSError:  # the process has ended, or its folder cannot be read
+            connection.close()
+            return None
         process = os.fork() if fork else 0
         if fork and not process:
             return request, files
@@ -133,31 +140,40 @@ class Server:
 
 
 def start():
-    """Starts the process for all Pythons that this one and its children start; returns it.
+    """Starts the process for all Pythons that this one and its children start.
 
-    Coverage measures a process from its start on, so that nothing is started for it.
+    Returns:
+      What ends it; `None` where nothing is started. Coverage measures a process from its start on.
     """
     if sys.platform != "linux" or "COVERAGE_PROCESS_CONFIG" in os.environ:
         return None
-    address = str(Path(tempfile.mkdtemp()) / "socket")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path is short
+    address = os.environ["CASSLE_JAX_PRELOADED"] = str(folder / "socket")
+    path = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
     with socket.socket(socket.AF_UNIX) as listening:
-        os.environ["CASSLE_JAX_PRELOADED"] = address
-        path = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path)
         listening.bind(address)
         listening.listen(64)
-        command = [sys.executable, __file__, str(listening.fileno())]
+        file = listening.fileno()
+        command = [sys.executable, __file__, str(file), str(os.getpid())]
         null = subprocess.DEVNULL
-        return subprocess.Popen(command, pass_fds=[listening.fileno()], stdin=null, stdout=null)
+        process = subprocess.Popen(command, pass_fds=[file], stdin=null, stdout=null)
+
+    def end():
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+    return end
 
 
-def main(descriptor):
+def main(descriptor, tests):
     sys.path[0] = str(ROOT)
     listening = socket.socket(fileno=descriptor)
-    for name in (*(f"cassle_jax.{command}" for command in COMMANDS), *FURTHER):
+    for name in (*(f"cassle_jax.{command}" for command in COMMANDS), "tests.tiny"):
         importlib.import_module(name)
     gc.freeze()
-    server = Server(listening)
+    server = Server(listening, tests)
     request, files = server.serve()
     server.events.close()
     for connection in (listening, *server.forks.values()):
@@ -169,4 +185,4 @@ def main(descriptor):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
