@@ -34,7 +34,6 @@ from cassle_jax.evaluation.protocols import (
     parsed_settings,
     protocols_with,
 )
-from cassle_jax.evaluation.settings import Settings
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import Outage, reason_of, retried
@@ -102,7 +101,7 @@ def evaluate_command(
     opened = open_datasets(datasets, data_dir)
     subjects = _open_subjects(runs, extraction)
     agree(_shared_facts(opened, subjects, tasks, values))
-    planned = planned_on(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
+    planned = plan(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
     _warn_of_idle(values, extraction, planned)
     _warn_of_unmet(planned)
     stores = partial(
@@ -162,22 +161,6 @@ def _evaluate(
             findings = _run(each, bench, report)
             failed = any(isinstance(finding, Failure) for finding in findings)
             report.add(findings, "" if failed else key)
-
-
-def planned_on(
-    opened: Sequence[EvaluationData],
-    tasks: Sequence[str],
-    settings: Mapping[str, Settings],
-    *,
-    limit: int = 0,
-    devices: int = 1,
-) -> list[Planned]:
-    """The protocols that `plan` chooses; raises ConfigError where they suit no dataset."""
-    planned = plan(opened, tasks, settings, limit=limit, devices=devices)
-    if not planned:
-        names = ", ".join(data.name for data in opened)
-        raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
-    return planned
 
 
 def _warn_of_unmet(planned: Sequence[Planned]) -> None:
@@ -334,7 +317,7 @@ def named_path(described: str) -> tuple[str, str]:
 
 def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, list[Subject]]:
     subjects: dict[str, list[Subject]] = {}
-    weights: dict[str, set[str]] = {}
+    known: set[tuple[str, str]] = set()
     for described in runs:
         name, path = named_path(described)
         subject = open_subject(path, name=name, network=extraction.network)
@@ -348,8 +331,8 @@ def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, lis
                 "give each a name, as in --run=name=path (one name for seeds)"
             )
         seeds = subjects.setdefault(subject.name, [])
-        known = weights.setdefault(subject.name, set())
-        if (fingerprint := subject.fingerprint()) in known:
+        weights = subject.name, subject.fingerprint()
+        if weights in known:
             raise ConfigError(
                 f"run={path} has the same weights as another run called {subject.name!r}, and "
                 "would count twice in its mean; give each seed once"
@@ -358,7 +341,7 @@ def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, lis
             said = "%s: its mean is over runs of different settings: %s"
             LOG.warning(said, subject.name, "; ".join(other))
         seeds.append(subject)
-        known.add(fingerprint)
+        known.add(weights)
     return subjects
 
 
@@ -494,7 +477,7 @@ def check_requested(
     extraction, of_protocols = checked_settings(_settings_in(values))
     if datasets and opens:
         opened = open_datasets(datasets, values.data_dir)
-        _warn_of_unmet(planned_on(opened, tasks, of_protocols, limit=extraction.limit))
+        _warn_of_unmet(plan(opened, tasks, of_protocols, limit=extraction.limit))
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

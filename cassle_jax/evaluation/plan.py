@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
+from cassle_jax.checks import ConfigError
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.protocols import PROTOCOLS
@@ -50,8 +51,11 @@ def plan(
       settings: settings of every protocol, by its name.
       limit: largest number of images per part; 0 for all.
       devices: number of devices.
+
+    Raises:
+      ConfigError: the requested protocols suit none of the datasets.
     """
-    return [
+    planned = [
         Planned(
             data,
             each,
@@ -61,6 +65,10 @@ def plan(
         for data in opened
         for each in _suiting(data, tasks)
     ]
+    if opened and not planned:
+        names = ", ".join(data.name for data in opened)
+        raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
+    return planned
 
 
 def _suiting(data: EvaluationData, tasks: Sequence[str]) -> list[Protocol]:

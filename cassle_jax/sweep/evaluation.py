@@ -13,7 +13,8 @@ from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.sources import digest_of
-from cassle_jax.evaluate import check_names, open_datasets, planned_on
+from cassle_jax.evaluate import check_names, open_datasets
+from cassle_jax.evaluation.plan import plan
 from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.formats import FORMATS
@@ -79,8 +80,7 @@ def evaluation_of(
         extraction, of_protocols = checked_settings(values)
     except ConfigError as error:
         raise ConfigError(f"evaluation {error}") from error
-    planned = planned_on(opened, tasks, of_protocols, limit=extraction.limit) if opened else []
-    for each in planned:
+    for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
     images = {data.name: _numbers_and_classes(data) for data in opened}

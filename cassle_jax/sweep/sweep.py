@@ -82,7 +82,7 @@ def sweep(
     runs = runs_of(request)
     folder = _known_folder(folder, where)
     records = [RunRecord(workdir_of(folder, run.name)) for run in runs]
-    # Only SLURM's hosts may have the images of an evaluation there.
+    # Under SLURM, this machine may lack the images; a finished sweep needs none for its page.
     opens = where == "local" and any(record.state != FINISHED for record in records)
     check_requested(evaluation.datasets, evaluation.tasks, evaluation.options, opens=opens)
     if slurm and where != "slurm":
