@@ -82,10 +82,10 @@ def end_undisturbed() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _interrupt(number: int, _) -> NoReturn:
-    # SLURM sends it several times, systemd the other one besides, and the end takes a while.
-    for each in (number, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+def _interrupt(*_) -> NoReturn:
+    # SLURM sends one of them several times, systemd both, and the end takes a while.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -23,7 +23,7 @@ from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
-from cassle_jax.training.saved_config import FREE_TO_CHANGE
+from cassle_jax.training.saved_config import differing
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def other_settings(first: Subject, other: Subject) -> list[str]:
     one, two = (flat_settings(todays_settings(ConfigDict(each))[0]) for each in configs)
     return [
         f"{name}={two.get(name)!r} beside {one.get(name)!r}"
-        for name in sorted(one.keys() | two.keys())
-        if one.get(name) != two.get(name) and not name.startswith(("seed", *FREE_TO_CHANGE))
+        for name in differing(one, two)
+        if name != "seed"
     ]
 
 

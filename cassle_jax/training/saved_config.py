@@ -1,6 +1,7 @@
 """Keeps the configuration in the workdir of a run, and refuses to continue with another."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -98,9 +99,18 @@ def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
         name: f"{name}={after[name]!r} was {earlier.get(name)!r}"
         if name in after
         else f"{name}, which is unknown here, was {earlier[name]!r}"
-        for name in sorted(earlier.keys() | after.keys())
-        if earlier.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE)
+        for name in differing(earlier, after)
     }
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that affect a run's results and are not equal; sorted."""
+    names = sorted(one.keys() | other.keys())
+    return [
+        name
+        for name in names
+        if one.get(name) != other.get(name) and not name.startswith(FREE_TO_CHANGE)
+    ]
 
 
 def holds_run(workdir: epath.Path) -> bool:

@@ -7,6 +7,7 @@ import threading
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from cassle_jax.command import stopping_signals
 from cassle_jax.distributed import when_stopped
 from cassle_jax.faults import hurry
 
@@ -27,11 +28,9 @@ class StopRequest:
         self._first: int | None = None
         when_stopped(hurry.set)
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT]
-            numbers += [signal.SIGTERM] * self._alone
-            numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
-            for number in numbers:
-                self._previous[number] = signal.signal(number, self._on_signal)
+            for number in stopping_signals():
+                if self._alone or number != signal.SIGTERM:
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_) -> None:
