@@ -24,7 +24,8 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 COMMANDS = ("evaluate", "export", "prepare", "pretrain", "sweep", "tables", "transfer")
 READ_LATER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HANDLERS = {number: signal.getsignal(number) for number in range(1, 32)}
+FIXED = (signal.SIGKILL, signal.SIGSTOP)
+HANDLERS = {each: signal.getsignal(each) for each in range(1, 32) if each not in FIXED}
 
 
 def read_at_import(environment):
@@ -68,9 +69,7 @@ def become(request, files):
         os.dup2(file, number)
         os.close(file)
     for number, handler in HANDLERS.items():
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            ignored = number in request["ignored"]
-            signal.signal(number, signal.SIG_IGN if ignored else handler)
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     for number, limit in request["limits"]:
         resource.setrlimit(number, limit)
@@ -104,13 +103,13 @@ class Server:
                 ended, status = os.waitpid(process, 0 if killed else os.WNOHANG)
                 if ended:
                     self.forget(process, status)
-            if self.listening in ready and (begun := self.begin(*self.listening.accept())):
+            if self.listening in ready and (begun := self.begin(self.listening.accept()[0])):
                 return begun
         for process in self.forks:
             os.kill(process, signal.SIGKILL)
         sys.exit()
 
-    def begin(self, connection, _):
+    def begin(self, connection):
         """Forks for a process that has just started, or lets it go on by itself."""
         try:
             request, files = received(connection)
