@@ -157,7 +157,7 @@ class _RunLines:
         initial weights.
     """
 
-    def __init__(self, folder: Path, runs: Sequence[RunSpec], where: str):
+    def __init__(self, folder: Path, runs: Sequence[RunSpec], where: str = "local"):
         self._folder, self._runs = folder, runs
         self._path = folder / "runs.jsonl"
         self._running: set[str] = set()
