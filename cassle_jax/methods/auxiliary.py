@@ -3,6 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from cassle_jax.augment import AugmentSpec, View, check_descriptors
+from cassle_jax.augment import (
+    AugmentSpec,
+    View,
+    check_descriptors,
+    concatenate,
+    describe,
+    difference,
+)
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.methods.base import Networks, Passes, PyTree, Scalars
 
@@ -101,7 +109,7 @@ class Auxiliary:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}}
+    named: ClassVar[Mapping[str, Mapping[str, Any]]] = {"none": {}, "main": {"weight": 1.0}}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     further: ClassVar[int] = 0
     paired: ClassVar[bool] = False
@@ -203,6 +211,15 @@ class Auxiliary:
     def total(self, losses: Scalars) -> Float[Array, ""]:
         """The weighted sum to add to the method's loss."""
         return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+
+
+def omega_of(
+    view: View, spec: AugmentSpec, descriptors: Sequence[str], other: View | None = None
+) -> Float[Array, "B D"]:
+    """ω of a batch of views; with `other`, its difference from ω of other views of the images."""
+    of = partial(describe, spec=spec) if other is None else partial(difference, spec=spec)
+    views = (view,) if other is None else (view, other)
+    return concatenate(jax.vmap(of)(*views), descriptors)
 
 
 def check_omega(name: str, descriptors: Sequence[str]) -> None:

@@ -15,10 +15,7 @@ from cassle_jax.augment import (
     AugmentSpec,
     View,
     check_descriptors,
-    concatenate,
-    describe,
     descriptor_width,
-    difference,
     identity_descriptor,
     identity_difference,
 )
@@ -30,7 +27,7 @@ from cassle_jax.checks import (
     check_one_of,
     check_share,
 )
-from cassle_jax.methods.auxiliary import Auxiliary
+from cassle_jax.methods.auxiliary import Auxiliary, omega_of
 from cassle_jax.methods.base import PLAIN, HeadShape, Method, Networks
 from cassle_jax.models import (
     ConditionedProjector,
@@ -172,18 +169,13 @@ class Conditioning:
         """
         if not self.descriptors:
             return tuple(jnp.zeros((len(view.image), 0)) for view in views)
+        others = [None] * len(views)
         if self.relative:
-            others = (views[1], *(views[0] for _ in views[1:]))
-            values = [
-                jax.vmap(partial(difference, spec=spec))(view, other)
-                for view, other, spec in zip(views, others, specs, strict=True)
-            ]
-        else:
-            values = [
-                jax.vmap(partial(describe, spec=spec))(view)
-                for view, spec in zip(views, specs, strict=True)
-            ]
-        omegas = tuple(concatenate(each, self.descriptors) for each in values)
+            others = [views[1], *[views[0]] * (len(views) - 1)]
+        omegas = tuple(
+            omega_of(view, spec, self.descriptors, other)
+            for view, spec, other in zip(views, specs, others, strict=True)
+        )
         if not self.optional:
             return omegas
         if given is None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from cassle_jax import augment
 from cassle_jax.checks import WIDEST, check_at_least, check_positive
 from cassle_jax.methods import losses
-from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega
+from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega, omega_of
 from cassle_jax.models import MLP, ConditionedProjector
 
 
@@ -35,7 +35,6 @@ class EquiMod(Auxiliary):
 
     name: ClassVar = "equimod"
     title: ClassVar = "EquiMod"
-    named: ClassVar = {"none": {}, "main": {"weight": 1.0}}
     further: ClassVar = 1
 
     weight: float = 0.0
@@ -65,8 +64,7 @@ class EquiMod(Auxiliary):
     @override
     def targets(self, views, specs):
         pair = zip(views[:2], specs[:2], strict=True)
-        described = (jax.vmap(partial(augment.describe, spec=spec))(view) for view, spec in pair)
-        return tuple(augment.concatenate(each, self.descriptors) for each in described)
+        return tuple(omega_of(*each, self.descriptors) for each in pair)
 
     @override
     def passes(self, online, own):
@@ -75,14 +73,12 @@ class EquiMod(Auxiliary):
 
     @override
     def heads(self, feature_width, **settings):
-        norm = {"last_bn": True, "last_bn_affine": False}
-        settings |= {"hidden": self.hidden, "out": self.out, **norm}
-        condition = {"condition_depth": 1, "condition_width": self.out}
-        predictor = partial(ConditionedProjector, depth=1, **condition, **settings)
+        settings.update(hidden=self.hidden, out=self.out, last_bn=True, last_bn_affine=False)
+        conditioned = partial(ConditionedProjector, condition_depth=1, condition_width=self.out)
         widths = self.out, augment.descriptor_width(self.descriptors)
         return {
             "equimod_projector": Head(partial(MLP, depth=3, **settings), (feature_width,)),
-            "equimod_predictor": Head(predictor, widths),
+            "equimod_predictor": Head(partial(conditioned, depth=1, **settings), widths),
         }
 
     @override

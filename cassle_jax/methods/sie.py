@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
 from cassle_jax import augment
 from cassle_jax.checks import WIDEST, check_at_least
 from cassle_jax.methods import losses
-from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega
+from cassle_jax.methods.auxiliary import Auxiliary, Head, check_omega, omega_of
 from cassle_jax.models import MLP, Bilinear
 
 
@@ -34,7 +33,6 @@ class SIE(Auxiliary):
 
     name: ClassVar = "sie"
     title: ClassVar = "SIE"
-    named: ClassVar = {"none": {}, "main": {"weight": 1.0}}
     recipes: ClassVar = {
         "vicreg": {  # the paper's 10, 10 and 1 weigh means over the units of both halves
             "method.invariance_weight": 10.0,
@@ -68,8 +66,7 @@ class SIE(Auxiliary):
 
     @override
     def targets(self, views, specs):
-        relative = jax.vmap(partial(augment.difference, spec=specs[1]))(views[1], views[0])
-        return augment.concatenate(relative, self.descriptors)
+        return omega_of(views[1], specs[1], self.descriptors, views[0])
 
     @override
     def reserved(self, feature_width):

@@ -33,7 +33,6 @@ class STL(Auxiliary):
 
     name: ClassVar = "stl"
     title: ClassVar = "STL"
-    named: ClassVar = {"none": {}, "main": {"weight": 1.0}}
     paired: ClassVar = True
 
     weight: float = 0.0
