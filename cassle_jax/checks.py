@@ -47,7 +47,7 @@ def check_seed(name: str, value: int) -> None:
     """Raises ConfigError unless the setting is a whole number in [0, 2³²), as all seeds are."""
     if isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:
         raise ConfigError(
-            f"{name}={value} is no seed; use a whole number of at least 0 and below 2**32"
+            f"{name}={value} is not a seed; use a whole number of at least 0 and below 2**32"
         )
 
 

@@ -104,7 +104,7 @@ def seconds_in(variable: str, default: float) -> float:
     """The seconds in an environment variable, 0 or more; a default where it is not set.
 
     Raises:
-      ConfigError: it is no number.
+      ConfigError: it is not a number.
     """
     text = os.environ.get(variable, str(default))
     try:
@@ -112,7 +112,7 @@ def seconds_in(variable: str, default: float) -> float:
     except ValueError:
         seconds = -1.0
     if not seconds >= 0:  # nor a NaN
-        raise ConfigError(f"{variable}={text!r} is no number of seconds; use {default:g}")
+        raise ConfigError(f"{variable}={text!r} is not a number of seconds; use {default:g}")
     return seconds
 
 

@@ -243,7 +243,7 @@ def _arguments(spec: OptimizerSpec, taken: Collection[str]) -> dict[str, Any]:
     for name, value in spec.settings.items():
         if name not in free:
             raise ConfigError(
-                f"optimizer.settings.{name}={value} is no argument of {spec.name}; use "
+                f"optimizer.settings.{name}={value} is not an argument of {spec.name}; use "
                 f"{', '.join(free) or 'none'}{did_you_mean(name, free)}"
             )
     return {name: given[name] for name in given if name in taken} | dict(spec.settings)

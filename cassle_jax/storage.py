@@ -46,7 +46,7 @@ def path_of(written: epath.PathLike) -> epath.Path:
             f"{path} cannot be found: no home is known; set HOME, or write it in full"
         )
     if "\0" in path:
-        raise ConfigError(f"{path!r} is no path: it has a null character")
+        raise ConfigError(f"{path!r} is not a path: it has a null character")
     if "://" in path and not on_object_store(path):  # epath's own is a KeyError
         raise ConfigError(
             f"{path} has a scheme that is unknown; use a local path, gs://… or s3://…"
@@ -61,7 +61,7 @@ def local_folder(flag: str, written: epath.PathLike) -> Path:
       ConfigError: it is empty or on an object store, or see `path_of` and `check_no_file`.
     """
     if not os.fspath(written) or on_object_store(written):
-        raise ConfigError(f"{flag}={written} is no local folder; give the one to write to")
+        raise ConfigError(f"{flag}={written} is not a local folder; give the one to write to")
     check_no_file(flag, path_of(written))
     return Path(path_of(written))
 
@@ -77,7 +77,7 @@ def check_no_file(setting: str, folder: epath.PathLike) -> None:
             if not each.is_dir():
                 what = "a file" if each.is_file() else "a pipe or a device"
                 raise ConfigError(
-                    f"{setting}={folder} is no folder: {each} is {what}; use another path"
+                    f"{setting}={folder} is not a folder: {each} is {what}; use another path"
                 )
         return
 

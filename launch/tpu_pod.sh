@@ -134,12 +134,12 @@ case "$verb" in
     exit
     ;;
   create | install | run | log | stop | delete | all) ;;
-  *) refuse "'$verb' is no verb; use create, install, run, log, stop, delete or all" ;;
+  *) refuse "'$verb' is not a verb; use create, install, run, log, stop, delete or all" ;;
 esac
 [ -n "$name" ] || refuse "--name is missing; give the TPU one"
 [ -n "$zone" ] || refuse "--zone is missing; give the TPU's, such as --zone=us-west4-a"
 if [ "$verb" != run ] && [ "$verb" != all ] && [ "${#arguments[@]}" -gt 0 ]; then
-  refuse "${arguments[0]} is no option of $verb"
+  refuse "${arguments[0]} is not an option of $verb"
 fi
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || refuse "gcloud is not installed; see cloud.google.com/sdk/docs/install"
 case "$verb" in

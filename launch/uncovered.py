@@ -33,7 +33,7 @@ def judged(missing: Iterable[str], excused: str, of: str) -> tuple[list[str], li
 
 
 def gone(excused: str, root: Path) -> list[str]:
-    """The lines of the list that are no line of their file any more; paths are below `root`."""
+    """The lines of the list that are not in their file any more; paths are below `root`."""
     found = []
     for each in excused.splitlines():
         if not each or each.startswith("#"):
@@ -70,7 +70,7 @@ def main(of: str) -> int:
         if line not in map(key, stale):
             print(f"{EXCUSED.relative_to(ROOT)} need not excuse this: {line}")
     for line in stale:
-        print(f"{EXCUSED.relative_to(ROOT)} excuses what is no line any more: {line}")
+        print(f"{EXCUSED.relative_to(ROOT)} excuses what is not a line any more: {line}")
     print(f"{len(lines)} lines of {of} are reached by no test")
     return int(bool(lines or stale))
 

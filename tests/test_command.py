@@ -311,7 +311,7 @@ def test_a_run_that_stops_early_says_why_by_its_exit_code(run, monkeypatch, caps
     ("main", "code"),
     [
         ("raise command.Stop('the images are gone', 69)", 69),
-        ("raise command.UserError('seed=-1 is no seed')", 2),
+        ("raise command.UserError('seed=-1 is not a seed')", 2),
         ("command.logging.getLogger('cassle_jax').info('done')", 0),
     ],
 )

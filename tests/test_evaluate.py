@@ -356,7 +356,7 @@ def test_names_of_any_bytes_reach_the_page(run, tmp_path):
         ({"tasks": ["linar"]}, r"tasks='linar' is unknown.*did you mean 'linear'"),
         ({"tasks": ["regression"]}, r"tasks=regression suit none of scenes"),
         ({"runs": []}, r"evaluate needs --run=WORKDIR"),
-        ({"to": ""}, r"^to= is no local folder; give the one to write to$"),
+        ({"to": ""}, r"^to= is not a local folder; give the one to write to$"),
         ({"datasets": ["scenes", "scenes"]}, r"^dataset 'scenes' is named twice"),
         ({"batch": 30}, r"batch=30 cannot be split over 8 devices"),
         ({"size": -8}, r"^size=-8 is not valid; use an integer >= 1"),

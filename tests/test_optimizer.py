@@ -250,8 +250,8 @@ def test_checkpoints_of_earlier_versions_fit(name, parts):
         ),
         (
             {"name": "lamb", "settings": {"b_2": 0.9}},
-            r"^optimizer\.settings\.b_2=0\.9 is no argument of lamb; use b1, b2, eps, eps_root; "
-            r"did you mean 'b2'\?$",
+            r"^optimizer\.settings\.b_2=0\.9 is not an argument of lamb; use b1, b2, eps, eps_root"
+            r"; did you mean 'b2'\?$",
         ),
         ({"settings": {"b2": 0.9}}, r"^optimizer\.settings\.b2=0\.9 .* of sgd; use nesterov$"),
         ({"settings": {"learning_rate": 1.0}}, r"^optimizer\.settings\.learning_rate=1\.0 is no"),

@@ -343,7 +343,7 @@ def test_files_of_records_are_tried_before_a_run_begins(tmp_path, monkeypatch, c
 def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, seconds):
     monkeypatch.setenv(faults.SECONDS, seconds)
     with pytest.raises(
-        ConfigError, match=rf"^{faults.SECONDS}='{seconds}' is no number of sec.* 300"
+        ConfigError, match=rf"^{faults.SECONDS}='{seconds}' is not a number of sec.* 300"
     ):
         retried("a file", lambda: None)
 
@@ -559,7 +559,7 @@ def test_too_many_open_files_are_no_wrong_setting(images, monkeypatch):
 
 @pytest.mark.parametrize("source", ["folder", "tfds", "webdataset"])
 def test_a_folder_out_of_reach_is_not_missing(folder, monkeypatch, source):
-    """Some paths' own `is_dir` says that it is no folder."""
+    """Some paths' own `is_dir` says that it is not a folder."""
     monkeypatch.setenv(faults.SECONDS, "60")
     fails, look = iter([True, True]), os.stat
 

@@ -19,5 +19,5 @@ from cassle_jax.training.state import seed_keys
     ],
 )
 def test_a_seed_beyond_32_bits_is_refused(take, seed):
-    with pytest.raises(ValueError, match=rf"seed={seed} is no seed; use .* below 2\*\*32"):
+    with pytest.raises(ValueError, match=rf"seed={seed} is not a seed; use .* below 2\*\*32"):
         take(seed)

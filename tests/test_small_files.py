@@ -402,7 +402,7 @@ def test_a_folder_that_takes_no_files_is_named_by_sweeps_and_tables(tmp_path):
         lambda: sweep(SweepRequest(CONFIG, grid="seed=0"), file),
         lambda: experiment.run_table(table, file),
     ):
-        with pytest.raises(ConfigError, match=r"to=.*file is no folder: .*is a file") as refused:
+        with pytest.raises(ConfigError, match=r"to=.*file is not a folder: .*is a file") as refused:
             run()
         assert code_of(refused.value) == EXIT_WRONG_SETTING
 

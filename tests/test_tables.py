@@ -440,7 +440,7 @@ def test_a_lender_without_runs_is_refused_before_a_step_is_measured(tmp_path, po
         (("log.to=('wandbb',)",), r"^row 'SimCLR, plain': log\.to='wandbb' is unknown"),
         (
             ("optimizer.settings.nestrov=1",),
-            r"^row .*nestrov=1 is no argument of adamw; use b1,",
+            r"^row .*nestrov=1 is not an argument of adamw; use b1,",
         ),
     ],
 )
@@ -538,7 +538,7 @@ def test_a_run_with_the_weights_of_another_records_its_own_settings(tmp_path, mo
         ({"parallel": 0}, "^parallel=0 must be at least 1"),
         ({"parallel": 2**40}, "^parallel=1099511627776 is out of range; use at most 1024$"),
         ({"call_minutes": -1.0}, r"^call_minutes=-1\.0 must be at least 0"),
-        ({"seeds": (0, -1)}, "seed=-1 is no seed; use a whole number"),
+        ({"seeds": (0, -1)}, "seed=-1 is not a seed; use a whole number"),
     ],
 )
 def test_numbers_that_cannot_work_are_said_before_a_run_starts(tmp_path, wrong, message):

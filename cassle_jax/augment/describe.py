@@ -234,7 +234,7 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
     apart = tuple(name for each in given for name in re.split(r"[,+()\s]+", each) if name)
     if isinstance(names, str) or len(apart) > len(given):
         text = ",".join(given)
-        raise ConfigError(f"{prefix}descriptors={text!r} is no tuple of names; use {apart}")
+        raise ConfigError(f"{prefix}descriptors={text!r} is not a tuple of names; use {apart}")
     names = sorted(given)
     for name in names:
         descriptor, dot, _ = name.partition(".")

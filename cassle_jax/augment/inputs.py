@@ -110,7 +110,9 @@ def check_size(size: Any, canvas: tuple[int, int] | None = None) -> None:
         return
     if pixels.min() < 1 or (canvas is not None and (pixels > canvas).any()):
         most = f", and at most the canvas's {canvas[0]}×{canvas[1]}" if canvas else ""
-        raise ValueError(f"size={tuple(pixels.tolist())} is no picture's; use at least 1×1{most}")
+        raise ValueError(
+            f"size={tuple(pixels.tolist())} is not the size of a picture; use at least 1×1{most}"
+        )
 
 
 def check_spec(spec: Any) -> None:
@@ -139,7 +141,7 @@ def check_key(name: str, key: Any) -> None:
         except (TypeError, ValueError, AttributeError) as error:
             given = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
             raise ValueError(
-                f"{name}={given} is no random key; use one, as by jax.random.key(0)"
+                f"{name}={given} is not a random key; use one, as by jax.random.key(0)"
             ) from error
     check_one(name, key)
 
@@ -181,14 +183,14 @@ def check_params(params: Any) -> Any:
     crop = _known(params.crop)
     if crop is not None and not ((crop[2:] > 0) & (crop[:2] + crop[2:] <= 1 + ROUNDING)).all():
         raise ValueError(
-            f"params.crop={crop.tolist()} is no box within the picture, as top, left, height and "
-            "width; use a height and width above 0, and top + height and left + width of at most 1"
+            f"params.crop={crop.tolist()} is not a box within the picture, as top, left, height "
+            "and width; use a height and width above 0, and top + height and left + width up to 1"
         )
     order = _known(params.jitter_order)
     if order is not None and sorted(order.tolist()) != [0, 1, 2, 3]:
         raise ValueError(
-            f"params.jitter_order={order.tolist()} is no order of the four operations; use each "
-            "of 0 to 3 once"
+            f"params.jitter_order={order.tolist()} is not an order of the four operations; use "
+            "each of 0 to 3 once"
         )
     names = [field.name for field in dataclasses.fields(params)]
     return params.replace(**{name: jnp.asarray(getattr(params, name)) for name in names})

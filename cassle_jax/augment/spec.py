@@ -190,7 +190,7 @@ class AugmentSpec:
         """
         strength = _plain("color_strength", strength)
         if not isinstance(strength, Real):
-            raise ConfigError(f"augment.color_strength={strength!r} is no number; use 1 or 0.5")
+            raise ConfigError(f"augment.color_strength={strength!r} is not a number; use 1 or 0.5")
         hue = tuple(strength * end for end in self.hue)
         possible = strength >= 0 and max(map(abs, hue)) <= 0.5 and strength * self.grayscale <= 1
         if not (possible and math.isfinite(strength)):

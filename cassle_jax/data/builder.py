@@ -270,7 +270,7 @@ def _why_not_found(name: str, folder: epath.Path | None) -> str:
     known = tfds.list_builders(with_community_datasets=False)
     prepared = sorted(entry.name for entry in where.iterdir()) if where.is_dir() else []
     if plain not in known and plain not in prepared:
-        return f"data.name={name!r} is no tfds builder{closest(plain, [*known, *prepared])}"
+        return f"data.name={name!r} is not a tfds builder{closest(plain, [*known, *prepared])}"
     option = f" --data_dir={folder}" if folder else ""
     return (
         f"data.name={name!r} is not prepared in {where}; run "

@@ -45,7 +45,7 @@ class Images:
           cache_bytes: memory for images that stay, see `what_to_keep`; only with `substitute`.
         """
         if canvas < 1:
-            raise DataError(f"data.canvas={canvas} is no size in pixels; use 1 or more")
+            raise DataError(f"data.canvas={canvas} is not a size in pixels; use 1 or more")
         if short_side:
             check_short_side(short_side, canvas)
         self.canvas_bytes = canvas * canvas * 3

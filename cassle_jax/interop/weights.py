@@ -169,7 +169,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         Outage: it cannot be read for now.
     """
     if "://" in str(path):
-        raise WeightsError(f"{path} is no local file; download it first")
+        raise WeightsError(f"{path} is not a local file; download it first")
     path = Path(path_of(path))
     content, card = retried(str(path), partial(_read, path))
     try:

@@ -232,7 +232,7 @@ def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dic
     """Weights by name from `name:weight`, joined by `+`; 0.5 where a name is alone.
 
     Raises:
-      ConfigError: an unknown name, one that comes twice, or a weight that is no number.
+      ConfigError: an unknown name, one that comes twice, or a weight that is not a number.
     """
     weights = {}
     for item in argument.split("+"):

@@ -44,7 +44,8 @@ def earlier_stage(encoder: nn.Module, stage: int, setting: str) -> int:
         if last == 1:
             raise ConfigError(f"{setting}={stage}: this encoder has no earlier stages; use 0")
         raise ConfigError(
-            f"{setting}={stage} is no stage of this encoder; use 1 to {last}, or 0 for the last one"
+            f"{setting}={stage} is not a stage of this encoder; use 1 to {last}, or 0 for the "
+            "last one"
         )
     return stage % last
 

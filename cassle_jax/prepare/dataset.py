@@ -147,13 +147,13 @@ def _check(
         raise ConfigError(f"--to={str(to)!r} has bytes that are not UTF-8; use another")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", preparation.name):
         raise ConfigError(
-            f"--as={preparation.name!r} is no name of a dataset; use a-z, 0-9 and _, such as mine"
+            f"--as={preparation.name!r} is not a name for a dataset; use a-z, 0-9, _, such as mine"
         )
     if not splits or len(set(splits)) < len(splits):
         raise ConfigError(f"--splits={','.join(splits)} names no split, or one twice")
     for split in splits:
         if not re.fullmatch(r"\w+", split):
-            raise ConfigError(f"--splits: {split!r} is no name of a split, such as train")
+            raise ConfigError(f"--splits: {split!r} is not a name of a split, such as train")
         if split == "all":
             raise ConfigError(
                 "--splits: 'all' is tensorflow-datasets' word for every split; rename its folder"

@@ -224,12 +224,12 @@ def test_widths():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("color", r"descriptors='color' is no tuple of names; use \('color',\)"),
+        ("color", r"descriptors='color' is not a tuple of names; use \('color',\)"),
         (
             ("crop,hue+flip",),
-            r"='crop,hue\+flip' is no tuple of names; use \('crop', 'hue', 'flip'\)",
+            r"='crop,hue\+flip' is not a tuple of names; use \('crop', 'hue', 'flip'\)",
         ),
-        (("(crop, hue)",), r"='\(crop, hue\)' is no tuple of names; use \('crop', 'hue'\)"),
+        (("(crop, hue)",), r"='\(crop, hue\)' is not a tuple of names; use \('crop', 'hue'\)"),
         (("crop", "zoom"), r"unknown name 'zoom'; use any of blur, color, "),
         (("color.tint",), r"unknown name 'color.tint'; use any of color.brightness, "),
         (("crop", "crop"), r"names 'crop' twice; name each once"),

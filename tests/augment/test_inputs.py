@@ -133,7 +133,7 @@ def test_padding_may_hold_anything():
         (np.array([12, 10, 3]), r"size has shape \(3,\) .*two integers"),
         (np.array([12.0, 10.0]), r"dtype float64; use two integers"),
         (np.array([[12, 10]] * 2), r"shape \(2, 2\) .* jax\.vmap for several"),
-        (np.array([0, 10]), r"size=\(0, 10\) is no picture's; use at least 1×1"),
+        (np.array([0, 10]), r"size=\(0, 10\) is not the size of a picture; use at least 1×1"),
         (np.array([13, 10]), r"size=\(13, 10\) .* at most the canvas's 12×10"),
     ],
 )
@@ -156,11 +156,11 @@ def test_a_size_that_is_none(size, message):
     ],
 )
 def test_a_key_that_is_none(key, named):
-    with pytest.raises(ValueError, match=rf"^key={named} is no random key; use one, as by"):
+    with pytest.raises(ValueError, match=rf"^key={named} is not a random key; use one, as by"):
         augment(key, BYTES, SPEC)
     if key is not None:
         spec = dataclasses.replace(SPEC, jitter_order="batch")
-        with pytest.raises(ValueError, match=rf"^order_key={named} is no random key"):
+        with pytest.raises(ValueError, match=rf"^order_key={named} is not a random key"):
             augment(KEY, BYTES, spec, order_key=key)
 
 
@@ -193,13 +193,13 @@ def test_several_keys_views_or_parameters_want_vmap(view):
     ("wrong", "message"),
     [
         ({"crop": np.float32([0, 0, 32, 32])}, r"params\.crop=.*32.* out of range; use 0 to 1"),
-        ({"crop": np.float32([0.5, 0, 0.6, 1])}, r"params\.crop=.* is no box within the picture"),
+        ({"crop": np.float32([0.5, 0, 0.6, 1])}, r"params\.crop=.* is not a box within the pic"),
         ({"crop": np.float32([0, 0, 1, 0])}, r"params\.crop=.* use a height and width above 0"),
         ({"jitter": np.True_, "hue": np.float32(36)}, r"params\.hue=36\.0 .*use -0\.5 to 0\.5"),
         ({"jitter": np.True_, "contrast": np.float32(-1)}, r"params\.contrast=-1\.0 .* 0 to inf"),
         ({"blur": np.True_, "sigma": np.float32(0)}, r"params\.sigma=0\.0 is out of range"),
         ({"turns": np.int32(90)}, r"params\.turns=90 is out of range; use 0 to 3"),
-        ({"jitter_order": np.int32([0, 0, 1, 2])}, r"jitter_order=\[0, 0, 1, 2\] is no order"),
+        ({"jitter_order": np.int32([0, 0, 1, 2])}, r"jitter_order=\[0, 0, 1, 2\] is not an order"),
     ],
 )
 def test_parameters_out_of_range_make_no_view_and_no_descriptor(view, wrong, message):

@@ -81,7 +81,7 @@ def test_impossible_color_strength(strength):
 
 def test_a_color_strength_of_another_type_is_named():
     with_strength = inspect.unwrap(AugmentSpec.with_color_strength)
-    with pytest.raises(ConfigError, match=r"^augment\.color_strength='2' is no number; use 1 or"):
+    with pytest.raises(ConfigError, match=r"^augment\.color_strength='2' is not a number; use 1"):
         with_strength(AugmentSpec(32), "2")
 
 

@@ -542,7 +542,7 @@ def test_a_path_into_the_builder_is_led_back_to_the_folder_above(tiny, data_dir,
 
 def test_a_folder_of_the_builders_name_without_its_files_is_none_of_it(tiny, tmp_path):
     (tmp_path / "tiny_animals").mkdir()
-    with pytest.raises(DataError, match="'tiny_animals' is no tfds builder"):
+    with pytest.raises(DataError, match="'tiny_animals' is not a tfds builder"):
         open_source(tiny(path=str(tmp_path / "tiny_animals")), "train")
 
 

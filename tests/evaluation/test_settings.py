@@ -66,7 +66,7 @@ def test_a_setting_reaches_every_protocol_that_has_it():
         ({"ways": "2.5"}, r"^ways='2.5' is invalid; use a whole number$"),
         ({"shots": "1,x"}, r"^shots='1,x' is invalid; use a whole number, or several separated"),
         ({"std": "1,1,x"}, r"^std='1,1,x' is invalid; use a number, or several separated"),
-        ({"seed": "-1"}, r"^seed=-1 is no seed"),
+        ({"seed": "-1"}, r"^seed=-1 is not a seed"),
         ({"analysed": "-1"}, r"^analysed=-1 must be at least 0$"),
         ({"neighbours": "0"}, r"^neighbours=0 must be at least 1$"),
         ({"shots": "1,0"}, r"^shots=0 must be at least 1$"),

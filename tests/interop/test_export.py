@@ -566,9 +566,9 @@ def test_files_of_another_export_do_not_stay_beside_a_new_card(run, tmp_path):
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("file", r"to=.*file is no folder: .*/file is a file; use another path"),
-        ("file/out", r"to=.*out is no folder: .*/file is a file; use another path"),
-        ("", "to= is no local folder"),
+        ("file", r"to=.*file is not a folder: .*/file is a file; use another path"),
+        ("file/out", r"to=.*out is not a folder: .*/file is a file; use another path"),
+        ("", "to= is not a local folder"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, to, message):

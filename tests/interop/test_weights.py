@@ -282,7 +282,7 @@ def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name):
 
 @pytest.mark.parametrize("path", ["gs://bucket/a.pth", "https://host/a.pth"])
 def test_weights_elsewhere_are_to_be_downloaded(path):
-    with pytest.raises(WeightsError, match=f"{path} is no local file; download it first"):
+    with pytest.raises(WeightsError, match=f"{path} is not a local file; download it first"):
         load_weights(path)
 
 

@@ -133,13 +133,13 @@ def test_the_other_verbs_of_a_pod(verb, says):
         ("gpu_host.sh", [*RUN, "--restarts=-1"], "--restarts=-1 is not a number"),
         ("slurm.sbatch", RUN[:1], "--workdir is missing"),
         ("slurm.sbatch", RUN, "use sbatch launch/slurm.sbatch"),
-        ("tpu_pod.sh", [], "'' is no verb"),
-        ("tpu_pod.sh", ["creat", *POD], "'creat' is no verb"),
+        ("tpu_pod.sh", [], "'' is not a verb"),
+        ("tpu_pod.sh", ["creat", *POD], "'creat' is not a verb"),
         ("tpu_pod.sh", ["create", *POD, "--dry-run"], "--type is missing"),
         ("tpu_pod.sh", ["create", *POD, "--type=v9-8", "--dry-run"], "--type=v9-8 has no known"),
         ("tpu_pod.sh", ["run", *POD, "--dry-run"], "--config is missing"),
         ("tpu_pod.sh", ["log", POD[0]], "--zone is missing"),
-        ("tpu_pod.sh", ["log", *POD, "--follow"], "--follow is no option of log"),
+        ("tpu_pod.sh", ["log", *POD, "--follow"], "--follow is not an option of log"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(script, arguments, message):

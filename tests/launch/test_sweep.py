@@ -132,7 +132,7 @@ def test_names_are_as_long_as_distinction_needs():
         ),
         (
             {"grid": "optimizer.settings.nestrov=False,True"},
-            r"^run .*: optimizer\.settings\.nestrov=False is no argument of adamw; use b1, b2",
+            r"^run .*: optimizer\.settings\.nestrov=False is not an argument of adamw; use b1, b2",
         ),
         (
             {"grid": "steps=0;epochs=4,400;optimizer.warmup_epochs=10"},
@@ -141,7 +141,7 @@ def test_names_are_as_long_as_distinction_needs():
         ({"grid": "weights.networks=head"}, r"^run .*: weights\.networks='head' is unknown; use"),
         ({"grid": "seed=0,x"}, r"^run seed=x: .*config\.seed=x"),
         ({"grid": "seed=0,0"}, "same one twice"),
-        ({"grid": "seed=0,-1;epochs=1,2"}, "^run seed=-1, epochs=1: seed=-1 is no seed"),
+        ({"grid": "seed=0,-1;epochs=1,2"}, "^run seed=-1, epochs=1: seed=-1 is not a seed"),
         ({"grid": "seed=0,,1"}, "empty value"),
         ({"grid": "seed"}, "is not name=value"),
         ({"grid": "augment.crop_area=(0.1,1"}, r"^grid: .* does not close its \)"),

@@ -50,7 +50,7 @@ def test_an_excuse_of_what_is_no_line_any_more_is_an_error(tmp_path, monkeypatch
     monkeypatch.setitem(state, "missing_lines", lambda of: ["a.py:2: raise A"])
     assert UNCOVERED["main"](".") == 1
     said = capsys.readouterr().out
-    assert all(f"excuses what is no line any more: {line}\n" in said for line in stale)
+    assert all(f"excuses what is not a line any more: {line}\n" in said for line in stale)
     (tmp_path / "uncovered.txt").write_text("a.py: raise A\n")
     assert UNCOVERED["main"](".") == 0
 

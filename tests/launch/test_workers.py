@@ -167,7 +167,7 @@ def work(job, monkeypatch):
     [
         (None, 0, ""),
         (Stop("the loss is NaN", 3), 3, "the loss is NaN"),
-        (ConfigError("seed=-1 is no seed"), 2, "seed=-1 is no seed"),
+        (ConfigError("seed=-1 is not a seed"), 2, "seed=-1 is not a seed"),
         (ZeroDivisionError("by 0\nmore"), 1, "ZeroDivisionError: by 0"),
         (KeyboardInterrupt(), EXIT_PREEMPTED, None),
         (Stop("saved", EXIT_PREEMPTED), EXIT_PREEMPTED, None),

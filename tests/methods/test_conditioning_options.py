@@ -178,7 +178,7 @@ def test_a_plain_branch_adds_the_plain_methods_loss(name):
         ({"descriptors": (), "dropout": 0.5}, r"conditioning\.dropout=0\.5 does nothing without"),
         ({"treatment": "hypernetwork", "dropout": 0.5}, r"use conditioning\.treatment='mlp'"),
         ({"injection": "image", "plain_branch": 0.5}, r"use conditioning\.injection='concat'"),
-        ({"descriptors": "color"}, r"conditioning\.descriptors='color' is no tuple of names; use"),
+        ({"descriptors": "color"}, r"conditioning\.descriptors='color' is not a tuple of names;"),
         (
             {"descriptors": ("color", "color.hue")},
             r"conditioning\.descriptors=.* names 'color.hue'",

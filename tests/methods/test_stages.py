@@ -233,8 +233,8 @@ def initial(networks):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": 4}, r"^conditioning\.stage=4 is no stage of this encoder; use 1 to 3, or 0 for"),
-        ({"stage": -1}, r"^conditioning\.stage=-1 is no stage of this encoder"),
+        ({"stage": 4}, r"^conditioning\.stage=4 is not a stage of this encoder; use 1 to 3, or 0"),
+        ({"stage": -1}, r"^conditioning\.stage=-1 is not a stage of this encoder"),
         (
             {"stage": 1, "plain_branch": 0.0},
             r"^conditioning\.stage=1 leaves .* without a loss; use conditioning\.plain_branch=0\.5",
@@ -248,7 +248,7 @@ def test_a_stage_that_cannot_work_is_refused(settings, message):
 
 def test_so_is_one_of_an_auxiliary_or_of_an_encoder_without_stages():
     augself = AugSelf({"crop": 0.5}, stage=9)
-    with pytest.raises(ConfigError, match=r"^augself\.stage=9 is no stage .* use 1 to 3"):
+    with pytest.raises(ConfigError, match=r"^augself\.stage=9 is not a stage .* use 1 to 3"):
         build_networks(METHOD, Staged, WIDTHS[-1], PLAIN, (augself,))
     equimod = EquiMod(0.5, stage=2)
     with pytest.raises(ConfigError, match=r"^equimod\.stage=2: .* no earlier stages; use 0$"):

@@ -26,7 +26,7 @@ class Comparison:
         self.problems: list[str] = []
 
     def within(self, what: str, error: float, bound: float, where: str) -> None:
-        """Notes an error; one that is no number counts as infinite."""
+        """Notes an error; one that is not a number counts as infinite."""
         error = float(np.nan_to_num(error, nan=np.inf))
         if what not in self.worst or error > self.worst[what].error:
             self.worst[what] = Worst(error, bound, where)

@@ -510,9 +510,9 @@ def test_a_place_that_would_confuse_is_refused(images):
 
 def test_a_place_that_cannot_be_written_is_one_line(images, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--to=.*file is no folder: .*is a file"):
+    with pytest.raises(ConfigError, match=r"--to=.*file is not a folder: .*is a file"):
         prepare(settings(images), ["train"], str(tmp_path / "file"), HOW, **BAD)
-    with pytest.raises(ConfigError, match="--to=gs://b is no local folder"):
+    with pytest.raises(ConfigError, match="--to=gs://b is not a local folder"):
         prepare(settings(images), ["train"], "gs://b", HOW, **BAD)
     with pytest.raises(DataError, match="--path='' is not a folder; give the root of"):
         prepare(settings(""), ["train"], str(tmp_path / "to"), HOW, **BAD)
@@ -581,7 +581,7 @@ def test_a_request_to_stop_ends_processes_within_a_shard():
 @pytest.mark.parametrize("splits", [[], ["train", "train"], ["train/"], ["all"]])
 def test_names_of_splits_that_cannot_be_are_refused(images, tmp_path, splits):
     said = (
-        r"names no split, or one twice|'train/' is no name of a split, such as train|"
+        r"names no split, or one twice|'train/' is not a name of a split, such as train|"
         r"'all' is tensorflow-datasets' word for every split"
     )
     with pytest.raises(ConfigError, match=rf"^--splits.*({said})"):

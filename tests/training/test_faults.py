@@ -429,7 +429,7 @@ def test_a_read_only_workdir_is_reported_in_one_line(config, run):
 @pytest.mark.parametrize("inside", ["", "run"])
 def test_a_file_is_no_workdir(config, tmp_path, inside):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"workdir=\S+ is no folder: \S+file is a file"):
+    with pytest.raises(ConfigError, match=r"workdir=\S+ is not a folder: \S+file is a file"):
         pretrain(config, tmp_path / "file" / inside)
 
 

@@ -120,7 +120,7 @@ def test_without_a_home_no_folder_is_called_tilde(config, tmp_path, monkeypatch)
 
 
 def test_a_null_character_is_reported_in_one_line(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"run\\x00' is no path: it has a null character"):
+    with pytest.raises(ConfigError, match=r"run\\x00' is not a path: it has a null character"):
         pretrain(config, f"{tmp_path}/run\0")
     config = config.copy_and_resolve_references()
     config.data.update({"source": "folder", "path": f"{tmp_path}/\0"})
@@ -238,7 +238,8 @@ def test_a_file_or_device_in_the_place_of_a_folder_is_refused_before_anything_st
         ("compilation_cache", lambda: set_up_devices(config)),
     ):
         said = (
-            f"^{setting}={place} is no folder: (/dev/null is a pipe or a device|file is a file); "
+            f"^{setting}={place} is not a folder: "
+            "(/dev/null is a pipe or a device|file is a file); "
         )
         with pytest.raises(ConfigError, match=said):
             command()
@@ -257,7 +258,7 @@ def test_what_is_written_to_a_local_folder_names_one(to, tmp_path, monkeypatch):
         lambda: export_command(run="run", to=to),
         lambda: evaluate_command(runs=["run"], datasets=["motifs"], to=to),
     ):
-        with pytest.raises(ConfigError, match=f"^to={to} is no local folder; give the one"):
+        with pytest.raises(ConfigError, match=f"^to={to} is not a local folder; give the one"):
             command()
     assert not list(tmp_path.iterdir())
 

@@ -322,7 +322,7 @@ def group(monkeypatch, capsys):
     ("error", "said"),
     [
         (ZeroDivisionError("by 0\nmore"), "1: ZeroDivisionError: by 0"),
-        (ConfigError("seed=-1 is no seed"), "2: seed=-1 is no seed"),
+        (ConfigError("seed=-1 is not a seed"), "2: seed=-1 is not a seed"),
         (
             RuntimeError("UNAVAILABLE: Connection reset by peer"),
             "69: process 1 of 2 probably lost another process (UNAVAILABLE: Connection reset by",
