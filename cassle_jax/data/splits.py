@@ -312,7 +312,16 @@ def hashed_by_class(labels: Int[np.ndarray, " images"]) -> dict[int, Int[np.ndar
     digests = b"".join(
         hashlib.blake2b(str(index).encode(), digest_size=8).digest() for index in range(len(labels))
     )
-    order = np.lexsort((np.frombuffer(digests, ">u8"), labels))
-    order = order[labels[order] >= 0]
+    order = np.argsort(np.frombuffer(digests, ">u8"), kind="stable")
+    by_label = rows_by_label(labels[order])
+    return {label: order[rows] for label, rows in by_label.items() if label >= 0}
+
+
+def rows_by_label(labels: Int[np.ndarray, " rows"]) -> dict[int, Int[np.ndarray, " _"]]:
+    """The rows of every label that occurs, both ascending.
+
+    One sort finds them, whatever the number of labels.
+    """
+    order = np.argsort(labels, kind="stable")
     present, first = np.unique(labels[order], return_index=True)
     return dict(zip(present.tolist(), np.split(order, first[1:]), strict=True))

@@ -13,11 +13,10 @@ from cassle_jax.checks import check_at_least
 from cassle_jax.data import Drawn, Source
 from cassle_jax.data.objects import ObjectSource
 from cassle_jax.data.pipeline import evenly_spaced
-from cassle_jax.data.splits import ObjectPart
+from cassle_jax.data.splits import ObjectPart, rows_by_label
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.factor_probes import group_means
 from cassle_jax.evaluation.findings import Chart, Finding, Score, half_interval
-from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import DRAWN, OBJECTS, Protocol
 from cassle_jax.evaluation.settings import Seeded, setting

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from cassle_jax.checks import check_at_least, check_finite
+from cassle_jax.data.splits import rows_by_label
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
-from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.neighbours import Parts, nearest, parts_of
 from cassle_jax.evaluation.protocol import Protocol

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from cassle_jax.data.splits import rows_by_label
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score, half_interval, missed_optima
-from cassle_jax.evaluation.grouping import rows_by_label
 from cassle_jax.evaluation.linear import (
     NEEDS,
     PENALTIES,

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from cassle_jax.evaluation.grouping import rows_by_label
+from cassle_jax.data.splits import rows_by_label
 from cassle_jax.evaluation.resampled import split_by_class
 
 
