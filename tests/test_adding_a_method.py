@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.evaluate import evaluate_command
+from cassle_jax.evaluation.projection import has_projector
 from cassle_jax.export import export_command
 from cassle_jax.methods import METHODS, Encoded, Moment, Progress, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
@@ -124,7 +125,7 @@ def test_the_command_trains_it_with_cassle(workdir):
 def test_it_is_exported_and_evaluated_where_nobody_registers_it(workdir, tmp_path):
     assert "align_uniform" not in METHODS
     subject = open_subject(workdir)
-    assert subject.has_projector
+    assert has_projector(subject.variables)
     assert (
         subject.variables["params"]["projector"]["projector"]["linear_1"]["kernel"].shape[1] == 128
     )

@@ -149,7 +149,6 @@ def invariance_meter(
     mesh: Mesh,
     *,
     strengths: Sequence[float] = STRENGTHS,
-    temperature: float = TEMPERATURE,
 ) -> Callable[..., Invariance]:
     """Returns a function that measures invariance stage by stage; its first call compiles it.
 
@@ -181,7 +180,6 @@ def invariance_meter(
       mesh: the devices.
       strengths: strengths of jitter and blur besides the run's own, which is 1; each above 0; empty
         for no curves.
-      temperature: the temperature of InfoNCE.
 
     Returns:
       A function of the variables (`params` and `batch_stats`), of a function that returns the
@@ -190,14 +188,13 @@ def invariance_meter(
       two images, where no batch has two, or where an embedding is not finite.
 
     Raises:
-      ValueError: a temperature or a strength is not positive.
+      ValueError: a strength is not positive.
     """
-    check_positive("temperature", temperature)
     for strength in strengths:
         check_positive("strength", strength)
     spec = every_augmentation(spec)
     compared = _compared(spec, strengths)
-    measure = _Measurement(networks, conditioning, spec, compared, temperature, mesh)
+    measure = _Measurement(networks, conditioning, spec, compared, mesh)
     describe = _description(conditioning, spec, compared, mesh)
     # The sums stay on the devices from batch to batch.
     add = jax.jit(partial(jax.tree.map, jnp.add), donate_argnums=0)
@@ -274,11 +271,10 @@ class _Measurement:
         conditioning: Conditioning,
         spec: AugmentSpec,
         compared: Sequence[tuple[str, float]],
-        temperature: float,
         mesh: Mesh,
     ):
         self._networks, self._conditioning, self._spec = networks, conditioning, spec
-        self._compared, self._temperature = compared, temperature
+        self._compared = compared
         self._plain = parallel(
             self._encode_plain,
             mesh,
@@ -343,8 +339,7 @@ class _Measurement:
             differs = jnp.any(jnp.abs(wrong - omega) > 1e-5, axis=1) & rows.counted
             omega_differs = differs.sum(dtype=jnp.float32)
         sums = {
-            name: agreement_sums(rows, queries[name], keys[name], self._temperature)
-            for name in queries
+            name: agreement_sums(rows, queries[name], keys[name], TEMPERATURE) for name in queries
         }
         return jax.lax.psum((sums, omega_differs), AXIS)
 
@@ -368,7 +363,7 @@ def _flat(array: Float[Array, "B ..."]) -> Float[Array, "B D"]:
 
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
     subject = bench.subject
-    if not subject.has_projector:
+    if not has_projector(subject.variables):
         LOG.info("invariance of %s: its encoder alone, as it has no projector", subject.name)
     meter = bench.once(invariance_meter, subject.networks, subject.conditioning, subject.spec)
     batches = partial(bench.analysed, settings.analysed)

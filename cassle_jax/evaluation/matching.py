@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from cassle_jax.augment import AugmentSpec
-from cassle_jax.checks import check_positive
 from cassle_jax.evaluation.agreement import TEMPERATURE, Agreement, both_ways
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Chart, Finding, Score
@@ -121,8 +120,6 @@ class ViewMatcher:
         conditioning: Conditioning,
         specs: Sequence[AugmentSpec],
         mesh: Mesh,
-        *,
-        temperature: float = TEMPERATURE,
     ):
         """Keeps the settings of the measurement.
 
@@ -131,17 +128,11 @@ class ViewMatcher:
           conditioning: the projector's conditioning.
           specs: the run's augmentation per view; the first two are compared.
           mesh: the devices.
-          temperature: the temperature of InfoNCE, above 0.
-
-        Raises:
-          ValueError: the temperature is not positive.
         """
-        check_positive("temperature", temperature)
         self._networks = networks
         self._conditioning = conditioning
         self._specs = tuple(specs[:2])
         self._mesh = mesh
-        self._temperature = temperature
         compiled = partial(parallel, mesh=mesh, outputs=SHARDED)
         self._describe = compiled(self._omega, inputs=(REPLICATED, SHARDED))
         self._embed = compiled(self._embeddings, inputs=(REPLICATED, REPLICATED, SHARDED))
@@ -181,7 +172,7 @@ class ViewMatcher:
                 rows = _batches_of({"features": features, "omega": omega}, self._mesh)
                 pairs[name] = of_all_images(partial(self._project, variables), rows, self._mesh)
         agreements = {
-            name: both_ways(pairs[name], self._temperature, name)
+            name: both_ways(pairs[name], TEMPERATURE, name)
             for name in (FEATURES, RIGHT, WRONG, NONE, MEAN, ANOTHER)
             if name in pairs
         }
@@ -271,7 +262,7 @@ def _batches_of(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Iterable[Batch]
 
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
     subject = bench.subject
-    if not subject.has_projector:
+    if not has_projector(subject.variables):
         LOG.info("matching of %s: by its features alone, as it has no projector", subject.name)
     elif projector_takes_omega(subject.conditioning) and encoder_takes_omega(subject.networks):
         LOG.info("matching of %s: not by ω alone, as its encoder takes ω", subject.name)

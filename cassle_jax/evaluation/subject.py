@@ -39,11 +39,6 @@ class Subject:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def has_projector(self) -> bool:
-        """Whether the networks include a projector, or are an encoder alone."""
-        return "projector" in self.variables["params"]
-
-    @property
     def feature_width(self) -> int:
         """Number of features of an image."""
         return self.networks.factories["encoder"]().feature_width

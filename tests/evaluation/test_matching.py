@@ -266,9 +266,6 @@ def test_what_cannot_be_compared_is_refused():
     broken = jax.tree.map(lambda array: array + np.nan, variables)
     with pytest.raises(ValueError, match=r"'no ω' hold values that are not finite"):
         measure(broken, lambda: batches_of(IMAGES, 16))
-    networks, _ = colour_networks()
-    with pytest.raises(ValueError, match=r"temperature=0\.0 must be above 0"):
-        ViewMatcher(networks, PLAIN, (JITTERED, JITTERED), devices(1), temperature=0.0)
 
 
 def test_embeddings_that_point_nearly_the_same_way_are_distinguished():
