@@ -255,14 +255,14 @@ def test_a_run_whose_evaluation_is_damaged_is_done_again(tmp_path):
     table = Table("A", "?", (row,), seeds=(0,), datasets=("scenes",), tasks=("knn",))
     run, report = finished(tmp_path, table)
     results = experiment._Results(tmp_path, table, evaluation_of(table))
-    assert not results.is_missing(run)
+    assert not results.lacks(run)
     assert results.write_page().exists()
     for content in (report.read_text()[:200], *DAMAGED):
         report.write_text(content)
-        assert results.is_missing(run)
+        assert results.lacks(run)
         assert results.write_page() is None  # as for a run that has not finished
     report.unlink()
-    assert results.is_missing(run)
+    assert results.lacks(run)
 
 
 def a_socket(path):

@@ -416,7 +416,7 @@ def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tm
 )
 def test_an_evaluation_that_cannot_be_is_refused_before_any_run(settings, message):
     with pytest.raises(ConfigError, match=message):
-        evaluation_of(PAIR, **settings)
+        evaluation_of(dataclasses.replace(PAIR, **settings))
 
 
 @pytest.mark.exhaustive

@@ -46,7 +46,6 @@ def evaluation_of(
     table: Table,
     *,
     datasets: Sequence[str] = (),
-    tasks: Sequence[str] = (),
     data_dir: str = "",
     options: Sequence[str] = (),
     toy: bool = False,
@@ -56,7 +55,6 @@ def evaluation_of(
     Args:
       table: the experiment.
       datasets: datasets that replace the table's; empty for the table's.
-      tasks: tasks that replace the table's; empty for the table's.
       data_dir: folder of tensorflow-datasets.
       options: further options, as `name=value`.
       toy: whether to evaluate on a few rendered scenes.
@@ -64,10 +62,10 @@ def evaluation_of(
     Raises:
       ConfigError, DataError: an unknown name, an invalid value, or a missing dataset.
     """
-    chosen, tasks = tuple(datasets) or table.datasets, tuple(tasks) or table.tasks
+    chosen = tuple(datasets) or table.datasets
     if toy:
         chosen = ("scenes",) if chosen else ()
-    check_names(chosen, tasks)
+    check_names(chosen, table.tasks)
     opened = open_datasets(chosen, data_dir)
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
@@ -80,11 +78,11 @@ def evaluation_of(
         extraction, of_protocols = checked_settings(values)
     except ConfigError as error:
         raise ConfigError(f"evaluation {error}") from error
-    for each in plan(opened, tasks, of_protocols, limit=extraction.limit):
+    for each in plan(opened, table.tasks, of_protocols, limit=extraction.limit):
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
     images = {data.name: _numbers_and_classes(data) for data in opened}
-    return Evaluation(chosen, tasks, data_dir, settings=values, images=images)
+    return Evaluation(chosen, table.tasks, data_dir, settings=values, images=images)
 
 
 def _numbers_and_classes(data: EvaluationData) -> str:

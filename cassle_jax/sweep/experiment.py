@@ -190,7 +190,7 @@ def _missing_jobs(
     job: Callable[..., Job],
 ) -> list[Job]:
     """The jobs of the runs without results; `job` makes one of subject, arguments and workdir."""
-    missing = [run for run in runs if results.is_missing(run)]
+    missing = [run for run in runs if results.lacks(run)]
     LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
     return [
         job(
@@ -263,29 +263,19 @@ class _Results:
     def workdir(self, name: str) -> Path:
         return workdir_of(self._folder, name)
 
-    def is_missing(self, run: RunSpec) -> bool:
-        """Whether a run must be executed.
-
-        Raises:
-          ConfigError: the folder holds the run with other settings.
-        """
-        if self.lacks(run):
-            return True
-        RunRecord(self.workdir(run.name)).check_same(run.config)
-        return False
-
     def lacks(self, run: RunSpec) -> bool:
         """Whether a run has no results yet; a diverged run would diverge again."""
         record = RunRecord(self.workdir(run.name))
         return record.state != DIVERGED and self._evaluation(record) is None
 
     def check_seeds(self, runs: Sequence[RunSpec]) -> None:
-        """Raises ConfigError where a row has finished other seeds with other settings."""
+        """Raises ConfigError where a seed of a row has ended with other settings."""
         for run in {run.subject: run for run in runs}.values():
             for seed in self._seeds(run.subject):
                 record = RunRecord(self.workdir(folder_of(run.subject, seed)))
                 same = ConfigDict({**run.config.to_dict(), "seed": seed})
-                if record.state == FINISHED and (changed := record.changes(same)):
+                ended = record.state in (FINISHED, DIVERGED)
+                if ended and (changed := record.changes(same)):
                     raise ConfigError(
                         f"{record.folder} holds a seed of row {run.subject!r} with other settings "
                         f"({'; '.join(changed)}), and a mean of both would be wrong; use another "

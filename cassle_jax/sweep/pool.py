@@ -25,6 +25,7 @@ _POLL_SECONDS = 0.5
 GRACE_SECONDS = 40.0
 # Share of a GPU's memory for all workers on it; every worker allocates its part at its start.
 _MEMORY_SHARE = 0.9
+_KILLED = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 class WorkerPool:
@@ -98,7 +99,7 @@ class WorkerPool:
         try:
             # The fork server, which starts with the first run, must report how runs end. So it
             # blocks the signals that a terminal or SLURM sends to all processes.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, stopping_signals())
             process.start()
         except OSError as error:
             if "AF_UNIX" not in str(error):
@@ -111,7 +112,7 @@ class WorkerPool:
             said = "the process that starts the runs was killed; the same command continues"
             raise Outage(said) from error
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping_signals())
         LOG.info("%s starts", job.workdir.name)
         return process
 
@@ -134,10 +135,6 @@ class WorkerPool:
                 process.kill()
                 process.join()
         return list(running.items())
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_KILLED = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def gpu_shares(gpus: Sequence[str], parallel: int) -> list[dict[str, str]]:

@@ -58,7 +58,7 @@ class RunRecord:
     def changes(self, config: ConfigDict, *, opens: bool = True) -> list[str]:
         """The settings in which the run differs from a configuration, such as `steps=9 was 7`.
 
-        Another `data.path` is none of them, unless the images there have other names.
+        A changed `data.path` counts only where the images there have other names.
 
         Args:
           config: the configuration.

@@ -1,5 +1,7 @@
 """Every table there is can be run: its rows are whole runs, and its tasks work at toy size."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -52,14 +54,14 @@ def test_a_row_of_it_runs_at_toy_size(name, tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
     monkeypatch.setattr(worker, "export_command", lambda **asked: exports.append(asked))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the process is not its own
-    table = find_table(name)
+    table = dataclasses.replace(find_table(name), tasks=tasks)
     run = planned(
         runs_of_table(
             table, seeds=(0,), rows=("CASSLE",), toy=True, overrides=(*TINY, "compilation_cache=")
         )[-1],
         64,
     )
-    evaluation = evaluation_of(table, tasks=tasks, toy=True)
+    evaluation = evaluation_of(table, toy=True)
     job = Job(run.subject, run.arguments, tmp_path, evaluation, False, table.export)
     pretrain_and_evaluate(job)
     (findings,) = read_report(tmp_path / RESULT / JSON)[0][run.subject]
