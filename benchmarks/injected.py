@@ -21,10 +21,9 @@ from pytest import MonkeyPatch
 from cassle_jax.data.folder import FolderSource
 from cassle_jax.lock import folder_held
 from cassle_jax.storage import GrowingFile
-from cassle_jax.training import loop
+from cassle_jax.training import loop, read_back
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.metrics import MetricsWriter
-from cassle_jax.training.read_back import ReadBack
 
 _RECORDS = ("config.json", "metrics.jsonl", "starts.jsonl")
 ONE_FILE = 5  # index of the file that a fault of one file hits
@@ -276,7 +275,7 @@ FAULTS = (
     ),
     Fault(
         "the first checkpoints cannot be read back",
-        lambda case: case.failing(ReadBack, "_load", errno.EINVAL),
+        lambda case: case.failing(read_back, "read_checkpoint", errno.EINVAL),
         [74],
     ),
     Fault("the probe fails, or the run is killed in it", _no_probe),

@@ -36,7 +36,7 @@ from cassle_jax.storage import (
     share,
 )
 from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
-from cassle_jax.training.read_back import ReadBack
+from cassle_jax.training.read_back import ReadBack, read_checkpoint
 from cassle_jax.training.state import TrainState
 
 RETRY_SECONDS = 5.0
@@ -198,11 +198,13 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data state of the newest readable checkpoint; `None` without checkpoints.
 
-        Raises ConfigError if there are checkpoints and none is readable, or if they belong to other
-        networks or another optimizer.
-
         Args:
           like: a state of the same run, for shapes and placement.
+
+        Raises:
+          ConfigError: there are checkpoints and none is readable, or they belong to other networks
+            or another optimizer.
+          Outage: none could be read for now.
         """
         # Another host may not see the newest one yet; all must try the same ones in turn.
         steps = first_says(sorted(self._manager.all_steps(), reverse=True) if self._leads else [])
@@ -242,7 +244,7 @@ class Checkpoints:
             )
         return None
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Logs the failure of a background save that has ended by now; does not wait."""
         if not self._leads:
             return
@@ -339,14 +341,12 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         step, self._saving, self._read_back = self._saving, None, None
-        self._failures += 1
+        self._failures, self._cause = self._failures + 1, error
         if isinstance(error, _NoRoom):
-            self._cause = error
             self._trouble = f"checkpoint {step} is not saved: {error}"
             return
         where = f"{self._folder}{_room(self._folder)}"
         self._trouble = f"checkpoint {step} is not saved: {where}: {_reason(error)}"
-        self._cause = error
         # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.
         for mend in (self._manager.close, self._drop_incomplete, self._open):
             with contextlib.suppress(Exception):  # the next save reports what is still wrong
@@ -379,15 +379,8 @@ class Checkpoints:
         return "none is saved yet" if newest is None else f"the newest saved is {newest}"
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        folder = self._folder / str(step)
-        # Not by the manager, which ends with a barrier: a process that cannot read would miss it.
-        with (
-            abandoned_reads_silenced(),
-            contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
-            contextlib.closing(ocp.JsonCheckpointHandler()) as data,
-        ):
-            state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
-            data_state = data.restore(folder / "data", args=ocp.args.JsonRestore())
+        with abandoned_reads_silenced():
+            state, data_state = read_checkpoint(self._folder / str(step), like)
         saved = data_state.pop("checksums", {})
         if not is_of(data_state, {str: int}):
             raise ValueError("its place in the images is damaged")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cassle_jax.augment import DESCRIPTORS
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, first_line
 from cassle_jax.config import flat_settings
 from cassle_jax.data import (
     DamagedLog,
@@ -252,7 +252,7 @@ class _Loop:
             self._mend_workdir()
             self.checkpoints.save(self.step, self.state, self.data_state)
         elif self._is_due(config.log.every_steps):
-            self.checkpoints.look()
+            self.checkpoints.poll()
         # A request to stop leaves only seconds: then there is no probe.
         if self.probe and self._is_probed and (last or not stop.agreed(self.step)):
             self._check_finite()
@@ -269,7 +269,7 @@ class _Loop:
                 "the probe of step %d failed; the run continues: %s: %s",
                 self.step,
                 type(error).__name__,
-                (str(error).strip() or "no reason given").splitlines()[0],
+                first_line(error),
             )
         # If it failed in this process alone, the others are still inside the probe: wait for them.
         all_arrive(f"after the probe of step {self.step}")

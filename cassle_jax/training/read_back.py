@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ class ReadBack:
       folder: folder of the checkpoint.
       state: the state saved in it; only its shapes are kept.
       saved: the data saved with it, including the checksums.
+
+    Attributes:
+      problem: the reason why no run can continue from the checkpoint; `None` where one can.
     """
 
     def __init__(self, folder: epath.Path, state: TrainState, saved: Mapping[str, Any]):
@@ -31,7 +35,7 @@ class ReadBack:
         self._folder, self._saved = folder, dict(saved)
         self._like = jax.tree.map(_on_the_host, state)
         self._thread = threading.Thread(target=self._read, daemon=True)
-        self._problem: str | None = None
+        self.problem: str | None = None
 
     def start(self) -> None:
         """Starts reading."""
@@ -49,30 +53,28 @@ class ReadBack:
         self._thread.join(None if wait else 0.0)
         return not self._thread.is_alive()
 
-    @property
-    def problem(self) -> str | None:
-        """The reason why no run can continue from the checkpoint; `None` where one can."""
-        return self._problem
-
     def _read(self) -> None:
         try:
-            state, saved = retried(f"checkpoint {self.step}", self._load)
+            read = partial(read_checkpoint, self._folder, self._like)
+            state, saved = retried(f"checkpoint {self.step}", read)
             found = {name: host_checksum(part) for name, part in vars(state).items()}
             expected = self._saved["checksums"]
             wrong = [name for name in found if found[name] != expected[name]]
             if wrong or saved != self._saved:
-                self._problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
+                self.problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
         except Exception as error:  # Orbax and TensorStore raise any type
-            self._problem = first_line(error)
+            self.problem = first_line(error)
 
-    def _load(self) -> tuple[TrainState, dict[str, Any]]:
-        with (
-            contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
-            contextlib.closing(ocp.JsonCheckpointHandler()) as data,
-        ):
-            args = ocp.args.StandardRestore(self._like)
-            state = arrays.restore(self._folder / "state", args=args)
-            return state, data.restore(self._folder / "data", args=ocp.args.JsonRestore())
+
+def read_checkpoint(folder: epath.Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state, in the shapes and placement of `like`, and the data saved with it."""
+    # Not by Orbax's manager, which ends with a barrier: a process that cannot read would miss it.
+    with (
+        contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
+        contextlib.closing(ocp.JsonCheckpointHandler()) as data,
+    ):
+        state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
+        return state, data.restore(folder / "data", args=ocp.args.JsonRestore())
 
 
 def host_checksum(part: Any) -> int:

@@ -28,7 +28,6 @@ FREE_TO_CHANGE = (
 # Settings that may differ between the hosts of a run.
 FREE_TO_DIFFER = ("compilation_cache", "data.path", "data.threads", "data.cache_gib")
 
-
 # Settings that no run can change: they decide the next images, or the objective.
 NEVER_TO_CHANGE = (
     "seed",
