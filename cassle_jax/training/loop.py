@@ -14,7 +14,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import ConfigError, first_line
 from cassle_jax.config import flat_settings
 from cassle_jax.data import (
@@ -30,11 +29,11 @@ from cassle_jax.data import (
 from cassle_jax.distributed import agree, all_arrive, is_first_to
 from cassle_jax.faults import Outage, hurry, reason_of
 from cassle_jax.lock import folder_held
-from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
 from cassle_jax.storage import is_there, make_shared
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
+from cassle_jax.training.omega_warnings import omega_warnings
 from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.recorded import record_of
@@ -63,19 +62,6 @@ LAST_SAVE_SECONDS = 600.0
 STOPPING_SAVE_SECONDS = 30.0
 
 LOG = logging.getLogger(__name__)
-
-
-_REVEALED = {
-    "color_diff": (
-        "together with the jitter it reveals the image's mean colour, so ω alone solves a part of "
-        "the objective; palette describes the jitter without the image "
-        "(--config=…:conditioning=leak_free)"
-    )
-}
-_REVEALED_BY_OTHERS = (
-    "it may reveal which image it is, and ω alone may then solve a part of the objective; "
-    "python -m cassle_jax.evaluate --tasks=leak measures that of the run"
-)
 
 
 class Diverged(RuntimeError):
@@ -435,9 +421,8 @@ def _record_start(
     written(workdir, lambda: write_config(config, workdir))
     written(workdir, lambda: record_start(workdir, **start))
     if start["step"] == 0:
-        _warn_of_leaks(run.conditioning)
-        _warn_of_shown_omega(run)
-        _warn_of_late_omega(run)
+        for line in omega_warnings(run):
+            LOG.warning("%s", line)
         views = workdir / "views.png"
         written(workdir, lambda: write_contact_sheet(run, source, config.data, views))
         LOG.info("what the network sees is in %s; compiling", views)
@@ -477,48 +462,3 @@ def _mend_workdir(
         record_start(workdir, **start)
     except OSError as error:
         LOG.warning("workdir=%s cannot be written: %s", workdir, reason_of(error))
-
-
-def _warn_of_shown_omega(run: Run) -> None:
-    """Logs the objectives that predict an ω that the encoder sees."""
-    shown = {name.partition(".")[0] for name in run.conditioning.descriptors}
-    predicted = [each.name for each in run.auxiliaries if shown & {*each.descriptors}]
-    if predicted and run.conditioning.injection == "image":
-        LOG.warning(
-            "conditioning.injection='image' shows ω to the encoder, so what %s predicts need not "
-            "be read off the image; conditioning.injection='concat' keeps ω in the projector",
-            ", ".join(predicted),
-        )
-
-
-def _warn_of_late_omega(run: Run) -> None:
-    """Logs that a run ends before any image is projected with ω."""
-    start = run.conditioning.start_epoch
-    if start >= run.clock.epochs:
-        LOG.warning(
-            "conditioning.start_epoch=%g is not within the run's %g epochs, so no image is "
-            "projected with ω; use a smaller value",
-            start,
-            run.clock.epochs,
-        )
-
-
-def _warn_of_leaks(conditioning: Conditioning) -> None:
-    """Logs what ω gives away of the image, or of the pairing of views."""
-    leaking: dict[str, list[str]] = {}
-    for name in conditioning.descriptors:
-        descriptor = name.partition(".")[0]
-        if DESCRIPTORS[descriptor].from_image:
-            leaking.setdefault(descriptor, []).append(name)
-    for descriptor, names in leaking.items():
-        LOG.warning(
-            "conditioning.descriptors has %s, which is computed from the image: %s",
-            ", ".join(names),
-            _REVEALED.get(descriptor, _REVEALED_BY_OTHERS),
-        )
-    if conditioning.relative and conditioning.descriptors and conditioning.into != "predictor":
-        LOG.warning(
-            "conditioning.relative=True gives the two views opposite ω, so ω alone matches them "
-            "and solves most of the objective; conditioning.into='predictor' keeps ω out of the "
-            "embeddings that are matched"
-        )
