@@ -190,8 +190,8 @@ def _write_shards(
     folder: Path,
     workers: int,
     allowed: float,
-) -> dict[str, dict[Path, Written]]:
-    """Writes the shards that are missing; returns what each shard of a split holds, in order."""
+) -> dict[str, list[Written]]:
+    """Writes the shards that are missing; returns what the shards of each split hold, in order."""
     shards = shards_of(plan, folder)
     written = _kept(sources, shards, allowed)
     missing = [shard for shard in shards if shard.path not in written]
@@ -217,7 +217,7 @@ def _write_shards(
             written[shard.path] = future.result()
             progress.add(len(shard.indices))
     return {
-        split: {shard.path: written[shard.path] for shard in shards if shard.split == split}
+        split: [written[shard.path] for shard in shards if shard.split == split]
         for split in sources
     }
 
@@ -225,7 +225,7 @@ def _write_shards(
 def _kept(
     sources: Mapping[str, Source], shards: Sequence[Shard], allowed: float
 ) -> dict[Path, Written]:
-    """What earlier calls have written, by shard; without what is to be written again."""
+    """What earlier calls have written and this one keeps, by shard."""
     kept = {}
     for split, source in sources.items():
         own = {shard.path: shard.indices for shard in shards if shard.split == split}
@@ -260,8 +260,8 @@ def _plain(error: BaseException, folder: Path) -> Stop | DataError | None:
 def _pool(workers: int, settings: tuple) -> Iterator[Executor]:
     """Processes, as decoding holds Python's lock between images; one worker needs no process.
 
-    It is left when no process writes any more: after an error they finish the shards that they have
-    begun; after a request to stop, none.
+    The context ends when no process writes any more. After an error, they finish the shards that
+    they have begun; after a request to stop, they finish none.
     """
     if workers < 2:
         pool = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=settings)
@@ -303,19 +303,19 @@ def _write(shard: Shard) -> Written:
 
 
 def _check_unreadable(
-    written: Mapping[str, Mapping[Path, Written]], folder: Path, allowed: float
+    written: Mapping[str, Sequence[Written]], folder: Path, allowed: float
 ) -> None:
     """Lists the images left out, tab-separated; refuses more than the allowed fraction."""
     lines = [
         f"{split}\t{name}\t{_with_flags(reason)}\n"
         for split, shards in written.items()
-        for shard in shards.values()
+        for shard in shards
         for name, reason in shard.unreadable
     ]
     write_whole(folder / _UNREADABLE, "".join(lines))
     for split, shards in written.items():
-        bad = sum(len(shard.unreadable) for shard in shards.values())
-        images = bad + sum(shard.records for shard in shards.values())
+        bad = sum(len(shard.unreadable) for shard in shards)
+        images = bad + sum(shard.records for shard in shards)
         if _are_too_many(bad, images, allowed):
             raise DataError(
                 f"{bad} of the {images} images of split {split!r} cannot be read, more than "
@@ -331,14 +331,14 @@ def _are_too_many(bad: int, images: int, allowed: float) -> bool:
 
 
 def _write_info(
-    plan: Mapping[str, Any], written: Mapping[str, Mapping[Path, Written]], folder: Path
+    plan: Mapping[str, Any], written: Mapping[str, Sequence[Written]], folder: Path
 ) -> None:
     """Writes the description that tfds reads; the file that it reads first appears last."""
     splits = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[shard.records for shard in shards.values()],
-            num_bytes=sum(shard.size for shard in shards.values()),
+            shard_lengths=[shard.records for shard in shards],
+            num_bytes=sum(shard.size for shard in shards),
         )
         for split, shards in written.items()
     ]

@@ -106,14 +106,14 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
     unreadable: list[tuple[str, str]] = []
     sums: list[int] = []
     size = 0
-    with becoming(path) as partial, _system_errors(path):
-        writer = ArrayRecordWriter(str(partial), _GROUP)
+    with becoming(path) as unfinished, _system_errors(path):
+        writer = ArrayRecordWriter(str(unfinished), _GROUP)
         for record in _records(source, indices, encoding, unreadable):
             writer.write(record)
             sums.append(zlib.crc32(record))
             size += len(record)
         writer.close()
-        if _sums_in(partial) != sums:
+        if _sums_in(unfinished) != sums:
             raise OSError(errno.EIO, "what was written cannot be read back", str(path))
     written = Written(len(sums), size, unreadable, content, path.stat().st_size)
     write_whole(_note(path), json.dumps(written._asdict()))
@@ -136,8 +136,8 @@ def _system_errors(path: pathlib.Path) -> Iterator[None]:
 
 def remove_partials(folder: pathlib.Path) -> None:
     """Removes what killed calls left half written."""
-    for partial_file in folder.glob(f"*{PARTIAL}"):
-        partial_file.unlink(missing_ok=True)
+    for unfinished in folder.glob(f"*{PARTIAL}"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _note(path: pathlib.Path) -> pathlib.Path:
