@@ -49,12 +49,8 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def title_of(task: str) -> str:
-    """The heading of a task's section: the title of its protocol, or its own name without one.
-
-    What follows a colon is kept, as in `linear: difference to the baseline`.
-    """
-    name, colon, rest = task.partition(":")
-    return (PROTOCOLS[name].title if name in PROTOCOLS else name) + colon + rest
+    """The heading of a task's section: the title of its protocol, or its own name without one."""
+    return PROTOCOLS[task].title if task in PROTOCOLS else task
 
 
 def all_settings() -> dict[str, Setting]:

@@ -5,11 +5,9 @@ import io
 from collections.abc import Sequence
 from html import escape
 
-from jaxtyping import UInt8
-from numpy import ndarray
 from PIL import Image
 
-Pixels = UInt8[ndarray, "_ _ 3"]
+from cassle_jax.evaluation.findings import Pixels
 
 _LARGEST = 224
 _SMALL = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
-from cassle_jax.report.comparison import check_subjects
+from cassle_jax.report.comparison import check_subjects, failures_of
 from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_report
 from cassle_jax.report.overview import Pairing, named_baselines
 
@@ -56,14 +56,15 @@ class GrowingReport:
     @property
     def failures(self) -> list[tuple[str, Failure]]:
         """The protocols that failed, each with its subject."""
-        return [
-            (name, finding)
-            for name, runs in self._runs.items()
-            for run in runs
-            for _, findings in run
-            for finding in findings
-            if isinstance(finding, Failure)
-        ]
+        return failures_of(self._findings)
+
+    @property
+    def _findings(self) -> dict[str, list[list[Finding]]]:
+        """All findings by subject and run, without their keys."""
+        return {
+            name: [[each for _, part in run for each in part] for run in of_subject]
+            for name, of_subject in self._runs.items()
+        }
 
     def kept(self, key: str) -> Sequence[Finding] | None:
         """The findings under a key, from this or an earlier call; `None` without any."""
@@ -76,8 +77,7 @@ class GrowingReport:
     def check(self, findings: Sequence[Finding]) -> None:
         """Raises ValueError where findings cannot be reported beside those of the newest run."""
         name = next(reversed(self._runs))
-        newest = [each for _, part in self._runs[name][-1] for each in part]
-        check_subjects({name: [[*newest, *findings]]})
+        check_subjects({name: [[*self._findings[name][-1], *findings]]})
 
     def add(self, findings: Sequence[Finding], key: str = "") -> None:
         """Adds to the newest run, and writes the page where that takes little of the time.
@@ -108,10 +108,7 @@ class GrowingReport:
         """
         if not self._writes:
             return self.folder / HTML
-        runs = {
-            name: [[each for _, part in run for each in part] for run in of_subject]
-            for name, of_subject in self._runs.items()
-        }
+        runs = self._findings
         parts = {
             name: [[(key, len(part)) for key, part in run] for run in of_subject]
             for name, of_subject in self._runs.items()

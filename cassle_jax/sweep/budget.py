@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import Outage
+from cassle_jax.report.overview import group_of
 from cassle_jax.storage import kept_json, write_surely
 from cassle_jax.sweep.jobs import OUTCOME
 from cassle_jax.sweep.space import RunSpec
@@ -64,14 +65,14 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
     return plan
 
 
-def group_of(subject: str) -> str:
-    """The part of a subject before the last comma; rows of one group take about the same time."""
-    return subject.rpartition(",")[0] or subject
+def _pace_of(subject: str) -> str:
+    """A name that rows share whose steps take about the same time: the base method's."""
+    return group_of(subject) or subject
 
 
 def runs_to_measure(runs: Sequence[RunSpec], parallel: int) -> list[RunSpec]:
     """The runs to measure: the last per group, repeated to fill `parallel` processes."""
-    last = list({group_of(run.subject): run for run in runs}.values())
+    last = list({_pace_of(run.subject): run for run in runs}.values())
     return [
         dataclasses.replace(last[i % len(last)], name=f"{last[i % len(last)].name}.{i}")
         for i in range(max(len(last), parallel))
@@ -117,11 +118,11 @@ def make_plan(
         if (found := measured_in(workdir)) is None:
             raise Outage(f"{workdir} lacks its measurement; the same command measures again")
         step_seconds, took = run.config.batch_size / found[0], found[1]
-        group = group_of(run.subject)
+        group = _pace_of(run.subject)
         seconds[group] = max(step_seconds, seconds.get(group, 0.0))
         overhead = max(overhead, took - MEASURED_RUN["steps"] * step_seconds)
         spent += took / parallel
-    step_seconds_of_all = sum(seconds[group_of(run.subject)] for run in runs)
+    step_seconds_of_all = sum(seconds[_pace_of(run.subject)] for run in runs)
     steps = steps_within(minutes, spent, len(runs), overhead, step_seconds_of_all, parallel)
     plan = Plan(minutes, steps, seconds, overhead)
     write_surely(folder / PLAN, json.dumps(dataclasses.asdict(plan), indent=1))

@@ -11,6 +11,7 @@ from cassle_jax.command import made_by
 from cassle_jax.config import flat_settings
 from cassle_jax.config_files import CONFIGS, TABLES, find_file
 from cassle_jax.methods import AUXILIARIES
+from cassle_jax.report.overview import group_of
 from cassle_jax.sweep.space import RunSpec, Values, run_of
 from cassle_jax.training.run import check_settings
 
@@ -110,9 +111,8 @@ class Table:
         Raises:
           ConfigError: the table has no such row.
         """
-        group = row.subject.rpartition(",")[0]
         subjects = [other.subject for other in self.rows]
-        first = next(subject for subject in subjects if subject.rpartition(",")[0] == group)
+        first = next(each for each in subjects if group_of(each) == group_of(row.subject))
         chosen = row.against or first
         if chosen not in subjects:
             raise ConfigError(
