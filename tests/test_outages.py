@@ -28,7 +28,7 @@ from cassle_jax.data.memory import KeptRecords
 from cassle_jax.data.pipeline import training_batches
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.shards import Shards
-from cassle_jax.data.splits import Crops
+from cassle_jax.data.splits import TenCrops
 from cassle_jax.faults import Outage, passing, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
@@ -284,7 +284,7 @@ def test_what_is_in_memory_does_not_prove_that_storage_is_there(images, folder):
     kept = KeptRecords(images, IMAGES // 2, 2**30)
     for index in range(IMAGES // 2):
         kept[index]
-    crops = Crops(images, 8, 8, ten=True)
+    crops = TenCrops(images, 8, 8)
     crops[0]
     away = folder / "away"
     (folder / "train").rename(away)

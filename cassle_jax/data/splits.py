@@ -1,4 +1,4 @@
-"""Sources made of other sources: parts, two sources joined, and the crops of one.
+"""Sources made of other sources: parts, two sources joined, and the ten crops of one.
 
 Images are chosen by hash, so the choice is the same everywhere.
 """
@@ -20,12 +20,15 @@ from cassle_jax.data.sources import (
     Source,
     check_index,
     content_of,
+    digest_of,
     has_changed,
     labels_of,
     root_of,
     views_of,
 )
-from cassle_jax.data.squares import CENTRE, PLACES, Square, check_short_side, squares_of
+from cassle_jax.data.squares import PLACES, Square, check_short_side, squares_of
+
+_CROPS = 2 * PLACES  # also of the mirrored image
 
 
 class Part:
@@ -77,8 +80,7 @@ class Part:
     @property
     def content(self) -> tuple[object, str]:
         """See `content_of`."""
-        places = np.asarray(self._indices, "<i8").tobytes()
-        return content_of(self._source), hashlib.blake2b(places, digest_size=8).hexdigest()
+        return content_of(self._source), digest_of(np.asarray(self._indices, "<i8").tobytes())
 
     def has_changed(self) -> bool:
         """See the function of this name."""
@@ -150,10 +152,10 @@ class Joined:
         return has_changed(self._first) or has_changed(self._second)
 
 
-class Crops:
-    """Squares cut out of every image, each a separate record with the image's label.
+class TenCrops:
+    """Ten squares cut out of every image, each a separate record with the image's label.
 
-    An image's short side is resized to `short_side` pixels, bicubic. Its ten crops are those of
+    An image's short side is resized to `short_side` pixels, bicubic. The crops are those of
     torchvision's TenCrop, in its order: top left, top right, bottom left, bottom right and centre,
     then the same of the mirrored image. The crops of an image follow each other.
 
@@ -161,39 +163,34 @@ class Crops:
       stored: see `stored_of`.
     """
 
-    def __init__(self, source: Source, size: int, short_side: int, ten: bool):
+    def __init__(self, source: Source, size: int, short_side: int):
         """Reads nothing.
 
         Args:
           source: the images.
           size: side of a crop, pixels.
           short_side: short side of the resized images, pixels, ≥ `size`.
-          ten: whether to take all ten, or the centre alone.
 
         Raises:
           DataError: `short_side` is smaller than `size`.
         """
         check_short_side(short_side, size)
-        which = "ten crops" if ten else "centre"
-        self.name = f"{source.name} ({which} of {size} pixels, short side {short_side})"
+        self.name = f"{source.name} (ten crops of {size} pixels, short side {short_side})"
         self.class_names = source.class_names
-        self._arguments = (source, size, short_side, ten)
         self.stored, self._size, self._short_side = source, size, short_side
-        self._crops = tuple(range(2 * PLACES)) if ten else (CENTRE,)
         self._last = threading.local()
 
     def __len__(self) -> int:
-        return len(self.stored) * len(self._crops)
+        return len(self.stored) * _CROPS
 
     def __getitem__(self, index: int) -> Record:
         check_index(index, self)
-        image, place = divmod(index, len(self._crops))
+        image, crop = divmod(index, _CROPS)
         square, label, name = self._resized(image)
-        crop = self._crops[place]
         return Record(square(crop), label, f"{name}, crop {crop}")
 
     def __reduce__(self):
-        return Crops, self._arguments
+        return TenCrops, (self.stored, self._size, self._short_side)
 
     @property
     def root(self) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cassle_jax.data import Source
 from cassle_jax.data.datasets import EvaluationData
-from cassle_jax.data.splits import Crops, Joined, Part
+from cassle_jax.data.splits import Joined, Part, TenCrops
 from cassle_jax.evaluation.store import (
     Features,
     FeatureStore,
@@ -80,7 +80,7 @@ class Bench:
             return [self.train, self.val, self.test]
         side = uncropped_side(size)
         images = map(self.store.limited, (data.train, data.val))
-        ten = (Crops(each, size, side, ten=True) for each in images)
+        ten = (TenCrops(each, size, side) for each in images)
         return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments: Any) -> Any:

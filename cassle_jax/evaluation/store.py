@@ -1,7 +1,6 @@
 """Extracts the features of a subject on a dataset's parts once, and keeps them on disk."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,8 +16,8 @@ from PIL import Image
 from cassle_jax.checks import is_finite
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches
 from cassle_jax.data.pipeline import evenly_spaced
-from cassle_jax.data.sources import content_of, has_changed, stored_of
-from cassle_jax.data.splits import Crops, Part
+from cassle_jax.data.sources import content_of, digest_of, has_changed, stored_of
+from cassle_jax.data.splits import Part, TenCrops
 from cassle_jax.evaluation.feature_cache import CACHE_GIB, FeatureCache
 from cassle_jax.evaluation.features import feature_extractor
 from cassle_jax.evaluation.subject import Subject
@@ -83,8 +82,8 @@ class FeatureStore:
       batch: images per step, all devices together.
       folder: folder that keeps features between calls of the command; `None` for none.
       cache_gib: bound of the folder's size, GiB; the least recently read features go first.
-      limit: largest number of images per source; 0 for all. `Crops` are taken whole: limit the
-        images that are cropped.
+      limit: largest number of images per source; 0 for all. `TenCrops` are taken whole: limit
+        the images that are cropped.
     """
 
     def __init__(
@@ -177,7 +176,7 @@ class FeatureStore:
         return Part(source, evenly_spaced(len(source), limit), f"{limit} images")
 
     def _limit_of(self, source: Source) -> int:
-        return 0 if isinstance(source, Crops) else self.limit
+        return 0 if isinstance(source, TenCrops) else self.limit
 
     def batches(self, source: Source, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The whole images of a source, at most `limit` of them, to draw views from.
@@ -215,4 +214,4 @@ class FeatureStore:
             Image.MAX_IMAGE_PIXELS,
             np.asarray(self._subject.conditioning.neutral).tolist(),
         )
-        return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
+        return digest_of(repr(settings).encode())
