@@ -16,11 +16,11 @@ from absl import flags
 from jax.sharding import Mesh
 
 from cassle_jax import command
-from cassle_jax.checks import ConfigError, check_at_least, check_one_of, first_line
+from cassle_jax.checks import ConfigError, check_at_least, first_line
 from cassle_jax.data import DataError, Source
-from cassle_jax.data.datasets import DATASETS, OWN_FOLDER, EvaluationData, open_dataset
+from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
-from cassle_jax.data.families import FAMILIES, SPLITS, open_drawn
+from cassle_jax.data.requested import check_datasets, datasets_in, open_datasets
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.extraction import Extraction
@@ -30,6 +30,7 @@ from cassle_jax.evaluation.plan import Planned, plan
 from cassle_jax.evaluation.protocols import (
     PROTOCOLS,
     all_settings,
+    check_tasks,
     checked_settings,
     parsed_settings,
     protocols_with,
@@ -51,8 +52,6 @@ from cassle_jax.storage import (
 from cassle_jax.subjects import open_subject, other_settings
 
 LOG = logging.getLogger("cassle_jax.evaluate")  # also where this is the main module
-
-DRAWN, DRAWN_PIXELS = 5000, 64
 
 
 def evaluate_command(
@@ -89,7 +88,7 @@ def evaluate_command(
     Raises:
       ConfigError, DataError: a setting cannot work, or, at the end, a protocol failed; in one line.
     """
-    check_names((), tasks)
+    check_tasks(tasks)
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
     kept_in = local_folder("cache", cache) if cache else None
@@ -250,59 +249,6 @@ def _shared_facts(
         "the datasets' sizes": _summary(opened),
         "the weights": {name: [s.fingerprint() for s in seeds] for name, seeds in subjects.items()},
     }
-
-
-def check_names(datasets: Sequence[str], tasks: Sequence[str]) -> None:
-    """Refuses unknown names of datasets and tasks, without opening anything.
-
-    Raises:
-      ConfigError: a name is unknown; the message has the closest known one.
-    """
-    for task in tasks:
-        check_one_of("tasks", task, PROTOCOLS)
-    for dataset in datasets:
-        if not dataset.startswith(OWN_FOLDER):
-            check_one_of("datasets", dataset.partition("=")[0], (*DATASETS, *FAMILIES))
-
-
-def open_datasets(datasets: Sequence[str], data_dir: str) -> list[EvaluationData]:
-    """Opens every dataset as `open_evaluated` does; raises ConfigError where two have one name."""
-    opened = [retried(each, partial(open_evaluated, each, data_dir)) for each in datasets]
-    names = [data.name for data in opened]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"dataset {name!r} is named twice; give each dataset once")
-    return opened
-
-
-def open_evaluated(described: str, data_dir: str) -> EvaluationData:
-    """Opens a dataset by its name in the table, a drawn one, `folder:<path>`, or `name=<path>`.
-
-    Raises:
-      DataError: the dataset is missing or incomplete.
-    """
-    if described in FAMILIES:
-        parts = (open_drawn(described, DRAWN, DRAWN_PIXELS, split) for split in SPLITS)
-        train, val, test = parts
-        classes = len(test.class_names)
-        return EvaluationData(described, train, val, test, classes, "accuracy", "classification")
-    if described.startswith(OWN_FOLDER):
-        return open_dataset(described)
-    name, _, path = described.partition("=")
-    return open_dataset(name, path=path, data_dir=data_dir)
-
-
-def datasets_in(text: str) -> tuple[str, ...]:
-    """The datasets in a comma-separated list; a comma that no dataset follows belongs to a path."""
-    found: list[str] = []
-    for piece in text.split(",") if text else []:
-        name = piece.strip().partition("=")[0]
-        begins = name in DATASETS or name in FAMILIES or piece.strip().startswith(OWN_FOLDER)
-        if found and not begins and (":" in found[-1] or "=" in found[-1]):
-            found[-1] += f",{piece}"
-        else:
-            found.append(piece.lstrip() if "=" in piece or ":" in piece else piece.strip())
-    return tuple(found)
 
 
 def named_path(described: str) -> tuple[str, str]:
@@ -473,7 +419,8 @@ def check_requested(
             raise ConfigError(f"evaluation: --{name} is not a further option; leave it out")
     # As absl does: the last value of a repeated option counts.
     datasets, tasks = datasets_in(values.datasets) or datasets, values.tasks or tasks
-    check_names(datasets, tasks)
+    check_tasks(tasks)
+    check_datasets(datasets)
     extraction, of_protocols = checked_settings(_settings_in(values))
     if datasets and opens:
         opened = open_datasets(datasets, values.data_dir)

@@ -14,7 +14,7 @@ from absl import flags
 
 from cassle_jax import command
 from cassle_jax.checks import ConfigError
-from cassle_jax.evaluate import datasets_in
+from cassle_jax.data.requested import datasets_in
 from cassle_jax.sweep.cost import RATE
 from cassle_jax.sweep.evaluation import evaluation_of
 from cassle_jax.sweep.experiment import dry_run, run_table

@@ -15,7 +15,7 @@ from etils import epath
 
 from cassle_jax import command
 from cassle_jax.checks import LONGEST, check_at_least, check_one_of, check_positive
-from cassle_jax.evaluate import datasets_in
+from cassle_jax.data.requested import datasets_in
 from cassle_jax.methods import METHODS
 from cassle_jax.sweep.experiment import run_table
 from cassle_jax.sweep.table import find_table

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from cassle_jax.evaluate import open_evaluated
+from cassle_jax.data.requested import open_evaluated
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.parallel import device_mesh

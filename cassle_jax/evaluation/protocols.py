@@ -1,6 +1,6 @@
 """The table of protocols, and all their settings by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cassle_jax.checks import check_one_of
@@ -51,6 +51,12 @@ PROTOCOLS: dict[str, Protocol] = {
 def title_of(task: str) -> str:
     """The heading of a task's section: the title of its protocol, or its own name without one."""
     return PROTOCOLS[task].title if task in PROTOCOLS else task
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Raises ConfigError, with the closest known name, for an unknown task."""
+    for task in tasks:
+        check_one_of("tasks", task, PROTOCOLS)
 
 
 def all_settings() -> dict[str, Setting]:

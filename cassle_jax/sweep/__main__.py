@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from cassle_jax import command
 from cassle_jax.checks import ConfigError
 from cassle_jax.config import FLAG_OPTIONS
-from cassle_jax.evaluate import datasets_in
+from cassle_jax.data.requested import datasets_in
 from cassle_jax.sweep.jobs import import_in_processes
 from cassle_jax.sweep.space import SweepRequest
 from cassle_jax.sweep.sweep import EvaluationOptions, dry_run, sweep

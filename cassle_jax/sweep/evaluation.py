@@ -12,10 +12,15 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.data.requested import check_datasets, open_datasets
 from cassle_jax.data.sources import digest_of
-from cassle_jax.evaluate import check_names, open_datasets
 from cassle_jax.evaluation.plan import plan
-from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
+from cassle_jax.evaluation.protocols import (
+    all_settings,
+    check_tasks,
+    checked_settings,
+    parsed_settings,
+)
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_to_pytorch
@@ -65,7 +70,8 @@ def evaluation_of(
     chosen = tuple(datasets) or table.datasets
     if toy:
         chosen = ("scenes",) if chosen else ()
-    check_names(chosen, table.tasks)
+    check_tasks(table.tasks)
+    check_datasets(chosen)
     opened = open_datasets(chosen, data_dir)
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)

@@ -14,7 +14,8 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.config_files import CONFIGS
 from cassle_jax.data import DamagedLog, check_outside, open_source
-from cassle_jax.evaluate import datasets_in, evaluate_command, named_path
+from cassle_jax.data.requested import datasets_in
+from cassle_jax.evaluate import evaluate_command, named_path
 from cassle_jax.export import export_command
 from cassle_jax.models import ENCODERS
 from cassle_jax.prepare.dataset import prepare
