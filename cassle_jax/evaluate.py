@@ -168,7 +168,7 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
     if len(lines) == len(planned):
         raise DataError("nothing can be evaluated; " + "; ".join(lines))
     for line in lines:
-        LOG.warning("%s; the rest is done", line)
+        LOG.warning("%s; the other tasks run", line)
 
 
 def _warn_of_idle(

@@ -318,9 +318,9 @@ def test_what_a_dataset_lacks_is_reported_first_and_the_rest_is_done(run, tmp_pa
         evaluate(run, tmp_path, "knn", "augmentation_probes", "few_shot", datasets=[small], batch=8)
     warnings = [each for each in caplog.records if each.levelname == "WARNING"]
     assert [each.getMessage() for each in warnings[:2]] == [
-        f"few_shot on {small}: ways=5 is more than its 4 classes; the rest is done",
+        f"few_shot on {small}: ways=5 is more than its 4 classes; the other tasks run",
         f"augmentation_probes on {small}: too few test images to analyse: 4; 13 is the least "
-        "(limit=96, analysed=32); the rest is done",
+        "(limit=96, analysed=32); the other tasks run",
     ]
     page = (tmp_path / "report" / "report.html").read_text()
     assert "ways=5 is more than its 4 classes" in page and "k-NN" in page

@@ -64,7 +64,7 @@ def received(connection):
 
 
 def become(request, files):
-    """Gives a fork what its module may look at, but for the numbers of its process and group."""
+    """Gives a fork all that its module may look at, except the ids of its process and group."""
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -95,7 +95,7 @@ class Server:
         """Forks as long as the tests run; returns in a fork, with its request and files."""
         while os.getppid() == self.tests:
             ready = [key.fileobj for key, _ in self.events.select(0.02 if self.forks else 1.0)]
-            # First the killed ones: a process that starts after one of them never meets its fork.
+            # First ends the forks of killed processes: one that starts later must not meet them.
             for process, connection in list(self.forks.items()):
                 killed = connection in ready
                 if killed:
