@@ -311,11 +311,11 @@ def test_users_who_may_write_to_the_folder_may_write_to_its_files(tmp_path, name
 def test_a_file_is_waited_for_whose_server_or_reader_has_a_lease_on_it(tmp_path):
     (file := tmp_path / "config.json").write_text("{}")
     leased = os.open(file, os.O_RDWR)
-    asked = threading.Event()
-    previous = signal.signal(signal.SIGIO, lambda *_: asked.set())
+    requested = threading.Event()
+    previous = signal.signal(signal.SIGIO, lambda *_: requested.set())
 
     def give_up():
-        asked.wait(60)
+        requested.wait(60)
         time.sleep(0.2)
         os.close(leased)
 
@@ -327,9 +327,9 @@ def test_a_file_is_waited_for_whose_server_or_reader_has_a_lease_on_it(tmp_path)
             pytest.skip(f"no leases here: {error}")
         giving.start()
         assert read_whole(file) == b"{}"
-        assert asked.is_set()
+        assert requested.is_set()
     finally:
-        asked.set()
+        requested.set()
         signal.signal(signal.SIGIO, previous)
     giving.join()
 

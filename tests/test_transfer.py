@@ -14,7 +14,7 @@ from tests.commands import run_command
 def test_it_compares_what_the_projector_may_know_at_64_pixels():
     table = find_table("transfer", methods=("byol",))
     runs = runs_of_table(table, seeds=(0,))
-    told = {
+    conditionings = {
         run.name: (
             tuple(run.config.conditioning.descriptors),
             run.config.conditioning.plain_branch,
@@ -22,7 +22,7 @@ def test_it_compares_what_the_projector_may_know_at_64_pixels():
         )
         for run in runs
     }
-    assert told == {
+    assert conditionings == {
         "byol-plain-0": ((), 0.0, 0.0),
         "byol-cassle-0": (CASSLE_DESCRIPTORS, 0.0, 0.0),
         "byol-leak-free-0": (LEAK_FREE_DESCRIPTORS, 0.0, 0.0),
@@ -36,10 +36,10 @@ def test_it_compares_what_the_projector_may_know_at_64_pixels():
 
 
 def test_its_options_reach_the_table(monkeypatch, tmp_path):
-    asked = {}
+    requested = {}
 
     def run_table(table, to, **settings):
-        asked.update(settings, given=(table, to))
+        requested.update(settings, given=(table, to))
         return to
 
     monkeypatch.setattr(command, "run_table", run_table)
@@ -53,9 +53,9 @@ def test_its_options_reach_the_table(monkeypatch, tmp_path):
         overrides=["batch_size=64"],
         limit=9,
     )
-    table, to = asked.pop("given")
-    assert (table.tasks, to, list(asked.pop("seeds"))) == (("knn",), tmp_path, [0, 1])
-    assert asked == {
+    table, to = requested.pop("given")
+    assert (table.tasks, to, list(requested.pop("seeds"))) == (("knn",), tmp_path, [0, 1])
+    assert requested == {
         "overrides": ("data.path=/images", "batch_size=64"),
         "datasets": ["cifar10=/c"],
         "evaluation": ("limit=9",),
@@ -67,24 +67,24 @@ def test_its_options_reach_the_table(monkeypatch, tmp_path):
 
 
 def test_its_flags_are_its_options(monkeypatch, tmp_path):
-    asked = {}
+    requested = {}
 
     def run_table(table, to, **settings):
-        asked.update(settings, table=table, to=to)
+        requested.update(settings, table=table, to=to)
         return tmp_path
 
     monkeypatch.setattr("cassle_jax.sweep.experiment.run_table", run_table)
     given = ["--minutes=5", "--data=/images", f"--to={tmp_path}", "--methods=byol", "--seeds=2"]
     given += ["--set=batch_size=64", "--datasets=cifar10=/c", "--tasks=knn", "--nokeep_weights"]
     assert run_command("transfer", *given, "--limit=9", "--parallel=3", "--call_minutes=1") == 0
-    table = asked.pop("table")
+    table = requested.pop("table")
     assert {row.subject.split(",")[0] for row in table.rows} == {"byol"}
-    assert (table.tasks, Path(asked.pop("to")), list(asked.pop("seeds"))) == (
+    assert (table.tasks, Path(requested.pop("to")), list(requested.pop("seeds"))) == (
         ("knn",),
         tmp_path,
         [0, 1],
     )
-    assert asked == {
+    assert requested == {
         "overrides": ("data.path=/images", "batch_size=64"),
         "datasets": ("cifar10=/c",),
         "evaluation": ("limit=9",),

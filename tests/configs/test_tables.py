@@ -52,7 +52,7 @@ def test_a_row_of_it_runs_at_toy_size(name, tmp_path, monkeypatch):
     tasks = OWN_TASKS[name]
     exports = []
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
-    monkeypatch.setattr(worker, "export_command", lambda **asked: exports.append(asked))
+    monkeypatch.setattr(worker, "export_command", lambda **settings: exports.append(settings))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the process is not its own
     table = dataclasses.replace(find_table(name), tasks=tasks)
     run = planned(

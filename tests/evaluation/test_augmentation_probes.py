@@ -133,14 +133,14 @@ def test_mean_colours_reveal_the_jitter_by_comparison(jittered):
 
 
 def test_the_protocol_reads_the_analysed_images_of_the_test_part(jittered, monkeypatch):
-    asked = []
+    calls = []
 
     def prober(networks, spec, neutral, mesh):
-        asked.append((networks, spec))
+        calls.append((networks, spec))
 
         def read(variables, batches, seed):
             images = [batch["image"][batch["mask"]] for batch in batches]
-            asked.append((len(np.concatenate(images)), seed))
+            calls.append((len(np.concatenate(images)), seed))
             return jittered
 
         return read
@@ -153,7 +153,7 @@ def test_the_protocol_reads_the_analysed_images_of_the_test_part(jittered, monke
     bench = Bench(subject, data, FeatureStore(subject, devices(1), batch=8))
     findings = augmentation_probes.PROTOCOL.run(bench, Analysis(analysed=20, seed=3))
     assert findings == jittered.findings("colours")
-    assert asked == [(networks, JITTERED), (20, 3)]
+    assert calls == [(networks, JITTERED), (20, 3)]
 
 
 @pytest.mark.exhaustive

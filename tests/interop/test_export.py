@@ -184,13 +184,13 @@ def test_an_export_names_what_produced_it(run, tmp_path):
     assert card["networks"] == ["encoder", "projector"]
 
     text = (tmp_path / "model_card.md").read_text()
-    for told in (
+    for statement in (
         "moco_v2",
         "blur, color, color_diff",
         "crop 0.5",
         "| k-NN accuracy | 0.5 at step 6",
     ):
-        assert told in text
+        assert statement in text
 
 
 def test_an_earlier_step_is_reported_with_the_metrics_it_had(run, tmp_path):
@@ -360,23 +360,23 @@ def test_a_vit_computes_the_same_with_the_heads_that_are_given(tmp_path):
     """The arrays are the same for every number of heads, the features are not."""
     save_file(encoder_state("vit"), tmp_path / "file.safetensors")
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    told = {}
+    outputs = {}
     for heads in (6, 12):
         out = tmp_path / str(heads)
         export_command(weights=str(tmp_path / "file.safetensors"), to=str(out), heads=heads)
         encoder = VisionTransformer(width=24, depth=2, heads=heads, patch_size=8)
         variables = encoder_from_pytorch(encoder_state("vit"), encoder_variables(encoder))
-        told[heads] = encoder.apply(variables, images, False)
+        outputs[heads] = encoder.apply(variables, images, False)
         for file in ("cassle.safetensors", "torchvision.safetensors", "timm/model.safetensors"):
             read = open_subject(out / file)
             view = ViewBatch(images, jnp.zeros((2, 0)))
             variables = jax.tree.map(jnp.asarray, read.variables)
             features = read.networks.apply(variables, view, train=False, method="encode")
-            np.testing.assert_allclose(features, told[heads], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(features, outputs[heads], rtol=1e-5, atol=1e-5)
         config = json.loads((out / "timm" / "config.json").read_text())
         assert config["model_args"]["num_heads"] == heads
         assert f"num_heads={heads}" in (out / "model_card.md").read_text()
-    assert np.linalg.norm(told[6] - told[12]) > 0.01 * np.linalg.norm(told[6])
+    assert np.linalg.norm(outputs[6] - outputs[12]) > 0.01 * np.linalg.norm(outputs[6])
 
 
 @pytest.mark.parametrize(

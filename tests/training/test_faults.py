@@ -534,9 +534,9 @@ def test_changes_are_accepted_on_request_and_noted(config, run, tmp_path, caplog
     with caplog.at_level("WARNING", logger="cassle_jax"):
         state = pretrain(changed, run, accept_changes=True)
     assert int(state.step) == 30
-    told = "optimizer.weight_decay=0.5 was 0.0001"
-    assert told in caplog.text
-    assert told in read_lines(run / "starts.jsonl")[-1]["changes"]
+    change = "optimizer.weight_decay=0.5 was 0.0001"
+    assert change in caplog.text
+    assert change in read_lines(run / "starts.jsonl")[-1]["changes"]
     assert json.loads((run / "config.json").read_text())["optimizer"]["weight_decay"] == 0.5
     pretrain(changed, run)  # they are the run's settings now
 

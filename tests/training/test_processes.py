@@ -82,11 +82,11 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(al
         workdir = tmp_path / str(repeat)
         processes = start(workdir, 2, *PROBED)
         wait_for(workdir, random.choice([5, 10]), processes)
-        told = random.randrange(2)
-        processes[told].send_signal(signal.SIGTERM)
+        signalled = random.randrange(2)
+        processes[signalled].send_signal(signal.SIGTERM)
         codes, errors = ends(processes)
         stopped = steps_saved(workdir)[-1]
-        print(f"SIGTERM to {told}: codes {codes}, stopped at step {stopped}")
+        print(f"SIGTERM to {signalled}: codes {codes}, stopped at step {stopped}")
         assert codes == [75, 75], errors
         assert all(f"stopped after step {stopped}, which is saved" in each for each in errors)
         codes, errors = ends(start(workdir, 1, *PROBED))

@@ -329,9 +329,9 @@ def test_asymmetric_views_replace_blur_and_solarize_in_training_and_in_evaluatio
 def test_where_programs_are_kept_and_whether_they_are_deterministic(
     tmp_path, monkeypatch, setting, folder
 ):
-    told = {}
+    updates = {}
     monkeypatch.setattr(
-        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=told.__setitem__))
+        pretrain_module, "jax", SimpleNamespace(config=SimpleNamespace(update=updates.__setitem__))
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = tiny_config("method=simclr")
@@ -345,7 +345,7 @@ def test_where_programs_are_kept_and_whether_they_are_deterministic(
         pretrain_module.set_up_devices(config)
         assert os.environ["XLA_FLAGS"] == flags
     expected = {} if folder is None else {"jax_compilation_cache_dir": folder.format(home=tmp_path)}
-    assert told == expected
+    assert updates == expected
 
 
 def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):

@@ -53,10 +53,10 @@ def bucket(monkeypatch):
     monkeypatch.setenv("EPATH_USE_TF", "false")
     bucket = Bucket()
 
-    def asked(self, path):
+    def file_system(self, path):
         return bucket if str(path).startswith("s3://") else fsspec.filesystem("file")
 
-    monkeypatch.setattr(type(backend.fsspec_backend), "fs", asked)
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", file_system)
     return epath.Path("s3://bucket/run")
 
 
