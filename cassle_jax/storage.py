@@ -324,7 +324,7 @@ def kept_json(
         return None
     if not isinstance(content, kind):
         return None
-    whole = all(is_of(content.get(name), own) for name, own in (needed or {}).items())
+    whole = all(has_type(content.get(name), own) for name, own in (needed or {}).items())
     return content if whole else None
 
 
@@ -333,7 +333,7 @@ def number_of(text: str) -> Real:
     return int(text) if len(text.removeprefix("-")) < 20 else float(text)
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value of a JSON file has a type, as `needed` of `kept_json` gives it.
 
     NaN and infinity, which JSON lacks, have none.
@@ -344,12 +344,12 @@ def is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool)
     if isinstance(kind, dict):
         ((_, own),) = kind.items()
-        return isinstance(value, dict) and all(is_of(each, own) for each in value.values())
+        return isinstance(value, dict) and all(has_type(each, own) for each in value.values())
     if not isinstance(value, list):
         return False
     if isinstance(kind, list):
-        return all(is_of(each, kind[0]) for each in value)
-    return len(value) == len(kind) and all(map(is_of, value, kind))
+        return all(has_type(each, kind[0]) for each in value)
+    return len(value) == len(kind) and all(map(has_type, value, kind))
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:

@@ -86,10 +86,9 @@ def runs_of(request: SweepRequest) -> list[RunSpec]:
     shown = _short_names(combined[0])
     runs: dict[str, RunSpec] = {}
     for values in combined:
-        name = ",".join(f"{shown[key]}={value}" for key, value in values.items())
-        setting = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
-        subject = ", ".join(setting).replace("=", " ") or "all"
-        name = as_folder(name)
+        name = as_folder(",".join(f"{shown[key]}={value}" for key, value in values.items()))
+        settings = [f"{shown[key]} {value}" for key, value in values.items() if key != "seed"]
+        subject = ", ".join(settings).replace("=", " ") or "all"
         try:
             run = run_of(request.config, values, request.overrides, name=name, subject=subject)
             check_settings(run.config)
@@ -149,11 +148,11 @@ def _combinations(request: SweepRequest) -> list[Values]:
         )
     products = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     points = zip(*zipped.values(), strict=True)
-    together = [dict(zip(zipped, point, strict=True)) for point in points]
+    pairings = [dict(zip(zipped, point, strict=True)) for point in points]
     draws = _draws(drawn, request.draws, request.draw_seed)
     return [
-        {**drawn, **zipped, **product}
-        for drawn, zipped, product in itertools.product(draws or [{}], together or [{}], products)
+        {**draw, **pairing, **product}
+        for draw, pairing, product in itertools.product(draws or [{}], pairings or [{}], products)
     ]
 
 

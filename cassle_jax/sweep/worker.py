@@ -77,7 +77,7 @@ def work(job: Job, environment: dict[str, str]) -> None:
     try:
         # The pool blocks all signals that stop it, and on any of them sends SIGTERM.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        turn = retried(str(job.workdir), lambda: _opened(job.workdir))
+        turn = retried(str(job.workdir), lambda: _redirect_output(job.workdir))
         await_turn(turn)  # a worker of a killed command may still be saving
         start, done = time.monotonic(), _is_done(job)
         if not done:
@@ -152,8 +152,8 @@ def _evaluate(job: Job, source: Path, report: Path) -> None:
     )
 
 
-def _opened(workdir: Path) -> IO:
-    """Redirects the output of this process to the run's log; returns the file of its turn."""
+def _redirect_output(workdir: Path) -> IO:
+    """Redirects this process's output to the run's log; returns the file whose lock is its turn."""
     file = open_shared(workdir / LOG_FILE, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

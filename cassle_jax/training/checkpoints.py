@@ -30,7 +30,7 @@ from cassle_jax.storage import (
     check_writable,
     free_bytes,
     free_files,
-    is_of,
+    has_type,
     make_shared,
     on_object_store,
     share,
@@ -382,7 +382,7 @@ class Checkpoints:
         with abandoned_reads_silenced():
             state, data_state = read_checkpoint(self._folder / str(step), like)
         saved = data_state.pop("checksums", {})
-        if not is_of(data_state, {str: int}):
+        if not has_type(data_state, {str: int}):
             raise ValueError("its place in the images is damaged")
         check_sums(checksums(state, data_state), saved)
         return state, data_state
@@ -438,7 +438,7 @@ def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
 
 def check_sums(found: Mapping[str, int], saved: Any) -> None:
     """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
-    if not is_of(saved, {str: int}):
+    if not has_type(saved, {str: int}):
         raise ValueError("its checksums are damaged")
     wrong = [name for name in found if saved and saved.get(name) != found[name]]
     if wrong:

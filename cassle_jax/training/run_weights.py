@@ -107,7 +107,7 @@ def read_run(
     workdir = path_of(workdir).resolve()
     if not retried(str(workdir), lambda: is_there(workdir / "config.json")):
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
-    with _of_damage(workdir):
+    with _damage_in_one_line(workdir):
         config = with_defaults(read_config(workdir))
         encoder = todays_settings(config)[0].encoder
         heads = getattr(make_encoder(**encoder.to_dict()), "heads", None)
@@ -117,7 +117,7 @@ def read_run(
         raise WeightsError(
             f"network={network!r} is not in the run of {method} in {workdir}; use network=online"
         )
-    with _of_damage(workdir):
+    with _damage_in_one_line(workdir):
         card = run_card(
             config,
             step=step,
@@ -129,7 +129,7 @@ def read_run(
 
 
 @contextlib.contextmanager
-def _of_damage(workdir: epath.Path):
+def _damage_in_one_line(workdir: epath.Path):
     """Turns the errors of a damaged file into one line."""
     try:
         yield

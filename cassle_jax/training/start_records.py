@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from cassle_jax.storage import is_of
+from cassle_jax.storage import has_type
 from cassle_jax.training.metrics import append_line, read_lines
 from cassle_jax.versions import versions
 
@@ -63,7 +63,7 @@ def last_start_record(workdir: epath.PathLike, step: int) -> Start:
     """The last start of a run at or before `step`, without damaged facts; empty without any."""
     starts = read_lines(epath.Path(workdir, STARTS))
     start = next((each for each in reversed(starts) if each["step"] <= step), {})
-    unknown = [name for name, kind in _TYPES.items() if not is_of(start.get(name), kind)]
+    unknown = [name for name, kind in _TYPES.items() if not has_type(start.get(name), kind)]
     if damaged := [name for name in unknown if start.get(name) is not None]:
         LOG.warning(
             "%s: damaged facts of the start at step %s count as not recorded: %s",
