@@ -1,7 +1,9 @@
 """Opens the subject of an evaluation: a run, an exported file, or another project's encoder."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,8 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
       network: network of a run: `online`, or `momentum` if the method has one.
 
     Raises:
-      ConfigError: the path does not exist, or holds no known encoder.
+      ConfigError: the path does not exist, holds no known encoder, or is an export of the other
+        network than `momentum`.
     """
     path = path_of(path)
     # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
@@ -49,6 +52,7 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         )
     try:
         weights = read_run(path, network=network) if path.is_dir() else load_weights(str(path))
+        _check_network(weights.card, network)
         if "config" in weights.card:
             return _of_run(name, weights)
         return _of_encoder(name, weights)
@@ -56,15 +60,29 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
         raise ConfigError(naming("run", path, error)) from error
 
 
-def other_settings(first: Subject, other: Subject) -> list[str]:
-    """The settings in which the run of a subject differs from another's, except for the seed.
+def _check_network(card: Mapping[str, Any], network: str) -> None:
+    """Raises ValueError where momentum networks are requested, and a file says it holds others."""
+    held = card.get("network", network)
+    if network != "online" and held != network:
+        raise ValueError(
+            f"it holds the {held} network, not network={network}; give the run's workdir, or "
+            f"export the run with --network={network}"
+        )
 
-    Empty where a file does not say how it was trained.
+
+def other_settings(first: Subject, other: Subject) -> list[str]:
+    """The settings, and step and network, in which a subject's run differs from another's.
+
+    Leaves out the seed. Empty where a file does not say how it was trained.
     """
-    configs = [each.facts.get("config") for each in (first, other)]
-    if None in configs:
+    facts = [each.facts for each in (first, other)]
+    if any("config" not in each for each in facts):
         return []
-    one, two = (flat_settings(todays_settings(ConfigDict(each))[0]) for each in configs)
+    one, two = (
+        flat_settings(todays_settings(ConfigDict(each["config"]))[0])
+        | {name: each.get(name) for name in ("step", "network")}
+        for each in facts
+    )
     return [
         f"{name}={two.get(name)!r} beside {one.get(name)!r}"
         for name in differing(one, two)

@@ -99,6 +99,39 @@ def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
     np.testing.assert_array_equal(features(bare), features(subject))
 
 
+def test_an_export_of_the_trained_networks_is_not_evaluated_as_the_momentum_ones(run, tmp_path):
+    """A run beside it would show its momentum networks."""
+    encoder = weights_of(open_subject(run[0]).variables).encoder
+    paths = {held: tmp_path / f"{held}.safetensors" for held in ("online", "momentum", "")}
+    for held, path in paths.items():
+        save_file(encoder, path, {"card": json.dumps({"network": held} if held else {})})
+    line = (
+        r"^run=.*online\.safetensors: it holds the online network, not network=momentum; give the "
+        r"run's workdir, or export the run with --network=momentum$"
+    )
+    with pytest.raises(ConfigError, match=line):
+        open_subject(paths["online"], network="momentum")
+    for held, network in (("momentum", "momentum"), ("momentum", "online"), ("", "momentum")):
+        assert open_subject(paths[held], network=network).name == paths[held].stem
+
+
+def test_seeds_of_other_lengths_and_networks_are_other_settings(run):
+    """The mean of a run and of one that is still training is of neither."""
+    subject = open_subject(run[0])
+
+    def with_facts(**facts):
+        return dataclasses.replace(subject, facts={**subject.facts, **facts})
+
+    config = {**subject.facts["config"], "seed": 7}
+    assert other_settings(subject, with_facts(config=config)) == []
+    longer = with_facts(step=8, network="momentum", config=config)
+    assert other_settings(subject, longer) == [
+        "network='momentum' beside 'online'",
+        "step=8 beside 1",
+    ]
+    assert other_settings(subject, dataclasses.replace(subject, facts={})) == []
+
+
 def test_what_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^run=.*/nowhere does not exist; use the workdir of a run"
