@@ -339,7 +339,8 @@ def _newest_state(
     if restored:
         return restored
     encoder = run.networks.factories["encoder"]()
-    return warm_started(state, config.weights, encoder, run.networks.stage), None
+    stage = run.networks.stage
+    return warm_started(state, config.weights, encoder, stage, run.conditioning), None
 
 
 def _continued_images(

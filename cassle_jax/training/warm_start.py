@@ -16,14 +16,22 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
 from cassle_jax.interop.pytorch import Variables
 from cassle_jax.interop.weights import Weights, load_weights
+from cassle_jax.methods.build import Conditioning
 from cassle_jax.models import VisionTransformer
 from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.saved_config import holds_run
 from cassle_jax.training.state import TrainState, target_copies
 
+# What ω is, and how it enters: arrays of other ones may fit, too.
+_OMEGA = ("descriptors", "relative", "injection")
+
 
 def warm_started(
-    state: TrainState, settings: ConfigDict, encoder: nn.Module | None = None, stage: int = 0
+    state: TrainState,
+    settings: ConfigDict,
+    encoder: nn.Module | None = None,
+    stage: int = 0,
+    conditioning: Conditioning | None = None,
 ) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
@@ -34,6 +42,7 @@ def warm_started(
       settings: the `weights` settings of the configuration.
       encoder: the run's encoder; a message names the settings of a ViT that do not fit the file.
       stage: the encoder's earlier stage that the run's conditioned heads see; 0 for the last one.
+      conditioning: the conditioning of the run's heads; `None` to accept those of any.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -48,6 +57,7 @@ def warm_started(
             weights = weights.encoder_alone()
         loaded = _loaded(weights, {"params": state.params, "batch_stats": state.batch_stats})
         _check_stage(weights, encoder, stage)
+        _check_omega(weights, conditioning)
     except WeightsError as error:
         raise ConfigError(
             f"weights.path={settings.path!r} cannot start this run: {error}"
@@ -121,6 +131,25 @@ def _check_stage(weights: Weights, encoder: nn.Module | None, stage: int) -> Non
             f"its heads are of conditioning.stage={recorded}, not of the run's {stage}; use "
             "weights.networks='encoder'"
         )
+
+
+def _check_omega(weights: Weights, conditioning: Conditioning | None) -> None:
+    """Refuses heads that were trained with another ω than the run's, where their arrays fit."""
+    recorded = weights.card.get("conditioning")
+    if len(weights.networks) == 1 or not isinstance(recorded, Mapping):
+        return
+    if conditioning is None or not conditioning.descriptors:
+        return
+    for name in _OMEGA:
+        ours = getattr(conditioning, name)
+        theirs = recorded.get(name, ours)
+        if name == "descriptors":
+            ours, theirs = sorted(ours), sorted(theirs)
+        if theirs != ours:
+            raise WeightsError(
+                f"its heads were trained with conditioning.{name}={theirs}, not the run's {ours}; "
+                "use weights.networks='encoder'"
+            )
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:

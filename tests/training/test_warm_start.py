@@ -5,12 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.interop.naming import to_dinov2
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.interop.weights import weights_of
+from cassle_jax.methods.build import Conditioning
 from cassle_jax.models import make_encoder
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run, check_settings
@@ -133,6 +134,29 @@ def test_heads_of_another_stage_are_refused_though_their_arrays_fit(tmp_path):
         warm_started(state, config_of(path=paths[12]).weights, encoder),
     ):
         assert_equal(started.params["encoder"], state.params["encoder"])
+
+
+def test_heads_of_another_omega_are_refused_though_their_arrays_fit(first_states, file, tmp_path):
+    """Both `crop` and `color` are four numbers; their γ would read the one as the other."""
+    path = tmp_path / "of_crop.safetensors"
+    card = {"conditioning": {"descriptors": ["crop"], "relative": False, "injection": "add"}}
+    save_file(load_file(file), path, {"card": json.dumps(card)})
+    settings, first = config_of(path=str(path)).weights, first_states[0]
+
+    def started(*descriptors, injection="add", **other):
+        chosen = Conditioning(descriptors, injection=injection, **other)
+        return warm_started(first, settings, conditioning=chosen)
+
+    assert_equal(started("crop").params, first_states[1].params)
+    assert_equal(started().params, first_states[1].params)  # its arrays alone decide
+    line = r"trained with conditioning\.descriptors=\['crop'\], not the run's \['color'\]; use weig"
+    with pytest.raises(ConfigError, match=line):
+        started("color")
+    for name, other in (("relative", True), ("injection", "multiply")):
+        with pytest.raises(ConfigError, match=rf"conditioning\.{name}=.*, not the run's {other}"):
+            started("crop", **{name: other})
+    settings.networks = "encoder"
+    assert_equal(started("color").params["encoder"], first_states[1].params["encoder"])
 
 
 @pytest.mark.parametrize(
