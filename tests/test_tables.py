@@ -25,7 +25,7 @@ from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
 from cassle_jax.sweep.experiment import _Results
 from cassle_jax.sweep.jobs import write_outcome
 from cassle_jax.sweep.pool import WorkerPool, gpu_shares
-from cassle_jax.sweep.results import lines_of, with_means
+from cassle_jax.sweep.results import lines_of, with_means, write_results
 from cassle_jax.sweep.space import SweepRequest, parsed
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, find_table, planned, rows_in, runs_of_table
@@ -639,6 +639,21 @@ def test_a_diverged_run_is_reported_and_stops_no_other(ran):
     assert {name: each["exit_code"] for name, each in runs.items()} == {
         "plain-0": 0, "plain-1": 0, "cassle-0": 0, "cassle-1": 0, "hasty-0": 3, "hasty-1": 3,
     }  # fmt: skip
+
+
+def test_results_that_are_not_finite_are_still_json(tmp_path):
+    """A collapsed encoder's α-ReQ is NaN, and most readers of JSON refuse a file with one."""
+    scores = {
+        seed: [Score("spectrum", "scenes", "α-ReQ", value, higher_is_better=None)]
+        for seed, value in ((0, math.nan), (1, 0.5))
+    }
+    write_results(
+        tmp_path, PAIR, {"SimCLR, plain": scores}, {}, [{"run": "a", "seconds": math.inf}]
+    )
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    (line,) = content["lines"]
+    assert (line["mean"], line["values"]) == ("nan", {"0": "nan", "1": 0.5})
+    assert content["runs"] == [{"run": "a", "seconds": "inf"}]
 
 
 def test_results_are_means_over_seeds_and_differences_to_the_first_row(ran):

@@ -141,21 +141,21 @@ def from_json(items: Iterable[Mapping[str, Any]]) -> list[Finding]:
 
 
 def _fields(finding: Finding) -> dict[str, Any]:
-    fields = {name: _plain(value) for name, value in vars(finding).items()}
+    fields = {name: plain(value) for name, value in vars(finding).items()}
     if isinstance(finding, Gallery):
         fields["rows"] = [
             [(_encoded(pixels), caption) for pixels, caption in row] for row in finding.rows
         ]
     if isinstance(finding, Chart):
         fields["series"] = {
-            name: [(_plain(x), _plain(y)) for x, y in points]
+            name: [(plain(x), plain(y)) for x, y in points]
             for name, points in finding.series.items()
         }
     return fields
 
 
-def _plain(value: Any) -> Any:
-    """A NumPy number as a Python number, and one that is not finite as its name."""
+def plain(value: Any) -> Any:
+    """A NumPy number as a Python number, and one that is not finite, which JSON lacks, as text."""
     value = value.item() if isinstance(value, np.generic) else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -6,8 +6,9 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from cassle_jax.evaluation.findings import Finding, Score
+from cassle_jax.evaluation.findings import Finding, Score, plain
 from cassle_jax.report.comparison import Estimate
 from cassle_jax.report.evaluation_page import write_report
 from cassle_jax.report.overview import MEAN_OF, Pairing, paired
@@ -67,7 +68,8 @@ def write_results(
 
     A metric with several datasets gets a line for its mean over them. The difference of a row to
     its baseline is the mean over the seeds of both rows, ± half the 95 % interval of the paired
-    differences (Student's t).
+    differences (Student's t). Numbers that are not finite, which JSON lacks, become "nan", "inf"
+    and "-inf" there.
 
     Args:
       folder: folder of the files.
@@ -88,10 +90,10 @@ def write_results(
     content = {
         "title": table.title,
         "question": table.question,
-        "runs": list(runs),
-        "lines": [{**line.cells(), "values": dict(line.values)} for line in lines],
+        "runs": [_plain(run) for run in runs],
+        "lines": [{**_plain(line.cells()), "values": _plain(line.values)} for line in lines],
     }
-    write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False))
+    write_whole(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
     write_whole(folder / CSV, _csv(lines))
     subjects = {subject: list(seeds.values()) for subject, seeds in found.items()}
     return write_report(
@@ -157,6 +159,10 @@ def _estimated(
         return None, None
     estimate = Estimate(tuple(values.values()), own)
     return estimate.mean, estimate.interval
+
+
+def _plain(values: Mapping[Any, object]) -> dict[Any, object]:
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _csv(lines: Sequence[Line]) -> str:
