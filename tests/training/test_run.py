@@ -344,8 +344,8 @@ def test_where_programs_are_kept_and_whether_they_are_deterministic(
         config.deterministic = deterministic
         pretrain_module.set_up_devices(config)
         assert os.environ["XLA_FLAGS"] == flags
-    expected = {} if folder is None else {"jax_compilation_cache_dir": folder.format(home=tmp_path)}
-    assert updates == expected
+    kept = {} if folder is None else {"jax_compilation_cache_dir": folder.format(home=tmp_path)}
+    assert updates == {"jax_enable_x64": False, **kept}
 
 
 def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
@@ -360,7 +360,7 @@ def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
     config = tiny_config("method=simclr")
     config.compilation_cache = "auto"
     pretrain_module.set_up_devices(config)
-    assert updates == {"jax_compilation_cache_dir": None}
+    assert updates == {"jax_enable_x64": False, "jax_compilation_cache_dir": None}
     assert "compiled programs are not kept: there is no home folder" in caplog.text
 
 
