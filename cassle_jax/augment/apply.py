@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
 from cassle_jax.augment.draw import Size, ViewParams, draw
-from cassle_jax.augment.inputs import check_params, check_spec
+from cassle_jax.augment.inputs import check_params, check_spec, in_float32
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
 from cassle_jax.augment.spec import SWITCHES, AugmentSpec
 
@@ -29,6 +29,7 @@ class View:
     color_diff: Float32[Array, "*batch 3"]
 
 
+@in_float32
 def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | None = None) -> View:
     """Augments one image as ``params`` say, in CASSLE's order (arXiv 2306.06082).
 
@@ -111,6 +112,7 @@ def augment(
     return apply(image, draw(key, true_size, spec, order_key), spec, true_size)
 
 
+@in_float32
 def denormalize(
     image: Float[Array, "*batch height width 3"], spec: AugmentSpec
 ) -> Float[Array, "*batch height width 3"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32
 
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.descriptors import DESCRIPTORS
-from cassle_jax.augment.inputs import check_one, check_params, check_spec
+from cassle_jax.augment.inputs import check_one, check_params, check_spec, in_float32
 from cassle_jax.augment.spec import AugmentSpec
 from cassle_jax.checks import ConfigError
 
@@ -32,6 +32,7 @@ LEAK_FREE_DESCRIPTORS = ("blur", "color", "crop", "grayscale", "palette")
 """The same with ``palette`` instead of ``color_diff``: 28 numbers, none computed from the image."""
 
 
+@in_float32
 def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
     """The augmentation information omega of one view (CASSLE, arXiv 2306.06082).
 
@@ -65,6 +66,7 @@ def describe(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
     return _described(_checked(view), spec)
 
 
+@in_float32
 def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
     """Augmentation of view 1 relative to view 2 (AugSelf, arXiv 2111.09613, section 3).
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Integer, PRNGKeyArray
 
-from cassle_jax.augment.inputs import check_key, check_size, check_spec
+from cassle_jax.augment.inputs import check_key, check_size, check_spec, in_float32
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["BRIGHTNESS", "CONTRAST", "HUE", "SATURATION", "Size", "ViewParams", "draw"]
@@ -66,6 +66,7 @@ class ViewParams:
     turns: Int32[Array, "*batch"]
 
 
+@in_float32
 def draw(
     key: PRNGKeyArray, size: Size, spec: AugmentSpec, order_key: PRNGKeyArray | None = None
 ) -> ViewParams:

@@ -1,10 +1,13 @@
 """Refuses invalid images, sizes, parameters and distributions while a program is traced.
 
 Shapes and dtypes are known then. Values are checked only where that is free: in numpy arrays and
-in arrays in the host's memory, never in traced arrays or those of a device.
+in arrays in the host's memory, never in traced arrays or those of a device. Also keeps the
+computation in float32.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +24,7 @@ __all__ = [
     "check_params",
     "check_size",
     "check_spec",
+    "in_float32",
 ]
 
 # parameter: (the flag it belongs to, lowest, highest)
@@ -194,6 +198,20 @@ def check_params(params: Any) -> Any:
         )
     names = [field.name for field in dataclasses.fields(params)]
     return params.replace(**{name: jnp.asarray(getattr(params, name)) for name in names})
+
+
+def in_float32(function: Callable) -> Callable:
+    """The function, computed in float32 where JAX's 64 bits are switched on, too.
+
+    A random key draws other numbers in float64, and so other augmentations.
+    """
+
+    @functools.wraps(function)
+    def computed(*arguments: Any, **named: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*arguments, **named)
+
+    return computed
 
 
 def _known(value: Any) -> np.ndarray | None:

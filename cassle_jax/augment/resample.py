@@ -13,7 +13,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from cassle_jax.augment.draw import Size
-from cassle_jax.augment.inputs import ROUNDING, check_image, check_size, check_spec
+from cassle_jax.augment.inputs import (
+    ROUNDING,
+    check_image,
+    check_size,
+    check_spec,
+    in_float32,
+)
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
@@ -79,6 +85,7 @@ def crop_and_resize(
     return view / _white(image)
 
 
+@in_float32
 def center_view(
     image: Canvas, size: Size | None, spec: AugmentSpec, short_side: int | None = None
 ) -> Float32[Array, "{spec.size} {spec.size} 3"]:

@@ -29,6 +29,7 @@ SPEC = AugmentSpec(8, jitter=0, grayscale=0, blur=0)
 KEY = jax.random.key(0)
 BYTES = np.zeros((12, 10, 3), np.uint8)
 FLOATS = np.full((12, 10, 3), 0.5, np.float32)
+IMAGE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 IMAGES = {
     "grey": (BYTES[..., 0], r"shape \(12, 10\), that of a grey image; use .*np\.stack"),
     "grey channel": (BYTES[..., :1], r"shape \(12, 10, 1\), that of a grey image; .*np\.repeat"),
@@ -168,6 +169,27 @@ def test_a_key_that_is_none(key, named):
 def test_keys_of_both_kinds_draw_the_same(key):
     drawn, expected = (draw(each, np.array([12, 10]), SPEC) for each in (key, jax.random.key(3)))
     np.testing.assert_array_equal(drawn.crop, expected.crop)
+
+
+def test_64_bits_change_neither_a_view_nor_its_omega():
+    """They drew other augmentations from the same key, and doubled the memory of a view."""
+    spec = AugmentSpec(8, solarize=0.5, rotation=0.5)
+
+    @jax.jit
+    def views(key):
+        first = augment(key, IMAGE, spec)
+        second = augment(jax.random.fold_in(key, 1), IMAGE, spec, np.array([9, 7]))
+        omegas = describe(first, spec), difference(first, second, spec)
+        centre = center_view(IMAGE, None, spec)
+        return first, second, omegas, centre, denormalize(centre, spec)
+
+    keys = jax.random.split(KEY, 4)
+    expected = jax.vmap(views)(keys)
+    with jax.enable_x64(True):
+        found = jax.vmap(views)(keys)
+    for own, before in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert own.dtype == before.dtype
+        np.testing.assert_array_equal(own, before)
 
 
 def test_settings_at_their_bounds_give_numbers():
