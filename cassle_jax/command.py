@@ -28,7 +28,6 @@ EXIT_DIVERGED = 3
 EXIT_OUTAGE = 69  # EX_UNAVAILABLE: storage or a process is out of reach; it may be started again
 EXIT_NOT_SAVED = 74  # EX_IOERR: fix the disk; the same command continues from the last checkpoint
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
-RESTARTABLE = (EXIT_OUTAGE, EXIT_PREEMPTED)
 
 _EXAMPLES = {"config": "configs/photos.py", "table": "configs/tables/field.py"}
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cassle_jax import faults
 from cassle_jax.checks import ConfigError
-from cassle_jax.command import EXIT_OUTAGE, EXIT_WRONG_SETTING, RESTARTABLE, code_of
+from cassle_jax.command import EXIT_OUTAGE, EXIT_PREEMPTED, EXIT_WRONG_SETTING, code_of
 from cassle_jax.data import DamagedLog, DataError, TooManyDamaged, open_source, sources
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.memory import KeptRecords
@@ -589,7 +589,7 @@ def test_the_page_has_the_codes_and_faults_of_the_program():
         known = {int(code) for code in re.findall(r"\d+", codes)}
         assert known <= {1, 2, 3, 69, 74, 75, 134}, row
         if again in ("yes", "no"):
-            assert known and (known <= {*RESTARTABLE, 134}) == (again == "yes"), row
+            assert known and (known <= {EXIT_OUTAGE, EXIT_PREEMPTED, 134}) == (again == "yes"), row
 
 
 def test_passing_looks_at_causes_and_at_what_libraries_say():
