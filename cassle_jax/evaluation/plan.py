@@ -78,5 +78,5 @@ def _suiting(data: EvaluationData, tasks: Sequence[str]) -> list[Protocol]:
         if (not tasks or name in tasks) and each.suits(data, requested=bool(tasks))
     ]
     for name in sorted(set(tasks) - {each.name for each in suiting}):
-        LOG.warning("%s is left out: not for %s", name, data.name)
+        LOG.warning("%s is left out: it does not suit %s", name, data.name)
     return suiting

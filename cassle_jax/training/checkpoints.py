@@ -331,7 +331,7 @@ class Checkpoints:
             self._unreadable = (
                 f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
             )
-            LOG.warning("%s; from it the run could not be continued", self._unreadable)
+            LOG.warning("%s; the run could not continue from it", self._unreadable)
 
     def _check_room(self, state: TrainState) -> None:
         """Raises _NoRoom where a checkpoint of `state` cannot fit."""
