@@ -400,7 +400,7 @@ def test_a_shard_that_reads_back_differently_is_no_shard(images, tmp_path, monke
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"name": "My data"}, "--as='My data' is no name"),
+        ({"name": "My data"}, "--as='My data' is not a name"),
         ({"short_side": 0}, "--short_side=0 is out of range; use 1 to"),
         ({"quality": 101}, "--quality=101 is out of range; use 1 to 100"),
         ({"shard_mib": 0}, "--shard_mib=0"),
