@@ -1,7 +1,6 @@
 """Evaluates encoders: python -m cassle_jax.evaluate --run=WORKDIR --datasets=… --to=FOLDER."""
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import time
@@ -26,7 +25,7 @@ from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.extraction import Extraction
 from cassle_jax.evaluation.feature_cache import CACHE_GIB
 from cassle_jax.evaluation.findings import Failure, Finding
-from cassle_jax.evaluation.plan import Planned, plan
+from cassle_jax.evaluation.plan import Planned, plan, warn_of_idle, warn_of_no_datasets
 from cassle_jax.evaluation.protocols import (
     PROTOCOLS,
     all_settings,
@@ -101,7 +100,7 @@ def evaluate_command(
     subjects = _open_subjects(runs, extraction)
     agree(_shared_facts(opened, subjects, tasks, values))
     planned = plan(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
-    _warn_of_idle(values, extraction, planned)
+    warn_of_idle(values, planned)
     _warn_of_unmet(planned)
     stores = partial(
         FeatureStore,
@@ -169,18 +168,6 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
         raise DataError("nothing can be evaluated; " + "; ".join(lines))
     for line in lines:
         LOG.warning("%s; the other tasks run", line)
-
-
-def _warn_of_idle(
-    values: Mapping[str, Any], extraction: Extraction, planned: Sequence[Planned]
-) -> None:
-    """Logs the settings that differ from their defaults and that no task uses."""
-    used = {field.name for each in planned for field in dataclasses.fields(each.settings)}
-    used |= {field.name for field in dataclasses.fields(extraction)}
-    known, tasks = all_settings(), ",".join(dict.fromkeys(each.protocol.name for each in planned))
-    for name in sorted(values.keys() - used):
-        if values[name] != known[name].default:
-            LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
 
 
 def _held(folder: Path) -> contextlib.AbstractContextManager:
@@ -414,17 +401,23 @@ def check_requested(
         raise ConfigError(f"evaluation: {error}") from error
     if rest:
         raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")
-    for name in ("run", "to"):
+    for name in ("run", "to", "datasets", "tasks"):
         if values[name].present:
-            raise ConfigError(f"evaluation: --{name} is not a further option; leave it out")
-    # As absl does: the last value of a repeated option counts.
-    datasets, tasks = datasets_in(values.datasets) or datasets, values.tasks or tasks
+            raise ConfigError(
+                f"evaluation: --{name} is not a further option; leave it out, or give it without "
+                "--evaluation"
+            )
     check_tasks(tasks)
     check_datasets(datasets)
-    extraction, of_protocols = checked_settings(_settings_in(values))
-    if datasets and opens:
+    settings = _settings_in(values)
+    extraction, of_protocols = checked_settings(settings)
+    if not datasets:
+        warn_of_no_datasets(tasks=tasks, evaluation=options)
+    elif opens:
         opened = open_datasets(datasets, values.data_dir)
-        _warn_of_unmet(plan(opened, tasks, of_protocols, limit=extraction.limit))
+        planned = plan(opened, tasks, of_protocols, limit=extraction.limit)
+        warn_of_idle(settings, planned)
+        _warn_of_unmet(planned)
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.evaluation.extraction import Extraction
 from cassle_jax.evaluation.protocol import Protocol
-from cassle_jax.evaluation.protocols import PROTOCOLS
+from cassle_jax.evaluation.protocols import PROTOCOLS, all_settings
 from cassle_jax.evaluation.settings import Settings
 
 LOG = logging.getLogger(__name__)
@@ -69,6 +71,23 @@ def plan(
         names = ", ".join(data.name for data in opened)
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
     return planned
+
+
+def warn_of_idle(values: Mapping[str, Any], planned: Sequence[Planned]) -> None:
+    """Logs the settings that differ from their defaults and that no task uses."""
+    groups = Extraction, *(each.settings for each in planned)
+    used = {field.name for group in groups for field in dataclasses.fields(group)}
+    known, tasks = all_settings(), ",".join(dict.fromkeys(each.protocol.name for each in planned))
+    for name in sorted(values.keys() - used):
+        if values[name] != known[name].default:
+            LOG.warning("%s=%s has no effect with tasks=%s", name, values[name], tasks)
+
+
+def warn_of_no_datasets(**given: Sequence[str]) -> None:
+    """Logs the given options of an evaluation that does not take place."""
+    for name, values in given.items():
+        if values:
+            LOG.warning("%s=%s has no effect without datasets", name, ",".join(values))
 
 
 def _suiting(data: EvaluationData, tasks: Sequence[str]) -> list[Protocol]:

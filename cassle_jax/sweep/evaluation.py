@@ -1,6 +1,7 @@
 """The evaluation that every run of a table gets, checked before any run starts."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.requested import check_datasets, open_datasets
 from cassle_jax.data.sources import digest_of
-from cassle_jax.evaluation.plan import plan
+from cassle_jax.evaluation.plan import plan, warn_of_idle, warn_of_no_datasets
 from cassle_jax.evaluation.protocols import (
     all_settings,
     check_tasks,
@@ -26,6 +27,8 @@ from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_to_pytorch
 from cassle_jax.sweep.table import TOY_EVALUATION, Table, parse_settings
 from cassle_jax.training.run import networks_of
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,8 @@ def evaluation_of(
     """
     chosen = tuple(datasets) or table.datasets
     if toy:
+        if datasets:
+            LOG.warning("datasets=%s has no effect with toy=True", ",".join(datasets))
         chosen = ("scenes",) if chosen else ()
     check_tasks(table.tasks)
     check_datasets(chosen)
@@ -76,7 +81,8 @@ def evaluation_of(
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
     texts = parse_settings((*table.evaluation, *(TOY_EVALUATION if toy else ())))
-    texts |= parse_settings(options, "evaluation=")
+    given = parse_settings(options, "evaluation=")
+    texts |= given
     for name in texts:
         check_one_of("evaluation", name, all_settings())
     try:
@@ -84,7 +90,12 @@ def evaluation_of(
         extraction, of_protocols = checked_settings(values)
     except ConfigError as error:
         raise ConfigError(f"evaluation {error}") from error
-    for each in plan(opened, table.tasks, of_protocols, limit=extraction.limit):
+    planned = plan(opened, table.tasks, of_protocols, limit=extraction.limit)
+    if chosen:
+        warn_of_idle({name: values[name] for name in given}, planned)
+    else:
+        warn_of_no_datasets(evaluation=options)
+    for each in planned:
         if each.unmet:
             raise DataError(f"{each}: {each.unmet}")
     images = {data.name: _numbers_and_classes(data) for data in opened}

@@ -675,6 +675,8 @@ def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
         ("--datasets=folder:/none", "dataset 'folder:/none': path='/none' is not a folder"),
         ("--evaluation=--run=other", "evaluation: --run is not a further option; leave it out"),
         ("--evaluation=--to=/tmp", "evaluation: --to is not a further option; leave it out"),
+        ("--evaluation=--datasets=motifs", "evaluation: --datasets is not a further option; leave"),
+        ("--evaluation=--tasks=", "evaluation: --tasks is not a further option; leave it out, or"),
         ("--to=gs:/bucket", "to=gs:/bucket has a scheme that is unknown"),
     ],
 )
@@ -697,6 +699,25 @@ def test_options_of_slurm_without_slurm_are_reported(tmp_path, caplog, monkeypat
     with pytest.raises(Stop):
         sweep_module.sweep(SweepRequest(CONFIG, grid="seed=0"), tmp_path, slurm="time=60")
     assert "slurm=time=60 has no effect with where=local" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "lines"),
+    [
+        (((), ("knn",), ("--limit=9",)), {"tasks=knn", "evaluation=--limit=9"}),
+        ((("scenes",), ("knn",), ("--limit=9", "--episodes=3")), {"episodes=3"}),
+    ],
+)
+def test_options_of_the_evaluation_without_effect_are_reported_before_the_first_run(
+    tmp_path, caplog, monkeypatch, evaluation, lines
+):
+    monkeypatch.setattr(Local, "run", interrupt)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = EvaluationOptions(*evaluation)
+    with pytest.raises(Stop):
+        sweep_module.sweep(SweepRequest(CONFIG, grid="seed=0"), tmp_path, evaluation=options)
+    idle = [each for each in caplog.messages if "has no effect" in each]
+    assert {each.partition(" ")[0] for each in idle} == lines
 
 
 def test_a_quote_without_its_end_is_reported_in_one_line(tmp_path, capsys):
@@ -758,6 +779,21 @@ def test_the_former_spelling_says_where_the_command_is(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tasks": ("knn", "lineer")}, r"^tasks='lineer' is unknown; .*did you mean 'linear'\?$"),
+        ({"datasets": ("cifar",)}, r"^datasets='cifar' is unknown; "),
+    ],
+)
+def test_a_misspelt_name_is_refused_before_anything_is_submitted(tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep_module.sweep(
+            SweepRequest(CONFIG, grid="seed=0"), tmp_path, evaluation=EvaluationOptions(**wrong)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         ("--neighbors=3", r"^evaluation: Unknown .*neighbors.*neighbours"),
@@ -766,8 +802,6 @@ def test_the_former_spelling_says_where_the_command_is(tmp_path):
         ("--cache_gib=much", r"^evaluation: .*cache_gib"),
         ("--cache_gib=-1", r"^evaluation: .*cache_gib=-1: .* non-negative"),
         ("--max_pixels=0", r"^evaluation: .*max_pixels=0: .* positive"),
-        ("--tasks=knn,lineer", r"^tasks='lineer' is unknown; .*did you mean 'linear'\?$"),
-        ("--datasets=cifar", r"^datasets='cifar' is unknown; "),
         ("limit=3", r"^evaluation: 'limit=3' is not an option; options begin with --$"),
     ],
 )
