@@ -249,7 +249,8 @@ def made_by(setting: str, path: str, kind: type[T], *chosen: str, **named: Any) 
     except Exception as error:  # of the user's code
         frames = traceback.extract_tb(error.__traceback__)
         lines = [each.lineno for each in frames if each.filename == path]
-        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        # A file with null bytes, such as one in UTF-16, has no line.
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.lineno else []
         where = f" in its line {lines[-1]}" if lines else ""
         said = f"{type(error).__name__}: {_last_line(error)}"
         raise ConfigError(f"{setting}={path} fails{where}: {said}") from error

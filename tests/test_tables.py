@@ -225,6 +225,7 @@ def test_the_command_prints_what_a_dry_run_finds_and_refuses_what_is_no_seed(tmp
             "lacks a get_table that returns a Table; configs/tables/field.py",
         ),
         ("\nimport nothing_such", "fails in its line 2: ModuleNotFoundError: No module named"),
+        ("\0", "fails: SyntaxError: source code .*null bytes"),
     ],
 )
 def test_a_file_without_a_table_is_refused(tmp_path, text, said):
