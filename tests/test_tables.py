@@ -395,17 +395,47 @@ def test_a_budget_becomes_as_many_steps_as_fit_it(tmp_path, pool):
 def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tmp_path, pool):
     settings = {"overrides": LONG, "parallel": 2}
     run_table(PAIR, tmp_path, seeds=(0,), **settings)
-    other = {**settings, "overrides": (*LONG, "optimizer.weight_decay=0.5")}
+    other = dataclasses.replace(PAIR, overrides=("optimizer.weight_decay=0.5",))
     said = (
         r"^(.*-0) holds a seed of row .* with other settings \(optimizer\.weight_decay=0\.5 was "
         r".*, or move \1 away$"
     )
     with pytest.raises(ConfigError, match=said) as refused:
-        run_table(PAIR, tmp_path, seeds=(1,), **other)
+        run_table(other, tmp_path, seeds=(1,), **settings)
     assert "\n" not in str(refused.value)
     assert len(pool.ran) == 3
     run_table(PAIR, tmp_path, seeds=(1,), **settings)
     assert len(pool.ran) == 6
+
+
+def test_rows_with_other_settings_are_refused_as_their_difference_would_be_of_both(tmp_path, pool):
+    """The page compared rows of one call with rows of another, whatever --set they had."""
+
+    def run(row, *given):
+        run_table(PAIR, tmp_path, rows=(row,), seeds=(0,), overrides=(*LONG, *given), parallel=2)
+
+    run("SimCLR, plain", "epochs=2", "data.threads=1")
+    with pytest.raises(ConfigError, match=r"^set=\{'epochs': '4'\} was \{'epochs': '2'\} when "):
+        run("SimCLR, CASSLE", "epochs=4")
+    with pytest.raises(ConfigError, match=r"^set=\{\} was \{'epochs': '2'\} when "):
+        run("SimCLR, CASSLE")
+    assert len(pool.ran) == 1
+    run("SimCLR, CASSLE", "data.threads=2", "epochs=2")
+    assert len(pool.ran) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"options": ("limit=9", "episodes=3")}, ["evaluation=limit=9,episodes=3"]),
+        ({"datasets": ("scenes",), "options": ("limit=9", "episodes=3")}, ["episodes=3"]),
+        ({"datasets": ("cifar10=/none",), "toy": True}, ["datasets=cifar10=/none"]),
+    ],
+)
+def test_options_of_the_evaluation_without_effect_are_reported(caplog, settings, lines):
+    evaluation_of(dataclasses.replace(PAIR, tasks=("knn",)), **settings)
+    idle = [each for each in caplog.messages if "has no effect" in each]
+    assert [each.partition(" ")[0] for each in idle] == lines
 
 
 @pytest.mark.parametrize(
@@ -464,9 +494,12 @@ def test_a_dataset_of_other_images_is_refused_as_its_results_would_be_mixed(tmp_
         evaluation = evaluation_of(PAIR, datasets=[f"tiny_imagenet={tmp_path / folder}"])
         _Results(tmp_path, PAIR, evaluation)
 
+    evaluated_on("other", "ac")  # no run has its results yet
     evaluated_on("some", "ab")
+    (tmp_path / "runs" / "a-0").mkdir(parents=True)
+    write_outcome(tmp_path / "runs" / "a-0", 0, "")
     evaluated_on("moved", "ab")
-    said = r"^images=.*'tiny_imagenet': '27/3/30 of .* was .*'18/2/20 of .*, or another folder"
+    said = r"^images=\{'tiny_imagenet': '27/3/30 of .* was .*'18/2/20 of .*, or another folder"
     with pytest.raises(ConfigError, match=said):
         evaluated_on("more", "abc")
     with pytest.raises(ConfigError, match=r"^images=.* was "):
@@ -680,7 +713,7 @@ def test_a_finished_table_does_not_run_again_and_refuses_other_settings(ran):
     assert code == 1 and "6 runs, 6 of them done" in output
     assert ends == {path: path.stat().st_mtime_ns for path in to.glob("runs/*/outcome.json")}
     code, output = end(call(to, file, "--set=steps=2"))
-    assert code == 2 and "steps=2 was 3" in output
+    assert code == 2 and "set={'steps': '2'} was {}" in output
     code, output = end(call(to, file, "--evaluation=neighbours=5"))
     assert code == 2 and "neighbours=5 was 1" in output
 

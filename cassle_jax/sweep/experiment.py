@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -45,11 +46,18 @@ from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.results import write_results
 from cassle_jax.sweep.space import RunSpec
-from cassle_jax.sweep.table import Table, folder_of, planned, runs_of_table, with_settings
+from cassle_jax.sweep.table import (
+    Table,
+    folder_of,
+    parse_settings,
+    planned,
+    runs_of_table,
+    with_settings,
+)
 from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.idle import idle_in_all
-from cassle_jax.training.saved_config import holds_run, read_config
+from cassle_jax.training.saved_config import FREE_TO_CHANGE, holds_run, read_config
 from cassle_jax.training.warm_start import check_weights_file
 from cassle_jax.training.workdir import known_path
 
@@ -125,7 +133,7 @@ def run_table(
     check_writable("to", to)
     with folder_held_for("table", to):
         retried(f"to={to}", lambda: make_shared(to / "compiled"))
-        results = _Results(to, table, protocol)
+        results = _Results(to, table, protocol, overrides)
         missing = [run for run in runs if results.lacks(run)]
         _check_missing(missing, table, results, lenders)
         pool = WorkerPool(parallel, 60 * call_minutes)
@@ -234,13 +242,19 @@ class _Results:
     """Results of the runs in a table's folder.
 
     Raises:
-      ConfigError: the folder holds another table, or its runs have another evaluation.
+      ConfigError: the folder holds another table, or its finished runs have another evaluation, or
+        other settings of all runs.
     """
 
-    def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
+    def __init__(
+        self, folder: Path, table: Table, evaluation: Evaluation, overrides: Sequence[str] = ()
+    ):
         self._folder, self._table, self._evaluated = folder, table, bool(evaluation.datasets)
         self._written = time.monotonic()
-        facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
+        given = parse_settings(overrides).items()
+        shared = {name: value for name, value in given if not name.startswith(FREE_TO_CHANGE)}
+        facts = {"table": table.title, "set": shared, **facts_of(evaluation)}
+        facts = json.loads(json.dumps(facts))
         path = folder / TABLE_FILE
         saved = kept_json(path)
         if saved is None and is_there(path):
@@ -252,11 +266,14 @@ class _Results:
         # Settings that an older version lacked count as today's defaults.
         saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
         saved["images"] = saved["images"] or facts["images"]  # which it did not record
-        for name, value in facts.items():
-            if saved.get(name) != value:
+        saved.setdefault("set", shared)
+        runs = (folder / "runs").glob("*")
+        for name, value in facts.items() if any(map(_is_finished, runs)) else ():
+            if (before := saved.get(name)) != value:
+                now, before = _differing(value, before)
                 raise ConfigError(
-                    f"{name}={value!r} was {saved.get(name)!r} when {folder} was created; use the "
-                    "same value, or another folder (--to)"
+                    f"{name}={now!r} was {before!r} when {folder} was created; use the same value, "
+                    "or another folder (--to)"
                 )
         write_surely(path, json.dumps(facts, indent=1))
 
@@ -333,6 +350,18 @@ class _Results:
         names = (path.name for path in (self._folder / "runs").glob("*"))
         ends = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
         return sorted(int(end) for end in ends if end.isdecimal())
+
+
+def _is_finished(workdir: Path) -> bool:
+    return RunRecord(workdir).state == FINISHED
+
+
+def _differing(now: Any, before: Any) -> tuple[Any, Any]:
+    """Two values; of two dictionaries, the entries that differ."""
+    if not (isinstance(now, dict) and isinstance(before, dict)):
+        return now, before
+    names = [name for name in before | now if now.get(name) != before.get(name)]
+    return tuple({name: each[name] for name in names if name in each} for each in (now, before))
 
 
 def _expanded(table: Table, overrides: Sequence[str], **selection) -> list[RunSpec]:
