@@ -124,7 +124,7 @@ def _defaults() -> ConfigDict:
         {
             "every_steps": 1000,
             "keep": 3,  # number of newest checkpoints to keep
-            "keep_every_steps": 0,  # also keep those at multiples of this step; 0: none
+            "keep_every_steps": 0,  # also save, and keep, at multiples of this step; 0: none
         }
     )
     config.log = ConfigDict(

@@ -225,6 +225,7 @@ class _Loop:
 
     def _after_step(self, stop: StopRequest) -> None:
         config, last = self.config, self.step == self.total
+        saves = config.checkpoint
         if self._is_due(config.log.every_steps) or last:
             self._check_finite()
             self._report(self.window.summary())
@@ -233,7 +234,7 @@ class _Loop:
         # Saving comes first: a failure of the probe then costs none of these steps.
         if last:
             self._save_surely(LAST_SAVE_SECONDS)
-        elif self._is_due(config.checkpoint.every_steps):
+        elif any(map(self._is_due, (saves.every_steps, saves.keep_every_steps))):
             self._check_finite()
             self._mend_workdir()
             self.checkpoints.save(self.step, self.state, self.data_state)
