@@ -36,7 +36,8 @@ def folder(tmp_path_factory):
     change = re.search(r"```diff\n(.*?)```", PAGE, re.DOTALL)[1]
     apply_change(change, folder)
     (folder / "runs").mkdir()
-    workdir_of(folder / "runs" / "cassle")
+    # What the command's process knows.
+    workdir_of(folder / "runs" / "cassle", name="resnet18", width=2, small_images=True)
     return folder
 
 

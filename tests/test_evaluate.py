@@ -16,6 +16,7 @@ from cassle_jax.evaluate import evaluate_command
 from cassle_jax.evaluation.findings import Failure, Score
 from cassle_jax.evaluation.protocols import PROTOCOLS
 from cassle_jax.faults import Outage
+from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.report.evaluation_page import is_complete, read_report
 from cassle_jax.subjects import open_subject
@@ -25,15 +26,16 @@ from cassle_jax.training.saved_config import write_config
 from tests.commands import run_command
 from tests.interop.states import encoder_state
 from tests.states import filled_state
-from tests.tiny import tiny_config
+from tests.tiny import TinyEncoder, tiny_config
 
 SMALL = {"analysed": 32}
 
 
-def workdir_of(folder, spoil=lambda params: params):
-    """The workdir of a run that has a first checkpoint."""
+def workdir_of(folder, spoil=lambda params: params, **encoder):
+    """The workdir of a run that has a first checkpoint; its encoder is tiny unless given."""
+    ENCODERS["tiny"] = TinyEncoder
     config = tiny_config("method=byol")
-    config.encoder.name, config.encoder.width, config.encoder.small_images = "resnet18", 2, True
+    config.encoder.update({"width": 16, **encoder})
     mesh = device_mesh(jax.devices()[:1])
     state = filled_state(build_run(config, mesh, 64), mesh)
     folder.mkdir(exist_ok=True)
@@ -451,7 +453,7 @@ def test_a_page_that_cannot_be_written_is_reported_while_it_grows_and_at_its_end
 @pytest.mark.parametrize(
     ("value", "error", "message", "extractions"),
     [
-        (np.nan, ConfigError, r"weights .*conv1.* are not finite", 0),
+        (np.nan, ConfigError, r"weights .*net_0.* are not finite", 0),
         (1e38, DataError, r"^2 tasks failed.* run has features that are not finite on scenes", 1),
     ],
 )
@@ -459,8 +461,8 @@ def test_weights_and_features_that_are_not_finite_are_refused(
     tmp_path, caplog, value, error, message, extractions
 ):
     def spoil(params):
-        kernel = params["encoder"]["conv1"]["kernel"]
-        encoder = {**params["encoder"], "conv1": {"kernel": kernel.at[:].set(value)}}
+        kernel = params["encoder"]["net_0"]["kernel"]
+        encoder = {**params["encoder"], "net_0": {"kernel": kernel.at[:].set(value)}}
         return {**params, "encoder": encoder}
 
     run = workdir_of(tmp_path / "run", spoil)
