@@ -9,7 +9,7 @@ fork does; where it is killed, so is the fork.
 import os
 import sys
 
-MODULES = ("cassle_jax.", "tests.training.run_tiny")
+MODULES = ("cassle_jax.", "tests.training.run_")
 
 
 def hand_over(address):
