@@ -28,6 +28,7 @@ from benchmarks.workload import Workload, draw_jpegs
 from cassle_jax.checks import ConfigError
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
+from tests.commands import run_command
 from tests.shared_programs import share_programs
 from tests.tiny import TinyEncoder, cropped_only
 
@@ -278,12 +279,10 @@ MISTAKES = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_what_cannot_be_measured_is_one_line(arguments):
-    message = MISTAKES[arguments]
-    command = [sys.executable, "-m", "benchmarks", *arguments.split()]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2 and message in ended.stderr.splitlines()[-1]
-    assert len(ended.stderr.splitlines()) == 1
+def test_what_cannot_be_measured_is_one_line(arguments, capsys):
+    assert run_command("__main__", *arguments.split(), package="benchmarks") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert MISTAKES[arguments] in line
 
 
 @pytest.mark.exhaustive
