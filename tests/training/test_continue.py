@@ -50,6 +50,7 @@ def uninterrupted(tmp_path_factory):
     ENCODERS["tiny"] = TinyEncoder
     workdir = tmp_path_factory.mktemp("uninterrupted")
     config = tiny_config("method=moco_v2,augself=main")
+    cropped_only(config)
     config.probe.every_epochs = 3
     config.probe.train_images = config.probe.test_images = 32
     config.checkpoint.keep_every_steps = 12
@@ -265,6 +266,7 @@ def test_too_many_damaged_images_lose_no_step(tmp_path, monkeypatch):
     from cassle_jax.data.feed import DeviceFeed
 
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.checkpoint.every_steps = 100
     read = DeviceFeed.__next__
     count = iter(range(100))

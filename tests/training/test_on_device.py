@@ -6,7 +6,7 @@ import pytest
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.training.loop import pretrain
-from tests.tiny import tiny_config
+from tests.tiny import cropped_only, tiny_config
 
 
 def values(state):
@@ -15,6 +15,7 @@ def values(state):
 
 def test_it_is_the_same_run_and_either_continues_the_other(tmp_path):
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.probe.every_epochs = 0
     config.data.on_device = "never"
     expected = values(pretrain(config, tmp_path / "sent"))

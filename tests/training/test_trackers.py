@@ -13,7 +13,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines
 from cassle_jax.training.trackers import TRACKERS, Tracker, Tracking
-from tests.tiny import tiny_config
+from tests.tiny import cropped_only, tiny_config
 
 SETTINGS = {"seed": 3, "optimizer.name": "lamb", "conditioning.descriptors": ["blur", "crop"]}
 
@@ -153,6 +153,7 @@ def test_what_an_outage_leaves_at_the_end_is_counted_and_sent_by_the_next_part(
 
 def test_a_run_writes_to_the_trackers_of_its_configuration(service, tmp_path):
     config = tiny_config("method=simclr,conditioning=none")
+    cropped_only(config)
     config.steps, config.log.every_steps, config.log.to = 2, 1, ("service",)
     pretrain(config, tmp_path)
     (records,) = service.runs.values()
