@@ -151,7 +151,8 @@ class Conditioning:
         since = epoch - self.start_epoch
         ramp = jnp.clip(since / self.ramp_epochs, 0, 1) if self.ramp_epochs else since >= 0
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, _GIVEN)))(positions)
-        return jax.vmap(jax.random.uniform)(keys) < (1 - self.dropout) * ramp
+        uniform = jax.vmap(lambda own: jax.random.uniform(own, dtype=jnp.float32))
+        return uniform(keys) < (1 - self.dropout) * ramp
 
     def describe(
         self,

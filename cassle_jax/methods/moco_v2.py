@@ -59,7 +59,7 @@ class MoCoV2(Method):
 
     @override
     def initial_memory(self, key):
-        queue = jax.random.normal(key, (self.queue_size, self.projector_out))
+        queue = jax.random.normal(key, (self.queue_size, self.projector_out), jnp.float32)
         return {"queue": losses.normalize(queue), "next": jnp.zeros((), jnp.int32)}
 
     @override

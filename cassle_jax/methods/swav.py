@@ -154,7 +154,8 @@ class SwAV(Method):
     def initial_memory(self, key):
         if not self.queue_size:
             return {}
-        return {"queue": jnp.zeros((len(LARGE), self.queue_size, self.projector_out))}
+        shape = len(LARGE), self.queue_size, self.projector_out
+        return {"queue": jnp.zeros(shape, jnp.float32)}
 
     @override
     def loss(self, step, networks):

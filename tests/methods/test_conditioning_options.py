@@ -55,6 +55,13 @@ def test_whether_an_image_is_given_omega_depends_on_its_position_alone():
     assert (conditioning.given(jax.random.key(4), POSITIONS, 0.0) != whole).mean() > 0.4
 
 
+def test_a_process_with_64_bits_draws_the_same_images():
+    with jax.enable_x64(True):
+        wide = with_options(dropout=0.5).given(jax.random.key(3), POSITIONS, 0.0)
+    usual = with_options(dropout=0.5).given(jax.random.key(3), POSITIONS, 0.0)
+    np.testing.assert_array_equal(wide, usual)
+
+
 def test_omega_ends_with_whether_it_is_given():
     images, mirrored = jnp.zeros((3, 4, 4, 3)), [True, True, False]
     view, spec = View(images, view_params(3, flip=mirrored), jnp.zeros((3, 3))), AugmentSpec(size=4)

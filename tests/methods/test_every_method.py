@@ -90,6 +90,18 @@ def test_a_step_of_every_method_goes_with_every_conditioning(pair):
     assert metrics["loss"].shape == ()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", METHODS)
+def test_a_process_with_64_bits_trains_the_same_state(name):
+    """`JAX_ENABLE_X64=1` made MoCo-v2's queue float64, which no float32 embedding could enter."""
+    state, update, views = start(name, Conditioning(dropout=0.5, depth=2, width=8))
+    usual = jax.eval_shape(state)
+    with jax.enable_x64(True):
+        before = jax.eval_shape(state)
+        after, _ = jax.eval_shape(update, before, views)
+    assert usual == before == after
+
+
 @pytest.mark.parametrize("name", everyday(METHODS, "simclr", "byol"))
 def test_a_step_of_every_method_goes_with_every_auxiliary(name, monkeypatch):
     monkeypatch.setitem(ENCODERS, "tiny", TinyEncoder)
