@@ -145,7 +145,7 @@ def test_a_signal_to_all_processes_stops_and_is_no_failure(job, monkeypatch, num
 @pytest.fixture
 def work(job, monkeypatch):
     """`work(error)`: the exit code of a worker whose run raises it, in this process."""
-    monkeypatch.setattr(worker, "_opened", lambda folder: (folder / "turn").open("w"))
+    monkeypatch.setattr(worker, "_redirect_output", lambda folder: (folder / "turn").open("w"))
     monkeypatch.setattr(worker, "_stop_with_parent", lambda: None)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
 
