@@ -20,6 +20,7 @@ from cassle_jax.methods import METHODS, ViewBatch
 from cassle_jax.methods.base import HeadShape
 from cassle_jax.parallel import device_mesh
 from cassle_jax.subjects import open_subject, other_settings
+from cassle_jax.training import run_weights
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.recorded import method_of
 from cassle_jax.training.run import build_run
@@ -97,6 +98,20 @@ def test_a_bare_encoder_has_no_heads_and_the_same_features(run, tmp_path):
         return subject.networks.apply(subject.variables, view, train=False, method="encode")
 
     np.testing.assert_array_equal(features(bare), features(subject))
+
+
+def test_a_checkpoint_that_training_replaces_meanwhile_is_not_missed(run, tmp_path, monkeypatch):
+    """With checkpoint.keep=1, the one that evaluation has begun to read may go."""
+    workdir = shutil.copytree(run[0], tmp_path / "in_progress")
+    read = run_weights._restore
+
+    def replaced(checkpoint, names):
+        if checkpoint.name == "1":
+            checkpoint.rename(checkpoint.with_name("2"))
+        return read(checkpoint, names)
+
+    monkeypatch.setattr(run_weights, "_restore", replaced)
+    assert read_run(workdir).card["step"] == 2
 
 
 def test_an_export_of_the_trained_networks_is_not_evaluated_as_the_momentum_ones(run, tmp_path):

@@ -157,6 +157,8 @@ def _newest(folder: epath.Path, names: tuple[str, str], step: int | None):
             raise
         except Exception as error:  # Orbax and TensorStore raise any type, by the damage.
             LOG.warning("checkpoint %d cannot be read: %s", each, first_line(error))
+    if step is None and max(ocp.utils.checkpoint_steps(folder), default=0) > steps[0]:
+        return _newest(folder, names, step)  # a run in progress has replaced them meanwhile
     there = "checkpoints, and none of them can" if step is None else f"step {step}, and it cannot"
     raise WeightsError(f"run={folder.parent} has {there} be read")
 
