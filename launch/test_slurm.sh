@@ -100,7 +100,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_min_interval=500000
+SchedulerParameters=sched_min_interval=500000,sched_interval=2,bf_interval=3
 # Time from SIGTERM to SIGKILL, where SLURM itself ends a job: time to save.
 KillWait=60
 SlurmdParameters=config_overrides
