@@ -31,9 +31,9 @@ STEPS = "steps=60"
 SELDOM = "checkpoint.every_steps=30"  # where nothing continues from one
 NOWHERE = ["data.source='folder'", "data.path='/nowhere'"]
 # Every step is a window of metrics of its own, wherever a run was interrupted.
+LOGGED = (STEPS, "log.every_steps=1")
 PROBED = (
-    STEPS,
-    "log.every_steps=1",
+    *LOGGED,
     "probe.every_epochs=5",
     "probe.train_images=32",
     "probe.test_images=32",
@@ -80,7 +80,7 @@ def test_several_processes_are_one(alone, tmp_path, count):
 def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(alone, tmp_path):
     for repeat in range(REPEATS):
         workdir = tmp_path / str(repeat)
-        processes = start(workdir, 2, *PROBED)
+        processes = start(workdir, 2, *LOGGED)
         wait_for(workdir, random.choice([5, 10]), processes)
         signalled = random.randrange(2)
         processes[signalled].send_signal(signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(al
         print(f"SIGTERM to {signalled}: codes {codes}, stopped at step {stopped}")
         assert codes == [75, 75], errors
         assert all(f"stopped after step {stopped}, which is saved" in each for each in errors)
-        codes, errors = ends(start(workdir, 1, *PROBED))
+        codes, errors = ends(start(workdir, 1, *LOGGED))
         assert codes == [0], errors
         assert_losses_equal(workdir, alone)
         assert_same(workdir, alone)
@@ -99,7 +99,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(al
 def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_path):
     for repeat in range(REPEATS):
         workdir, victim = tmp_path / str(repeat), random.randrange(2)
-        processes = start(workdir, 2, *PROBED)
+        processes = start(workdir, 2, *LOGGED)
         wait_for(workdir, random.choice([5, 10, 15]), processes)
         time.sleep(random.uniform(0, 0.5))
         processes[victim].kill()
@@ -111,7 +111,7 @@ def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_p
         assert codes[1 - victim] not in (0, 2, 3)
         last = errors[1 - victim].splitlines()[-1]
         assert last.startswith("error: process ") and "the same command continues" in last
-        codes, errors = ends(start(workdir, 2, *PROBED))
+        codes, errors = ends(start(workdir, 2, *LOGGED))
         assert codes == [0, 0], errors
         assert_losses_equal(workdir, alone)
         assert_same(workdir, alone)
@@ -119,19 +119,19 @@ def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_p
 
 @pytest.mark.exhaustive
 def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
-    processes = start(tmp_path, 2, *PROBED)
+    processes = start(tmp_path, 2, *LOGGED)
     wait_for(tmp_path, 10, processes)
     for process in processes:
         process.kill()
     ends(processes)
-    codes, errors = ends(start(tmp_path, 4, *PROBED))
+    codes, errors = ends(start(tmp_path, 4, *LOGGED))
     assert codes == [0] * 4, errors
     assert_same(tmp_path, alone)
 
 
 @pytest.mark.exhaustive
 def test_a_disk_that_fails_costs_one_checkpoint_and_at_the_end_ends_all(alone, tmp_path):
-    codes, errors = ends(start(tmp_path, 2, *PROBED, module="tests.training.run_unsaved"))
+    codes, errors = ends(start(tmp_path, 2, *LOGGED, module="tests.training.run_unsaved"))
     assert codes == [69, 69], errors
     assert steps_saved(tmp_path)[-1] == 50
     for step in (10, 25, 55):
@@ -141,7 +141,7 @@ def test_a_disk_that_fails_costs_one_checkpoint_and_at_the_end_ends_all(alone, t
     for error in errors:
         assert "step 60 could not be saved" in error and "Input/output error" in error
         assert "Traceback" not in error
-    codes, errors = ends(start(tmp_path, 1, *PROBED))
+    codes, errors = ends(start(tmp_path, 1, *LOGGED))
     assert codes == [0], errors
     assert_losses_equal(tmp_path, alone)
     assert_same(tmp_path, alone)
@@ -452,7 +452,7 @@ def test_variables_that_cannot_work_are_refused(environment, message):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_images_that_one_process_cannot_read_lose_no_step(alone, tmp_path, failing):
     """The others wait in their next step; it saves alone, and another number continues."""
-    settings = [*PROBED, "checkpoint.every_steps=1000"]
+    settings = [*LOGGED, "checkpoint.every_steps=1000"]
     broken = lambda index: ["fails"] if index == failing else []  # noqa: E731
     module = "tests.training.run_unreadable"
     codes, errors = ends(start(tmp_path, 2, *settings, each=broken, module=module))
