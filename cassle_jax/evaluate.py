@@ -401,12 +401,10 @@ def check_requested(
         raise ConfigError(f"evaluation: {error}") from error
     if rest:
         raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")
-    for name in ("run", "to", "datasets", "tasks"):
+    beside = ", or give it without --evaluation"
+    for name, hint in {"run": "", "to": "", "datasets": beside, "tasks": beside}.items():
         if values[name].present:
-            raise ConfigError(
-                f"evaluation: --{name} is not a further option; leave it out, or give it without "
-                "--evaluation"
-            )
+            raise ConfigError(f"evaluation: --{name} is not a further option; leave it out{hint}")
     check_tasks(tasks)
     check_datasets(datasets)
     settings = _settings_in(values)

@@ -673,8 +673,8 @@ def test_every_spelling_of_a_setting_reaches_the_runs(tmp_path, monkeypatch):
     ("option", "said"),
     [
         ("--datasets=folder:/none", "dataset 'folder:/none': path='/none' is not a folder"),
-        ("--evaluation=--run=other", "evaluation: --run is not a further option; leave it out"),
-        ("--evaluation=--to=/tmp", "evaluation: --to is not a further option; leave it out"),
+        ("--evaluation=--run=other", "evaluation: --run is not a further option; leave it out\n"),
+        ("--evaluation=--to=/tmp", "evaluation: --to is not a further option; leave it out\n"),
         ("--evaluation=--datasets=motifs", "evaluation: --datasets is not a further option; leave"),
         ("--evaluation=--tasks=", "evaluation: --tasks is not a further option; leave it out, or"),
         ("--to=gs:/bucket", "to=gs:/bucket has a scheme that is unknown"),
