@@ -320,7 +320,7 @@ def kept_json(
     """
     try:
         content = json.loads(read_surely(epath.Path(path)), parse_int=number_of)
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(content, kind):
         return None

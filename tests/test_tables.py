@@ -511,6 +511,16 @@ def test_a_dataset_of_other_images_is_refused_as_its_results_would_be_mixed(tmp_
     evaluated_on("other", "ac")
 
 
+def test_a_file_beside_the_runs_is_no_run(tmp_path, pool):
+    """macOS leaves a .DS_Store in a folder that was looked at."""
+    for folder in ("to", "lender"):
+        (tmp_path / folder / "runs").mkdir(parents=True)
+        (tmp_path / folder / "runs" / ".DS_Store").touch()
+    settings = {"overrides": LONG, "rows": ("BYOL",), "seeds": (0,)}
+    run_table(PAIR, tmp_path / "to", **settings, weights_of=[str(tmp_path / "lender")])
+    assert len(pool.ran) == 1
+
+
 def test_a_damaged_record_of_the_evaluation_is_reported(tmp_path, pool, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cassle_jax"), "propagate", True)
     settings = {"overrides": LONG, "parallel": 2, "seeds": (0,)}
