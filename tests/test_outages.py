@@ -37,7 +37,7 @@ from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter
 from tests.everyday import everyday
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import TinyEncoder, cropped_only, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
 
@@ -376,6 +376,7 @@ def test_one_file_out_of_reach_among_damaged_ones_is_no_outage(images):
 def config(folder):
     ENCODERS["tiny"] = TinyEncoder
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.update_from_flattened_dict(
         {"steps": 24, "log.every_steps": 2, "checkpoint.every_steps": 100, "data.cache_gib": 0.0}
     )

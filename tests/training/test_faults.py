@@ -35,7 +35,7 @@ from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.state import TrainState
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import TinyEncoder, cropped_only, tiny_config
 from tests.training.processes import assert_same, ends, start, steps_saved
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,9 @@ def assert_identical(one, other):
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny_config("method=simclr")
+    config = tiny_config("method=simclr")
+    cropped_only(config)
+    return config
 
 
 @pytest.fixture(scope="module")

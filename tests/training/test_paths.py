@@ -34,7 +34,7 @@ from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.read_back import ReadBack, host_checksum
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.transfer import transfer
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import TinyEncoder, cropped_only, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
 
@@ -46,6 +46,7 @@ AWKWARD = "a[1] {b}=*?\n#%20;$HOME'\"&|~ ü"
 def config():
     ENCODERS["tiny"] = TinyEncoder
     config = tiny_config("method=simclr")
+    cropped_only(config)
     config.steps = 6
     return config
 
