@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -49,7 +50,6 @@ from cassle_jax.sweep.space import RunSpec
 from cassle_jax.sweep.table import (
     Table,
     folder_of,
-    parse_settings,
     planned,
     runs_of_table,
     with_settings,
@@ -57,7 +57,7 @@ from cassle_jax.sweep.table import (
 from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.idle import idle_in_all
-from cassle_jax.training.saved_config import FREE_TO_CHANGE, holds_run, read_config
+from cassle_jax.training.saved_config import holds_run, read_config
 from cassle_jax.training.warm_start import check_weights_file
 from cassle_jax.training.workdir import known_path
 
@@ -133,14 +133,15 @@ def run_table(
     check_writable("to", to)
     with folder_held_for("table", to):
         retried(f"to={to}", lambda: make_shared(to / "compiled"))
-        results = _Results(to, table, protocol, overrides)
+        results = _Results(to, table, protocol)
         missing = [run for run in runs if results.lacks(run)]
         _check_missing(missing, table, results, lenders)
         pool = WorkerPool(parallel, 60 * call_minutes)
         if plan := _plan(to, minutes, runs, protocol, pool, toy):
             steps = min([plan.steps, *(run.config.steps for run in runs)])
-            runs = expanded((*overrides, f"steps={steps}"))
-        results.check_seeds(runs)
+            overrides = (*overrides, f"steps={steps}")
+            runs = expanded(overrides)
+        results.check_ended(runs, partial(expanded, overrides))
         job = partial(
             Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy
         )
@@ -242,19 +243,13 @@ class _Results:
     """Results of the runs in a table's folder.
 
     Raises:
-      ConfigError: the folder holds another table, or its finished runs have another evaluation, or
-        other settings of all runs.
+      ConfigError: the folder holds another table, or its finished runs have another evaluation.
     """
 
-    def __init__(
-        self, folder: Path, table: Table, evaluation: Evaluation, overrides: Sequence[str] = ()
-    ):
+    def __init__(self, folder: Path, table: Table, evaluation: Evaluation):
         self._folder, self._table, self._evaluated = folder, table, bool(evaluation.datasets)
         self._written = time.monotonic()
-        given = parse_settings(overrides).items()
-        shared = {name: value for name, value in given if not name.startswith(FREE_TO_CHANGE)}
-        facts = {"table": table.title, "set": shared, **facts_of(evaluation)}
-        facts = json.loads(json.dumps(facts))
+        facts = json.loads(json.dumps({"table": table.title, **facts_of(evaluation)}))
         path = folder / TABLE_FILE
         saved = kept_json(path)
         if saved is None and is_there(path):
@@ -266,13 +261,12 @@ class _Results:
         # Settings that an older version lacked count as today's defaults.
         saved = json.loads(json.dumps(facts_of(Evaluation()))) | saved
         saved["images"] = saved["images"] or facts["images"]  # which it did not record
-        saved.setdefault("set", shared)
         runs = (folder / "runs").glob("*")
         for name, value in facts.items() if any(map(_is_finished, runs)) else ():
             if (before := saved.get(name)) != value:
                 now, before = _differing(value, before)
                 raise ConfigError(
-                    f"{name}={now!r} was {before!r} when {folder} was created; use the same value, "
+                    f"{name}={now!r} was {before!r} for the runs in {folder}; use the same value, "
                     "or another folder (--to)"
                 )
         write_surely(path, json.dumps(facts, indent=1))
@@ -285,19 +279,35 @@ class _Results:
         record = RunRecord(self.workdir(run.name))
         return record.state != DIVERGED and self._evaluation(record) is None
 
-    def check_seeds(self, runs: Sequence[RunSpec]) -> None:
-        """Raises ConfigError where a seed of a row has ended with other settings."""
-        for run in {run.subject: run for run in runs}.values():
-            for seed in self._seeds(run.subject):
-                record = RunRecord(self.workdir(folder_of(run.subject, seed)))
-                same = ConfigDict({**run.config.to_dict(), "seed": seed})
-                ended = record.state in (FINISHED, DIVERGED)
-                if ended and (changed := record.changes(same)):
+    def check_ended(self, runs: Sequence[RunSpec], expanded: Callable[..., list[RunSpec]]) -> None:
+        """Raises ConfigError where a run, of any row, has ended with other settings than these.
+
+        Args:
+          runs: the runs of the call.
+          expanded: expands other `rows` with the call's settings; a row that lacks one of these
+            is not compared.
+        """
+        selected = {run.subject: run for run in runs}
+        for subject in (row.subject for row in self._table.rows):
+            ended = self._ended(subject)
+            if ended and subject not in selected:
+                with suppress(ConfigError):
+                    selected[subject] = expanded(rows=(subject,))[0]
+            for seed, record in ended.items() if subject in selected else ():
+                same = ConfigDict({**selected[subject].config.to_dict(), "seed": seed})
+                if changed := record.changes(same):
                     raise ConfigError(
-                        f"{record.folder} holds a seed of row {run.subject!r} with other settings "
-                        f"({'; '.join(changed)}), and a mean of both would be wrong; use another "
+                        f"{record.folder} holds a run of row {subject!r} with other settings "
+                        f"({'; '.join(changed)}), and the page would compare both; use another "
                         f"folder (--to), the settings of that run, or move {record.folder} away"
                     )
+
+    def _ended(self, subject: str) -> dict[int, RunRecord]:
+        """The runs of a row that need not run again, by seed."""
+        found = {
+            seed: RunRecord(self.workdir(folder_of(subject, seed))) for seed in self._seeds(subject)
+        }
+        return {seed: run for seed, run in found.items() if run.state in (FINISHED, DIVERGED)}
 
     def _evaluation(self, record: RunRecord) -> tuple[FindingsBySubject, Facts] | None:
         """The evaluation of a run, empty where the table has none; `None` if not yet finished."""
