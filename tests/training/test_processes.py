@@ -80,7 +80,7 @@ def test_several_processes_are_one(alone, tmp_path, count):
 def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(alone, tmp_path):
     for repeat in range(REPEATS):
         workdir = tmp_path / str(repeat)
-        processes = start(workdir, 2, *LOGGED)
+        processes = start(workdir, 2, *PROBED)
         wait_for(workdir, random.choice([5, 10]), processes)
         signalled = random.randrange(2)
         processes[signalled].send_signal(signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step_and_one_alone_continues(al
         print(f"SIGTERM to {signalled}: codes {codes}, stopped at step {stopped}")
         assert codes == [75, 75], errors
         assert all(f"stopped after step {stopped}, which is saved" in each for each in errors)
-        codes, errors = ends(start(workdir, 1, *LOGGED))
+        codes, errors = ends(start(workdir, 1, *PROBED))
         assert codes == [0], errors
         assert_losses_equal(workdir, alone)
         assert_same(workdir, alone)
@@ -119,12 +119,12 @@ def test_killing_one_ends_the_others_and_the_same_command_continues(alone, tmp_p
 
 @pytest.mark.exhaustive
 def test_killing_all_loses_nothing_and_four_continue(alone, tmp_path):
-    processes = start(tmp_path, 2, *LOGGED)
+    processes = start(tmp_path, 2, *PROBED)
     wait_for(tmp_path, 10, processes)
     for process in processes:
         process.kill()
     ends(processes)
-    codes, errors = ends(start(tmp_path, 4, *LOGGED))
+    codes, errors = ends(start(tmp_path, 4, *PROBED))
     assert codes == [0] * 4, errors
     assert_same(tmp_path, alone)
 
