@@ -99,9 +99,9 @@ def _placed(value: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
 
 def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
     """Refuses a ViT with other options or another number of heads, even where its arrays fit."""
-    found = architecture_of(weights.encoder, weights.heads)
     if not isinstance(encoder, VisionTransformer):
         return
+    found = architecture_of(weights.encoder, weights.heads)
     fitting = {
         name: getattr(found, name) for name in ("patch_size", "registers", "swiglu", "rotary")
     }

@@ -42,6 +42,7 @@ def test_batches_and_states_are_those_of_the_host(devices):
     source, mesh = WithDamage(5), device_mesh(jax.devices()[:devices])
     resident = ResidentFeed(source, mesh, **settings(source))
     fed = DeviceFeed(training_batches(source, **settings(source)), mesh)
+    assert iter(resident) is resident
     for _ in range(7):  # over the end of three epochs of two batches
         (batch, state), (expected, expected_state) = next(resident), next(fed)
         assert state == expected_state

@@ -5,7 +5,7 @@ from sklearn.linear_model import LinearRegression, QuantileRegressor
 from sklearn.metrics import r2_score
 from sklearn.svm import LinearSVR
 
-from cassle_jax.evaluation.regression import regression
+from cassle_jax.evaluation.regression import _r2_pooled, regression
 from cassle_jax.solvers import absolute_error
 from cassle_jax.solvers.absolute_error import fit_absolute
 
@@ -129,6 +129,8 @@ def test_the_published_score_chooses_where_it_is_requested():
     nothing = regression(*splits, penalties=penalties, metric="r2_pooled")
     assert nothing.test_r2_pooled == 0
     assert nothing.penalty == 1e5
+    targets, apart = np.array([[1.0, -1.0, 1.0, -1.0]]), np.array([[1.0, 1.0, -1.0, -1.0]])
+    assert _r2_pooled(targets, apart) == 0
 
 
 def test_a_warning_names_the_penalties_that_did_not_converge():

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import logging
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import jax
@@ -27,6 +29,7 @@ from cassle_jax.export import export, export_command
 from cassle_jax.faults import Outage
 from cassle_jax.interop.architecture import (
     ConvNeXtArchitecture,
+    ResNetArchitecture,
     ViTArchitecture,
     architecture_of,
 )
@@ -40,6 +43,7 @@ from cassle_jax.methods import AUXILIARIES, ViewBatch
 from cassle_jax.models import VisionTransformer, make_encoder
 from cassle_jax.parallel import REPLICATED, device_mesh
 from cassle_jax.subjects import open_subject
+from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run
 from cassle_jax.training.run_weights import read_run
@@ -211,6 +215,11 @@ FORMATS_OF = {
     "bottlenecks": "cassle torchvision detectron2",
     "convnext": "cassle torchvision timm",
 }
+
+
+def test_the_lines_that_build_a_wide_resnet_have_its_widening():
+    first, *_ = ResNetArchitecture(50, 64, False, 3, widening=2).torchvision_lines()
+    assert "resnet.Bottleneck, [3, 4, 6, 3], width_per_group=128)" in first
 
 
 @pytest.mark.parametrize("name", everyday(FORMATS_OF, "resnet18", "wide", "vit", "convnext"))
@@ -618,6 +627,21 @@ def test_a_damaged_configuration_is_reported_in_one_line(tmp_path, content):
 def test_a_note_of_a_start_without_a_step_is_passed_over(tmp_path):
     (tmp_path / "starts.jsonl").write_text('{"step": 3, "images": 8}\n{"images": 9}\n')
     assert last_start_record(tmp_path, 5) == {"step": 3, "images": 8}
+
+
+def test_late_reads_are_silent_after_a_failed_restore_alone(monkeypatch, caplog):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda late: heard.append(str(late.exc_value)))
+    with pytest.raises(OSError), abandoned_reads_silenced():
+        raise OSError("a checkpoint that cannot be read")
+    log, silenced = logging.getLogger("asyncio"), logging.getLogger("asyncio").filters[-1]
+    for words in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(words)))
+    for words in ("Task exception was never retrieved", "slow"):
+        log.error(words)
+    log.removeFilter(silenced)
+    assert heard == ["another"]
+    assert [record.getMessage() for record in caplog.records] == ["slow"]
 
 
 @pytest.mark.exhaustive
