@@ -18,7 +18,7 @@ import pytest
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.faults import Outage
-from cassle_jax.sweep import worker
+from cassle_jax.sweep import experiment, worker
 from cassle_jax.sweep.budget import runs_to_measure, steps_within
 from cassle_jax.sweep.cost import hours_of
 from cassle_jax.sweep.evaluation import Evaluation, evaluation_of
@@ -408,7 +408,9 @@ def test_seeds_with_other_settings_are_refused_as_their_mean_would_be_of_both(tm
     assert len(pool.ran) == 6
 
 
-def test_rows_with_other_settings_are_refused_as_their_difference_would_be_of_both(tmp_path, pool):
+def test_rows_with_other_settings_are_refused_as_their_difference_would_be_of_both(
+    tmp_path, pool, monkeypatch
+):
     """The page compared rows of one call with rows of another, whatever --set they had."""
 
     def run(row, *given):
@@ -421,8 +423,14 @@ def test_rows_with_other_settings_are_refused_as_their_difference_would_be_of_bo
     with pytest.raises(ConfigError, match=rf"{holds}.* was 2"):
         run("SimCLR, CASSLE")
     assert len(pool.ran) == 1
+    opened = []
+    opening = experiment.open_source
+    monkeypatch.setattr(
+        experiment, "open_source", lambda *data: opened.append(data) or opening(*data)
+    )
     run("SimCLR, CASSLE", "data.threads=2", "epochs=2")
     assert len(pool.ran) == 2
+    assert len(opened) == 1  # for rows of this call and of others
 
 
 def test_a_row_without_a_setting_of_the_call_is_not_compared(tmp_path, pool):

@@ -47,13 +47,7 @@ from cassle_jax.sweep.pool import WorkerPool
 from cassle_jax.sweep.records import DIVERGED, FINISHED, RunRecord, check_finished, workdir_of
 from cassle_jax.sweep.results import write_results
 from cassle_jax.sweep.space import RunSpec
-from cassle_jax.sweep.table import (
-    Table,
-    folder_of,
-    planned,
-    runs_of_table,
-    with_settings,
-)
+from cassle_jax.sweep.table import Table, folder_of, planned, runs_of_table, with_settings
 from cassle_jax.sweep.worker import RESULT, Job
 from cassle_jax.training.findings import pretraining_findings
 from cassle_jax.training.idle import idle_in_all
@@ -122,7 +116,8 @@ def run_table(
     to = Path(known_path(local_folder("to", to), setting="to").resolve())
     lenders = [Path(path_of(lender)).resolve() for lender in weights_of]
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
-    expanded = partial(_expanded, table, rows=rows, seeds=seeds, toy=toy)
+    count = _once_per_data(_opened)
+    expanded = partial(_expanded, table, count, rows=rows, seeds=seeds, toy=toy)
     runs = expanded(overrides)
     given = [each.partition("=")[0] for each in overrides]
     for line in idle_in_all([run.config for run in runs], given):
@@ -145,7 +140,10 @@ def run_table(
         job = partial(
             Job, evaluation=protocol, keep_weights=keep_weights, export=table.export, toy=toy
         )
-        all_done = pool.run(_missing_jobs(runs, results, lenders, job), results.on_end)
+        LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
+        names = {run.name for run in missing}
+        jobs = _jobs([run for run in runs if run.name in names], results, lenders, job)
+        all_done = pool.run(jobs, results.on_end)
         page = results.write_page()
         if not all_done:
             raise Stop(_RESUMABLE, EXIT_PREEMPTED)
@@ -192,15 +190,13 @@ def _plan(
     return plan
 
 
-def _missing_jobs(
+def _jobs(
     runs: Sequence[RunSpec],
     results: "_Results",
     weights_of: Sequence[Path],
     job: Callable[..., Job],
 ) -> list[Job]:
-    """The jobs of the runs without results; `job` makes one of subject, arguments and workdir."""
-    missing = [run for run in runs if results.lacks(run)]
-    LOG.info("%d runs, %d of them done", len(runs), len(runs) - len(missing))
+    """The jobs of runs; `job` makes one of subject, arguments and workdir."""
     return [
         job(
             run.subject,
@@ -208,7 +204,7 @@ def _missing_jobs(
             results.workdir(run.name),
             weights=_same_run(run, weights_of),
         )
-        for run in missing
+        for run in runs
     ]
 
 
@@ -304,10 +300,9 @@ class _Results:
 
     def _ended(self, subject: str) -> dict[int, RunRecord]:
         """The runs of a row that need not run again, by seed."""
-        found = {
-            seed: RunRecord(self.workdir(folder_of(subject, seed))) for seed in self._seeds(subject)
-        }
-        return {seed: run for seed, run in found.items() if run.state in (FINISHED, DIVERGED)}
+        names = {seed: folder_of(subject, seed) for seed in self._seeds(subject)}
+        records = {seed: RunRecord(self.workdir(name)) for seed, name in names.items()}
+        return {seed: each for seed, each in records.items() if each.state in (FINISHED, DIVERGED)}
 
     def _evaluation(self, record: RunRecord) -> tuple[FindingsBySubject, Facts] | None:
         """The evaluation of a run, empty where the table has none; `None` if not yet finished."""
@@ -374,24 +369,25 @@ def _differing(now: Any, before: Any) -> tuple[Any, Any]:
     return tuple({name: each[name] for name in names if name in each} for each in (now, before))
 
 
-def _expanded(table: Table, overrides: Sequence[str], **selection) -> list[RunSpec]:
-    """The runs of a table with adapted schedules; opens their images."""
+def _expanded(
+    table: Table, count: Callable[[ConfigDict], int], overrides: Sequence[str], **selection
+) -> list[RunSpec]:
+    """The runs of a table with adapted schedules; `count` returns a run's number of images."""
     runs = runs_of_table(table, overrides=overrides, **selection)
-    return [run for run, _ in _planned(runs, _opened)]
+    return [planned(run, count(run.config)) for run in runs]
 
 
-def _planned(
-    runs: Sequence[RunSpec], count: Callable[[ConfigDict], int]
-) -> list[tuple[RunSpec, int]]:
-    """The runs with adapted schedules (see `planned`) and their numbers of training images."""
-    images: dict[str, int] = {}
-    plans = []
-    for run in runs:
-        key = json.dumps(run.config.data.to_dict(), sort_keys=True, default=str)
-        if key not in images:
-            images[key] = count(run.config)
-        plans.append((planned(run, images[key]), images[key]))
-    return plans
+def _once_per_data(count: Callable[[ConfigDict], int]) -> Callable[[ConfigDict], int]:
+    """The same function, which keeps its result for every run with the same `data` settings."""
+    counts: dict[str, int] = {}
+
+    def counted(config: ConfigDict) -> int:
+        key = json.dumps(config.data.to_dict(), sort_keys=True, default=str)
+        if key not in counts:
+            counts[key] = count(config)
+        return counts[key]
+
+    return counted
 
 
 def _opened(config: ConfigDict) -> int:
@@ -409,6 +405,6 @@ def dry_run(
 ) -> str:
     """Lists a table's runs and their cost; see `run_table` and `cost_table`."""
     check_positive("rate", rate)
-    runs = runs_of_table(table, rows=rows, seeds=seeds, overrides=overrides, toy=toy)
-    plans = _planned(runs, images_of)
-    return cost_table([run for run, _ in plans], [images for _, images in plans], rate)
+    selection = {"rows": rows, "seeds": seeds, "toy": toy}
+    runs = _expanded(table, count := _once_per_data(images_of), overrides, **selection)
+    return cost_table(runs, [count(run.config) for run in runs], rate)
