@@ -13,13 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from cassle_jax.augment.draw import Size
-from cassle_jax.augment.inputs import (
-    ROUNDING,
-    check_image,
-    check_size,
-    check_spec,
-    in_float32,
-)
+from cassle_jax.augment.inputs import ROUNDING, check_image, check_size, check_spec, in_float32
 from cassle_jax.augment.spec import AugmentSpec
 
 __all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]

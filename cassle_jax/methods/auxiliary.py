@@ -217,9 +217,11 @@ def omega_of(
     view: View, spec: AugmentSpec, descriptors: Sequence[str], other: View | None = None
 ) -> Float[Array, "B D"]:
     """ω of a batch of views; with `other`, its difference from ω of other views of the images."""
-    of = partial(describe, spec=spec) if other is None else partial(difference, spec=spec)
-    views = (view,) if other is None else (view, other)
-    return concatenate(jax.vmap(of)(*views), descriptors)
+    if other is None:
+        values = jax.vmap(partial(describe, spec=spec))(view)
+    else:
+        values = jax.vmap(partial(difference, spec=spec))(view, other)
+    return concatenate(values, descriptors)
 
 
 def check_omega(name: str, descriptors: Sequence[str]) -> None:
