@@ -18,7 +18,7 @@ import numpy as np
 from cassle_jax.evaluation.findings import half_interval
 
 FOLDER = Path(__file__).parent / "evidence"
-# In the order of the keys.
+# Shapes by name, in the order of the legend.
 MARKERS = {
     "SimCLR": "o",
     "MoCo-v2": "s",
