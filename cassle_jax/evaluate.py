@@ -189,13 +189,17 @@ def _begun_report(
     for each in (*(each.settings for each in planned), extraction):
         chosen |= vars(each)
     values = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    return GrowingReport(
+    report = GrowingReport(
         folder,
         f"{_summary(opened, extraction.limit)} Settings: {values}.",
         {name: _facts(runs) for name, runs in subjects.items()},
         seeds={name: seeds for name, runs in subjects.items() if (seeds := _seeds(runs))},
         writes=jax.process_index() == 0,
     )
+    report.warn_of_replaced(
+        {(name, each.data.name, each.protocol.name) for name in subjects for each in planned}
+    )
+    return report
 
 
 def _mesh_for(batch: int) -> Mesh:

@@ -277,6 +277,22 @@ def test_a_call_that_ends_early_loses_no_result_of_an_earlier_one(run, tmp_path,
     assert report["kept"] == {}
 
 
+def test_results_that_the_page_will_no_longer_show_are_named_at_the_start(
+    run, tmp_path, monkeypatch, caplog
+):
+    for name in ("knn", "spectrum"):
+        score = [Score(name, "scenes", "accuracy", 0.5)]
+        measured = dataclasses.replace(PROTOCOLS[name], run=lambda *_, score=score: score)
+        monkeypatch.setitem(PROTOCOLS, name, measured)
+    for _ in range(2):
+        evaluate(run, tmp_path, "knn", "spectrum", runs=[f"first={run}"])
+    assert "will not show" not in caplog.text
+    evaluate(run, tmp_path, "spectrum", runs=[f"other={run}"])
+    (line,) = (text for text in caplog.messages if "will not show" in text)
+    assert f"{tmp_path / 'report'}: " in line and "other" not in line.split("; give")[0]
+    assert " knn of first on scenes, spectrum of first on scenes," in line
+
+
 @pytest.mark.exhaustive
 def test_only_protocols_whose_settings_changed_run_again(run, tmp_path, monkeypatch):
     done = []

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.report.comparison import check_subjects, failures_of
-from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, write_report
+from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, read_report, write_report
 from cassle_jax.report.overview import Pairing, named_baselines
 
 LOG = logging.getLogger(__name__)
@@ -69,6 +70,30 @@ class GrowingReport:
     def kept(self, key: str) -> Sequence[Finding] | None:
         """The findings under a key, from this or an earlier call; `None` without any."""
         return self._kept.get(key)
+
+    def warn_of_replaced(self, planned: Collection[tuple[str, str, str]]) -> None:
+        """Warns where the page of an earlier call shows results that this call's will not.
+
+        Args:
+          planned: subject, dataset and task of all results to come.
+        """
+        try:
+            before, _ = read_report(self.folder / JSON)
+        except (FileNotFoundError, ConfigError):
+            return
+        replaced = [
+            f"{each.task} of {name} on {each.dataset}"
+            for name, runs in before.items()
+            for each in chain.from_iterable(runs)
+            if (name, each.dataset, each.task) not in planned
+        ]
+        if replaced:
+            LOG.warning(
+                "to=%s: this call's page will not show %s, which its page shows now; give another "
+                "folder to keep both",
+                self.folder,
+                ", ".join(dict.fromkeys(replaced)),
+            )
 
     def begin(self, subject: str) -> None:
         """Begins another run of a subject; later findings are added to it."""
