@@ -86,19 +86,20 @@ def draw(
       ViewParams without batch axes.
 
     Raises:
-      ValueError: if the key or the size belongs to several images, or the spec is none; or if
-        ``spec.jitter_order`` is 'batch' and there is no ``order_key``.
+      ValueError: if the key or the size belongs to several images, or the spec is none; if
+        ``spec.jitter_order`` is 'batch' and there is no ``order_key``; or if the two keys are of
+        different generators.
     """
     check_spec(spec)
     check_size(size)
-    check_key("key", key)
+    key = check_key("key", key)
     if spec.jitter_order == "batch" and order_key is None:
         raise ValueError(
             "augment.jitter_order='batch' needs the order_key that the batch shares; pass "
             "order_key to draw, or use augment.jitter_order='image'"
         )
     if order_key is not None:
-        check_key("order_key", order_key)
+        order_key = check_key("order_key", order_key, like=key)
     crop_key, *step_keys = jax.random.split(key, 1 + len(_STEPS))
     keys = dict(zip(_STEPS, step_keys, strict=True))
     if spec.jitter_order == "batch":

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from cassle_jax.augment.spec import LEAST_SIGMA, AugmentSpec
 
@@ -52,7 +53,7 @@ def check_image(image: Any, size: Any = None) -> None:
     Raises:
       ValueError: the message names the shape, dtype or values, and what would work.
     """
-    if not hasattr(image, "dtype"):
+    if not isinstance(image, np.ndarray | jax.Array):
         raise ValueError(f"image is a {type(image).__name__}; use an array, as by np.asarray")
     shape = tuple(image.shape)
     if advice := _wrong_shape(shape):
@@ -61,8 +62,10 @@ def check_image(image: Any, size: Any = None) -> None:
         return
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"image has dtype {image.dtype}; use uint8, or float32 in [0, 1]")
-    if image.dtype == np.float64:
-        raise ValueError("image has dtype float64; use float32, as by image.astype(np.float32)")
+    if image.dtype == np.float64 or not np.dtype(image.dtype).isnative:
+        raise ValueError(
+            f"image has dtype {image.dtype}; use float32, as by image.astype(np.float32)"
+        )
     picture = _known(image)
     if picture is not None and size is not None:
         corner = _known(size)
@@ -132,8 +135,16 @@ def check_spec(spec: Any) -> None:
         )
 
 
-def check_key(name: str, key: Any) -> None:
+def check_key(name: str, key: Any, like: PRNGKeyArray | None = None) -> PRNGKeyArray:
     """Refuses anything but one random key, of `jax.random.key` or `jax.random.PRNGKey`.
+
+    Args:
+      name: the caller's argument.
+      key: its value.
+      like: a key whose generator it must share; `None` for any generator.
+
+    Returns:
+      The key as one of `jax.random.key`, which draws the same.
 
     Raises:
       ValueError: the message names the key or its shape, and what would work.
@@ -148,6 +159,12 @@ def check_key(name: str, key: Any) -> None:
                 f"{name}={given} is not a random key; use one, as by jax.random.key(0)"
             ) from error
     check_one(name, key)
+    if like is not None and key.dtype != like.dtype:
+        raise ValueError(
+            f"{name} is a {key.dtype} and key a {like.dtype}; use keys of one generator, as by "
+            "jax.random.split(key)"
+        )
+    return key
 
 
 def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:

@@ -30,6 +30,14 @@ KEY = jax.random.key(0)
 BYTES = np.zeros((12, 10, 3), np.uint8)
 FLOATS = np.full((12, 10, 3), 0.5, np.float32)
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+
+
+class _Tensor:
+    """What PyTorch's loaders give: NumPy does not know its dtype."""
+
+    shape, dtype = (12, 10, 3), object()
+
+
 IMAGES = {
     "grey": (BYTES[..., 0], r"shape \(12, 10\), that of a grey image; use .*np\.stack"),
     "grey channel": (BYTES[..., :1], r"shape \(12, 10, 1\), that of a grey image; .*np\.repeat"),
@@ -45,6 +53,8 @@ IMAGES = {
     "float64": (FLOATS.astype(np.float64), r"dtype float64; use float32, as by image\.astype"),
     "int32": (BYTES.astype(np.int32), r"dtype int32; use uint8, or float32 in \[0, 1\]"),
     "list": (BYTES.tolist(), r"image is a list; use an array"),
+    "of another library": (_Tensor(), r"image is a _Tensor; use an array, as by np\.asarray"),
+    "other byte order": (FLOATS.astype(">f4"), r"dtype >f4; use float32, as by image\.astype"),
 }
 
 
@@ -166,9 +176,19 @@ def test_a_key_that_is_none(key, named):
 
 
 @pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)])
-def test_keys_of_both_kinds_draw_the_same(key):
-    drawn, expected = (draw(each, np.array([12, 10]), SPEC) for each in (key, jax.random.key(3)))
-    np.testing.assert_array_equal(drawn.crop, expected.crop)
+@pytest.mark.parametrize("order_key", [jax.random.key(4), jax.random.PRNGKey(4)])
+def test_keys_of_both_kinds_draw_the_same(key, order_key):
+    spec, size = dataclasses.replace(SPEC, jitter_order="batch"), np.array([12, 10])
+    drawn = draw(key, size, spec, order_key)
+    expected = draw(jax.random.key(3), size, spec, jax.random.key(4))
+    for name in ("crop", "jitter_order"):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(expected, name))
+
+
+def test_keys_of_two_generators_are_one_line():
+    other = jax.random.key(4, impl="rbg")
+    with pytest.raises(ValueError, match=r"^order_key is a key<rbg> and key a key<fry>; use keys"):
+        draw(KEY, np.array([12, 10]), SPEC, other)
 
 
 def test_64_bits_change_neither_a_view_nor_its_omega():
