@@ -210,7 +210,7 @@ class Auxiliary:
 
     def total(self, losses: Scalars) -> Float[Array, ""]:
         """The weighted sum to add to the method's loss."""
-        return sum((self.weights[name] * losses[name] for name in losses), jnp.zeros(()))
+        return sum((self.weights[name] * losses[name] for name in losses), jnp.float32(0))
 
 
 def omega_of(

@@ -132,7 +132,7 @@ class Conditioning:
     def neutral(self) -> Float[Array, " D"]:
         """ω of an unaugmented image."""
         if not self.descriptors:
-            return jnp.zeros(0)
+            return jnp.zeros(0, jnp.float32)
         identity = (identity_difference if self.relative else identity_descriptor)(self.descriptors)
         return jnp.append(identity, 1.0) if self.optional else identity
 
@@ -169,7 +169,7 @@ class Conditioning:
             its last column.
         """
         if not self.descriptors:
-            return tuple(jnp.zeros((len(view.image), 0)) for view in views)
+            return tuple(jnp.zeros((len(view.image), 0), jnp.float32) for view in views)
         others = [None] * len(views)
         if self.relative:
             others = [views[1], *[views[0]] * (len(views) - 1)]

@@ -47,4 +47,4 @@ def tree_norm(tree: Any) -> Float[Array, ""]:
         return jnp.sum(channel_sums(jnp.square(rows)))
 
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-    return jnp.sqrt(sum(map(squares, leaves), start=jnp.zeros(())))
+    return jnp.sqrt(sum(map(squares, leaves), start=jnp.float32(0)))

@@ -35,7 +35,7 @@ def sin_cos_positions(side: int, width: int) -> Float32[Array, "patches {width}"
     10000^(−4i/width). MoCo-v3 calls the first half w and the second h, but lays the grid out so
     that w counts rows: its published weights have the row first, as here.
     """
-    frequencies = TEMPERATURE ** -(jnp.arange(width // 4) / (width // 4))
+    frequencies = TEMPERATURE ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
     angles = jnp.arange(side)[:, None] * frequencies
     line = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
     rows, columns = jnp.repeat(line, side, axis=0), jnp.tile(line, (side, 1))
@@ -110,7 +110,7 @@ def rotary_angles(
     The centres of the patches are in (−1, 1) along both axes. The first half of the angles is for
     the row, the second for the column.
     """
-    rows, columns = (2 * (jnp.arange(n) + 0.5) / n - 1 for n in (height, width))
+    rows, columns = (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1 for n in (height, width))
     places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
     return (2 * jnp.pi * places / periods).reshape(len(places), -1)
 

@@ -89,9 +89,8 @@ class Run:
     def initial_state(self, seed_words: UInt32[Array, "2"] | None = None) -> TrainState:
         """The state before the first step; by default with the run's own seed."""
         size = self.augment.size
-        view = ViewBatch(
-            jnp.zeros((2, size, size, 3)), jnp.zeros((2, self.conditioning.size), jnp.float32)
-        )
+        shapes = (2, size, size, 3), (2, self.conditioning.size)
+        view = ViewBatch(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
         seed = self.seed if seed_words is None else jax.random.wrap_key_data(seed_words)
         return create_state(self.networks, self.method, self.optimizer, view, seed)
 

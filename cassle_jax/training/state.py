@@ -67,7 +67,8 @@ def initial_variables(networks: Networks, view: ViewBatch, key: PRNGKeyArray) ->
                 networks.plain_predictor(projection, view.descriptor, True)
         for name, factory in networks.factories.items():
             if isinstance(factory, Head):
-                inputs = (jnp.zeros((len(features), width)) for width in factory.widths)
+                shapes = ((len(features), width) for width in factory.widths)
+                inputs = (jnp.zeros(shape, jnp.float32) for shape in shapes)
                 getattr(networks, name)(*inputs, True)
 
     return networks.init(key, method=run_all)

@@ -206,7 +206,7 @@ class Update:
         target, target_batch_stats = self._project_target(
             features, target_params, {**state.target_batch_stats, **target_batch_stats}
         )
-        online, losses, total = {}, {}, jnp.zeros(())
+        online, losses, total = {}, {}, jnp.float32(0)
         batch_stats = {**state.batch_stats, **batch_stats}
         for branch in self.networks.branches:
             (online[branch], loss), batch_stats = self._losses(

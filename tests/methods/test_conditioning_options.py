@@ -62,6 +62,15 @@ def test_a_process_with_64_bits_draws_the_same_images():
     np.testing.assert_array_equal(wide, usual)
 
 
+def test_a_process_with_64_bits_has_no_wider_omega():
+    """That of the plain method was float64."""
+    view = View(jnp.zeros((3, 4, 4, 3)), view_params(3), jnp.zeros((3, 3)))
+    plain = Conditioning(())
+    with jax.enable_x64(True):
+        omegas = plain.neutral, *plain.describe([view], [AugmentSpec(size=4)])
+    assert [(each.shape, each.dtype) for each in omegas] == [((0,), "float32"), ((3, 0), "float32")]
+
+
 def test_omega_ends_with_whether_it_is_given():
     images, mirrored = jnp.zeros((3, 4, 4, 3)), [True, True, False]
     view, spec = View(images, view_params(3, flip=mirrored), jnp.zeros((3, 3))), AugmentSpec(size=4)

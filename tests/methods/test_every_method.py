@@ -10,7 +10,7 @@ import pytest
 
 from cassle_jax.augment import RARE, AugmentSpec
 from cassle_jax.config import base_config, flat_settings
-from cassle_jax.methods import METHODS, Progress, TrainingViews, ViewBatch
+from cassle_jax.methods import METHODS, STL, Progress, TrainingViews, ViewBatch
 from cassle_jax.methods.augself import PREDICTED
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.models import ENCODERS
@@ -64,13 +64,16 @@ def views_for(method, conditioning):
     return random_views(0, conditioning.size, sizes=[spec.size for spec in specs])
 
 
-def start(name, conditioning):
+def start(name, conditioning, auxiliaries=()):
     method = small(name)
-    networks = build_networks(method, TinyEncoder, 24, conditioning)
+    networks = build_networks(method, TinyEncoder, 24, conditioning, auxiliaries)
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
     views = views_for(method, conditioning)
-    update = Update(networks, method, (), optimizer, schedule, CLOCK, None)
+    branch = conditioning.plain_branch
+    update = Update(
+        networks, method, auxiliaries, optimizer, schedule, CLOCK, None, plain_branch=branch
+    )
 
     def state():
         return create_state(networks, method, optimizer, views.views[0], seed=0)
@@ -90,16 +93,18 @@ def test_a_step_of_every_method_goes_with_every_conditioning(pair):
     assert metrics["loss"].shape == ()
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", everyday(METHODS, "moco_v2"))
 def test_a_process_with_64_bits_trains_the_same_state(name):
     """`JAX_ENABLE_X64=1` made MoCo-v2's queue float64, which no float32 embedding could enter."""
-    state, update, views = start(name, Conditioning(dropout=0.5, depth=2, width=8))
+    conditioning = Conditioning(dropout=0.5, plain_branch=0.5, depth=2, width=8)
+    auxiliaries = (STL(weight=1.0, hidden=8, out=8, code=8),)
+    state, update, views = start(name, conditioning, auxiliaries)
     usual = jax.eval_shape(state)
     with jax.enable_x64(True):
         before = jax.eval_shape(state)
-        after, _ = jax.eval_shape(update, before, views)
+        after, metrics = jax.eval_shape(update, before, views)
     assert usual == before == after
+    assert {name: each.dtype for name, each in metrics.items() if each.dtype != jnp.float32} == {}
 
 
 @pytest.mark.parametrize("name", everyday(METHODS, "simclr", "byol"))

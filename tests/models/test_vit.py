@@ -119,6 +119,17 @@ def test_positions_are_sines_and_cosines_of_the_row_then_the_column(tiny):
     np.testing.assert_allclose(stored[0, 1:], sin_cos_positions(4, 16), atol=1e-6)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_process_with_64_bits_computes_in_float32_too(rotary):
+    """Its positions, a parameter, were float64, and so were all sums along the blocks."""
+    encoder, images = TINY(rotary=rotary), jnp.ones((2, 16, 16, 3), jnp.float32)
+    with jax.enable_x64(True):
+        variables = jax.eval_shape(lambda: encoder.init(jax.random.key(0), images, False))
+        sown = ["intermediates"]
+        outputs = jax.eval_shape(lambda v: encoder.apply(v, images, False, mutable=sown), variables)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))} == {jnp.dtype("float32")}
+
+
 @pytest.mark.pytorch
 @pytest.mark.parametrize("grid", [(5, 5), (6, 9), (2, 3)])
 def test_positions_are_resized_as_pytorch_does(grid):
