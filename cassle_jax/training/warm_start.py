@@ -1,6 +1,6 @@
 """Starts a run from the weights of a file instead of random ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from cassle_jax.augment import DESCRIPTORS
 from cassle_jax.checks import ConfigError
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.errors import WeightsError
@@ -143,13 +144,25 @@ def _check_omega(weights: Weights, conditioning: Conditioning | None) -> None:
     for name in _OMEGA:
         ours = getattr(conditioning, name)
         theirs = recorded.get(name, ours)
+        same = ours == theirs
         if name == "descriptors":
             ours, theirs = sorted(ours), sorted(theirs)
-        if theirs != ours:
+            same = _numbers(ours) == _numbers(theirs)
+        if not same:
             raise WeightsError(
                 f"its heads were trained with conditioning.{name}={theirs}, not the run's {ours}; "
                 "use weights.networks='encoder'"
             )
+
+
+def _numbers(descriptors: Sequence[str]) -> list[str]:
+    """The components that make up an ω, in its order: that of the names, then of the table.
+
+    So `blur` is `blur.sigma`. The four components of `color`, named one by one, are not `color`:
+    their alphabetical order puts hue before saturation.
+    """
+    of = {name: [f"{name}.{c}" for c in each.components] for name, each in DESCRIPTORS.items()}
+    return [number for name in sorted(descriptors) for number in of.get(name, [name])]
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cassle_jax.augment import DESCRIPTORS, concatenate
 from cassle_jax.checks import ConfigError
 from cassle_jax.interop.naming import to_dinov2
 from cassle_jax.interop.pytorch import encoder_to_pytorch
@@ -157,6 +159,25 @@ def test_heads_of_another_omega_are_refused_though_their_arrays_fit(first_states
             started("crop", **{name: other})
     settings.networks = "encoder"
     assert_equal(started("color").params["encoder"], first_states[1].params["encoder"])
+
+
+def test_heads_of_the_same_omega_by_other_names_start_a_run(first_states, file, tmp_path):
+    """`color` and its components, named one by one, are other orders of the same numbers."""
+
+    def started(recorded, *descriptors):
+        path = tmp_path / "heads.safetensors"
+        save_file(load_file(file), path, {"card": json.dumps({"conditioning": recorded})})
+        settings = config_of(path=str(path)).weights
+        chosen = Conditioning(descriptors)
+        return warm_started(first_states[0], settings, conditioning=chosen).params
+
+    params = started({"descriptors": ["blur", "flip"]}, "flip", "blur.sigma")
+    assert_equal(params, first_states[1].params)
+    colours = [f"color.{name}" for name in DESCRIPTORS["color"].components]
+    ones = {name: jnp.arange(each.size, dtype=jnp.float32) for name, each in DESCRIPTORS.items()}
+    assert concatenate(ones, colours).tolist() == [0, 1, 3, 2]  # hue is the last of `color`
+    with pytest.raises(ConfigError, match=r"descriptors=\['color'\], not the run's \['color\.bri"):
+        started({"descriptors": ["color"]}, *colours)
 
 
 @pytest.mark.parametrize(
