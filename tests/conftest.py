@@ -159,6 +159,12 @@ def _undo_end():
 
 
 @pytest.fixture
+def as_a_library(monkeypatch):
+    """Without the checks of shapes that the tests run with, and a user does not."""
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+
+
+@pytest.fixture
 def contact_sheets(monkeypatch):
     """The picture as users have it."""
     from cassle_jax.training.sheet import write_contact_sheet

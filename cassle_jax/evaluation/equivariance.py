@@ -53,11 +53,21 @@ class Views:
       features: one row per image.
       objects: the number of the object that an image shows, per image.
       factors: the values in which views of an object differ, per image; [images, 3] for a rotation.
+
+    Raises:
+      ValueError: the objects or a factor have another length than the features.
     """
 
     features: Float[np.ndarray, "images features"]
     objects: Int[np.ndarray, " images"]
     factors: Mapping[str, np.ndarray]
+
+    def __post_init__(self):
+        for name, values in {"objects": self.objects, **self.factors}.items():
+            if len(values) != len(self.features):
+                raise ValueError(
+                    f"{name} has {len(values)} rows, and features {len(self.features)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

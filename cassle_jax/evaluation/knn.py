@@ -72,9 +72,7 @@ def knn_evaluation(
                 )
             if part.shape[1] != width:
                 raise ValueError(f"test has {width} features; train has {part.shape[1]}")
-        rows = sum(map(len, parts_of(features)))
-        if labels.shape != (rows,):
-            raise ValueError(f"{name} has labels of shape {labels.shape} for {rows} rows")
+        _check_labels(name, labels, features)
     if (train[1] == train[1][0]).all():
         raise ValueError(f"train has labels {train[1][0]} only; at least two classes must occur")
     right = _predict(*train, test[0], k) == test[1]
@@ -109,10 +107,20 @@ def knn_accuracy(
       Accuracy in [0, 1].
 
     Raises:
-      ValueError: If ``k`` is out of range, there are no test rows, or a feature is not finite.
+      ValueError: If ``k`` is out of range, there are no test rows, a split has another number of
+        labels than rows, or a feature is not finite.
     """
+    _check_labels("train", train_labels, train_features)
+    _check_labels("test", test_labels, test_features)
     predicted = _predict(train_features, train_labels, test_features, k)
     return float(np.mean(predicted == np.asarray(test_labels)))
+
+
+def _check_labels(name: str, labels: Array | np.ndarray, features) -> None:
+    """Refuses labels that are not one per row, with which NumPy would compare every row."""
+    rows = sum(map(len, parts_of(features)))
+    if np.shape(labels) != (rows,):
+        raise ValueError(f"{name} has labels of shape {np.shape(labels)} for {rows} rows")
 
 
 def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.ndarray, " test"]:

@@ -118,7 +118,8 @@ def leak_of(
       seed: seed of the MLP's initial values, the images of a step and their augmentation.
 
     Raises:
-      ValueError: fewer than 8 images, no descriptors, or a setting out of its range.
+      ValueError: fewer than 8 images, another number of sizes, no descriptors, or a setting out of
+        its range.
     """
     check_at_least("steps", steps, 1)
     check_at_least("batch", batch, 2)
@@ -129,6 +130,8 @@ def leak_of(
         raise ValueError(f"{len(images)} images are too few; {FEWEST_IMAGES} is the least")
     if sizes is None:
         sizes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
+    if sizes.shape != (len(images), 2):
+        raise ValueError(f"sizes of shape {sizes.shape} are not a height and width per image")
     batch = min(batch, len(images) // 4)
     order_key, key = jax.random.split(protocol_key("leak", seed))
     # Some more batches of training images choose the constant's share.

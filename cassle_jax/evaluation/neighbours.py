@@ -109,8 +109,9 @@ def nearest(
       Rows and similarities, the nearest first.
 
     Raises:
-      ValueError: If ``k`` is out of range, there are no queries, a feature is not finite, or an own
-        row is not among the rows.
+      ValueError: If ``k`` is out of range, there are no queries, the widths differ, a feature is
+        not finite, there is another number of own rows than of queries, or an own row is not among
+        the rows.
     """
     queries, *parts = (
         np.asarray(jax.device_get(side), np.float32) for side in (queries, *parts_of(rows))
@@ -138,6 +139,13 @@ def _check_search(
         raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
     if len(queries) == 0:
         raise ValueError("queries has no rows")
+    if own_rows.shape != (len(queries),):
+        raise ValueError(f"own_rows has shape {own_rows.shape} for {len(queries)} queries")
+    for part in parts:
+        if part.shape[1:] != queries.shape[1:]:
+            raise ValueError(
+                f"queries of shape {queries.shape} and rows of shape {part.shape} differ in width"
+            )
     check_finite("queries", queries)
     for part in parts:
         check_finite("rows", part)

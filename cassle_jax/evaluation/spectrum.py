@@ -218,7 +218,7 @@ def alignment_and_uniformity(
       Alignment in [0, 4] and uniformity in [−8, 0].
 
     Raises:
-      ValueError: If there are fewer than two rows, or a feature is not finite.
+      ValueError: If there are fewer than two rows, the shapes differ, or a feature is not finite.
 
     References:
       Wang and Isola, Understanding Contrastive Representation Learning through Alignment and
@@ -226,6 +226,11 @@ def alignment_and_uniformity(
     """
     if len(features_1) < 2:
         raise ValueError(f"uniformity compares different images; {len(features_1)} row is too few")
+    if features_1.shape != features_2.shape:
+        raise ValueError(
+            f"features_1 of shape {features_1.shape} and features_2 of shape {features_2.shape} "
+            "are not of the same images, row by row"
+        )
     first = unit_rows(_checked(features_1, "features_1").astype(np.float64))
     second = unit_rows(_checked(features_2, "features_2").astype(np.float64))
     alignment = np.mean(np.sum((first - second) ** 2, axis=1))

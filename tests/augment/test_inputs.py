@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,6 +23,8 @@ from cassle_jax.augment import (
     identity_descriptor,
     identity_difference,
 )
+
+pytestmark = pytest.mark.usefixtures("as_a_library")
 
 SPEC = AugmentSpec(8, jitter=0, grayscale=0, blur=0)
 KEY = jax.random.key(0)
@@ -56,12 +57,6 @@ IMAGES = {
     "of another library": (_Tensor(), r"image is a _Tensor; use an array, as by np\.asarray"),
     "other byte order": (FLOATS.astype(">f4"), r"dtype >f4; use float32, as by image\.astype"),
 }
-
-
-@pytest.fixture(autouse=True)
-def as_a_library(monkeypatch):
-    """Without the checks of shapes that the tests run with, and a user does not."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

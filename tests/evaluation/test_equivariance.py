@@ -170,6 +170,15 @@ def test_every_view_is_paired_with_another_one_of_its_object():
         pairs_of(np.arange(3), seed=0)
 
 
+@pytest.mark.usefixtures("as_a_library")
+def test_views_have_as_many_objects_and_factors_as_features():
+    features, objects = np.zeros((4, 2)), np.array([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="objects has 3 rows, and features 4"):
+        Views(features, objects[:3], {"place": np.zeros(4)})
+    with pytest.raises(ValueError, match="place has 5 rows, and features 4"):
+        Views(features, objects, {"place": np.zeros(5)})
+
+
 def test_changes_are_those_of_the_textbook():
     draw = np.random.default_rng(0)
     first, second = draw.uniform(-np.pi / 2, np.pi / 2, (2, 5, 3))

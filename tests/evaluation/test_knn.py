@@ -71,6 +71,16 @@ def test_bad_arguments_are_named():
         knn_accuracy(train * np.float32(np.nan), labels, train, labels)
 
 
+@pytest.mark.usefixtures("as_a_library")
+def test_labels_that_are_not_one_per_row_are_refused():
+    """A column of test labels was compared with every answer: an accuracy of all pairs."""
+    train, labels = clusters(20, seed=1)
+    with pytest.raises(ValueError, match=r"test has labels of shape \(20, 1\) for 20 rows"):
+        knn_accuracy(train, labels, train, labels[:, None])
+    with pytest.raises(ValueError, match=r"train has labels of shape \(21,\) for 20 rows"):
+        knn_accuracy(train, np.append(labels, 0), train, labels)
+
+
 def test_both_accuracies_are_those_of_scikit_learn():
     train, test = clusters(300, seed=1), clusters(200, seed=2)
     # Two classes are rare, so that the two accuracies differ.

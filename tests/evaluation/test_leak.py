@@ -94,3 +94,10 @@ def test_what_cannot_be_measured_is_refused():
     for setting in ({"steps": 0}, {"batch": 1}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             leak_of(cassle, (SPEC, SPEC), IMAGES, **setting)
+
+
+@pytest.mark.usefixtures("as_a_library")
+def test_sizes_of_fewer_images_are_refused():
+    """The last size was that of all further images."""
+    with pytest.raises(ValueError, match=r"sizes of shape \(9, 2\) are not a height and width per"):
+        leak_of(Conditioning(), (SPEC, SPEC), IMAGES, np.ones((9, 2), np.int32))

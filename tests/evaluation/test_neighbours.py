@@ -111,8 +111,11 @@ def test_a_gallery_shows_each_query_with_its_neighbours():
         ({"queries": np.zeros((0, 9), np.float32)}, "queries has no rows"),
         ({"rows": np.full((6, 9), np.nan, np.float32)}, "rows holds values that are not finite"),
         ({"own_rows": np.array([0, 6])}, "own_rows are from 0 to 6; there are 6 rows"),
+        ({"own_rows": np.array([0])}, r"own_rows has shape \(1,\) for 2 queries"),
+        ({"queries": np.ones((2, 1))}, r"queries of shape \(2, 1\) and rows of shape \(6, 9\) dif"),
     ],
 )
+@pytest.mark.usefixtures("as_a_library")
 def test_bad_arguments_are_named(change, message):
     arguments = {"queries": points(2, seed=1), "rows": points(6, seed=2), "k": 1}
     with pytest.raises(ValueError, match=message):

@@ -87,6 +87,14 @@ def test_uniformity_is_a_gaussian_potential_between_different_images(monkeypatch
         alignment_and_uniformity(features[:1], features[:1])
 
 
+@pytest.mark.usefixtures("as_a_library")
+def test_views_of_other_images_have_no_alignment():
+    """A single second view was compared with all first ones."""
+    first = np.ones((3, 4))
+    with pytest.raises(ValueError, match=r"\(3, 4\) and features_2 of shape \(1, 4\) are not of"):
+        alignment_and_uniformity(first, first[:1])
+
+
 def test_variances_are_those_of_scikit_learns_pca():
     generator = np.random.default_rng(0)
     for rows, width in ((80, 12), (9, 30)):
