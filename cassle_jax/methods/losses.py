@@ -4,6 +4,9 @@ Every function takes this device's share of a batch and, where it contrasts agai
 batch, gathers the rest over `axis_name` (`None`: this device holds the whole batch). Losses are the
 mean over the local samples, so the mean over devices is the mean over the global batch. Embeddings
 are widened to float32 where their dtype is narrower. Pairs of unequal shapes are refused.
+
+A caller's own `jax.shard_map` around them needs `check_vma=False`, as around `BatchNorm`: gradients
+are local to a device until the caller averages them. Otherwise JAX has summed them already.
 """
 
 from functools import partial

@@ -5,6 +5,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cassle_jax.models.conditioning import check_rows
 from cassle_jax.models.mlp import MLP
 
 
@@ -26,7 +27,12 @@ class Bilinear(nn.Module):
     def __call__(
         self, x: Float[Array, "batch inputs"], code: Float[Array, "batch code"], train: bool
     ) -> Float[Array, "batch {self.out}"]:
-        """The product per sample, float32; `train` changes nothing."""
+        """The product per sample, float32; `train` changes nothing.
+
+        Raises:
+            ValueError: there is not one code per sample.
+        """
+        check_rows("code", code, x)
         products = jnp.einsum("bi,bk->bik", x, code).reshape(len(x), -1)
         linear = MLP(self.out, self.out, 1, last_bias=False, dtype=self.dtype, name="hypernetwork")
         return linear(products, train)

@@ -61,6 +61,18 @@ def is_conditioned(treatment: str, injection: str) -> bool:
     return treatment == "hypernetwork" or "none" not in (treatment, injection)
 
 
+def check_rows(name: str, rows: Array, inputs: Array) -> None:
+    """Refuses what is not one row per input: some modules would broadcast it, others not.
+
+    Raises:
+        ValueError: the message names the shape and what would work.
+    """
+    if rows.ndim != 2 or len(rows) != len(inputs):
+        raise ValueError(
+            f"{name} has shape {rows.shape} for {len(inputs)} inputs; use [{len(inputs)}, width]"
+        )
+
+
 class ConditionedProjector(nn.Module):
     """π(features | ω): the projector of CASSLE, conditioned on the view's own augmentation.
 
@@ -120,6 +132,7 @@ class ConditionedProjector(nn.Module):
 
         Raises:
             ConfigError: the errors of `check_conditioning`.
+            ValueError: there is not one ω per image.
         """
         check_conditioning(
             self.treatment,
@@ -127,6 +140,8 @@ class ConditionedProjector(nn.Module):
             feature_width=features.shape[-1],
             descriptor_width=descriptor.shape[-1] - self.optional,
         )
+        if is_conditioned(self.treatment, self.injection):
+            check_rows("descriptor", descriptor, features)
         if self.treatment == "hypernetwork":
             return self._hypernetwork(features, descriptor, train)
         if is_conditioned(self.treatment, self.injection) and self.injection != "image":
@@ -230,8 +245,10 @@ class ImageConditioner(nn.Module):
         """Images with the descriptor's channels after their own, in the images' dtype.
 
         Raises:
-            ValueError: for a treatment other than 'mlp' and 'raw', or a descriptor without entries.
+            ValueError: for a treatment other than 'mlp' and 'raw', a descriptor without entries, or
+                another number of ω than of images.
         """
+        check_rows("descriptor", descriptor, images)
         width = descriptor.shape[-1] - self.optional
         check_conditioning(self.treatment, "image", descriptor_width=width)
         if self.treatment == "none":

@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.models import ConditionedProjector, ImageConditioner, check_conditioning
+from cassle_jax.models import (
+    Bilinear,
+    ConditionedProjector,
+    ImageConditioner,
+    check_conditioning,
+)
 from cassle_jax.models.conditioning import TREATMENTS
 
 
@@ -97,6 +102,26 @@ def test_image_conditioners_need_a_treatment():
 def test_impossible_combinations_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         check_conditioning(*arguments)
+
+
+@pytest.mark.usefixtures("as_a_library")
+@pytest.mark.parametrize("shape", [(1, 13), (13,), (3, 13)])
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (projector_for(), (4, 24)),
+        (projector_for(injection="add"), (2, 24)),
+        (projector_for(treatment="hypernetwork"), (4, 24)),
+        (ImageConditioner(), (4, 8, 8, 3)),
+        (Bilinear(3), (4, 24)),
+    ],
+    ids=["concat", "add", "hypernetwork", "image", "bilinear"],
+)
+def test_an_omega_that_is_not_one_per_image_is_refused(module, inputs, shape):
+    """Some injections gave every image the one ω, others did not."""
+    line = rf"^\w+ has shape \({shape[0]},.*\) for {inputs[0]} inputs; use \[{inputs[0]}, width\]"
+    with pytest.raises(ValueError, match=line):
+        module.init(jax.random.key(0), jnp.ones(inputs), jnp.ones(shape), False)
 
 
 def test_widths_that_cannot_meet_are_refused():
