@@ -72,13 +72,19 @@ def export_command(
         raise ConfigError(naming(setting, run or weights, error)) from error
 
 
-def export(weights: Weights, folder: Path, formats: Sequence[str] = ()) -> None:
+def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) -> None:
     """Writes weights, and the model card they have, in each of `formats`.
+
+    Args:
+      weights: of a run or a file, or by `weights_of` those of other networks.
+      folder: folder of the files; made where missing.
+      formats: names in `FORMATS`; empty for the usual ones that can be written.
 
     Raises:
       WeightsError: an encoder that is not known, a format it cannot be written in, or a folder that
         cannot be written or has files of another export.
     """
+    folder = Path(folder)
     architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)

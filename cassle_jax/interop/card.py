@@ -84,17 +84,20 @@ def file_card(path: Path, card: Mapping[str, Any]) -> Card:
     with open_to_read(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     source = {"file": path.name, "sha256": digest}
-    known = {"input": ASSUMED_INPUT, "versions": versions(), **card}
-    return {**known, "converted_from": source}
+    return {**card, "converted_from": source}
 
 
 def with_encoder(
     card: Mapping[str, Any], architecture: Architecture, networks: Sequence[str]
 ) -> Card:
-    """Adds the encoder's architecture, the networks and today's date to a card."""
+    """Adds the encoder's architecture, the networks and today's date to a card.
+
+    A card without the images' size and normalisation gets the assumed ones.
+    """
+    known = {"input": ASSUMED_INPUT, "versions": versions(), **card}
     return {
-        **card,
-        "input": {**card["input"], "size": image_size(architecture, card["input"])},
+        **known,
+        "input": {**known["input"], "size": image_size(architecture, known["input"])},
         "encoder": architecture.name,
         "architecture": dataclasses.asdict(architecture),
         "feature_width": architecture.feature_width,
@@ -170,7 +173,8 @@ def _front_matter(card: Card) -> str:
 
 def _origin(card: Card) -> str:
     if "method" not in card:
-        return f"converted from {card['converted_from']['file']}"
+        source = card.get("converted_from")
+        return f"converted from {source['file']}" if source else "of unknown origin"
     kind = "with CASSLE" if _descriptors(card["conditioning"]) else "plain"
     return f"pretrained by {card['method']}, {kind}"
 

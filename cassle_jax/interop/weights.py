@@ -145,7 +145,17 @@ class Weights:
 def weights_of(
     variables: Variables, card: Mapping[str, Any] | None = None, heads: int | None = None
 ) -> Weights:
-    """The weights in `params` and `batch_stats`, each by network; other networks are ignored."""
+    """The weights in `params` and `batch_stats`, each by network; other networks are ignored.
+
+    Args:
+        variables: `params` and `batch_stats`, each by network: `{"params": {"encoder": …}, …}`.
+        card: what to record beside them. Its `input` has the `size` of the images in pixels, and
+            `mean` and `std`, which normalise them; without it, they are assumed.
+        heads: number of attention heads of a ViT encoder.
+
+    Raises:
+        WeightsError: there is no encoder, or a network has arrays that are no weights.
+    """
     names = variables["params"].keys()
     networks = {n: TO_PYTORCH[n](_of_network(variables, n)) for n in TO_PYTORCH if n in names}
     return Weights(networks, tuple(sorted(names - TO_PYTORCH.keys())), card or {}, heads)

@@ -351,6 +351,20 @@ def test_a_file_is_converted_and_its_card_says_from_what(tmp_path):
     assert (folder / "timm" / "config.json").exists()
 
 
+@pytest.mark.parametrize("card", [None, {"input": CARD["input"]}], ids=["none", "input"])
+def test_the_networks_of_a_users_own_loop_are_exported(tmp_path, card):
+    """They have no card of a run or a file; the export ended in a KeyError."""
+    variables = filled(encoder_variables(ENCODERS["resnet18"]))
+    networks = {collection: {"encoder": tree} for collection, tree in variables.items()}
+    export(weights_of(networks, card), str(tmp_path / "out"))
+    subject = open_subject(tmp_path / "out" / "cassle.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, subject.variables, networks)
+    assert subject.spec.size == (card["input"]["size"] if card else 224)
+    text = (tmp_path / "out" / "model_card.md").read_text()
+    assert "# resnet18, of unknown origin" in text
+    assert ("are assumed to be RGB" in text) == (card is None)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "size"), [("vit", 32), ("small_images", 32), ("resnet18", 224), ("convnext", 224)]
