@@ -24,11 +24,22 @@ def features_by_stage(
         images: one view of the batch.
         train: as the encoder takes it.
         stages: the earlier stages, counted from 1; one of a ViT is a block.
+
+    Raises:
+        ValueError: features are not one row per image, such as maps that were not pooled.
     """
-    if not stages:
-        return {0: encoder(images, train)}
-    features, earlier = encoder(images, train, tuple(stages))
-    return {0: features, **earlier}
+    if stages:
+        features, earlier = encoder(images, train, tuple(stages))
+        found = {0: features, **earlier}
+    else:
+        found = {0: encoder(images, train)}
+    for features in found.values():
+        if features.ndim != 2 or len(features) != len(images):
+            raise ValueError(
+                f"the encoder returns features of shape {features.shape} for {len(images)} images; "
+                f"return [{len(images)}, features], as by a mean over all places"
+            )
+    return found
 
 
 def earlier_stage(encoder: nn.Module, stage: int, setting: str) -> int:

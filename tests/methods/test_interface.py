@@ -13,6 +13,7 @@ from cassle_jax.methods import HeadShape, Method, Networks, SimCLR, TrainingView
 from cassle_jax.methods.base import FROZEN, constant
 from cassle_jax.methods.build import Conditioning, build_networks
 from cassle_jax.methods.losses import normalize
+from cassle_jax.training.state import initial_variables
 from tests.methods.one_device import (
     PLAIN,
     SPEC,
@@ -387,3 +388,21 @@ def test_losses_see_float32_whatever_the_networks_return():
 
     dtypes = [array.dtype for array in jax.eval_shape(embedded, jax.random.key(0))]
     assert dtypes == 3 * [jnp.float32]
+
+
+@pytest.mark.usefixtures("as_a_library")
+def test_an_encoder_that_does_not_pool_is_refused():
+    """Its maps passed the heads place by place, to an error of JAX after the loss."""
+
+    class Maps(nn.Module):
+        feature_width = 5
+
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Conv(self.feature_width, (3, 3))(images)
+
+    networks = build_networks(SimCLR(projector_out=8), Maps, Maps.feature_width, PLAIN)
+    view = random_views(0).views[0]
+    line = r"features of shape \(4, 8, 8, 5\) for 4 images; return \[4, features\], as by a mean"
+    with pytest.raises(ValueError, match=line):
+        jax.eval_shape(lambda: initial_variables(networks, view, jax.random.key(0)))
