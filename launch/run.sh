@@ -7,7 +7,7 @@ set -euo pipefail
 launch="$(dirname -- "${BASH_SOURCE[0]}")"
 dry_run=''
 python=python
-# Exit codes of python -m cassle_jax.pretrain, see the README.
+# Exit codes of python -m cassle_jax.pretrain, see docs/storage.md.
 # shellcheck disable=SC2034 # the scripts that source this read them
 finished=0 wrong_setting=2 diverged=3 outage=69 disk_full=74 saved=75
 
