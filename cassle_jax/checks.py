@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> Non
         raise ConfigError(f"{name}={value} is out of range; use at most {most}")
 
 
-def check_seed(name: str, value: int) -> None:
+def check_seed(name: str, value: Integral) -> None:
     """Raises ConfigError unless the setting is a whole number in [0, 2³²), as all seeds are."""
     if isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:
         raise ConfigError(

@@ -38,10 +38,17 @@ class Clock:
     Attributes:
       steps_per_epoch: whole batches in the dataset.
       total_steps: number of steps of the run.
+
+    Raises:
+      ConfigError: one of them is below 1, as with fewer images than a batch has.
     """
 
     steps_per_epoch: int
     total_steps: int
+
+    def __post_init__(self):
+        check_at_least("steps_per_epoch", self.steps_per_epoch, 1)
+        check_at_least("total_steps", self.total_steps, 1)
 
     @property
     def epochs(self) -> float:

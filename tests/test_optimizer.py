@@ -329,6 +329,8 @@ def test_the_clock_counts_whole_epochs_and_parts():
         progress = clock.at(jnp.int32(step))
         assert progress.epoch == epochs
         assert progress.whole_epoch == int(epochs)
+    with pytest.raises(ConfigError, match=r"^steps_per_epoch=0 must be at least 1"):
+        Clock(steps_per_epoch=100 // 256, total_steps=10)
 
 
 @pytest.mark.parametrize("steps_per_epoch", [41, 100_000])

@@ -1,5 +1,7 @@
 """Every place that takes a seed refuses one that a random key would cut to its last 32 bits."""
 
+import jax
+import numpy as np
 import pytest
 
 from cassle_jax.evaluate import evaluate_command
@@ -21,3 +23,9 @@ from cassle_jax.training.state import seed_keys
 def test_a_seed_beyond_32_bits_is_refused(take, seed):
     with pytest.raises(ValueError, match=rf"seed={seed} is not a seed; use .* below 2\*\*32"):
         take(seed)
+
+
+def test_numpys_seeds_are_seeds():
+    """As those of `np.arange(3)`, which were taken for keys."""
+    for own, expected in zip(seed_keys(np.int64(3)), seed_keys(3), strict=True):
+        assert (jax.random.key_data(own) == jax.random.key_data(expected)).all()

@@ -1,6 +1,7 @@
 """The state that a run carries from one step to the next, and its initial value."""
 
 from collections.abc import Collection
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def of_branches(memory: PyTree, branches: Collection[str]) -> dict[str, PyTree]:
     return {branch: memory[_MEMORY[branch]] for branch in branches}
 
 
-def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+def seed_keys(seed: Integral | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
     """The keys of a run's steps, of its initial parameters and of its initial memory.
 
     Args:
@@ -97,9 +98,9 @@ def seed_keys(seed: int | PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRN
     Raises:
       ValueError: the seed is out of that range.
     """
-    if isinstance(seed, int):
+    if isinstance(seed, Integral):  # NumPy's, too
         check_seed("seed", seed)
-        seed = jax.random.key(seed)
+        seed = jax.random.key(int(seed))
     return tuple(jax.random.split(seed, 3))
 
 
@@ -108,7 +109,7 @@ def create_state(
     method: Method,
     optimizer: optax.GradientTransformation,
     view: ViewBatch,
-    seed: int | PRNGKeyArray,
+    seed: Integral | PRNGKeyArray,
 ) -> TrainState:
     """The state before the first step: a function of the seed and the shapes alone.
 
