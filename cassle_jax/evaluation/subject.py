@@ -22,7 +22,8 @@ class Subject:
 
     Attributes:
       name: name in the report.
-      networks: encoder and, for this project's own runs, heads; float32, on one device's axis.
+      networks: encoder and, for this project's own runs, heads; float32. Protocols that train the
+        encoder need its BatchNorm synchronised over `parallel.AXIS`.
       variables: `params` and `batch_stats`, each by network, on the host.
       spec: size and normalisation of images, and the augmentation of training.
       views: augmentation of training's first two views, where they differ.
