@@ -81,8 +81,9 @@ def probe_factors(
         (answer,) = on_all[probe].predict(target, [chosen], test)
         return _score(kind, answer, test_target)
 
-    # On busy cores the threads of these small fits spend far longer waiting than working.
-    with threadpool_limits(1, user_api="openmp"):
+    # On busy cores the threads of these small fits spend far longer waiting than working: those of
+    # OpenMP, and those of BLAS, which SciPy's L-BFGS starts at each of its steps.
+    with threadpool_limits(1):
         return {name: probe_factor(name, kind) for name, kind in kinds.items()}
 
 

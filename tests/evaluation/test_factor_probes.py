@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cassle_jax.evaluation.factor_probes import probe_factors
 
@@ -153,3 +154,17 @@ def test_bad_features_are_named():
         ValueError, match="9 training rows are too few for a probe; 10 is the least"
     ):
         probe_factors(train[:9], few, train, factors, KINDS)
+
+
+def test_small_fits_start_no_threads_whose_waiting_takes_longer_than_they_do(monkeypatch):
+    fit, threads = LogisticRegression.fit, set()
+
+    def watched(probe, *rows):
+        threads.update(each["num_threads"] for each in threadpool_info())
+        return fit(probe, *rows)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    (train, train_factors), (test, test_factors) = scenes(40, seed=1), scenes(40, seed=2)
+    with threadpool_limits(2):
+        probe_factors(train, train_factors, test, test_factors, {"shape": "class"})
+    assert threads == {1}
