@@ -7,5 +7,7 @@
 
 if [ "${1:-}" = --all ]; then shift; else set -- -m "not exhaustive" "$@"; fi
 cd -- "$repository"
+# Rewriting the tests and checking the package's types takes 15 s of each process, unless Python keeps what it has compiled.
+unset PYTHONDONTWRITEBYTECODE
 say "running: python -m pytest -n 2 --dist worksteal $*"
 exec "$python" -m pytest -n 2 --dist worksteal "$@"
