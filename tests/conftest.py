@@ -89,6 +89,11 @@ def pytest_configure(config):
         config.add_cleanup(end)
 
 
+def pytest_collection_modifyitems(items):
+    # It waits for minutes, which the other processes of pytest-xdist use.
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
+
+
 def pytest_collection_finish():
     # What is imported stays: looking through it again and again is a twentieth of the time.
     gc.freeze()
