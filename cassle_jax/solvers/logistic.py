@@ -40,7 +40,8 @@ _SURE_STEPS = 20
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
 _FACTORISED_ROWS = 2000
-_COLUMNS = 32  # of the Hessian, computed at a time
+# Changes of logits that are held at a time while a Hessian's columns are computed.
+_HELD_CHANGES = 2**20
 _TEST_ROWS = 1024
 _CURVATURE_ROWS = 4096
 
@@ -432,7 +433,7 @@ def _factorised(
 
     Where rounding makes that impossible, the direction is zero, and the decrease infinite.
     """
-    del inverse, logits, small
+    del inverse, small
     axes, penalties, classes = gradient.shape
     rows = axes * classes
 
@@ -440,7 +441,8 @@ def _factorised(
         return hessian(jnp.broadcast_to(unit[:, None], gradient.shape))[0]
 
     units = jnp.eye(rows, dtype=gradient.dtype).reshape(rows, axes, classes)
-    columns = jax.lax.map(column, units, batch_size=_COLUMNS)
+    at_a_time = max(_HELD_CHANGES // logits.size, 1)
+    columns = jax.lax.map(column, units, batch_size=at_a_time)
     matrices = jnp.moveaxis(columns, 2, 0).reshape(penalties, rows, rows)
     # The mean over the classes changes no probability, so its only curvature would be the ridge.
     diagonal = jnp.diagonal(matrices, axis1=1, axis2=2).reshape(penalties, axes, classes)
