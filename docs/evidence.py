@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/evidence.md from docs/evidence/runs.csv.
+"""Draws the pictures of docs/evidence.md and docs/field.md from docs/evidence/runs.csv.
 
 python -m docs.evidence
 """
@@ -23,6 +23,8 @@ MARKERS = {
     "SimCLR": "o",
     "MoCo-v2": "s",
     "Barlow Twins": "D",
+    "VICReg": "^",
+    "BYOL": "v",
     "CASSLE": "o",
     "CASSLE + plain branch": "s",
 }
@@ -125,6 +127,15 @@ PICTURES = (
             "Flowers-17, 1-shot": ("flowers17", "5-way 1-shot"),
             "Flowers-17, 5-shot": ("flowers17", "5-way 5-shot"),
             "CIFAR-10, 1-shot": ("cifar10", "5-way 1-shot"),
+            "CIFAR-10, linear": ("cifar10", "linear"),
+        },
+    ),
+    Picture(
+        "field",
+        {
+            "Colour": ("motifs", "colour"),
+            "Contrast, place, …": ("motifs", "contrast"),
+            "Flowers-17, linear": ("flowers17", "linear"),
             "CIFAR-10, linear": ("cifar10", "linear"),
         },
     ),
