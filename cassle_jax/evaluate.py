@@ -197,7 +197,12 @@ def _begun_report(
         writes=jax.process_index() == 0,
     )
     report.warn_of_replaced(
-        {(name, each.data.name, each.protocol.name) for name in subjects for each in planned}
+        {
+            (name, each.data.name, each.protocol.name)
+            for name in subjects
+            for each in planned
+            if not each.unmet
+        }
     )
     return report
 

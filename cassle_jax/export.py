@@ -13,7 +13,7 @@ from cassle_jax import command
 from cassle_jax.checks import ConfigError, check_one_of, naming
 from cassle_jax.faults import reason_of, retried
 from cassle_jax.interop.architecture import Architecture, architecture_of, check_arrays
-from cassle_jax.interop.card import file_card, markdown, with_encoder
+from cassle_jax.interop.card import Card, file_card, is_card, markdown, with_encoder
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
@@ -89,6 +89,7 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)
     card = with_encoder(weights.card, architecture, [*weights.networks])
+    _check_card(weights.card)
     loading = {FORMATS[n].title: FORMATS[n].loading(architecture, card) for n in formats}
 
     def write() -> None:
@@ -106,6 +107,19 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
         reason = reason_of(error)
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error
     LOG.info("%s written to %s as %s", architecture.name, folder, ", ".join(formats))
+
+
+def _check_card(card: Card) -> None:
+    """Refuses a card of the caller's own that could not be written or read again."""
+    try:
+        json.dumps(card)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the weights' card is not JSON: {error}") from error
+    if not is_card(card):
+        raise WeightsError(
+            "the weights' card cannot be written: `method` needs all entries of a run, `input` a "
+            "size, mean and std; leave them out"
+        )
 
 
 def _check_renewed(folder: Path, formats: Sequence[str]) -> None:

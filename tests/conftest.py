@@ -37,8 +37,8 @@ if unoptimised and metadata.version("jaxlib").startswith("0.10."):
 # and a whole one takes a seventh less.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
-# Of the small fits that scikit-learn makes as references, waiting of BLAS's threads for each other
-# was nine tenths of the CPU time.
+# In scikit-learn's small reference fits, BLAS's threads spent nine tenths of the CPU time waiting
+# for each other. The processes of pytest-xdist, which import NumPy later, heed this.
 for library in ("OPENBLAS", "OMP"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 

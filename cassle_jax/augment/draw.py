@@ -87,8 +87,8 @@ def draw(
 
     Raises:
       ValueError: if the key or the size belongs to several images, or the spec is none; if
-        ``spec.jitter_order`` is 'batch' and there is no ``order_key``; or if the two keys are of
-        different generators.
+        ``spec.jitter_order`` is 'batch' and there is no ``order_key``, or it is of another
+        generator than the key.
     """
     check_spec(spec)
     check_size(size)
@@ -99,7 +99,8 @@ def draw(
             "order_key to draw, or use augment.jitter_order='image'"
         )
     if order_key is not None:
-        order_key = check_key("order_key", order_key, like=key)
+        like = key if spec.jitter_order == "batch" else None
+        order_key = check_key("order_key", order_key, like=like)
     crop_key, *step_keys = jax.random.split(key, 1 + len(_STEPS))
     keys = dict(zip(_STEPS, step_keys, strict=True))
     if spec.jitter_order == "batch":

@@ -53,8 +53,11 @@ def check_image(image: Any, size: Any = None) -> None:
     Raises:
       ValueError: the message names the shape, dtype or values, and what would work.
     """
-    if not isinstance(image, np.ndarray | jax.Array):
-        raise ValueError(f"image is a {type(image).__name__}; use an array, as by np.asarray")
+    try:
+        np.dtype(image.dtype)
+    except (AttributeError, TypeError) as error:
+        what = type(image).__name__
+        raise ValueError(f"image is a {what}; use an array, as by np.asarray") from error
     shape = tuple(image.shape)
     if advice := _wrong_shape(shape):
         raise ValueError(f"image has shape {shape}, {advice}")

@@ -77,6 +77,8 @@ class GrowingReport:
         Args:
           planned: subject, dataset and task of all results to come.
         """
+        if not self._writes:
+            return
         try:
             before, _ = read_report(self.folder / JSON)
         except (FileNotFoundError, ConfigError):
@@ -85,12 +87,12 @@ class GrowingReport:
             f"{each.task} of {name} on {each.dataset}"
             for name, runs in before.items()
             for each in chain.from_iterable(runs)
-            if (name, each.dataset, each.task) not in planned
+            if (name, each.dataset, each.task) not in planned and not isinstance(each, Failure)
         ]
         if replaced:
             LOG.warning(
-                "to=%s: this call's page will not show %s, which its page shows now; give another "
-                "folder to keep both",
+                "to=%s: the page there shows %s, which the page of this call will not show; give "
+                "another folder to keep both",
                 self.folder,
                 ", ".join(dict.fromkeys(replaced)),
             )

@@ -39,7 +39,9 @@ _TOLERANCE = 1e-6
 _SURE_STEPS = 20
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
+# A Hessian is factorised up to this many rows, and operations to compute it.
 _FACTORISED_ROWS = 2000
+_FACTORISED_OPERATIONS = 2e10
 # Changes of logits that are held at a time while a Hessian's columns are computed.
 _HELD_CHANGES = 2**20
 _TEST_ROWS = 1024
@@ -108,7 +110,8 @@ def fit_logistic(
         zero by default.
       together: Number of penalties solved at once, as a lot. With 1, each fit starts nearest to its
         optimum.
-      max_steps: Largest number of Newton steps per lot; again where the Hessian is factorised.
+      max_steps: Largest number of Newton steps per lot, and again per fit that a factorised Hessian
+        finishes.
 
     Returns:
       The solutions, in the order of `penalties`. A `UserWarning` names those that did not converge.
@@ -131,13 +134,18 @@ def fit_logistic(
         begin = _rotated_start(start, axes, classes)
         solved = _solve_lots(labels, rotated, lots, begin, max_steps, _conjugate_gradients)
         solved = jax.tree.map(lambda array: np.asarray(array)[order], solved)
-        if rotated.dtype == jnp.float64 and begin.size <= _FACTORISED_ROWS:
+        if rotated.dtype == jnp.float64 and _can_factorise(len(rotated), begin.size):
             for missed in np.flatnonzero(~solved.converged):
                 lot, begin = penalties[missed].reshape(1, 1), solved.thetas[missed].T
                 again = _solve_lots(labels, rotated, lot, begin, max_steps, _factorised)
                 for arrays, found in zip(solved, again, strict=True):
                     arrays[missed] = found[0]
     return _path(penalties, axes, solved)
+
+
+def _can_factorise(rows: int, weights: int) -> bool:
+    """Whether the Hessian of that many weights, a sum over rows, takes seconds and megabytes."""
+    return weights <= _FACTORISED_ROWS and 4.0 * rows * weights**2 <= _FACTORISED_OPERATIONS
 
 
 def logistic_bytes(rows: int, features: int, classes: int) -> tuple[int, int]:
@@ -344,8 +352,10 @@ def _newton(
         small = _TOLERANCE * objectives
         direction, change, decrease = find(hessian, gradient, inverse, logits, small, ~converged)
         length = _line_search(thetas, logits, direction, change, ridge, is_label)
+        # Without a finite decrease there is no direction, and would be none in further steps.
+        step = jnp.where(jnp.isfinite(decrease).all(), step + 1, max_steps)
         return (
-            step + 1,
+            step,
             thetas + length[:, None] * direction,
             logits + length[:, None] * change,
             converged | (decrease <= small),
@@ -431,7 +441,8 @@ def _factorised(
 ) -> tuple[Float[Array, "D P K"], Float[Array, "N P K"], Float[Array, " P"]]:
     """As `_conjugate_gradients`, by factorising the whole Hessian.
 
-    Where rounding makes that impossible, the direction is zero, and the decrease infinite.
+    Where rounding makes that impossible, the direction is zero, and the decrease infinite. At 2000
+    rows, the Hessian and its copies take 0.2 GB per penalty.
     """
     del inverse, small
     axes, penalties, classes = gradient.shape
@@ -456,9 +467,10 @@ def _factorised(
     direction = -jnp.moveaxis(solved.reshape(penalties, axes, classes), 0, 1)
     direction -= jnp.mean(direction, axis=-1, keepdims=True)
     decrease = -_dot(gradient, direction) / 2
-    is_sound = active & (decrease > 0) & jnp.isfinite(decrease)
+    is_sound = active & (decrease >= 0) & jnp.isfinite(decrease)
     direction = jnp.where(is_sound[:, None], direction, 0)
-    return direction, hessian(direction)[1], jnp.where(is_sound, decrease, jnp.inf)
+    otherwise = jnp.where(active, jnp.inf, 0)
+    return direction, hessian(direction)[1], jnp.where(is_sound, decrease, otherwise)
 
 
 def _line_search(

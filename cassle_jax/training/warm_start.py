@@ -147,7 +147,7 @@ def _check_omega(weights: Weights, conditioning: Conditioning | None) -> None:
         same = ours == theirs
         if name == "descriptors":
             ours, theirs = sorted(ours), sorted(theirs)
-            same = _numbers(ours) == _numbers(theirs)
+            same = _components(ours) == _components(theirs)
         if not same:
             raise WeightsError(
                 f"its heads were trained with conditioning.{name}={theirs}, not the run's {ours}; "
@@ -155,14 +155,14 @@ def _check_omega(weights: Weights, conditioning: Conditioning | None) -> None:
             )
 
 
-def _numbers(descriptors: Sequence[str]) -> list[str]:
+def _components(descriptors: Sequence[str]) -> list[str]:
     """The components that make up an ω, in its order: that of the names, then of the table.
 
     So `blur` is `blur.sigma`. The four components of `color`, named one by one, are not `color`:
     their alphabetical order puts hue before saturation.
     """
     of = {name: [f"{name}.{c}" for c in each.components] for name, each in DESCRIPTORS.items()}
-    return [number for name in sorted(descriptors) for number in of.get(name, [name])]
+    return [number for name in sorted(map(str, descriptors)) for number in of.get(name, [name])]
 
 
 def _loaded(weights: Weights, variables: Variables) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from cassle_jax.evaluation.linear import PENALTIES, linear_evaluation
-from cassle_jax.solvers.logistic import _curvatures, fit_logistic
+from cassle_jax.solvers.logistic import _curvatures, _factorised, fit_logistic, widest_floats
 
 
 def blobs(rows: int, seed: int, classes: int = 4, width: int = 6, noise: float = 1.0):
@@ -140,6 +140,32 @@ def check_optima(path, features, labels, gain=1e-6):
             loss.sum() + penalty * np.sum(theta**2), rel=1e-6, abs=1e-9
         )
         assert step @ (gradient / units) / 2 < gain * path.objectives[index]
+
+
+def test_a_factorised_step_is_the_solution_and_impossible_or_finished_ones_are_zero():
+    generator = np.random.default_rng(0)
+    shape = axes, penalties, classes = 4, 3, 5
+    centred = np.kron(np.eye(axes), np.eye(classes) - 1 / classes)
+    roots = generator.normal(size=(penalties, 20, 20)) @ centred
+    hessians = np.swapaxes(roots, 1, 2) @ roots + 1e-3 * np.eye(20)
+    hessians[2] = np.nan
+    gradient = generator.normal(size=shape)
+    gradient -= gradient.mean(axis=-1, keepdims=True)
+
+    def product(vector):
+        rows = jnp.moveaxis(vector, 1, 0).reshape(penalties, 20)
+        flat = jnp.einsum("pij,pj->pi", hessians, rows).reshape(penalties, axes, classes)
+        return jnp.moveaxis(flat, 0, 1), jnp.zeros((7, *shape[1:]))
+
+    with widest_floats():
+        given = jnp.asarray(gradient), None, jnp.zeros((7, *shape[1:])), None
+        active = jnp.array([True, False, True])
+        direction, _, decrease = _factorised(product, *given, active)
+    flat = gradient[:, 0].ravel()
+    expected = -np.linalg.solve(hessians[0], flat)
+    np.testing.assert_allclose(direction[:, 0].ravel(), expected, rtol=1e-6)
+    assert decrease[0] == pytest.approx(-flat @ expected / 2)
+    assert not np.any(direction[:, 1:]) and decrease[1:].tolist() == [0, np.inf]
 
 
 def derivatives(rows, labels, theta, penalty):

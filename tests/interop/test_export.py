@@ -365,6 +365,23 @@ def test_the_networks_of_a_users_own_loop_are_exported(tmp_path, card):
     assert ("are assumed to be RGB" in text) == (card is None)
 
 
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"method": "mine"}, "`method` needs all entries of a run"),
+        ({"input": {"size": 32}}, "`input` a size, mean and std"),
+        ({"lab": np.arange(2)}, "is not JSON: Object of type ndarray"),
+    ],
+    ids=str,
+)
+def test_a_users_own_card_that_cannot_be_written_is_refused_before_any_file(tmp_path, card, said):
+    variables = filled(encoder_variables(ENCODERS["resnet18"]))
+    networks = {collection: {"encoder": tree} for collection, tree in variables.items()}
+    with pytest.raises(WeightsError, match=said):
+        export(weights_of(networks, card), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "size"), [("vit", 32), ("small_images", 32), ("resnet18", 224), ("convnext", 224)]
