@@ -62,9 +62,8 @@ class AugSelf(Auxiliary):
     @override
     def settings(cls, argument="none"):
         none = {"hidden": cls.hidden, "stage": cls.stage, **dict.fromkeys(PREDICTED, 0.0)}
-        if argument in cls.named:
-            return none | cls.named[argument]
-        return none | parsed_weights("augself", argument, PREDICTED)
+        named = cls.named.get(argument)
+        return none | (parsed_weights("augself", argument, PREDICTED) if named is None else named)
 
     @classmethod
     @override
