@@ -446,13 +446,20 @@ def test_a_row_without_a_setting_of_the_call_is_not_compared(tmp_path, pool):
     [
         ({"options": ("limit=9", "episodes=3")}, ["evaluation=limit=9,episodes=3"]),
         ({"datasets": ("scenes",), "options": ("limit=9", "episodes=3")}, ["episodes=3"]),
-        ({"datasets": ("cifar10=/none",), "toy": True}, ["datasets=cifar10=/none"]),
     ],
 )
 def test_options_of_the_evaluation_without_effect_are_reported(caplog, settings, lines):
     evaluation_of(dataclasses.replace(PAIR, tasks=("knn",)), **settings)
     idle = [each for each in caplog.messages if "has no effect" in each]
     assert [each.partition(" ")[0] for each in idle] == lines
+
+
+@pytest.mark.parametrize("of_table", [(), ("flowers17",)])
+def test_toy_runs_are_evaluated_on_scenes_whatever_the_datasets(caplog, of_table):
+    table = dataclasses.replace(PAIR, datasets=of_table)
+    evaluation = evaluation_of(table, datasets=("cifar10=/none",), toy=True)
+    assert evaluation.datasets == ("scenes",)  # also in a table without datasets of its own
+    assert caplog.messages == ["datasets=cifar10=/none becomes scenes with toy=True"]
 
 
 @pytest.mark.parametrize(

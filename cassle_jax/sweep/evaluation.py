@@ -71,10 +71,10 @@ def evaluation_of(
       ConfigError, DataError: an unknown name, an invalid value, or a missing dataset.
     """
     chosen = tuple(datasets) or table.datasets
-    if toy:
+    if toy and chosen:
         if datasets:
-            LOG.warning("datasets=%s has no effect with toy=True", ",".join(datasets))
-        chosen = ("scenes",) if chosen else ()
+            LOG.warning("datasets=%s becomes scenes with toy=True", ",".join(datasets))
+        chosen = ("scenes",)
     check_tasks(table.tasks)
     check_datasets(chosen)
     opened = open_datasets(chosen, data_dir)
