@@ -82,14 +82,15 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
 
     Raises:
       WeightsError: an encoder that is not known, a format it cannot be written in, or a folder that
-        cannot be written or has files of another export.
+        cannot be written or has files of another export; or a card of the caller's own that cannot
+        be written.
     """
     folder = Path(folder)
     architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)
-    card = with_encoder(weights.card, architecture, [*weights.networks])
     _check_card(weights.card)
+    card = with_encoder(weights.card, architecture, [*weights.networks])
     loading = {FORMATS[n].title: FORMATS[n].loading(architecture, card) for n in formats}
 
     def write() -> None:

@@ -112,7 +112,6 @@ def is_card(card: Any) -> bool:
         card = {
             "input": ASSUMED_INPUT,
             "versions": {},
-            "converted_from": {"file": "", "sha256": ""},
             **card,
             **{"encoder": "", "feature_width": 0, "networks": [], "exported": ""},
         }

@@ -370,6 +370,7 @@ def test_the_networks_of_a_users_own_loop_are_exported(tmp_path, card):
     [
         ({"method": "mine"}, "`method` needs all entries of a run"),
         ({"input": {"size": 32}}, "`input` a size, mean and std"),
+        ({"input": 32}, "`input` a size, mean and std"),
         ({"lab": np.arange(2)}, "is not JSON: Object of type ndarray"),
     ],
     ids=str,
