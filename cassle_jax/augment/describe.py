@@ -230,13 +230,20 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
 
     Raises:
       ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
-        example), or if ``names`` is a string or has several names in one.
+        example), if ``names`` is a string or has several names in one, or if ``DESCRIPTORS`` has a
+        name with one of the signs ``.,:+()`` or a blank.
     """
     given = [names] if isinstance(names, str) else [*map(str, names)]
     apart = tuple(name for each in given for name in re.split(r"[,+()\s]+", each) if name)
     if isinstance(names, str) or len(apart) > len(given):
         text = ",".join(given)
         raise ConfigError(f"{prefix}descriptors={text!r} is not a tuple of names; use {apart}")
+    for name in DESCRIPTORS:
+        if re.search(r"[.,:+()\s]", name):
+            raise ConfigError(
+                f"DESCRIPTORS has the name {name!r}, and settings separate names and components by "
+                "such signs; use letters, digits and _"
+            )
     names = sorted(given)
     for name in names:
         descriptor, dot, _ = name.partition(".")

@@ -200,17 +200,20 @@ def build_networks(
     Args:
       method: provides the heads.
       encoder: builds the encoder.
-      feature_width: width of the encoder's features.
+      feature_width: width of the encoder's features, its own `feature_width` where it has one.
       conditioning: conditioning of the projector.
       auxiliaries: the auxiliary objectives, for their heads.
       dtype: dtype of convolutions and matrix products.
       axis_name: the mapped axis BatchNorm is synchronised over; `None` for one device.
 
     Raises:
-      ConfigError: a conditioning cannot work; the message names the setting.
+      ConfigError: a conditioning or the width cannot work; the message names the setting.
     """
-    reserved = sum(each.reserved(feature_width) for each in auxiliaries)
     made = encoder()
+    check_at_least("feature_width", feature_width, 1, WIDEST)
+    if (own := getattr(made, "feature_width", feature_width)) != feature_width:
+        raise ConfigError(f"feature_width={feature_width} is not the encoder's; use {own}")
+    reserved = sum(each.reserved(feature_width) for each in auxiliaries)
     stage = _conditioned_stage(conditioning, made, reserved)
     stages = [earlier_stage(made, each.stage, f"{each.name}.stage") for each in auxiliaries]
     widths = {each: width_at(made, each) for each in {stage, *stages} - {0}} | {0: feature_width}

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, check_at_least
 from cassle_jax.models.stages import WithStages
 
 KERNEL = 7
@@ -72,6 +72,12 @@ class ConvNeXt(nn.Module):
     width: int = 96
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+
+    def __post_init__(self):
+        check_at_least("encoder.width", self.width, 1)
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ConfigError(f"depths={self.depths} are not four numbers of blocks, 1 or more")
+        super().__post_init__()
 
     @property
     def feature_width(self) -> int:

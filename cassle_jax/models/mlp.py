@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cassle_jax.checks import check_at_least
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.initializers import bias_uniform, fan_in_uniform
 
@@ -40,6 +41,8 @@ class MLP(nn.Module):
     def __post_init__(self):
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} leaves an MLP without layers; use 1 or more")
+        check_at_least("hidden", self.hidden, 1)
+        check_at_least("out", self.out, 1)
         super().__post_init__()
 
     @nn.compact

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from cassle_jax.checks import check_at_least
 from cassle_jax.models.batch_norm import BatchNorm
 from cassle_jax.models.convolve import convolve
 from cassle_jax.models.initializers import fan_in_uniform
@@ -130,6 +131,8 @@ class ResNet(nn.Module):
     widening: int = 1
 
     def __post_init__(self):
+        check_at_least("encoder.width", self.width, 1)
+        check_at_least("widening", self.widening, 1)
         if self.depth not in ARCHITECTURES:
             raise ValueError(f"depth={self.depth} is no ResNet here; use one of {[*ARCHITECTURES]}")
         if self.widening != 1 and ARCHITECTURES[self.depth][0] is BasicBlock:

@@ -26,6 +26,7 @@ from cassle_jax.augment import (
     identity_descriptor,
     identity_difference,
 )
+from cassle_jax.checks import ConfigError
 
 SPEC = AugmentSpec(8, solarize=0.5, rotation=0.5)
 ENTRY = {"components": ("left", "right"), "read": lambda *_: jnp.zeros(2), "setting": "rotation"}
@@ -240,6 +241,15 @@ def test_unknown_and_repeated_names(names, message):
     for function in (descriptor_width, identity_descriptor, identity_difference):
         with pytest.raises(ValueError, match=message):
             function(names)
+
+
+@pytest.mark.parametrize("name", ["own.blur", "own:blur"])
+def test_an_entry_whose_name_has_a_sign_of_the_settings_is_refused(name, monkeypatch):
+    """Its width was that of one component, and its numbers a KeyError."""
+    monkeypatch.setitem(DESCRIPTORS, name, DESCRIPTORS["color"])
+    for function in (descriptor_width, identity_descriptor, identity_difference):
+        with pytest.raises(ConfigError, match=f"the name '{name}', .*; use letters, digits and _"):
+            function((name,))
 
 
 def test_components_are_the_numbers_of_their_descriptors(pair):

@@ -260,6 +260,12 @@ def test_so_is_one_of_an_auxiliary_or_of_an_encoder_without_stages():
         build_run(config, device_mesh(jax.devices()[:1]), 64)
 
 
+@pytest.mark.parametrize(("width", "message"), [(0, "at least 1"), (6, "not the encoder's; use 5")])
+def test_a_width_that_is_not_the_encoders_is_refused(width, message):
+    with pytest.raises(ConfigError, match=f"feature_width={width} .*{message}"):
+        build_networks(METHOD, Staged, width, PLAIN)
+
+
 def test_a_run_records_the_head_that_it_has():
     config = tiny_config("method=simclr,conditioning=branched,augself=main,equimod=main")
     config.encoder.update(name="resnet18", width=4)

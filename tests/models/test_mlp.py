@@ -1,9 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cassle_jax.models import MLP
+from cassle_jax.models import MLP, ConvNeXt, ResNet
 
 
 def shapes(**fields):
@@ -52,6 +54,17 @@ def test_the_last_bias_is_not_rounded_to_bfloat16():
     np.testing.assert_array_equal(result[0], variables["params"]["linear_0"]["bias"])
 
 
-def test_an_mlp_needs_a_layer():
-    with pytest.raises(ValueError, match="depth=0"):
-        MLP(hidden=5, out=3, depth=0)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (partial(MLP, 5, 3, depth=0), "depth=0 .*; use 1 or more"),
+        (partial(MLP, 0, 3, depth=2), "hidden=0 must be at least 1"),
+        (partial(MLP, 5, -1, depth=2), "out=-1 must be at least 1"),
+        (partial(ResNet, 18, width=0), r"encoder\.width=0 must be at least 1"),
+        (partial(ConvNeXt, (1, 1, 1, 1), width=0), r"encoder\.width=0 must be at least 1"),
+        (partial(ConvNeXt, (1, 0, 1, 1)), r"depths=\(1, 0, 1, 1\) are not four numbers"),
+    ],
+)
+def test_a_network_without_channels_or_layers_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
