@@ -127,9 +127,27 @@ def tasks_of(subjects: FindingsBySubject) -> list[str]:
     return list(dict.fromkeys(finding.task for finding in results))
 
 
-def failures_of(subjects: FindingsBySubject) -> list[tuple[str, Failure]]:
-    """The tasks that failed, each with its subject."""
-    return [(name, each) for name, _, each in _findings(subjects) if isinstance(each, Failure)]
+def failures_of(
+    subjects: FindingsBySubject, seeds: Mapping[str, Sequence[int]] | None = None
+) -> list[tuple[str, Failure]]:
+    """The tasks that failed, each with its subject; with its run, too, where it has several.
+
+    Args:
+      subjects: the findings.
+      seeds: seeds by subject where they are known.
+    """
+
+    def name_of(subject: str, run: int) -> str:
+        known = (seeds or {}).get(subject, ())
+        count = max(len(subjects[subject]), len(known))
+        seed = f" (seed {known[run]})" if known else ""
+        return subject if count == 1 else f"{subject}, run {run + 1} of {count}{seed}"
+
+    return [
+        (name_of(subject, run), each)
+        for subject, run, each in _findings(subjects)
+        if isinstance(each, Failure)
+    ]
 
 
 def rows_of(subjects: FindingsBySubject, task: str) -> list[Row]:

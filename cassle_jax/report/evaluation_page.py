@@ -263,7 +263,7 @@ def _page(
     names = [name for name, _, _ in sections]
     parts = [
         header,
-        _failures_html(subjects),
+        _failures_html(subjects, pairing),
         _overview_html(subjects, pairing),
         paragraphs_html(texts[1]),
         _contents_html(names),
@@ -281,12 +281,12 @@ def _heading(task: str) -> tuple[str, str]:
     return title, "" if title == task else f' <span class="metric">{escape(task)}</span>'
 
 
-def _failures_html(subjects: FindingsBySubject) -> str:
-    """The failed tasks, in red; empty where all succeeded."""
+def _failures_html(subjects: FindingsBySubject, pairing: Pairing) -> str:
+    """The failed tasks, in red; empty where all succeeded. Means lack the runs of these lines."""
     lines = "".join(
         f"<li><b>{escape(failure.task)}</b> of {escape(name)} on {escape(failure.dataset)}: "
         f"{escape(failure.reason)}</li>"
-        for name, failure in failures_of(subjects)
+        for name, failure in failures_of(subjects, pairing.seeds)
     )
     return f'<section class="failed"><h2>Failed</h2><ul>{lines}</ul></section>' if lines else ""
 

@@ -56,8 +56,8 @@ class GrowingReport:
 
     @property
     def failures(self) -> list[tuple[str, Failure]]:
-        """The protocols that failed, each with its subject."""
-        return failures_of(self._findings)
+        """The protocols that failed, each with its subject and run, see `failures_of`."""
+        return failures_of(self._findings, self._seeds)
 
     @property
     def _findings(self) -> dict[str, list[list[Finding]]]:

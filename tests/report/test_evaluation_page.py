@@ -17,6 +17,7 @@ from cassle_jax.evaluation.findings import Chart, Failure, Gallery, Score
 from cassle_jax.report.axis import axis
 from cassle_jax.report.comparison import rows_of
 from cassle_jax.report.evaluation_page import is_complete, read_parts, read_report, write_report
+from cassle_jax.report.overview import Pairing
 
 NAN = float("nan")
 VOID = {"meta", "img", "br"}
@@ -415,6 +416,19 @@ def test_what_failed_stands_at_the_top_and_what_was_found_is_found_by_its_key(tm
         read_parts(tmp_path / "parts.json")
     report.write_bytes(report.read_bytes()[:100])  # as a power cut leaves it
     assert not is_complete(report)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "run"), [({"a": [3, 7]}, "a, run 2 of 2 (seed 7)"), ({}, "a, run 2 of 2")]
+)
+def test_a_task_that_failed_in_one_of_several_runs_names_the_run(seeds, run, tmp_path):
+    """The mean of the others does not show which seed it lacks."""
+    failure = Failure("linear", "cifar10", "too few images")
+    subjects = {"a": [[accuracy(0.5)], [failure]], "b": [[failure]]}
+    pairing = Pairing(seeds, {})
+    words = " ".join(" ".join(page_of(tmp_path, subjects, pairing=pairing).words).split())
+    assert f"linear of {run} on cifar10: too few images" in words
+    assert "linear of b on cifar10" in words
 
 
 @pytest.mark.parametrize(
