@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -52,6 +53,11 @@ _AGREE_MILLISECONDS = 2 * 3600 * 1000
 # Largest difference in time between processes that evaluate the same features.
 _ARRIVE_SECONDS = 120
 _FOREVER_MILLISECONDS = 2**40
+# Modules whose warnings concern the images, files and storage of one process.
+_OWN_MATTERS = (
+    *("data.damaged", "evaluation.feature_cache", "faults", "storage"),
+    *("training.checkpoints", "training.loop"),
+)
 _RESUMABLE = "the last checkpoint is intact, and the same command continues from it"
 # Matches errors of the runtime that another process causes.
 _LOST = re.compile(
@@ -195,7 +201,7 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
 
     Enter it before the first use of a device. An error inside ends this process with one line, and
     the others with the same line and exit code. A `Stop` that all processes raise together passes
-    through. Processes other than the first log only warnings.
+    through. Processes other than the first log only what may concern one of them alone.
 
     Args:
       saves_when_stopped: whether `reached_preemption_sync_point` handles SIGTERM.
@@ -308,7 +314,7 @@ class _ProcessGroup:
         self._start(self._listen)
         self.when_stopped(hurry.set)
         if self._index:
-            logging.getLogger("cassle_jax").setLevel(logging.WARNING)
+            _log_own_matters_alone()
 
     def __str__(self) -> str:
         return f"process {self._index} of {self._count}"
@@ -415,6 +421,14 @@ class _ProcessGroup:
             self._death_message.cancel()
         for each in self._listeners:  # one that returned from native code later would abort Python
             each.join(_FAILURE_SECONDS)
+
+
+def _log_own_matters_alone() -> None:
+    """Leaves what all processes would log to the first one, warnings and errors included."""
+    logging.getLogger("cassle_jax").setLevel(logging.CRITICAL)
+    for module in _OWN_MATTERS:
+        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="cassle_jax")
 
 
 def _initialize(arguments: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Several processes compute what one computes, stop together, and never wait for a dead one."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from PIL import Image
 from cassle_jax import distributed
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import Stop
+from cassle_jax.data.damaged import DamagedLog
 from cassle_jax.distributed import runtime_arguments
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.training.metrics import read_lines, read_metrics
@@ -334,6 +337,32 @@ def test_an_error_of_one_process_ends_it_with_what_it_was(group, capsys, error, 
         raise error
     assert str(ended.value).startswith(said)
     assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, ConfigError))
+
+
+@pytest.fixture
+def _levels_restored():
+    names = ["cassle_jax", *(f"cassle_jax.{each}" for each in distributed._OWN_MATTERS)]
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_levels_restored")
+def test_what_every_process_would_log_is_left_to_the_first(caplog):
+    """Of 64 processes, 64 said that a setting has no effect."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        distributed._log_own_matters_alone()
+        for module in ("", *distributed._OWN_MATTERS, "pretrain", "evaluate", "data.tar"):
+            logging.getLogger(f"cassle_jax.{module}").error(module)
+        for module in ("cassle_jax.evaluation.linear", "flax"):
+            warnings.warn_explicit(module, UserWarning, "linear.py", 1, module)
+    assert caplog.messages == [*distributed._OWN_MATTERS]
+    assert [str(each.message) for each in shown] == ["flax"]
+    DamagedLog(4, 0.5).add("a.png", "it is cut off")
+    assert caplog.messages[-1] == "damaged image: a.png (it is cut off)"
 
 
 @pytest.mark.parametrize("alone", [False, True])
