@@ -1,9 +1,11 @@
 """Runs commands of this project as submitit jobs, on this machine or on SLURM."""
 
+import errno
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least
@@ -32,6 +35,8 @@ _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 30.0
 _SAME_CTRL_C_SECONDS = 5.0
 _WEEK_MINUTES = 7 * 24 * 60
+# What sbatch says where the controller of the cluster is busy or restarts.
+_BUSY = re.compile("timed out|unable to contact|temporarily", re.IGNORECASE)
 _PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 # Requeues by submitit at a job's time limit; practically unlimited.
 _MOST_REQUEUES = 10_000
@@ -241,6 +246,7 @@ class Slurm:
         # Without SLURM's accounting, submitit warns at every poll.
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self._executor = submitit.SlurmExecutor(folder, max_num_timeout=_MOST_REQUEUES)
+        self._options = options
         chosen = {"job_name": "cassle", "signal_delay_s": 120, "array_parallelism": parallel}
         try:
             self._executor.update_parameters(**chosen, **_options(options))
@@ -252,6 +258,7 @@ class Slurm:
         """Submits commands as one array, waits, and calls `on_end` with a command that ended.
 
         Raises:
+          ConfigError: SLURM refuses them.
           Outage: they could not be submitted for now.
         """
         jobs = retried(f"to={self._executor.folder}", partial(self._submitted, commands))
@@ -269,8 +276,15 @@ class Slurm:
             time.sleep(_POLL_SECONDS)
 
     def _submitted(self, commands: Sequence[Command]) -> list[submitit.Job]:
-        with self._executor.batch():
-            return [self._executor.submit(command) for command in commands]
+        try:
+            with self._executor.batch():
+                return [self._executor.submit(command) for command in commands]
+        except (FailedJobError, FailedSubmissionError) as error:  # of sbatch
+            said = (str(error).splitlines() or ["sbatch failed without a word"])[-1]
+            # A job that SLURM accepted all the same finds no command, and ends after a minute.
+            if _BUSY.search(said):
+                raise OSError(errno.EBUSY, said) from error
+            raise ConfigError(f"slurm={self._options}: {said}") from error
 
 
 def _requeue(job_id: str) -> None:

@@ -337,6 +337,27 @@ def test_submitting_waits_for_room(tmp_path, monkeypatch, where):
     assert (tries, ended) == ([command] * 3, [command])
 
 
+def test_what_sbatch_refuses_is_one_line_and_a_busy_controller_is_waited_for(
+    tmp_path, monkeypatch, caplog
+):
+    for name in ("srun", "scontrol", "squeue"):
+        program(tmp_path, monkeypatch, name, "true")
+    busy = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    refused = "sbatch: error: Batch job submission failed: Invalid partition name specified"
+    program(
+        tmp_path,
+        monkeypatch,
+        "sbatch",
+        f"""[ -e {tmp_path}/tried ] && said="{refused}" || said="{busy}"
+touch {tmp_path}/tried; echo "sbatch: error: see the log
+$said" >&2; exit 1""",
+    )
+    cluster = Slurm(tmp_path / "jobs", 1, "partition=long")
+    with pytest.raises(ConfigError, match=f"^slurm=partition=long: {refused}$"):
+        cluster.run([Command("a", [], tmp_path)], lambda _: None)
+    assert f"{busy}; it is tried again" in caplog.text
+
+
 def test_a_sweep_that_ctrl_c_stops_says_how_it_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(Local, "run", interrupt)
