@@ -1,5 +1,6 @@
 """Classifies features by their nearest neighbours under cosine similarity."""
 
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +13,7 @@ from cassle_jax.data.splits import rows_by_label
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Finding, Score
 from cassle_jax.evaluation.needs import Needs
-from cassle_jax.evaluation.neighbours import Parts, nearest, parts_of
+from cassle_jax.evaluation.neighbours import Parts, is_collapsed, nearest, parts_of
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Settings, setting
 
@@ -57,7 +58,8 @@ def knn_evaluation(
       k: Number of neighbours; the CASSLE paper uses 1.
 
     Returns:
-      The accuracies over the rows and over the classes.
+      The accuracies over the rows and over the classes. A `UserWarning` says that the features have
+      collapsed to one direction.
 
     Raises:
       ValueError: If a split has no rows, another number of labels, another width or a feature that
@@ -104,7 +106,7 @@ def knn_accuracy(
       k: Number of neighbours, from 1 to the number of training rows.
 
     Returns:
-      Accuracy in [0, 1].
+      Accuracy in [0, 1]. A `UserWarning` says that the features have collapsed to one direction.
 
     Raises:
       ValueError: If ``k`` is out of range, there are no test rows, a split has another number of
@@ -135,6 +137,12 @@ def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.n
     for name, arrays in (("train_features", parts), ("test_features", [test_features])):
         for array in arrays:
             check_finite(name, array)
+    if is_collapsed([*parts, test_features]):
+        warnings.warn(
+            "k-NN: all features have one direction, as those of a collapsed encoder; rounding and "
+            "the order of the images decide the accuracy",
+            stacklevel=3,
+        )
     classes, labels = np.unique(np.asarray(train_labels), return_inverse=True)
     votes = labels.astype(np.int32)[nearest(test_features, parts, k).rows]
     winners = [

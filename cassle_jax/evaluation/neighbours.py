@@ -29,6 +29,8 @@ _SEARCH_ROWS = 1024
 # Blocks are whole tiles of a matrix product. What is left of a tile may be summed in another order,
 # which would make equal rows differ by their rounding.
 _TILE_ROWS = 64
+# Distance below which rows of unit length count as one.
+_COLLAPSED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,20 @@ def _check_search(
 def parts_of(rows: Float[Array | np.ndarray, "rows features"] | Parts) -> Parts:
     """The arrays of rows that are given in one, or in several."""
     return rows if isinstance(rows, Sequence) else [rows]
+
+
+def is_collapsed(rows: Parts) -> bool:
+    """Whether float32 resolves no neighbours: all rows have one direction, or none has any."""
+    first = None
+    for part in rows:
+        for start in range(0, len(part), _SEARCH_ROWS):
+            block = np.float64(part[start : start + _SEARCH_ROWS])
+            lengths = np.linalg.norm(block, axis=1, keepdims=True)
+            block /= np.where(lengths > 0, lengths, 1)
+            first = block[0] if first is None else first
+            if np.linalg.norm(block - first, axis=1).max() >= _COLLAPSED:
+                return False
+    return True
 
 
 def _block(rows: np.ndarray, first: int, size: int) -> np.ndarray:

@@ -1,3 +1,5 @@
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +60,21 @@ def test_scale_is_ignored_and_bfloat16_and_zero_rows_are_taken():
     assert accuracy == 1
     half = jnp.asarray(train, jnp.bfloat16)
     assert knn_accuracy(half, labels, half, labels) == 1
-    assert 0 <= knn_accuracy(train * 0, labels, train * 0, labels) <= 1
+    some = train * (np.arange(100)[:, None] > 50)
+    assert 0 <= knn_accuracy(some, labels, train * 0, labels) <= 1
+
+
+@pytest.mark.parametrize(("spread", "collapsed"), [(0, True), (1e-8, True), (1e-4, False)])
+def test_collapsed_features_are_warned_of(spread, collapsed):
+    """The accuracy of equal features is the share of the first image's class: the order's."""
+    train, labels = clusters(100, seed=1)
+    features = np.float32(1 + spread * train)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        knn_accuracy(features, labels, features[:50], labels[:50])
+        knn_accuracy(spread * train, labels, spread * train, labels)
+    said = ["collapsed encoder; rounding and the order of the" in str(each) for each in shown]
+    assert said == [True] * (collapsed + (spread == 0))
 
 
 def test_bad_arguments_are_named():
