@@ -13,7 +13,6 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -415,7 +414,10 @@ def remove_dead_partials(folder: Path, name: str = "*") -> None:
     """Removes half-written files that killed processes left in a folder, of the given name."""
     for partial in folder.glob(f"{name}.*{PARTIAL}"):
         with contextlib.suppress(OSError):  # its writer finished, or removed it
-            if time.time() - partial.stat().st_mtime > _DEAD_AFTER:
+            # By the clock of the file system: a server's may differ from this machine's.
+            with tempfile.TemporaryFile(dir=folder) as new:
+                now = os.fstat(new.fileno()).st_mtime
+            if now - partial.stat().st_mtime > _DEAD_AFTER:
                 partial.unlink()
 
 
