@@ -37,7 +37,7 @@ from cassle_jax.evaluation.protocols import (
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.faults import Outage, reason_of, retried
-from cassle_jax.lock import folder_held_for
+from cassle_jax.lock import folder_held
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import (
@@ -173,8 +173,9 @@ def _warn_of_unmet(planned: Sequence[Planned]) -> None:
 def _held(folder: Path) -> contextlib.AbstractContextManager:
     """Holds the folder of the report in the first process: two at once would write one page."""
     check_writable("to", folder)
-    first = jax.process_index() == 0
-    return folder_held_for("evaluation", folder) if first else contextlib.nullcontext()
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return folder_held(folder, setting="to", holder="evaluation")
 
 
 def _begun_report(

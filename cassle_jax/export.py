@@ -17,7 +17,7 @@ from cassle_jax.interop.card import Card, file_card, is_card, markdown, with_enc
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
-from cassle_jax.lock import folder_held_for
+from cassle_jax.lock import folder_held
 from cassle_jax.storage import local_folder, make_shared, path_of, write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
@@ -102,7 +102,7 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
 
     try:
         retried(f"to={folder}", lambda: make_shared(folder))
-        with folder_held_for("export", folder, leaves_file=False):
+        with folder_held(folder, setting="to", holder="export", leaves_file=False):
             retried(f"to={folder}", write)
     except (OSError, SafetensorError) as error:
         reason = reason_of(error)

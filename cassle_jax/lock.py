@@ -29,6 +29,7 @@ def folder_held(
     setting: str = "workdir",
     holder: str = "run",
     leaves_file: bool = True,
+    waits: bool = True,
 ) -> Iterator[None]:
     """Holds `<folder>/lock`, or the folder itself, while entered.
 
@@ -41,47 +42,22 @@ def folder_held(
       setting: setting or flag that names the folder, for the message.
       holder: what holds it, for the message.
       leaves_file: whether `lock` may stay in the folder; False for one that the user passes on.
+      waits: whether to wait while a fault may pass; otherwise it is raised at once.
 
     Raises:
       ConfigError: another process of this host holds it; the message names it and its start.
-      OSError: the file cannot be written; EAGAIN where a process of another host holds it.
+      OSError, Outage: the lock cannot be written, for good or for now, such as one that a process
+        of another host holds.
     """
     if on_object_store(folder):
         yield
         return
-    if leaves_file:
-        descriptor = _opened(epath.Path(folder) / "lock")
-    else:
-        descriptor = os.open(os.fspath(folder), os.O_RDONLY | os.O_CLOEXEC)
+    take = partial(_taken, folder, setting, holder, leaves_file)
+    descriptor = retried(f"{setting}={folder}", take) if waits else take()
     try:
-        _take(descriptor, folder, setting, holder)
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def folder_held_for(
-    command: str, folder: epath.PathLike, *, setting: str = "to", leaves_file: bool = True
-) -> Iterator[None]:
-    """Holds the folder that a command writes to, and waits while a fault may pass.
-
-    Args:
-      command: what holds it, for the message.
-      folder: see `folder_held`.
-      setting: see `folder_held`.
-      leaves_file: see `folder_held`.
-
-    Raises:
-      ConfigError: another process of this host holds it.
-      OSError, Outage: the lock cannot be written, for good or for now.
-    """
-    with contextlib.ExitStack() as stack:
-        held = partial(
-            folder_held, folder, setting=setting, holder=command, leaves_file=leaves_file
-        )
-        retried(f"{setting}={folder}", lambda: stack.enter_context(held()))
-        yield
 
 
 def await_turn(file: IO) -> None:
@@ -97,6 +73,20 @@ def await_turn(file: IO) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         LOG.info("%s cannot be locked: %s", file.name, error.strerror)
+
+
+def _taken(folder: epath.PathLike, setting: str, holder: str, leaves_file: bool) -> int:
+    """Opens and locks the lock's file, or the folder itself."""
+    if leaves_file:
+        descriptor = _opened(epath.Path(folder) / "lock")
+    else:
+        descriptor = os.open(os.fspath(folder), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _take(descriptor, folder, setting, holder)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _opened(path: epath.Path) -> int:

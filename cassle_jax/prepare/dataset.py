@@ -26,7 +26,7 @@ from cassle_jax.data.folder import check_outside
 from cassle_jax.data.pipeline import usable_cpus
 from cassle_jax.data.sources import content_at
 from cassle_jax.faults import FULL, hurry, passing
-from cassle_jax.lock import folder_held_for
+from cassle_jax.lock import folder_held
 from cassle_jax.prepare.plan import (
     INFO,
     PLAN,
@@ -97,7 +97,7 @@ def prepare(
     folder = Path(path_of(to)).absolute() / preparation.name / VERSION
     _check_name_free(folder)
     check_writable("--to", folder)
-    with folder_held_for("call", folder.parent, setting="--to"):
+    with folder_held(folder.parent, setting="--to", holder="call"):
         remove_partials(folder)
         try:
             plan = plan_of(sources, folder, preparation, data.max_pixels)

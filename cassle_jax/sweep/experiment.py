@@ -19,7 +19,7 @@ from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
 from cassle_jax.faults import retried
 from cassle_jax.interop.errors import WeightsError
-from cassle_jax.lock import folder_held_for
+from cassle_jax.lock import folder_held
 from cassle_jax.report.comparison import FindingsBySubject
 from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
 from cassle_jax.storage import (
@@ -126,7 +126,7 @@ def run_table(
         table, datasets=datasets, data_dir=data_dir, options=evaluation, toy=toy
     )
     check_writable("to", to)
-    with folder_held_for("table", to):
+    with folder_held(to, setting="to", holder="table"):
         retried(f"to={to}", lambda: make_shared(to / "compiled"))
         results = _Results(to, table, protocol)
         missing = [run for run in runs if results.lacks(run)]

@@ -14,7 +14,7 @@ from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_requested
 from cassle_jax.faults import retried
-from cassle_jax.lock import folder_held_for
+from cassle_jax.lock import folder_held
 from cassle_jax.report.evaluation_page import JSON, is_complete
 from cassle_jax.storage import check_writable, kept_json, local_folder, make_shared, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
@@ -91,7 +91,7 @@ def sweep(
     given = [each.removeprefix("--config.").partition("=")[0] for each in request.overrides]
     for line in idle_in_all([run.config for run in runs], [*given, *runs[0].values]):
         LOG.warning("%s", line)
-    with folder_held_for("sweep", folder):
+    with folder_held(folder, setting="to", holder="sweep"):
         lines = _RunLines(folder, runs, where)
         jobs = folder / "jobs"
         retried(f"to={folder}", lambda: make_shared(jobs))

@@ -459,7 +459,7 @@ def _mend_workdir(
         make_shared(workdir)
         LOG.warning("workdir=%s was deleted; the run continues and creates it again", workdir)
         with contextlib.suppress(ConfigError):  # this run still holds it
-            opened.enter_context(folder_held(workdir))
+            opened.enter_context(folder_held(workdir, waits=False))
         write_config(config, workdir)
         record_start(workdir, **start)
     except OSError as error:

@@ -102,7 +102,7 @@ def test_a_sweep_and_a_table_name_what_does_nothing_in_any_run(
     said = "augself.stage=3 has no effect with augself=none"
     stops = {"side_effect": ConfigError("nothing is run here")}
     for owner in (sweep_module, experiment):
-        monkeypatch.setattr(owner, "folder_held_for", MagicMock(**stops))
+        monkeypatch.setattr(owner, "folder_held", MagicMock(**stops))
     arguments = auxiliary.split(",")
     rows = tuple(Row(str(i), f"{CIFAR}:augself={each}") for i, each in enumerate(arguments))
     with pytest.raises(ConfigError, match="nothing is run here"):
