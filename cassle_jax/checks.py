@@ -4,8 +4,9 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,11 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """An invalid setting; the message has its name, its value and valid values."""
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names whose values are not equal in two mappings, sorted; a missing value is `None`."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
 def check_positive(name: str, value: Real) -> None:

@@ -29,7 +29,7 @@ import jax
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
-from cassle_jax.checks import ConfigError, first_line
+from cassle_jax.checks import ConfigError, differing, first_line
 from cassle_jax.command import (
     EXIT_OUTAGE,
     Stop,
@@ -332,12 +332,11 @@ class _ProcessGroup:
         """See `agree`."""
         first = self.first_says(facts)
         facts, first = json.loads(json.dumps(facts)), json.loads(json.dumps(first))
-        for name in sorted(first.keys() | facts.keys()):
-            if first.get(name) != facts.get(name):
-                raise ConfigError(
-                    f"{name}={facts.get(name)!r} in {self} and {first.get(name)!r} in process 0; "
-                    "start all processes with the same command, on the same data"
-                )
+        for name in differing(first, facts):
+            raise ConfigError(
+                f"{name}={facts.get(name)!r} in {self} and {first.get(name)!r} in process 0; "
+                "start all processes with the same command, on the same data"
+            )
         # Does not return if another process disagrees or has failed.
         self._client.wait_at_barrier(f"cassle_jax/agreed/{self._said}", _AGREE_MILLISECONDS)
 

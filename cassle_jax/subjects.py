@@ -25,7 +25,7 @@ from cassle_jax.storage import is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
-from cassle_jax.training.saved_config import differing
+from cassle_jax.training.saved_config import differing_settings
 from cassle_jax.training.state import initial_variables
 
 LOG = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def other_settings(first: Subject, other: Subject) -> list[str]:
     )
     return [
         f"{name}={two.get(name)!r} beside {one.get(name)!r}"
-        for name in differing(one, two)
+        for name in differing_settings(one, two)
         if name != "seed"
     ]
 

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_positive
+from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_positive, differing
 from cassle_jax.command import EXIT_PREEMPTED, Stop
 from cassle_jax.data import open_source
 from cassle_jax.faults import retried
@@ -260,7 +260,7 @@ class _Results:
         runs = (folder / "runs").glob("*")
         for name, value in facts.items() if any(map(_is_finished, runs)) else ():
             if (before := saved.get(name)) != value:
-                now, before = _differing(value, before)
+                now, before = _entries_that_differ(value, before)
                 raise ConfigError(
                     f"{name}={now!r} was {before!r} for the runs in {folder}; use the same value, "
                     "or another folder (--to)"
@@ -361,11 +361,11 @@ def _is_finished(workdir: Path) -> bool:
     return RunRecord(workdir).state == FINISHED
 
 
-def _differing(now: Any, before: Any) -> tuple[Any, Any]:
+def _entries_that_differ(now: Any, before: Any) -> tuple[Any, Any]:
     """Two values; of two dictionaries, the entries that differ."""
     if not (isinstance(now, dict) and isinstance(before, dict)):
         return now, before
-    names = [name for name in before | now if now.get(name) != before.get(name)]
+    names = differing(now, before)
     return tuple({name: each[name] for name in names if name in each} for each in (now, before))
 
 

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers, type_handlers
 # The store of arrays' metadata, such as a key's kind, has no public name.
 from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
 
-from cassle_jax.checks import ConfigError, first_line
+from cassle_jax.checks import ConfigError, differing, first_line
 from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
@@ -392,14 +392,13 @@ class Checkpoints:
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             saved = _shapes(handler.metadata(self._folder / str(step) / "state").tree)
         now = _shapes(like)
-        for name in sorted(saved.keys() | now.keys()):
-            if saved.get(name) != now.get(name):
-                raise ConfigError(
-                    f"workdir={self._folder.parent} holds checkpoints of other networks or another "
-                    f"optimizer: {name} is {_shape_text(saved.get(name))} in checkpoint {step} and "
-                    f"{_shape_text(now.get(name))} now; use another workdir, or the settings the "
-                    "run was started with"
-                )
+        for name in differing(saved, now):
+            raise ConfigError(
+                f"workdir={self._folder.parent} holds checkpoints of other networks or another "
+                f"optimizer: {name} is {_shape_text(saved.get(name))} in checkpoint {step} and "
+                f"{_shape_text(now.get(name))} now; use another workdir, or the settings the "
+                "run was started with"
+            )
 
     def _set_aside_after(self, step: int) -> None:
         """Moves the unreadable checkpoints away, so that their steps are saved again.

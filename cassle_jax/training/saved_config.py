@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, differing
 from cassle_jax.config import base_config, flat_settings
 from cassle_jax.storage import is_there, read_surely, read_whole, write_whole
 
@@ -98,18 +98,13 @@ def changes(before: ConfigDict, now: ConfigDict) -> dict[str, str]:
         name: f"{name}={after[name]!r} was {earlier.get(name)!r}"
         if name in after
         else f"{name}, which is unknown here, was {earlier[name]!r}"
-        for name in differing(earlier, after)
+        for name in differing_settings(earlier, after)
     }
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the settings that affect a run's results and are not equal; sorted."""
-    names = sorted(one.keys() | other.keys())
-    return [
-        name
-        for name in names
-        if one.get(name) != other.get(name) and not name.startswith(FREE_TO_CHANGE)
-    ]
+    return [name for name in differing(one, other) if not name.startswith(FREE_TO_CHANGE)]
 
 
 def holds_run(workdir: epath.Path) -> bool:
