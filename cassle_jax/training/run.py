@@ -108,7 +108,7 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
     """
     check_settings(config, mesh.size)
     _check_images(config.batch_size, mesh.size, dataset_size)
-    method, views, auxiliaries = _objectives(config, mesh.size)
+    method = build_method(config)
     dtype = compute_dtype(config, mesh.devices.flat[0].platform)
     networks = networks_of(config, dtype=dtype, axis_name=AXIS)
     encoder = networks.factories["encoder"]()
@@ -126,10 +126,10 @@ def build_run(config: ConfigDict, mesh: Mesh, dataset_size: int) -> Run:
         chunks=config.batch_size // (config.chunk_size or config.batch_size),
         seed=config.seed,
         augment=augment_spec(config),
-        views=views,
+        views=view_specs(config, method),
         method=method,
         conditioning=Conditioning(**config.conditioning.to_dict()),
-        auxiliaries=auxiliaries,
+        auxiliaries=build_auxiliaries(config),
         networks=networks,
         optimizer=optimizer,
         schedule=schedule,
@@ -150,23 +150,14 @@ def check_settings(config: ConfigDict, devices: int = 1) -> None:
     check_trackers(config.log.to)
     _check_ranges(config)
     _check_shares(config.batch_size, config.chunk_size, devices)
-    _, views, auxiliaries = _objectives(config, devices)
+    method, auxiliaries = build_method(config), build_auxiliaries(config)
+    views = view_specs(config, method)
+    for each in (method, *auxiliaries):
+        each.check(config.batch_size, config.batch_size // devices)
     encoder = networks_of(config, dtype=compute_dtype(config, "cpu")).factories["encoder"]()
     _check_image_sizes(config, encoder, views, auxiliaries)
     _check_drawn(Conditioning(**config.conditioning.to_dict()), views, auxiliaries)
     check_optimizer(OptimizerSpec(**config.optimizer.to_dict()))
-
-
-def _objectives(
-    config: ConfigDict, devices: int
-) -> tuple[Method, tuple[AugmentSpec, ...], tuple[Auxiliary, ...]]:
-    """The method, the augmentation per view, and the auxiliary objectives, all checked."""
-    method, auxiliaries = build_method(config), build_auxiliaries(config)
-    method.check(config.batch_size, config.batch_size // devices)
-    views = view_specs(config, method)
-    for each in auxiliaries:
-        each.check(config.batch_size, config.batch_size // devices)
-    return method, views, auxiliaries
 
 
 def _check_image_sizes(
