@@ -33,6 +33,7 @@ from cassle_jax.faults import Outage, passing, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.training import loop as loop_module
+from cassle_jax.training import reading
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter
@@ -492,19 +493,19 @@ def test_a_checkpoint_that_fails_to_be_read_once_is_not_given_up(tmp_path, monke
     for step in (1, 2):
         checkpoints.save(step, small_state(step), {"step": step})
     checkpoints.close()
-    read, fails = Checkpoints._read, iter([True, True])
+    read, fails = reading.read_checkpoint, iter([True, True])
 
-    def failing(self, step, like):
+    def failing(checkpoint, like):
         if next(fails, False):
             raise fault(errno.ESTALE)
-        return read(self, step, like)
+        return read(checkpoint, like)
 
-    monkeypatch.setattr(Checkpoints, "_read", failing)
+    monkeypatch.setattr(reading, "read_checkpoint", failing)
     monkeypatch.setenv(faults.SECONDS, "60")
     checkpoints = Checkpoints(tmp_path, keep=2)
     state, _ = checkpoints.restore(small_state(0))
     assert int(state.step) == 2
-    monkeypatch.setattr(Checkpoints, "_read", lambda *_: (_ for _ in ()).throw(fault()))
+    monkeypatch.setattr(reading, "read_checkpoint", lambda *_: (_ for _ in ()).throw(fault()))
     monkeypatch.setenv(faults.SECONDS, "0.5")
     with pytest.raises(Outage, match="checkpoint 2: Input/output error"):
         checkpoints.restore(small_state(0))

@@ -1,28 +1,18 @@
 """Asynchronous Orbax checkpoints: everything a run needs to continue as if never interrupted."""
 
 import contextlib
-import json
 import logging
 import re
 import time
-import zlib
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import UInt32
-from orbax.checkpoint import checkpoint_managers, type_handlers
+from orbax.checkpoint import checkpoint_managers
 
-# The store of arrays' metadata, such as a key's kind, has no public name.
-from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
-
-from cassle_jax.checks import ConfigError, differing, first_line
+from cassle_jax.checks import ConfigError, first_line
 from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
@@ -30,14 +20,16 @@ from cassle_jax.storage import (
     check_writable,
     free_bytes,
     free_files,
-    has_type,
     make_shared,
     on_object_store,
     share,
 )
-from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
-from cassle_jax.training.read_back import ReadBack, read_checkpoint
+from cassle_jax.training.checksums import checksums
+from cassle_jax.training.quiet_orbax import abandoned_reads_silenced, orbax_logs_errors_once
+from cassle_jax.training.read_back import ReadBack
+from cassle_jax.training.reading import check_shapes, verified_checkpoint
 from cassle_jax.training.state import TrainState
+from cassle_jax.training.whole_arrays import led_from_here, on_one_device, whole_arrays
 
 RETRY_SECONDS = 5.0
 WRITING_SECONDS = 30.0
@@ -81,7 +73,7 @@ class Checkpoints:
         self._readable = False
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(abandoned_reads_silenced())
-        self._quiet.enter_context(_orbax_logs_errors_once())
+        self._quiet.enter_context(orbax_logs_errors_once())
         self._leads = self._is_first = jax.process_index() == 0
         if self._leads:
             self._open()
@@ -120,7 +112,7 @@ class Checkpoints:
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_handlers={
-                "state": _whole_arrays(alone),
+                "state": whole_arrays(alone),
                 "data": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
             },
         )
@@ -211,8 +203,9 @@ class Checkpoints:
         outage: Outage | None = None
 
         def read(step: int) -> tuple[TrainState, dict[str, Any]]:
-            self._check_shapes(step, like)
-            return self._read(step, like)
+            folder = self._folder / str(step)
+            check_shapes(folder, like)
+            return verified_checkpoint(folder, like)
 
         for step in steps:
             restored = None
@@ -282,7 +275,7 @@ class Checkpoints:
         unread = not self._readable and self._read_back is None
         if saved and not unread:
             return
-        data = {**data_state, "checksums": checksums(_on_one_device(state), data_state)}
+        data = {**data_state, "checksums": checksums(on_one_device(state), data_state)}
         if unread:
             self._read_back = ReadBack(self._folder / str(step), state, data)
         if saved:
@@ -295,7 +288,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(_led_from_here(state)), data=ocp.args.JsonSave(data)
+                    state=ocp.args.PyTreeSave(led_from_here(state)), data=ocp.args.JsonSave(data)
                 ),
                 force=True,
             )
@@ -378,28 +371,6 @@ class Checkpoints:
         newest = self._newest()
         return "none is saved yet" if newest is None else f"the newest saved is {newest}"
 
-    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        with abandoned_reads_silenced():
-            state, data_state = read_checkpoint(self._folder / str(step), like)
-        saved = data_state.pop("checksums", {})
-        if not has_type(data_state, {str: int}):
-            raise ValueError("its place in the images is damaged")
-        check_sums(checksums(state, data_state), saved)
-        return state, data_state
-
-    def _check_shapes(self, step: int, like: TrainState) -> None:
-        """Raises ConfigError where a checkpoint belongs to other networks or another optimizer."""
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            saved = _shapes(handler.metadata(self._folder / str(step) / "state").tree)
-        now = _shapes(like)
-        for name in differing(saved, now):
-            raise ConfigError(
-                f"workdir={self._folder.parent} holds checkpoints of other networks or another "
-                f"optimizer: {name} is {_shape_text(saved.get(name))} in checkpoint {step} and "
-                f"{_shape_text(now.get(name))} now; use another workdir, or the settings the "
-                "run was started with"
-            )
-
     def _set_aside_after(self, step: int) -> None:
         """Moves the unreadable checkpoints away, so that their steps are saved again.
 
@@ -418,105 +389,6 @@ class Checkpoints:
 
 class _NoRoom(OSError):
     """A checkpoint was not even started."""
-
-
-def checksums(state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
-    """A checksum per part of the state, and one for the data state.
-
-    Neither the format nor most file systems notice a flipped bit in the middle of an array. The
-    devices compute the checksums, so nothing is transferred; their number does not matter.
-    """
-    place = json.dumps(data_state, sort_keys=True)
-    return {**checksums_of(vars(state)), "data": zlib.crc32(place.encode())}
-
-
-def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
-    """A checksum per part of a state, by name."""
-    return {name: int(value) for name, value in _checksums_of(dict(parts)).items()}
-
-
-def check_sums(found: Mapping[str, int], saved: Any) -> None:
-    """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
-    if not has_type(saved, {str: int}):
-        raise ValueError("its checksums are damaged")
-    wrong = [name for name in found if saved and saved.get(name) != found[name]]
-    if wrong:
-        raise ValueError(f"its {', '.join(wrong)} differ from what was saved")
-
-
-@jax.jit
-def _checksums_of(parts: dict[str, Any]) -> dict[str, UInt32[jax.Array, ""]]:
-    def checksum(part) -> UInt32[jax.Array, ""]:
-        total = jnp.uint32(0)
-        for leaf in jax.tree.leaves(part):
-            total = total * jnp.uint32(16777619) + _checksum(leaf)
-        return total
-
-    return {name: checksum(part) for name, part in parts.items()}
-
-
-def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
-    """Σ (2i + 1)·wordᵢ mod 2³²: as the factors are odd, no change of one word goes unnoticed."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32).ravel()
-    return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by array name, without keys, whose shape depends on their implementation."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves
-    ]
-    return {name: tuple(leaf.shape) for name, leaf in named if name != "key"}
-
-
-def _shape_text(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else "×".join(str(each) for each in shape) or "a number"
-
-
-def _whole_arrays(alone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays whole from one process: the default writes a part from each of them."""
-    handler = type_handlers.ArrayHandler(
-        primary_host=alone.primary_host, use_replica_parallel=False, array_metadata_store=Store()
-    )
-    registry = type_handlers.create_type_handler_registry((jax.Array, handler))
-    return ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry,
-        array_metadata_validator=_OfOneProcess(),
-        multiprocessing_options=alone,
-    )
-
-
-class _OfOneProcess(Validator):
-    """Accepts arrays that one of several processes wrote; Orbax expects a part from each."""
-
-    def validate_all_array_metadatas(self, array_metadatas: Mapping[int, Any]) -> None:
-        """Compares nothing, as there is nothing to compare with."""
-
-
-def _on_one_device(state: TrainState) -> TrainState:
-    """The state on a device of this process, which needs no other process to read it."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
-
-
-def _led_from_here(state: TrainState) -> TrainState:
-    """The state as arrays whose first copy is this process's: Orbax writes that one."""
-    if jax.process_index() == 0:
-        return state
-
-    def led(leaf: jax.Array) -> jax.Array:
-        devices = leaf.sharding.mesh.devices.ravel().tolist()
-        devices.sort(key=lambda device: device.process_index != jax.process_index())
-        copies = NamedSharding(Mesh(np.array(devices), "copy"), PartitionSpec())
-        parts = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, copies, parts)
-
-    return jax.tree.map(led, state)
 
 
 def _bytes(state: TrainState) -> int:
@@ -540,16 +412,3 @@ def _reason(error: Exception) -> str:
     """The operating system's message, from the middle of TensorStore's."""
     found = re.search(r"([^:]+) \[os_error_code", str(error))
     return getattr(error, "strerror", None) or (found[1].strip() if found else first_line(error))
-
-
-@contextlib.contextmanager
-def _orbax_logs_errors_once():
-    """Silences the tracebacks that Orbax logs of an exception which it then raises."""
-    log = logging.getLogger("absl")
-
-    def kept(record):
-        return not (record.exc_info and "orbax" in record.pathname)
-
-    log.addFilter(kept)
-    yield
-    log.removeFilter(kept)

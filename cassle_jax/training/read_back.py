@@ -1,6 +1,5 @@
 """Reads a checkpoint back in the background, on the host alone, and compares it with the state."""
 
-import contextlib
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -8,14 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from cassle_jax.checks import first_line
 from cassle_jax.faults import retried
+from cassle_jax.training.checksums import host_checksum
+from cassle_jax.training.reading import read_checkpoint
 from cassle_jax.training.state import TrainState
-
-_CHUNK = 2**22  # words per step of the checksum
 
 
 class ReadBack:
@@ -64,38 +62,6 @@ class ReadBack:
                 self.problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
         except Exception as error:  # Orbax and TensorStore raise any type
             self.problem = first_line(error)
-
-
-def read_checkpoint(folder: epath.Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state, in the shapes and placement of `like`, and the data saved with it."""
-    # Not by Orbax's manager, which ends with a barrier: a process that cannot read would miss it.
-    with (
-        contextlib.closing(ocp.StandardCheckpointHandler()) as arrays,
-        contextlib.closing(ocp.JsonCheckpointHandler()) as data,
-    ):
-        state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(like))
-        return state, data.restore(folder / "data", args=ocp.args.JsonRestore())
-
-
-def host_checksum(part: Any) -> int:
-    """The checksum of a part on the host, as `checkpoints.checksums_of` computes it on devices."""
-    total = 0
-    for leaf in jax.tree.leaves(part):
-        total = (total * 16777619 + _checksum(leaf)) % 2**32
-    return total
-
-
-def _checksum(leaf: Any) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    array = np.ascontiguousarray(leaf)
-    words = array.ravel().view(f"u{array.dtype.itemsize}")
-    total = 0
-    for start in range(0, words.size, _CHUNK):
-        chunk = words[start : start + _CHUNK].astype(np.uint32)
-        factors = 2 * np.arange(start, start + chunk.size, dtype=np.uint32) + np.uint32(1)
-        total += int((chunk * factors).sum(dtype=np.uint32))
-    return total % 2**32
 
 
 def _on_the_host(leaf: Any) -> Any:

@@ -21,9 +21,9 @@ from cassle_jax.interop.pytorch import Variables, check_fit
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
 from cassle_jax.storage import is_there, path_of
-from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
-from cassle_jax.training.checkpoints import check_sums, checksums_of
+from cassle_jax.training.checksums import check_sums, checksums_of
 from cassle_jax.training.metrics import read_metrics
+from cassle_jax.training.quiet_orbax import abandoned_reads_silenced
 from cassle_jax.training.recorded import todays_settings, with_defaults
 from cassle_jax.training.saved_config import read_config
 from cassle_jax.training.start_records import last_start_record

@@ -43,8 +43,8 @@ from cassle_jax.methods import AUXILIARIES, ViewBatch
 from cassle_jax.models import VisionTransformer, make_encoder
 from cassle_jax.parallel import REPLICATED, device_mesh
 from cassle_jax.subjects import open_subject
-from cassle_jax.training.abandoned_reads import abandoned_reads_silenced
 from cassle_jax.training.checkpoints import Checkpoints
+from cassle_jax.training.quiet_orbax import abandoned_reads_silenced
 from cassle_jax.training.run import build_run
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import write_config

@@ -28,10 +28,10 @@ from cassle_jax.sweep.space import SweepRequest
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table
 from cassle_jax.training import checkpoints as checkpoints_module
-from cassle_jax.training.checkpoints import checksums_of
+from cassle_jax.training.checksums import checksums, checksums_of, host_checksum
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import read_metrics
-from cassle_jax.training.read_back import ReadBack, host_checksum
+from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.run_weights import read_run
 from cassle_jax.transfer import transfer
 from tests.tiny import TinyEncoder, cropped_only, tiny_config
@@ -298,7 +298,7 @@ def test_a_run_that_never_saved_is_not_said_to_continue(tmp_path, monkeypatch):
 
 
 def test_reading_back_notices_another_number(tmp_path, monkeypatch):
-    saved = {"step": 1, "checksums": checkpoints_module.checksums(small_state(1), {"step": 1})}
+    saved = {"step": 1, "checksums": checksums(small_state(1), {"step": 1})}
     checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=2)
     checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0, after_stop=0.0)
     checkpoints.close()
@@ -306,7 +306,7 @@ def test_reading_back_notices_another_number(tmp_path, monkeypatch):
         (small_state(1), None),
         (small_state(2), "its step, params, memory differ"),
     ):
-        sums = checkpoints_module.checksums(state, {"step": 1})
+        sums = checksums(state, {"step": 1})
         sums["data"] = saved["checksums"]["data"]
         read_back = ReadBack(
             epath.Path(tmp_path, "checkpoints", "1"), state, {"step": 1, "checksums": sums}

@@ -1,4 +1,4 @@
-"""Silences the reads that are still running after a checkpoint could not be restored."""
+"""Silences what Orbax prints of a failure beside the exception that it raises."""
 
 import contextlib
 import logging
@@ -27,3 +27,16 @@ def abandoned_reads_silenced():
     yield  # an exception here leaves both in place
     sys.unraisablehook = hook
     log.removeFilter(retrieved)
+
+
+@contextlib.contextmanager
+def orbax_logs_errors_once():
+    """Silences the tracebacks that Orbax logs of an exception which it then raises."""
+    log = logging.getLogger("absl")
+
+    def kept(record):
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    log.addFilter(kept)
+    yield
+    log.removeFilter(kept)
