@@ -1,12 +1,11 @@
 """The paper's comparison: which runs it has, and what its options ask of the table."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from cassle_jax import transfer as command
 from cassle_jax.augment import CASSLE_DESCRIPTORS, LEAK_FREE_DESCRIPTORS
-from cassle_jax.checks import ConfigError
 from cassle_jax.sweep.table import find_table, runs_of_table
 from tests.commands import run_command
 
@@ -33,37 +32,6 @@ def test_it_compares_what_the_projector_may_know_at_64_pixels():
         config = run.config
         assert (config.encoder.name, config.augment.size) == ("resnet18", 64)
         assert table.against(table.rows[4]) == "byol, plain"
-
-
-def test_its_options_reach_the_table(monkeypatch, tmp_path):
-    requested = {}
-
-    def run_table(table, to, **settings):
-        requested.update(settings, given=(table, to))
-        return to
-
-    monkeypatch.setattr(command, "run_table", run_table)
-    command.transfer(
-        tmp_path,
-        minutes=5.0,
-        data="/images",
-        datasets=["cifar10=/c"],
-        tasks=["knn"],
-        seeds=2,
-        overrides=["batch_size=64"],
-        limit=9,
-    )
-    table, to = requested.pop("given")
-    assert (table.tasks, to, list(requested.pop("seeds"))) == (("knn",), tmp_path, [0, 1])
-    assert requested == {
-        "overrides": ("data.path=/images", "batch_size=64"),
-        "datasets": ["cifar10=/c"],
-        "evaluation": ("limit=9",),
-        "parallel": 1,
-        "minutes": 5.0,
-        "call_minutes": 0.0,
-        "keep_weights": True,
-    }
 
 
 def test_its_flags_are_its_options(monkeypatch, tmp_path):
@@ -95,10 +63,16 @@ def test_its_flags_are_its_options(monkeypatch, tmp_path):
     }
 
 
-def test_an_unknown_method_and_no_time_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"methods='simclrr' is unknown.*'simclr'"):
-        command.transfer(tmp_path, minutes=5.0, methods=["simclrr"])
-    with pytest.raises(ValueError, match=r"minutes=0\.0 must be above 0"):
-        command.transfer(tmp_path, minutes=0.0)
-    with pytest.raises(ValueError, match=r"minutes=inf must be above 0 and finite"):
-        command.transfer(tmp_path, minutes=float("inf"))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--methods=simclrr", r"methods='simclrr' is unknown.*'simclr'"),
+        ("--minutes=0", r"minutes=0\.0 must be above 0"),
+        ("--minutes=inf", r"minutes=inf must be above 0 and finite"),
+        ("--seeds=0", r"seeds=0 must be at least 1"),
+    ],
+)
+def test_an_unknown_method_no_time_and_no_seed_are_refused(tmp_path, capsys, given, message):
+    words = ("--minutes=5", "--data=/images", f"--to={tmp_path}", given)
+    assert run_command("transfer", *words) == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)

@@ -33,7 +33,6 @@ from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.run_weights import read_run
-from cassle_jax.transfer import transfer
 from tests.tiny import TinyEncoder, cropped_only, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
@@ -231,7 +230,6 @@ def test_a_file_or_device_in_the_place_of_a_folder_is_refused_before_anything_st
     for setting, command in (
         ("to", lambda: sweep(SweepRequest(f"{CONFIGS}/quickstart.py", grid="seed=0"), place)),
         ("to", lambda: run_table(table, place, toy=True)),
-        ("to", lambda: transfer(place, minutes=1.0)),
         ("to", lambda: export_command(run="run", to=place)),
         ("--to", lambda: prepare(config.data, ["train"], place, preparation)),
         ("to", lambda: evaluate_command(**evaluated, to=place)),
@@ -256,7 +254,6 @@ def test_what_is_written_to_a_local_folder_names_one(to, tmp_path, monkeypatch):
     for command in (
         lambda: sweep(SweepRequest(f"{CONFIGS}/quickstart.py", grid="seed=0"), to),
         lambda: run_table(table, to, toy=True),
-        lambda: transfer(to, minutes=1.0),
         lambda: export_command(run="run", to=to),
         lambda: evaluate_command(runs=["run"], datasets=["motifs"], to=to),
     ):
