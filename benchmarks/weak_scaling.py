@@ -30,7 +30,8 @@ from cassle_jax.checks import check_at_least
 from cassle_jax.config import FLAG_OPTIONS
 from cassle_jax.data import open_source
 from cassle_jax.data.pipeline import usable_cpus
-from cassle_jax.distributed import ADDRESS, COUNT, INDEX, all_processes
+from cassle_jax.distributed import all_processes
+from cassle_jax.launchers import ADDRESS, COUNT, INDEX
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step

@@ -19,11 +19,11 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from cassle_jax import distributed
+from cassle_jax import distributed, launchers
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import Stop
 from cassle_jax.data.damaged import DamagedLog
-from cassle_jax.distributed import runtime_arguments
+from cassle_jax.launchers import runtime_arguments
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.training.metrics import read_lines, read_metrics
 from tests.everyday import everyday
@@ -300,7 +300,7 @@ def test_a_task_without_gpus_or_with_a_choice_leaves_it_to_jax(monkeypatch, furt
 )
 def test_hosts_of_a_tpu_pod_find_each_other_as_jax_finds_them(monkeypatch, environment, found):
     monkeypatch.setattr(Path, "glob", lambda _, name: iter([Path("/dev/accel0")]))
-    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(launchers, "find_spec", lambda name: name == "libtpu")
     expected = found and {"cluster_detection_method": found}
     assert runtime_arguments(environment) == expected
 
