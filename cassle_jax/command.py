@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
@@ -53,6 +54,7 @@ def run(main: Callable[[], None]) -> None:
     """
     open_streams()
     set_up_logging()
+    switch_64_bits_off()
     for number in stopping_signals():
         if number != signal.SIGINT:  # of which Python makes a KeyboardInterrupt
             signal.signal(number, _interrupt)
@@ -132,6 +134,11 @@ def set_up_logging() -> None:
     ours.setLevel(logging.INFO)
     ours.propagate = False
     ours.addHandler(handler)
+
+
+def switch_64_bits_off() -> None:
+    """Undoes JAX_ENABLE_X64: it would draw other numbers, and mix float64 with a run's float32."""
+    jax.config.update("jax_enable_x64", False)
 
 
 def _guarded(main: Callable[[], None]) -> None:

@@ -430,7 +430,6 @@ def _settings_in(values: flags.FlagValues) -> dict[str, Any]:
 def _main() -> None:
     """Evaluates as the flags say, together with the other processes where there are any."""
     values = flags.FLAGS
-    jax.config.update("jax_enable_x64", False)  # as in training
     with all_processes():
         allow_pixels(values.max_pixels)
         evaluate_command(

@@ -69,8 +69,7 @@ def set_up_devices(config: ConfigDict) -> None:
     Raises:
       ConfigError: no programs can be kept in `compilation_cache`.
     """
-    # JAX_ENABLE_X64 would draw other numbers, and mix float64 with the run's float32.
-    jax.config.update("jax_enable_x64", False)
+    command.switch_64_bits_off()  # workers and other programs do not pass `command.run`
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"

@@ -20,6 +20,7 @@ from cassle_jax.parallel import device_mesh
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.omega_warnings import omega_warnings
 from cassle_jax.training.run import augment_spec, build_run, compute_dtype
+from tests.commands import run_command
 from tests.everyday import everyday
 from tests.methods.one_device import compiled
 from tests.tiny import tiny_config
@@ -345,7 +346,25 @@ def test_where_programs_are_kept_and_whether_they_are_deterministic(
         pretrain_module.set_up_devices(config)
         assert os.environ["XLA_FLAGS"] == flags
     kept = {} if folder is None else {"jax_compilation_cache_dir": folder.format(home=tmp_path)}
-    assert updates == {"jax_enable_x64": False, **kept}
+    assert updates == kept
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda: pretrain_module.set_up_devices(tiny_config()),
+        lambda: run_command("evaluate"),
+        lambda: run_command("tables", "--table=none"),
+    ],
+    ids=["run", "evaluate", "tables"],
+)
+def test_64_bits_are_off_in_runs_and_in_commands(begin):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        begin()
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
@@ -360,7 +379,7 @@ def test_without_a_home_programs_are_not_kept(monkeypatch, caplog):
     config = tiny_config("method=simclr")
     config.compilation_cache = "auto"
     pretrain_module.set_up_devices(config)
-    assert updates == {"jax_enable_x64": False, "jax_compilation_cache_dir": None}
+    assert updates == {"jax_compilation_cache_dir": None}
     assert "compiled programs are not kept: there is no home folder" in caplog.text
 
 
