@@ -185,6 +185,7 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
             arguments = _with_files_found(arguments)
         _check_overrides(arguments)
         rest = flags.FLAGS(arguments)
+        check_given_once(flags.FLAGS)
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.seed  # a missing file fails at its first use only
         if rest[1:]:
@@ -195,6 +196,17 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Stop(_last_line(error), code_of(error) or EXIT_WRONG_SETTING) from error
     return rest
+
+
+def check_given_once(given: flags.FlagValues) -> None:
+    """Raises ConfigError for a flag of one value that is given again: the first would be lost.
+
+    An override, such as `--config.seed=1`, may follow another one of a script.
+    """
+    for name in given:
+        several = given[name].present > 1 and not isinstance(given[name], flags.MultiFlag)
+        if several and not name.startswith("config"):
+            raise ConfigError(f"--{name} is given {given[name].present} times; give it once")
 
 
 def _with_files_found(arguments: Sequence[str]) -> list[str]:

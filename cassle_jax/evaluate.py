@@ -405,7 +405,8 @@ def check_requested(
     define_flags(values)
     try:
         rest = values(["evaluate", *options])[1:]
-    except flags.Error as error:
+        command.check_given_once(values)
+    except (flags.Error, ConfigError) as error:
         raise ConfigError(f"evaluation: {error}") from error
     if rest:
         raise ConfigError(f"evaluation: {rest[0]!r} is not an option; options begin with --")

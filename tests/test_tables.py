@@ -250,6 +250,13 @@ def test_a_setting_without_a_value_names_its_flag(tmp_path, capsys, flag):
     assert capsys.readouterr().err == f"error: {flag}='steps' is not name=value\n"
 
 
+@pytest.mark.parametrize("flag", ["rows", "seeds", "datasets"])
+def test_a_flag_of_one_value_is_not_replaced_by_a_second_one(tmp_path, capsys, flag):
+    words = ("--table=transfer", "--toy", f"--to={tmp_path}", f"--{flag}=0", f"--{flag}=1")
+    assert run_command("tables", *words) == 2
+    assert capsys.readouterr().err == f"error: --{flag} is given 2 times; give it once\n"
+
+
 def test_an_unknown_table_names_the_closest():
     with pytest.raises(ConfigError, match=r"^table='small_image' is unknown.* 'small_images'\?$"):
         find_table("small_image")
