@@ -213,7 +213,7 @@ def make_shared(folder: epath.PathLike) -> None:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         return
     made = Path(os.fspath(folder))
-    _check_mounted(made.resolve())
+    _check_mounted(Path(epath.Path(made).resolve()))  # pathlib's raises for a link in a circle
     if _is_folder(made):
         return
     if not is_there(made.parent):
@@ -221,6 +221,10 @@ def make_shared(folder: epath.PathLike) -> None:
     try:
         made.mkdir()
     except FileExistsError:
+        if made.is_symlink() and not is_there(made):
+            raise FileNotFoundError(
+                errno.ENOENT, f"{made} is a link to what is not there", str(folder)
+            ) from None
         if not _is_folder(made):
             raise
         return  # another process was quicker

@@ -154,7 +154,7 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
     """
     if not isinstance(source, FolderSource) or on_object_store(folder):
         return
-    root, target = pathlib.Path(source.root), pathlib.Path(path_of(folder)).resolve()
+    root, target = pathlib.Path(source.root), pathlib.Path(path_of(folder).resolve())
     if not target.is_relative_to(root.resolve()):
         return
     hidden = any(part.startswith(".") for part in target.relative_to(root.resolve()).parts)

@@ -114,7 +114,7 @@ def run_table(
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
     to = Path(known_path(local_folder("to", to), setting="to").resolve())
-    lenders = [Path(path_of(lender)).resolve() for lender in weights_of]
+    lenders = [Path(path_of(lender).resolve()) for lender in weights_of]
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     count = _once_per_data(_opened)
     expanded = partial(_expanded, table, count, rows=rows, seeds=seeds, toy=toy)

@@ -99,6 +99,18 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
             make_shared(tmp_path / folder)
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("link", "Too many levels of symbolic links"), ("gone", "is a link to what is not there")],
+)
+def test_a_link_that_leads_nowhere_is_one_line(config, tmp_path, target, reason):
+    """In a circle, it was a traceback on Python 3.11; to nothing, it was said to exist."""
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    for below in ("link", "link/run"):
+        with pytest.raises(ConfigError, match=f"^workdir={tmp_path}/{below} cannot .*: .*{reason}"):
+            pretrain(config, tmp_path / below)
+
+
 def test_a_leading_tilde_is_the_home_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
