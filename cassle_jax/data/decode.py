@@ -43,6 +43,8 @@ _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = 0xDA  # marks the pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"IEND\xaeB`\x82"
+_ZEROS = bytes(512)  # disks lose whole blocks
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _TIFF_BITS = ExifTags.Base.BitsPerSample
@@ -108,7 +110,8 @@ def decode(
     on white, EXIF orientation is applied, and only the first frame of an animation is used.
 
     Defects outside the pixels do no harm: broken or oversized EXIF, text and colour profiles are
-    ignored, and a JPEG may lack its end marker.
+    ignored, and a JPEG may lack its end marker. A JPEG or PNG whose last part is zeros, as after an
+    interrupted download into a file of full size, is damaged.
 
     Args:
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
@@ -129,6 +132,8 @@ def decode(
         return _reduce(_three_channels(data), canvas)
     if not data:
         raise DamagedImage("the file is empty")
+    if _ends_unwritten(data):
+        raise DamagedImage("it ends in zeros: its last part was never written")
     if data[:3] != _JPEG_START:
         return _decode_with_pillow(data, canvas)
     # libjpeg reports missing pixels; a file that lacks only its end marker gets one here.
@@ -174,6 +179,19 @@ def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
     if longest <= canvas:
         return height, width
     return max(1, round(height * canvas / longest)), max(1, round(width * canvas / longest))
+
+
+def _ends_unwritten(data: bytes) -> bool:
+    """Whether a JPEG or PNG ends in zeros in the place of its end, as after a lost write.
+
+    Both decoders take such zeros for pixels.
+    """
+    if not data.endswith(_ZEROS):
+        return False
+    held = data.rstrip(b"\0")
+    if data.startswith(_JPEG_START):  # neither marker is among the bytes of the pixels
+        return held.rfind(_JPEG_END) < held.rfind(bytes((0xFF, _JPEG_SCAN)))
+    return data.startswith(_PNG_START) and _PNG_END not in held
 
 
 def _eighths_size(height: int, width: int, canvas: int) -> tuple[int, int]:

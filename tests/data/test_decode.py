@@ -360,6 +360,20 @@ def test_trailing_bytes_do_no_harm():
     np.testing.assert_array_equal(decode(data + b"trailing" * 100, 64), decode(data, 64))
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("left", [0.3, 0.98])
+def test_a_file_whose_last_part_was_never_written_is_damaged(form, left):
+    """As an interrupted download into a file of full size leaves it; the zeros became pixels."""
+    noise = np.random.default_rng(0).integers(256, size=(200, 200, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x010F] = encoded(photo(9, 9), "JPEG").decode("latin1")  # a preview has an end of its own
+    data = encoded(noise, form, exif=exif)
+    written = int(left * len(data))
+    with pytest.raises(DamagedImage, match="it ends in zeros: its last part was never written"):
+        decode(data[:written] + bytes(len(data) - written), 300)
+    np.testing.assert_array_equal(decode(data + bytes(9999), 300), decode(data, 300))
+
+
 def test_warnings_that_pillow_tolerates_are_tolerated():
     """Stray bytes before a marker, as cameras write them."""
     data = encoded(photo(20, 30), "JPEG")
