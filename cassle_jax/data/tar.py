@@ -1,6 +1,7 @@
 """Reads images from the tar files of WebDataset, as a source with random access."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
 _TAIL = 1 << 16  # bytes after the last member that are looked at
+_MOST_PADDING = 1 << 20  # bytes after the last member; tar pads to blocks of 10 KiB
 
 
 class TarSource:
@@ -286,11 +288,17 @@ def _is_own_link(member: tarfile.TarInfo) -> bool:
 
 
 def _check_end(file: tarfile.TarFile) -> None:
-    """Raises ReadError unless zeros follow the last member: tarfile takes anything for the end."""
+    """Raises ReadError unless some zeros follow the last member: tarfile takes anything for it.
+
+    More of them are the rest of a file whose download was interrupted.
+    """
     file.fileobj.seek(file.offset)
     tail = file.fileobj.read(_TAIL)
     if len(tail) < tarfile.BLOCKSIZE or any(tail):
         raise tarfile.ReadError(f"cut short, damaged or joined to another at byte {file.offset}")
+    zeros = file.fileobj.seek(0, io.SEEK_END) - file.offset
+    if zeros > _MOST_PADDING:
+        raise tarfile.ReadError(f"never written from byte {file.offset} on: {zeros} zeros follow")
 
 
 def _split_name(name: str) -> tuple[str, str]:
