@@ -194,6 +194,14 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
             raise WeightsError(f"heads={heads} is for ViTs, and its encoder is none")
         if weights.ignored:
             LOG.info("%s: not read: %s", path, ", ".join(weights.ignored))
+        if unwritten := _all_zeros(weights):
+            LOG.warning(
+                "%s: only zeros in %d arrays, such as %s; if its download was interrupted, fetch it "
+                "again",
+                path,
+                len(unwritten),
+                unwritten[0],
+            )
         heads = recorded or heads
         return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:
@@ -259,6 +267,16 @@ def _card(path: Path, text: str) -> dict[str, Any]:
         return card
     LOG.warning("%s has a damaged model card, which is ignored", path)
     return {}
+
+
+def _all_zeros(weights: Weights) -> list[str]:
+    """Kernels and the like without a number but 0: a file of full size may lack its last part."""
+    return [
+        f"{network}.{name}"
+        for network, state in weights.networks.items()
+        for name, array in state.items()
+        if array.ndim > 1 and not array.any()
+    ]
 
 
 def _recorded(card: Mapping[str, Any], name: str, kind: type) -> Any:

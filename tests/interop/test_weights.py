@@ -73,6 +73,19 @@ def test_the_counter_of_averaged_weights_is_no_weight(variables, tmp_path):
     assert loaded.encoder.keys() == encoder.keys()
 
 
+def test_a_file_whose_last_part_was_never_written_is_warned_of(variables, tmp_path, caplog):
+    """safetensors finds nothing wrong with it."""
+    path = saved(tmp_path / "file.safetensors", weights_of(variables).encoder)
+    load_weights(path)
+    assert not caplog.messages
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))
+    load_weights(path)
+    (said,) = caplog.messages
+    assert said.startswith(f"{path}: only zeros in ")
+    assert "arrays, such as encoder.layer" in said and said.endswith("interrupted, fetch it again")
+
+
 def zeros_like(variables):
     return jax.tree.map(np.zeros_like, variables)
 
