@@ -196,8 +196,8 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
             LOG.info("%s: not read: %s", path, ", ".join(weights.ignored))
         if unwritten := _all_zeros(weights):
             LOG.warning(
-                "%s: only zeros in %d arrays, such as %s; if its download was interrupted, fetch it "
-                "again",
+                "%s: only zeros in %d arrays, such as %s; if its download was interrupted, fetch "
+                "it again",
                 path,
                 len(unwritten),
                 unwritten[0],
