@@ -51,10 +51,10 @@ _AGREE_MILLISECONDS = 2 * 3600 * 1000
 # Largest difference in time between processes that evaluate the same features.
 _ARRIVE_SECONDS = 120
 _FOREVER_MILLISECONDS = 2**40
-# Modules whose warnings concern the images, files and storage of one process.
-_OWN_MATTERS = (
-    *("data.damaged", "evaluation.feature_cache", "faults", "storage"),
-    *("training.checkpoints", "training.loop"),
+# Modules whose warnings concern the settings and the data, which all processes share.
+_SHARED_MATTERS = (
+    *("pretrain", "evaluate", "subjects", "evaluation.plan", "interop.weights"),
+    *("data.datasets", "data.folder", "data.tar", "training.recorded"),
 )
 _RESUMABLE = "the last checkpoint is intact, and the same command continues from it"
 # Matches errors of the runtime that another process causes.
@@ -182,7 +182,7 @@ class _ProcessGroup:
         self._start(self._listen)
         self.when_stopped(hurry.set)
         if self._index:
-            _log_own_matters_alone()
+            _leave_shared_matters_to_the_first()
 
     def __str__(self) -> str:
         return f"process {self._index} of {self._count}"
@@ -290,11 +290,11 @@ class _ProcessGroup:
             each.join(_FAILURE_SECONDS)
 
 
-def _log_own_matters_alone() -> None:
-    """Leaves what all processes would log to the first one, warnings and errors included."""
-    logging.getLogger("cassle_jax").setLevel(logging.CRITICAL)
-    for module in _OWN_MATTERS:
-        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.WARNING)
+def _leave_shared_matters_to_the_first() -> None:
+    """Logs only warnings, and only errors of shared matters; `warnings.warn` concerns features."""
+    logging.getLogger("cassle_jax").setLevel(logging.WARNING)
+    for module in _SHARED_MATTERS:
+        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="cassle_jax")
 
 

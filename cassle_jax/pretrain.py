@@ -20,7 +20,7 @@ from cassle_jax.training.idle import idle_settings
 from cassle_jax.training.loop import Diverged, Preempted, pretrain
 from cassle_jax.training.state import TrainState
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("cassle_jax.pretrain")  # also where this is the main module
 
 
 def pretrain_command(

@@ -21,6 +21,7 @@ from cassle_jax.pretrain import pretrain_command
 from cassle_jax.progress import ProgressBar
 from cassle_jax.sweep.space import SweepRequest, runs_of
 from cassle_jax.training.loop import Diverged, Preempted
+from tests.commands import run_command
 from tests.everyday import everyday
 from tests.tiny import tiny_config
 
@@ -409,3 +410,13 @@ def test_an_error_of_the_file_system_begins_with_its_path(path):
     )
     moved = command.stop_of(PermissionError(13, "Permission denied", path, None, "there"))
     assert "there" in str(moved) and "Permission denied" in str(moved)
+
+
+def test_a_warning_of_a_command_is_one_of_the_projects(tmp_path, capsys, caplog):
+    """It is logged in the project's form, and by the first of several processes alone."""
+    data = ("--config.data.source=folder", "--config.data.path=/none")
+    words = (*data, "--config.augself.stage=3", f"--workdir={tmp_path / 'run'}")
+    assert run_command("pretrain", QUICKSTART, *words) == 2
+    assert "data.path='/none'" in capsys.readouterr().err
+    ((logger, _, message),) = caplog.record_tuples
+    assert logger == "cassle_jax.pretrain" and "augself.stage=3 has no effect" in message

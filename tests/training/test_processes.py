@@ -341,7 +341,7 @@ def test_an_error_of_one_process_ends_it_with_what_it_was(group, capsys, error, 
 
 @pytest.fixture
 def _levels_restored():
-    names = ["cassle_jax", *(f"cassle_jax.{each}" for each in distributed._OWN_MATTERS)]
+    names = ["cassle_jax", *(f"cassle_jax.{each}" for each in distributed._SHARED_MATTERS)]
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
         yield
@@ -354,12 +354,13 @@ def test_what_every_process_would_log_is_left_to_the_first(caplog):
     """Of 64 processes, 64 said that a setting has no effect."""
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        distributed._log_own_matters_alone()
-        for module in ("", *distributed._OWN_MATTERS, "pretrain", "evaluate", "data.tar"):
-            logging.getLogger(f"cassle_jax.{module}").error(module)
+        distributed._leave_shared_matters_to_the_first()
+        for module in ("pretrain", "storage", "evaluation.plan", "data.tar", "faults"):
+            logging.getLogger(f"cassle_jax.{module}").warning(module)
+        logging.getLogger("cassle_jax.evaluate").error("out of memory")
         for module in ("cassle_jax.evaluation.linear", "flax"):
             warnings.warn_explicit(module, UserWarning, "linear.py", 1, module)
-    assert caplog.messages == [*distributed._OWN_MATTERS]
+    assert caplog.messages == ["storage", "faults", "out of memory"]
     assert [str(each.message) for each in shown] == ["flax"]
     DamagedLog(4, 0.5).add("a.png", "it is cut off")
     assert caplog.messages[-1] == "damaged image: a.png (it is cut off)"
