@@ -23,9 +23,11 @@ QUICKLY = {
         "--config.batch_size=8",
         "--config.encoder.width=4",
         "--config.conditioning.depth=1",
+        "--config.augment.size=32",
+        "--config.data.canvas=32",
         "--config.optimizer.warmup_epochs=0",
     ),
-    "cassle_jax.evaluate": ("--limit=32", "--analysed=16", "--cache="),
+    "cassle_jax.evaluate": ("--limit=32", "--analysed=16", "--batch=16", "--cache="),
     "cassle_jax.export": (),
 }
 
