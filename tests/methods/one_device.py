@@ -41,7 +41,7 @@ def training(method, conditioning=PLAIN, auxiliaries=(), *, encoder=TinyEncoder)
     networks = build_networks(method, encoder, encoder().feature_width, conditioning, auxiliaries)
     schedule = learning_rate(SPEC, CLOCK, 256)
     optimizer = make_optimizer(SPEC, method, schedule, 256)
-    variables = _random_variables(networks, random_views(0, conditioning.size).views[0])
+    variables = random_variables(networks, random_views(0, conditioning.size).views[0])
     key = jax.random.key(0)
     state = state_from_variables(variables, method.initial_memory(key), method, optimizer, key)
     update = Update(networks, method, auxiliaries, optimizer, schedule, CLOCK, None)
@@ -62,7 +62,7 @@ def compiled(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def _random_variables(networks, view):
+def random_variables(networks, view):
     """Drawn by NumPy, which has nothing to compile; norms are not at their usual 1 and 0."""
     draw = np.random.default_rng(0)
 

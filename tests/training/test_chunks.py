@@ -1,7 +1,5 @@
 """A batch that passes the encoder in chunks: the gradient of one shot, in the memory of a chunk."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,17 +12,18 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog, open_source, training_batches
 from cassle_jax.methods import ESSL, METHODS, SIE, STL, AugSelf, EquiMod, Features, Step
 from cassle_jax.methods.build import Conditioning, build_networks
-from cassle_jax.models import ENCODERS, VisionTransformer
+from cassle_jax.models import ENCODERS
 from cassle_jax.models.resnet import ARCHITECTURES, BasicBlock
 from cassle_jax.optimizer import learning_rate
-from cassle_jax.parallel import device_mesh, on_every_device, shard_batch
+from cassle_jax.parallel import device_mesh, shard_batch
 from cassle_jax.training.chunks import in_chunks
 from cassle_jax.training.run import build_run
 from cassle_jax.training.saved_config import changes
-from cassle_jax.training.state import initial_variables, state_from_variables
+from cassle_jax.training.state import state_from_variables
 from cassle_jax.training.step import Update, make_train_step
-from tests.methods.one_device import CLOCK, PLAIN, SPEC, compiled, random_views
+from tests.methods.one_device import CLOCK, PLAIN, SPEC, compiled, random_variables, random_views
 from tests.methods.test_every_method import small
+from tests.states import filled_state
 from tests.tiny import EVERY_AUXILIARY, TinyEncoder, cropped_only, tiny_config
 
 BATCH, CHUNKS = 16, 4
@@ -38,11 +37,21 @@ INTO_THE_IMAGE = Conditioning(injection="image", depth=2, width=8)
 CASES = {name: (name, CASSLE) for name in METHODS}
 CASES["byol into the image"] = "byol", INTO_THE_IMAGE
 CASES["simclr plain"] = "simclr", PLAIN
-TINY_VIT = partial(VisionTransformer, width=8, depth=1, heads=2, patch_size=4)
 # The tests compile for seconds and run for milliseconds.
 QUICKLY = {"xla_backend_optimization_level": 0}
 # After its step, a state has the gradient itself.
 RECORD = optax.trace(decay=0.0)
+
+
+class WithoutNorm(nn.Module):
+    """An encoder in which no image depends on another."""
+
+    feature_width = 8
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.Conv(self.feature_width, (4, 4), 4, name="conv")(images)
+        return nn.gelu(x).mean((1, 2))
 
 
 def prepare(name, conditioning, encoder=TinyEncoder, auxiliaries=(AUGSELF,)):
@@ -51,14 +60,10 @@ def prepare(name, conditioning, encoder=TinyEncoder, auxiliaries=(AUGSELF,)):
     networks = build_networks(method, encoder, encoder().feature_width, conditioning, auxiliaries)
     views = batch_for(method, conditioning, auxiliaries)
     key = jax.random.key(0)
-
-    @compiled
-    def first_state():
-        variables = initial_variables(networks, views.views[0], key)
-        state = state_from_variables(variables, method.initial_memory(key), method, RECORD, key)
-        return state.replace(target_params=jax.tree.map(lambda x: 0.9 * x, state.target_params))
-
-    return method, networks, first_state(), views
+    variables = random_variables(networks, views.views[0])
+    state = state_from_variables(variables, method.initial_memory(key), method, RECORD, key)
+    moved = jax.tree.map(lambda x: np.float32(0.9) * x, jax.device_get(state.target_params))
+    return method, networks, state.replace(target_params=moved), views
 
 
 def batch_for(method, conditioning, auxiliaries):
@@ -201,7 +206,7 @@ def test_the_plain_methods_omega_without_numbers_passes_in_chunks():
 
 @pytest.mark.exhaustive
 def test_an_encoder_without_batch_norm_takes_the_ordinary_step():
-    method, networks, state, views = prepare("byol", CASSLE, TINY_VIT, TINY_AUXILIARIES)
+    method, networks, state, views = prepare("byol", CASSLE, WithoutNorm, TINY_AUXILIARIES)
     whole, metrics = update_of(method, networks, 1, TINY_AUXILIARIES)(state, views)
     after, metrics_in_chunks = update_of(method, networks, CHUNKS, TINY_AUXILIARIES)(state, views)
     assert_close(after.opt_state.trace, whole.opt_state.trace)
@@ -232,7 +237,7 @@ def train(devices, chunk_size, auxiliaries=EVERY_AUXILIARY):
         seed=0,
         damaged=DamagedLog(len(source), 0.0),
     )
-    state = on_every_device(run.initial_state, mesh)
+    state = filled_state(run, mesh)
     step, losses = None, []
     for _ in range(2):
         before, batch = state, shard_batch(next(batches), mesh)
@@ -265,10 +270,7 @@ def test_a_chunk_has_the_same_images_on_any_number_of_devices():
 
 @pytest.mark.exhaustive
 def test_every_image_has_the_views_it_would_have_in_one_shot(monkeypatch):
-    def vit(small_images, axis_name, **settings):
-        return VisionTransformer(depth=1, heads=2, patch_size=4, **settings)
-
-    monkeypatch.setitem(ENCODERS, "tiny", vit)
+    monkeypatch.setitem(ENCODERS, "tiny", lambda **_: WithoutNorm())
     assert_same_run(train(devices=2, chunk_size=4), train(devices=1, chunk_size=0))
 
 
@@ -293,7 +295,7 @@ def test_what_a_state_is_made_of_stays_in_bfloat16_and_with_recomputed_blocks(mo
 
 def megabytes(batch_size, chunk_size):
     """What a step needs beside its arguments, on one device."""
-    config = quick_config("method=byol", chunk_size)
+    config = quick_config("method=byol,conditioning=none", chunk_size)
     config.batch_size = batch_size
     config.augment.size = config.data.canvas = 32
     mesh = device_mesh(jax.devices()[:1])
