@@ -33,7 +33,7 @@ from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
 from cassle_jax.storage import is_there, make_shared
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
-from cassle_jax.training.omega_warnings import omega_warnings
+from cassle_jax.training.omega_warnings import late_warnings, omega_warnings
 from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.recorded import record_of
@@ -423,7 +423,7 @@ def _record_start(
     written(workdir, lambda: write_config(config, workdir))
     written(workdir, lambda: record_start(workdir, **start))
     if start["step"] == 0:
-        for line in omega_warnings(run):
+        for line in (*omega_warnings(run), *late_warnings(run)):
             LOG.warning("%s", line)
         views = workdir / "views.png"
         written(workdir, lambda: write_contact_sheet(run, source, config.data, views))

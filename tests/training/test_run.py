@@ -18,7 +18,7 @@ from cassle_jax.evaluation.views import every_augmentation
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.loop import pretrain
-from cassle_jax.training.omega_warnings import omega_warnings
+from cassle_jax.training.omega_warnings import late_warnings, omega_warnings
 from cassle_jax.training.run import augment_spec, build_run, compute_dtype
 from tests.commands import run_command
 from tests.everyday import everyday
@@ -454,11 +454,37 @@ def test_relative_descriptors_of_a_projector_are_warned_of():
     assert "conditioning.relative=True" in line and "conditioning.into='predictor'" in line
 
 
-def test_a_run_that_ends_before_any_image_is_projected_with_omega_is_warned_of():
-    six_epochs = {"steps": 24, "conditioning.start_epoch": 6.0}
-    (line,) = warnings("leak_free", six_epochs)
-    assert line.startswith("conditioning.start_epoch=6 is not within the run's 6 epochs, so no ")
-    assert not warnings("leak_free", {**six_epochs, "conditioning.start_epoch": 5.9})
+@pytest.mark.parametrize(
+    ("method", "late", "soon", "message"),
+    [
+        (
+            "simclr",
+            {"conditioning.start_epoch": 6.0},
+            {"conditioning.start_epoch": 5.9},
+            "conditioning.start_epoch=6 is not within the run's 6 epochs, so no image is projected",
+        ),
+        (
+            "swav",
+            {"method.queue_start": 15.0},
+            {"method.queue_start": 5.0},
+            "method.queue_start=15 is not within the run's 6 epochs, so the queue is never used",
+        ),
+        (
+            "swav",
+            {"method.queue_size": 0, "method.freeze_prototypes_epochs": 6.0},
+            {"method.queue_size": 0, "method.queue_start": 15.0},
+            "the prototypes move after step 24 of 24: never",
+        ),
+    ],
+)
+def test_what_begins_only_after_the_runs_end_is_warned_of(method, late, soon, message):
+    def lines(settings):
+        settings = {"steps": 24, **settings}
+        return list(late_warnings(build(settings, f"method={method},conditioning=leak_free")))
+
+    (line,) = lines(late)
+    assert line.startswith(message)
+    assert not lines(soon)
 
 
 def test_an_encoder_that_sees_what_a_head_predicts_is_warned_of():
