@@ -53,7 +53,7 @@ def _hold(folder):
     [
         _export,
         _hold,
-        lambda folder: _keep(np.zeros((1, 1), np.int32), folder / "labels" / "name-1.npy"),
+        lambda folder: _keep(np.zeros((1, 1), np.int32), folder / "labels" / "name-1.npz"),
         lambda folder: FeatureCache(folder).write("0" * 16, "1" * 16, {"a": np.zeros(1)}),
         lambda folder: write_report(folder, {"a": [[Score("knn", "x", "accuracy", 0.5)]]}),
         lambda folder: save_png(Figure(), folder / "pictures" / "one.png"),

@@ -236,7 +236,7 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
 def label_cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/cassle_jax/labels`, `~/.cache` where the variable is not set.
 
-    It holds one .npy file of labels or landmarks per dataset, version and split that needed them.
+    It holds one .npz file of labels or landmarks per dataset, version and split that needed them.
     It is safe to delete: the numbers are then read again.
     """
     return cache_folder() / "labels"
@@ -377,8 +377,8 @@ def _cached_numbers(
 ) -> Int[np.ndarray, "records numbers"]:
     """Numbers of all records, from the cache if it has them, else from `scan`."""
     try:
-        with open_to_read(cache_file) as file:
-            numbers = np.load(file)
+        with open_to_read(cache_file) as file, np.load(file) as kept:  # compares its checksum
+            numbers = kept["numbers"]
         if numbers.shape == shape:
             return numbers
     except Exception:  # A damaged file raises any type, depending on its bytes.
@@ -403,9 +403,9 @@ def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> No
     try:
         make_shared(path.parent)
         with written_whole(path) as file:
-            np.save(file, numbers)
+            np.savez(file, numbers=numbers)
         stem = glob.escape(path.stem.rpartition("-")[0])
-        for other in path.parent.glob(f"{stem}-*.npy"):
+        for other in path.parent.glob(f"{stem}-*.np[yz]"):  # .npy of earlier versions
             if other != path:
                 other.unlink(missing_ok=True)
     except OSError as error:
@@ -422,7 +422,7 @@ def _cache_file(
     )
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{info.full_name}-{split}")
-    return label_cache_folder() / f"{readable}-{digest}-{content}.npy"
+    return label_cache_folder() / f"{readable}-{digest}-{content}.npz"
 
 
 def _unquoted(error: Exception) -> str:
