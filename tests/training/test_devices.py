@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from cassle_jax.data import DamagedLog, open_source, training_batches
 from cassle_jax.methods import METHODS, TrainingViews, ViewBatch
@@ -17,6 +18,7 @@ from cassle_jax.parallel import (
 )
 from cassle_jax.training.run import build_run
 from cassle_jax.training.step import make_train_step, update_of
+from tests.states import filled_state
 from tests.tiny import EVERY_AUXILIARY, tiny_config
 
 STEPS = 4
@@ -24,21 +26,25 @@ ARGUMENTS = (*(f"method={name}" for name in METHODS), "method=moco_v2,follow=pub
 
 
 def whole_steps(run, mesh, config):
-    """The step from the images on, and its inputs."""
+    """The step from the images on, the first state as a run draws it, and the inputs."""
     source = open_source(config.data, "train")
     damaged = DamagedLog(len(source), 0.0)
     settings = {"batch": run.batch_size, "canvas": config.data.canvas, "seed": 0}
     batches = training_batches(source, **settings, damaged=damaged)
-    return make_train_step(run, mesh), (shard_batch(next(batches), mesh) for _ in range(STEPS))
+    inputs = (shard_batch(next(batches), mesh) for _ in range(STEPS))
+    return make_train_step(run, mesh), on_every_device(run.initial_state, mesh), inputs
 
 
 def updates(run, mesh, config):
-    """The step from the views on, which compiles in half the time, and its inputs."""
+    """The step from the views on, which compiles in half the time, a state, and the inputs."""
     del config
     update = parallel(
         update_of(run), mesh, inputs=(REPLICATED, SHARDED), outputs=(REPLICATED, REPLICATED)
     )
-    return update, (shard_batch(random_views(run, seed), mesh) for seed in range(STEPS))
+    state = filled_state(run, mesh)
+    memory = jax.device_put(run.method.initial_memory(state.key), NamedSharding(mesh, REPLICATED))
+    inputs = (shard_batch(random_views(run, seed), mesh) for seed in range(STEPS))
+    return update, state.replace(memory=memory), inputs
 
 
 def random_views(run, seed):
@@ -62,8 +68,7 @@ def train(arguments, devices, steps_of):
     config.optimizer.base_learning_rate = 0.03
     mesh = device_mesh(jax.devices()[:devices])
     run = build_run(config, mesh, config.data.scenes)
-    step, inputs = steps_of(run, mesh, config)
-    state = on_every_device(run.initial_state, mesh)
+    step, state, inputs = steps_of(run, mesh, config)
     losses = []
     for each in inputs:
         state, metrics = step(state, each)
