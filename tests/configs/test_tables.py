@@ -70,7 +70,7 @@ def test_a_row_of_it_runs_at_toy_size(name, tmp_path, monkeypatch):
     run = planned(
         runs_of_table(table, seeds=(0,), rows=("CASSLE",), toy=True, overrides=overrides)[-1], 64
     )
-    evaluation = evaluation_of(table, toy=True)
+    evaluation = evaluation_of(table, toy=True, options=("batch=32",))  # 256 would be padding
     job = Job(run.subject, run.arguments, tmp_path, evaluation, False, table.export)
     pretrain_and_evaluate(job)
     (findings,) = read_report(tmp_path / RESULT / JSON)[0][run.subject]
