@@ -19,16 +19,17 @@ from cassle_jax.checks import ConfigError, check_at_least, first_line
 from cassle_jax.data import DataError, Source
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.decode import MAX_PIXELS, allow_pixels
-from cassle_jax.data.requested import check_datasets, datasets_in
+from cassle_jax.data.requested import check_datasets, datasets_in, open_datasets
 from cassle_jax.distributed import agree, all_processes
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.extraction import Extraction
 from cassle_jax.evaluation.feature_cache import CACHE_GIB
 from cassle_jax.evaluation.findings import Failure, Finding
-from cassle_jax.evaluation.plan import Planned, opened_and_planned, warn_of_no_datasets
+from cassle_jax.evaluation.plan import Planned, plan, warn_of_idle, warn_of_no_datasets
 from cassle_jax.evaluation.protocols import (
     PROTOCOLS,
     all_settings,
+    check_tasks,
     checked_settings,
     parsed_settings,
     protocols_with,
@@ -86,6 +87,7 @@ def evaluate_command(
     Raises:
       ConfigError, DataError: a setting cannot work, or, at the end, a protocol failed; in one line.
     """
+    check_tasks(tasks)
     if not runs or not datasets:
         raise ConfigError("evaluate needs --run=WORKDIR and --datasets=…; see --help")
     kept_in = local_folder("cache", cache) if cache else None
@@ -93,12 +95,12 @@ def evaluate_command(
     values = parsed_settings(settings)
     extraction, of_protocols = checked_settings(values)
     check_at_least("cache_gib", cache_gib, 0)
-    mesh = _mesh_for(extraction.batch)
-    opened, planned = opened_and_planned(
-        datasets, tasks, values, extraction, of_protocols, data_dir, devices=mesh.size
-    )
+    mesh, limit = _mesh_for(extraction.batch), extraction.limit
+    opened = open_datasets(datasets, data_dir)
     subjects = _open_subjects(runs, extraction)
     agree(_shared_facts(opened, subjects, tasks, values))
+    planned = plan(opened, tasks, of_protocols, limit=limit, devices=mesh.size)
+    warn_of_idle(values, planned)
     _warn_of_unmet(planned)
     stores = partial(
         FeatureStore,
@@ -106,7 +108,7 @@ def evaluate_command(
         batch=extraction.batch,
         folder=kept_in,
         cache_gib=cache_gib,
-        limit=extraction.limit,
+        limit=limit,
     )
     with _held(folder):
         report = _begun_report(folder, opened, planned, extraction, subjects)
@@ -414,14 +416,17 @@ def check_requested(
     for name, hint in {"run": "", "to": "", "datasets": beside, "tasks": beside}.items():
         if values[name].present:
             raise ConfigError(f"evaluation: --{name} is not a further option; leave it out{hint}")
+    check_tasks(tasks)
     check_datasets(datasets)
-    settings, chosen = _settings_in(values), datasets if opens else ()
-    checked = checked_settings(settings)
-    _, planned = opened_and_planned(chosen, tasks, settings, *checked, values.data_dir)
-    if planned:
-        _warn_of_unmet(planned)
+    settings = _settings_in(values)
+    extraction, of_protocols = checked_settings(settings)
     if not datasets:
         warn_of_no_datasets(tasks=tasks, evaluation=options)
+    elif opens:
+        opened = open_datasets(datasets, values.data_dir)
+        planned = plan(opened, tasks, of_protocols, limit=extraction.limit)
+        warn_of_idle(settings, planned)
+        _warn_of_unmet(planned)
 
 
 def _settings_in(values: flags.FlagValues) -> dict[str, Any]:

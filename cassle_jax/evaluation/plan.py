@@ -7,10 +7,9 @@ from typing import Any
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data.datasets import EvaluationData
-from cassle_jax.data.requested import open_datasets
 from cassle_jax.evaluation.extraction import Extraction
 from cassle_jax.evaluation.protocol import Protocol
-from cassle_jax.evaluation.protocols import PROTOCOLS, all_settings, check_tasks
+from cassle_jax.evaluation.protocols import PROTOCOLS, all_settings
 from cassle_jax.evaluation.settings import Settings
 
 LOG = logging.getLogger(__name__)
@@ -72,38 +71,6 @@ def plan(
         names = ", ".join(data.name for data in opened)
         raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
     return planned
-
-
-def opened_and_planned(
-    datasets: Sequence[str],
-    tasks: Sequence[str],
-    values: Mapping[str, Any],
-    extraction: Extraction,
-    settings: Mapping[str, Settings],
-    data_dir: str,
-    *,
-    devices: int = 1,
-) -> tuple[list[EvaluationData], list[Planned]]:
-    """Opens the datasets of an evaluation, plans it, and logs the settings that no task uses.
-
-    Args:
-      datasets: see `open_datasets`; nothing is planned without any.
-      tasks: see `plan`.
-      values: the given settings, by name.
-      extraction: how features are extracted.
-      settings: see `plan`.
-      data_dir: folder of tensorflow-datasets.
-      devices: see `plan`.
-
-    Raises:
-      ConfigError, DataError: an unknown name, a missing dataset, or tasks that suit none.
-    """
-    check_tasks(tasks)
-    opened = open_datasets(datasets, data_dir)
-    planned = plan(opened, tasks, settings, limit=extraction.limit, devices=devices)
-    if planned:
-        warn_of_idle(values, planned)
-    return opened, planned
 
 
 def warn_of_idle(values: Mapping[str, Any], planned: Sequence[Planned]) -> None:

@@ -13,10 +13,15 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.data import DataError
 from cassle_jax.data.datasets import EvaluationData
-from cassle_jax.data.requested import check_datasets
+from cassle_jax.data.requested import check_datasets, open_datasets
 from cassle_jax.data.sources import digest_of
-from cassle_jax.evaluation.plan import opened_and_planned, warn_of_no_datasets
-from cassle_jax.evaluation.protocols import all_settings, checked_settings, parsed_settings
+from cassle_jax.evaluation.plan import plan, warn_of_idle, warn_of_no_datasets
+from cassle_jax.evaluation.protocols import (
+    all_settings,
+    check_tasks,
+    checked_settings,
+    parsed_settings,
+)
 from cassle_jax.interop.architecture import architecture_of
 from cassle_jax.interop.formats import FORMATS
 from cassle_jax.interop.pytorch import encoder_to_pytorch
@@ -70,6 +75,7 @@ def evaluation_of(
         if datasets:
             LOG.warning("datasets=%s becomes scenes with toy=True", ",".join(datasets))
         chosen = ("scenes",)
+    check_tasks(table.tasks)
     check_datasets(chosen)
     for format_name in table.export:
         check_one_of("export", format_name, FORMATS)
@@ -80,12 +86,14 @@ def evaluation_of(
         check_one_of("evaluation", name, all_settings())
     try:
         values = parsed_settings(texts)
-        checked = checked_settings(values)
+        extraction, of_protocols = checked_settings(values)
     except ConfigError as error:
         raise ConfigError(f"evaluation {error}") from error
-    given_values = {name: values[name] for name in given}
-    opened, planned = opened_and_planned(chosen, table.tasks, given_values, *checked, data_dir)
-    if not chosen:
+    opened = open_datasets(chosen, data_dir)
+    planned = plan(opened, table.tasks, of_protocols, limit=extraction.limit)
+    if chosen:
+        warn_of_idle({name: values[name] for name in given}, planned)
+    else:
         warn_of_no_datasets(evaluation=options)
     for each in planned:
         if each.unmet:
