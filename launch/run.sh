@@ -47,6 +47,21 @@ option() {
   return "$given"
 }
 
+# Sets kept to the arguments without an option, which may be --name=value or two words.
+drop() {
+  local name="$1"
+  shift
+  kept=()
+  while [ "$#" -gt 0 ]; do
+    case "$1" in
+      "--$name="*) ;;
+      "--$name") [ "$#" -eq 1 ] || shift ;;
+      *) kept+=("$1") ;;
+    esac
+    shift
+  done
+}
+
 # Refuses arguments without --config or --workdir, which python -m cassle_jax.pretrain needs.
 check_run() {
   local name value

@@ -97,10 +97,13 @@ def test_a_slurm_job_starts_its_tasks_and_requeues_itself():
     assert words[-3:] == ["scontrol", "requeue", "JOB"]
 
 
-def test_a_task_of_an_array_has_a_seed_and_a_workdir_of_its_own():
-    words, _ = printed("slurm.sbatch", *RUN, JAX_PLATFORMS="cpu", SLURM_ARRAY_TASK_ID="2")
-    workdirs = [word for word in words if word.startswith("--workdir=")]
-    assert workdirs[-1] == f"{RUN[1]}/seed2" and "--config.seed=2" in words
+@pytest.mark.parametrize("workdir", [RUN[1:2], RUN[1].split("=")])
+def test_a_task_of_an_array_has_a_seed_and_a_workdir_of_its_own(workdir):
+    run = [RUN[0], *workdir, *RUN[2:]]
+    words, _ = printed("slurm.sbatch", *run, JAX_PLATFORMS="cpu", SLURM_ARRAY_TASK_ID="2")
+    own = [f"{RUN[1]}/seed2", "--config.seed=2"]
+    start = words.index("cassle_jax.pretrain") + 1  # a flag that is given twice is refused
+    assert words[start : start + len(RUN) + 1] == [RUN[0], *RUN[2:], *own]
 
 
 def test_a_pod_is_made_installed_run_and_followed_through_gcloud():
