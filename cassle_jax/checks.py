@@ -49,6 +49,13 @@ def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> Non
         raise ConfigError(f"{name}={value} is out of range; use at most {most}")
 
 
+def whole_number(name: str, text: str, *, least: int) -> int:
+    """The value of an environment variable; raises ConfigError unless it is at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{name}={text!r} must be an integer of at least {least}")
+    return int(text)
+
+
 def check_seed(name: str, value: Integral) -> None:
     """Raises ConfigError unless the setting is a whole number in [0, 2³²), as all seeds are."""
     if isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:

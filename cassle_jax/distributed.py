@@ -27,7 +27,7 @@ import jax
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
-from cassle_jax.checks import ConfigError, differing, first_line
+from cassle_jax.checks import ConfigError, differing, first_line, whole_number
 from cassle_jax.command import (
     EXIT_OUTAGE,
     Stop,
@@ -37,7 +37,7 @@ from cassle_jax.command import (
     stopping_signals,
 )
 from cassle_jax.faults import hurry
-from cassle_jax.launchers import ADDRESS, runtime_arguments, whole_number
+from cassle_jax.launchers import ADDRESS, runtime_arguments
 
 JOIN_SECONDS = "CASSLE_JOIN_SECONDS"
 

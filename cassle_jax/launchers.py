@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, whole_number
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -57,13 +57,6 @@ def _by_variables(environment: Mapping[str, str]) -> dict[str, Any] | None:
         "process_id": index,
         "cluster_detection_method": "deactivate",
     }
-
-
-def whole_number(name: str, value: str, *, least: int) -> int:
-    """The value of a variable; raises ConfigError unless it is an integer of at least `least`."""
-    if not value.isdecimal() or int(value) < least:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
-    return int(value)
 
 
 def _open_mpi(environment: Mapping[str, str]) -> dict[str, Any] | None:

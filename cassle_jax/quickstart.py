@@ -23,8 +23,8 @@ from cassle_jax.evaluation.findings import Finding, Gallery
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh, on_every_device
 from cassle_jax.pretrain import pretrain_command
-from cassle_jax.report.evaluation_page import HTML, write_report
 from cassle_jax.report.figure import write_figure
+from cassle_jax.report.files import HTML, write_report
 from cassle_jax.report.table import Table, cell_text
 from cassle_jax.storage import make_shared, write_whole
 from cassle_jax.training.findings import TASK, pretraining_findings

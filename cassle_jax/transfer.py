@@ -3,7 +3,8 @@ r"""Compares how the variants of the methods transfer, within a time budget: the
 python -m cassle_jax.transfer --to=FOLDER --minutes=600 --data=/data/tiny_imagenet \
     --datasets=flowers17=/data/flowers17,cifar10=/data/cifar10,tiny_imagenet20=/data/tiny_imagenet
 
-Runs the table `transfer`, as `python -m cassle_jax.tables` does, and keeps the weights.
+Runs the table `transfer` as `python -m cassle_jax.tables` does, with a time budget that is required
+and weights that are kept unless `--nokeep_weights` is given.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from cassle_jax.evaluation.projection import has_projector
 from cassle_jax.export import export_command
 from cassle_jax.methods import METHODS, Encoded, Moment, Progress, Step
 from cassle_jax.parallel import AXIS, REPLICATED, SHARDED, device_mesh, parallel
-from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.report.files import read_report
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.metrics import read_metrics
 from tests.tiny import on_one_device

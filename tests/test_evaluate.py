@@ -18,7 +18,7 @@ from cassle_jax.evaluation.protocols import PROTOCOLS
 from cassle_jax.faults import Outage
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import is_complete, read_report
+from cassle_jax.report.files import is_complete, read_report
 from cassle_jax.subjects import open_subject
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run

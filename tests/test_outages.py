@@ -32,8 +32,8 @@ from cassle_jax.data.splits import TenCrops
 from cassle_jax.faults import Outage, passing, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
+from cassle_jax.training import checkpoint_reading as reading
 from cassle_jax.training import loop as loop_module
-from cassle_jax.training import reading
 from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter

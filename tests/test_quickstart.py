@@ -15,7 +15,7 @@ from cassle_jax.evaluation.findings import Score
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import read_report
+from cassle_jax.report.files import read_report
 from cassle_jax.training import loop
 from tests.commands import run_command
 from tests.tiny import TinyEncoder, cropped_only, tiny_config

@@ -14,8 +14,8 @@ from cassle_jax.evaluation.feature_cache import FeatureCache
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command
 from cassle_jax.lock import folder_held
-from cassle_jax.report.evaluation_page import write_report
 from cassle_jax.report.figure import save_png
+from cassle_jax.report.files import write_report
 from cassle_jax.storage import check_writable, open_shared, write_whole
 from cassle_jax.training.workdir import workdir_held
 from tests.interop.states import encoder_state

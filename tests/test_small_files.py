@@ -31,7 +31,7 @@ from cassle_jax.export import export_command
 from cassle_jax.interop.weights import load_weights
 from cassle_jax.lock import await_turn, folder_held
 from cassle_jax.prepare.shards import written_shard
-from cassle_jax.report.evaluation_page import JSON, read_report, write_report
+from cassle_jax.report.files import JSON, read_report, write_report
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.storage import (
     GrowingFile,

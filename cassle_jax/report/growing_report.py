@@ -9,7 +9,7 @@ from pathlib import Path
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
 from cassle_jax.report.comparison import check_subjects, failures_of
-from cassle_jax.report.evaluation_page import HTML, JSON, read_parts, read_report, write_report
+from cassle_jax.report.files import HTML, JSON, read_parts, read_report, write_report
 from cassle_jax.report.overview import Pairing, named_baselines
 
 LOG = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from cassle_jax.faults import retried
 from cassle_jax.interop.errors import WeightsError
 from cassle_jax.lock import folder_held
 from cassle_jax.report.comparison import FindingsBySubject
-from cassle_jax.report.evaluation_page import JSON, Facts, read_complete
+from cassle_jax.report.files import JSON, Facts, read_complete
 from cassle_jax.storage import (
     check_writable,
     is_there,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cassle_jax.config import ARGUMENTS, flat_settings
 from cassle_jax.evaluation.findings import Finding
-from cassle_jax.report.evaluation_page import JSON, read_report, write_report
+from cassle_jax.report.files import JSON, read_report, write_report
 from cassle_jax.report.overview import Pairing
 from cassle_jax.sweep.space import RunSpec, Values
 from cassle_jax.training.findings import pretraining_findings

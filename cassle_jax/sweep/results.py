@@ -10,7 +10,7 @@ from typing import Any
 
 from cassle_jax.evaluation.findings import Finding, Score, plain
 from cassle_jax.report.comparison import Estimate
-from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.files import write_report
 from cassle_jax.report.overview import MEAN_OF, Pairing, paired
 from cassle_jax.storage import write_whole
 from cassle_jax.sweep.table import Table

@@ -15,7 +15,7 @@ from cassle_jax.config import flat_settings
 from cassle_jax.evaluate import check_requested
 from cassle_jax.faults import retried
 from cassle_jax.lock import folder_held
-from cassle_jax.report.evaluation_page import JSON, is_complete
+from cassle_jax.report.files import JSON, is_complete
 from cassle_jax.storage import check_writable, kept_json, local_folder, make_shared, write_surely
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page

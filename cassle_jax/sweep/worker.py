@@ -22,7 +22,7 @@ from cassle_jax.export import export_command
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.lock import await_turn
 from cassle_jax.pretrain import pretrain_command, set_up_devices
-from cassle_jax.report.evaluation_page import JSON, is_complete
+from cassle_jax.report.files import JSON, is_complete
 from cassle_jax.storage import is_there, make_shared, open_shared, read_whole, write_whole
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.jobs import JOB_LOCK, LOG_FILE, outcome_of, write_outcome

@@ -24,10 +24,10 @@ from cassle_jax.storage import (
     on_object_store,
     share,
 )
+from cassle_jax.training.checkpoint_reading import check_shapes, verified_checkpoint
 from cassle_jax.training.checksums import checksums
 from cassle_jax.training.quiet_orbax import abandoned_reads_silenced, orbax_logs_errors_once
 from cassle_jax.training.read_back import ReadBack
-from cassle_jax.training.reading import check_shapes, verified_checkpoint
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.whole_arrays import led_from_here, on_one_device, whole_arrays
 

@@ -11,8 +11,8 @@ from etils import epath
 
 from cassle_jax.checks import first_line
 from cassle_jax.faults import retried
+from cassle_jax.training.checkpoint_reading import read_checkpoint
 from cassle_jax.training.checksums import host_checksum
-from cassle_jax.training.reading import read_checkpoint
 from cassle_jax.training.state import TrainState
 
 

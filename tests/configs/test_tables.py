@@ -8,7 +8,7 @@ import pytest
 from cassle_jax.config import flat_settings
 from cassle_jax.models import ENCODERS
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import JSON, read_report
+from cassle_jax.report.files import JSON, read_report
 from cassle_jax.sweep import worker
 from cassle_jax.sweep.table import TABLES, find_table, planned, runs_of_table
 from cassle_jax.sweep.worker import EXPORTED, RESULT, Job, pretrain_and_evaluate

@@ -6,7 +6,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from cassle_jax.evaluation import few_shot as few_shot_module
 from cassle_jax.evaluation.few_shot import FewShotResult, few_shot
 from cassle_jax.report.comparison import rows_of
-from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.files import write_report
 from cassle_jax.solvers.one_against_rest import fit_one_against_rest
 from tests.evaluation.traced import peak_bytes
 

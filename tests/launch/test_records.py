@@ -10,7 +10,7 @@ from cassle_jax.command import Stop
 from cassle_jax.data import DataError, names_of, open_source
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.parallel import device_mesh
-from cassle_jax.report.evaluation_page import JSON, write_report
+from cassle_jax.report.files import JSON, write_report
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Local, write_outcome
 from cassle_jax.sweep.records import RunRecord, check_finished

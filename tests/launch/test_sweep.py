@@ -20,7 +20,7 @@ from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.faults import Outage
 from cassle_jax.models import ENCODERS
-from cassle_jax.report.evaluation_page import read_report, write_report
+from cassle_jax.report.files import read_report, write_report
 from cassle_jax.sweep import jobs
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cassle_jax.evaluation.findings import Chart, Failure, Gallery, Score
-from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.files import write_report
 from cassle_jax.report.overview import Pairing, named_baselines
 
 pytestmark = pytest.mark.browser

@@ -7,12 +7,12 @@ import pytest
 from scipy.stats import rankdata, ttest_1samp, ttest_rel
 
 from cassle_jax.evaluation.findings import Score
-from cassle_jax.report.evaluation_page import write_report
+from cassle_jax.report.files import write_report
 from cassle_jax.report.growing_report import GrowingReport
 from cassle_jax.report.overview import Pairing, named_baselines, overviews_of
 from cassle_jax.sweep.page import _pairing
 from cassle_jax.sweep.space import SweepRequest, runs_of
-from tests.report.test_evaluation_page import Page
+from tests.report.test_files import Page
 
 NAMES = ("SimCLR, plain", "SimCLR, AugSelf", "SimCLR, CASSLE", "BYOL, plain", "BYOL, CASSLE")
 CONFIG = "configs/quickstart.py"

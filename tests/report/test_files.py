@@ -16,7 +16,7 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Chart, Failure, Gallery, Score
 from cassle_jax.report.axis import axis
 from cassle_jax.report.comparison import rows_of
-from cassle_jax.report.evaluation_page import is_complete, read_parts, read_report, write_report
+from cassle_jax.report.files import is_complete, read_parts, read_report, write_report
 from cassle_jax.report.overview import Pairing
 
 NAN = float("nan")
