@@ -202,6 +202,11 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
     return made
 
 
+def real_path(path: epath.PathLike) -> Path:
+    """The path without links. `Path.resolve` may raise for a circle, and epath's follows none."""
+    return Path(os.path.realpath(path))
+
+
 def make_shared(folder: epath.PathLike) -> None:
     """Makes a folder, and those it lies in, where they are missing; see `share`.
 
@@ -213,7 +218,7 @@ def make_shared(folder: epath.PathLike) -> None:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
         return
     made = Path(os.fspath(folder))
-    _check_mounted(Path(epath.Path(made).resolve()))  # pathlib's raises for a link in a circle
+    _check_mounted(real_path(made))
     if _is_folder(made):
         return
     if not is_there(made.parent):

@@ -26,7 +26,7 @@ from cassle_jax.data.sources import (
     read_image,
 )
 from cassle_jax.faults import reason_of
-from cassle_jax.storage import on_object_store, path_of, read_whole
+from cassle_jax.storage import on_object_store, path_of, read_whole, real_path
 
 LOG = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
     """
     if not isinstance(source, FolderSource) or on_object_store(folder):
         return
-    root, target = pathlib.Path(source.root), pathlib.Path(path_of(folder).resolve())
+    root, target = pathlib.Path(source.root), real_path(path_of(folder))
     if not target.is_relative_to(root.resolve()):
         return
     hidden = any(part.startswith(".") for part in target.relative_to(root.resolve()).parts)

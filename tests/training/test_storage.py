@@ -22,6 +22,7 @@ from cassle_jax.storage import (
     GrowingFile,
     free_bytes,
     kept_json,
+    make_shared,
     on_object_store,
     write_whole,
     written_whole,
@@ -203,3 +204,14 @@ def test_json_that_is_missing_or_torn_counts_as_none(tmp_path, content):
     assert kept_json(tmp_path / "plan.json") is None
     write_whole(tmp_path / "plan.json", '{"a": 1}')
     assert kept_json(tmp_path / "plan.json") == {"a": 1}
+
+
+def test_a_file_system_that_is_gone_is_noticed_through_a_link(tmp_path, monkeypatch):
+    (tmp_path / "mount" / "runs").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "mount" / "runs")
+    mounts = {"/", str(tmp_path / "mount")}
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) in mounts)
+    make_shared(tmp_path / "link" / "run")
+    mounts.remove(str(tmp_path / "mount"))
+    with pytest.raises(OSError, match="mount is not mounted any more"):
+        make_shared(tmp_path / "link" / "run")
