@@ -205,7 +205,7 @@ def check_given_once(given: flags.FlagValues) -> None:
     """
     for name in given:
         several = given[name].present > 1 and not isinstance(given[name], flags.MultiFlag)
-        if several and not name.startswith("config"):
+        if several and not name.startswith("config."):
             raise ConfigError(f"--{name} is given {given[name].present} times; give it once")
 
 
@@ -221,13 +221,15 @@ def _with_files_found(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for an override of a setting that the configuration does not have."""
+    """Raises ConfigError for two configurations, or an override of a setting that one lacks."""
     pattern = re.compile(r"--?(?:no)?config(?:=(.+)|\.([\w.]+))", re.DOTALL)
     matches = [pattern.match(word) for word in arguments]
     files = [match[1] for match in matches if match and match[1]]
     if not files:
         return
-    known = flat_settings(config_of(files[-1]))
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times; give it once")
+    known = flat_settings(config_of(files[0]))
     for name in [match[2] for match in matches if match and match[2]]:
         check_setting(name, known, "config.")
 

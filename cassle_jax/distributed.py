@@ -53,8 +53,9 @@ _ARRIVE_SECONDS = 120
 _FOREVER_MILLISECONDS = 2**40
 # Modules whose warnings concern the settings and the data, which all processes share.
 _SHARED_MATTERS = (
-    *("pretrain", "evaluate", "subjects", "evaluation.plan", "interop.weights"),
-    *("data.datasets", "data.folder", "data.tar", "training.recorded"),
+    *("pretrain", "evaluate", "subjects", "data.datasets", "data.folder", "data.tar"),
+    *("evaluation.classifier", "evaluation.plan", "interop.weights"),
+    *("training.probe", "training.recorded", "training.start_records"),
 )
 _RESUMABLE = "the last checkpoint is intact, and the same command continues from it"
 # Matches errors of the runtime that another process causes.
@@ -291,10 +292,10 @@ class _ProcessGroup:
 
 
 def _leave_shared_matters_to_the_first() -> None:
-    """Logs only warnings, and only errors of shared matters; `warnings.warn` concerns features."""
+    """Logs only warnings, and nothing of shared matters; `warnings.warn` concerns features."""
     logging.getLogger("cassle_jax").setLevel(logging.WARNING)
     for module in _SHARED_MATTERS:
-        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.ERROR)
+        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="cassle_jax")
 
 

@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -288,11 +289,23 @@ def _open_subjects(runs: Sequence[str], extraction: Extraction) -> dict[str, lis
     return subjects
 
 
+@contextlib.contextmanager
+def _warnings_logged(of: str) -> Iterator[None]:
+    """Logs what the libraries warn of; Python shows a warning once, and not of which subject."""
+    with warnings.catch_warnings(record=True) as shown:
+        try:
+            yield
+        finally:
+            for each in shown:
+                LOG.warning("%s: %s", of, each.message)
+
+
 def _run(planned: Planned, bench: Bench, report: GrowingReport) -> list[Finding]:
     """The findings, or the failure; with several processes, some errors end them all."""
     name, start = planned.protocol.name, time.monotonic()
     try:
-        findings = planned.protocol.measure(bench, planned.settings)
+        with _warnings_logged(f"{name} of {bench.subject.name} on {bench.data.name}"):
+            findings = planned.protocol.measure(bench, planned.settings)
         report.check(findings)
     except Outage:  # the tasks after it would each wait for the same storage
         raise

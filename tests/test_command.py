@@ -224,6 +224,7 @@ def test_a_value_of_the_wrong_type_names_setting_and_value(refusal, setting):
         ),
         ([f"--config={FILE}:method=simcrl"], r"^method='simcrl' .* did you mean 'simclr'\?$"),
         (["--config=configs/none.py"], r"^config cannot be read: .*configs/none\.py"),
+        (["--config=configs/none.py", SIMCLR], r"^--config is given 2 times; give it once$"),
         ([f"--config={ROOT}"], r"^config cannot be read: .*directory"),
         (["--config=/dev/null"], r"^config cannot be read: /dev/null: it is a pipe or a device"),
         ([SIMCLR, "--configuration=x"], r"^Unknown command line flag 'configuration'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -201,15 +202,22 @@ def test_a_task_that_fails_is_a_red_line_and_the_rest_is_done(
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
-def test_a_task_with_a_mistake_of_ours_leaves_its_traceback_in_the_log(run, tmp_path, caplog):
+def test_the_log_has_the_traceback_of_our_mistake_and_who_each_warning_is_about(
+    run, tmp_path, caplog
+):
+    """Python alone shows a warning once, though the features of several runs may deserve it."""
+
     def runs_wrongly(bench, settings):
+        warnings.warn("the features are equal", stacklevel=1)
         raise KeyError("accuracy")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROTOCOLS, "knn", dataclasses.replace(PROTOCOLS["knn"], run=runs_wrongly))
-        with pytest.raises(DataError, match=r"1 task failed.*knn of a on scenes: 'accuracy'$"):
-            evaluate(run, tmp_path, "knn", runs=[f"a={run}"])
-    assert [each.exc_info[0] for each in caplog.records if each.exc_info] == [KeyError]
+        with pytest.raises(DataError, match=r"2 tasks failed.*knn of a on scenes: 'accuracy'"):
+            evaluate(run, tmp_path, "knn", runs=[f"a={run}", f"b={run}"])
+    assert [each.exc_info[0] for each in caplog.records if each.exc_info] == [KeyError] * 2
+    for subject in "ab":
+        assert caplog.messages.count(f"knn of {subject} on scenes: the features are equal") == 1
 
 
 def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch, caplog):

@@ -477,7 +477,7 @@ def test_a_lock_of_another_host_is_waited_for(tmp_path):
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
     def take():
-        return retried("workdir", lambda: folder_held(tmp_path).__enter__())
+        return folder_held(tmp_path).__enter__()
 
     with pytest.raises(
         Outage, match=r"in use by another run .process 7 on a-host-that-died"

@@ -168,7 +168,7 @@ def is_collapsed(rows: Parts) -> bool:
     first = None
     for part in rows:
         for start in range(0, len(part), _SEARCH_ROWS):
-            block = np.float64(part[start : start + _SEARCH_ROWS])
+            block = np.array(part[start : start + _SEARCH_ROWS], np.float64)
             lengths = np.linalg.norm(block, axis=1, keepdims=True)
             block /= np.where(lengths > 0, lengths, 1)
             first = block[0] if first is None else first

@@ -34,7 +34,7 @@ from cassle_jax.sweep.sweep import EvaluationOptions, dry_run, sweep
 
 
 def config_arguments(arguments: list[str]) -> tuple[str, tuple[str, ...]]:
-    """The last --config, and all overrides as --config.name=value.
+    """The --config, and all overrides as --config.name=value.
 
     A value may be a separate word, and --config.name and --noconfig.name are True and False.
     """

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ def workdir_held(workdir: epath.Path, holder: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         written(workdir, lambda: make_shared(workdir))
-        written(workdir, lambda: held.enter_context(folder_held(workdir, holder=holder)))
+        lock = partial(folder_held, workdir, holder=holder, waits=False)
+        written(workdir, lambda: held.enter_context(lock()))
         yield
 
 
