@@ -292,10 +292,10 @@ class _ProcessGroup:
 
 
 def _leave_shared_matters_to_the_first() -> None:
-    """Logs only warnings, and nothing of shared matters; `warnings.warn` concerns features."""
+    """Logs only warnings, and only errors of shared matters; `warnings.warn` concerns features."""
     logging.getLogger("cassle_jax").setLevel(logging.WARNING)
     for module in _SHARED_MATTERS:
-        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.CRITICAL)
+        logging.getLogger(f"cassle_jax.{module}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="cassle_jax")
 
 

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -421,13 +422,21 @@ def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
 
 def remove_dead_partials(folder: Path, name: str = "*") -> None:
     """Removes half-written files that killed processes left in a folder, of the given name."""
-    for partial in folder.glob(f"{name}.*{PARTIAL}"):
+    partials = [*folder.glob(f"{name}.*{PARTIAL}")]
+    now = _clock_of(folder) if partials else 0.0
+    for partial in partials:
         with contextlib.suppress(OSError):  # its writer finished, or removed it
-            # By the clock of the file system: a server's may differ from this machine's.
-            with tempfile.TemporaryFile(dir=folder) as new:
-                now = os.fstat(new.fileno()).st_mtime
             if now - partial.stat().st_mtime > _DEAD_AFTER:
                 partial.unlink()
+
+
+def _clock_of(folder: Path) -> float:
+    """Seconds by the clock of a folder's file system; a server's may differ from this machine's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as new:
+            return os.fstat(new.fileno()).st_mtime
+    except OSError:  # a full disk, which needs what the partial files hold
+        return time.time()
 
 
 class GrowingFile:

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -43,7 +44,7 @@ _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = 0xDA  # marks the pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"IEND\xaeB`\x82"
+_PNG_END = b"IEND"
 _ZEROS = bytes(512)  # disks lose whole blocks
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
@@ -189,8 +190,9 @@ def _ends_unwritten(data: bytes) -> bool:
     if not data.endswith(_ZEROS):
         return False
     held = data.rstrip(b"\0")
-    if data.startswith(_JPEG_START):  # neither marker is among the bytes of the pixels
-        return held.rfind(_JPEG_END) < held.rfind(bytes((0xFF, _JPEG_SCAN)))
+    if data.startswith(_JPEG_START):  # the marker is not among the bytes of the pixels
+        *_, scan = _segments(data)
+        return held.find(_JPEG_END, scan) < 0
     return data.startswith(_PNG_START) and _PNG_END not in held
 
 
@@ -234,15 +236,22 @@ def _decode_jpeg(
         return image
 
 
-def _may_have_orientation(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF or XMP segment before its pixels."""
+def _segments(data: bytes) -> Iterator[int]:
+    """Where each segment before a JPEG's pixels begins, and where the last of them ends."""
     start = 2
     while data[start : start + 1] == b"\xff" and data[start + 1] != _JPEG_SCAN:
-        if data.startswith(_METADATA_WITH_ORIENTATION, start + 4):
-            return True
+        yield start
         start += 2 + int.from_bytes(data[start + 2 : start + 4])
+    yield start
+
+
+def _may_have_orientation(data: bytes) -> bool:
+    """Whether a JPEG has an EXIF or XMP segment before its pixels."""
+    *segments, end = _segments(data)
+    if any(data.startswith(_METADATA_WITH_ORIENTATION, start + 4) for start in segments):
+        return True
     # Where something other than a segment follows, such as a fill byte, search for the names.
-    is_scan = data[start : start + 2] == bytes((0xFF, _JPEG_SCAN))
+    is_scan = data[end : end + 2] == bytes((0xFF, _JPEG_SCAN))
     return not is_scan and any(name in data for name in _METADATA_WITH_ORIENTATION)
 
 

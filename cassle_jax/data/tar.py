@@ -43,7 +43,9 @@ _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
 _TAIL = 1 << 16  # bytes after the last member that are looked at
-_MOST_PADDING = 1 << 20  # bytes after the last member; tar pads to blocks of 10 KiB
+_MOST_PADDING = (
+    4 << 20
+)  # bytes after the last member; tar pads to 10 KiB, or as --blocking-factor says
 
 
 class TarSource:

@@ -275,7 +275,7 @@ def _all_zeros(weights: Weights) -> list[str]:
         f"{network}.{name}"
         for network, state in weights.networks.items()
         for name, array in state.items()
-        if array.ndim > 1 and not array.any()
+        if array.ndim > 1 and array.size and not array.any()
     ]
 
 

@@ -1,7 +1,7 @@
 """Defines a method: its views and heads, its loss, and its memory between steps."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -384,6 +384,11 @@ class Method:
         """The method with everything that `group_schedules` needs converted to steps."""
         del steps_per_epoch
         return self
+
+    def late_settings(self, epochs: float, steps: int) -> Iterator[str]:
+        """Yields a line per setting whose effect would begin after a run's end; see `in_steps`."""
+        del epochs, steps
+        yield from ()
 
     def check_projector(self, hidden: int, out: int, depth: int) -> None:
         """Raises ConfigError for sizes no projector can have; hidden 0 is the features' width."""

@@ -222,6 +222,19 @@ class SwAV(Method):
         return dataclasses.replace(self, freeze_prototypes_steps=steps)
 
     @override
+    def late_settings(self, epochs, steps):
+        if self.queue_start >= epochs and self.queue_size:
+            yield (
+                f"method.queue_start={self.queue_start:g} is not within the run's {epochs:g} "
+                "epochs, so the queue is never used; use a smaller value, or method.queue_size=0"
+            )
+        if (frozen := self.freeze_prototypes_steps) >= steps:
+            yield (
+                f"method.freeze_prototypes_steps={frozen} is not within the run's {steps} steps, "
+                "so the prototypes never move; use a smaller value, or of freeze_prototypes_epochs"
+            )
+
+    @override
     def group_schedules(self, schedule, peak):
         def prototypes(step):
             return jnp.where(step < self.freeze_prototypes_steps, 0.0, schedule(step))

@@ -41,7 +41,8 @@ class MLP(nn.Module):
     def __post_init__(self):
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} leaves an MLP without layers; use 1 or more")
-        check_at_least("hidden", self.hidden, 1)
+        if self.depth > 1:
+            check_at_least("hidden", self.hidden, 1)
         check_at_least("out", self.out, 1)
         super().__post_init__()
 

@@ -19,6 +19,7 @@ Logits are kept relative to the logit of the row's own label. The loss and the r
 that is all but certain are then accurate, where softmax minus one would be all rounding.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,10 @@ _TOLERANCE = 1e-6
 _SURE_STEPS = 20
 _GRADIENT_STEPS = 500
 _SEARCH_STEPS = 20
-# A Hessian is factorised up to this many rows, and operations to compute it.
+# A Hessian is factorised up to this many rows, and operations to compute it: to end a fit, or only
+# to prove its end.
 _FACTORISED_ROWS = 2000
-_FACTORISED_OPERATIONS = 2e10
+_TO_CONVERGE, _TO_PROVE = 2e10, 2e9
 # Changes of logits that are held at a time while a Hessian's columns are computed.
 _HELD_CHANGES = 2**20
 _TEST_ROWS = 1024
@@ -135,19 +137,22 @@ def fit_logistic(
         begin = _rotated_start(start, axes, classes)
         solved = _solve_lots(labels, rotated, lots, begin, max_steps, _conjugate_gradients)
         solved = jax.tree.map(lambda array: np.asarray(array)[order], solved)
-        if rotated.dtype == jnp.float64 and _can_factorise(len(rotated), begin.size):
-            for missed in np.flatnonzero(~(solved.converged & solved.certain)):
+        if rotated.dtype == jnp.float64:
+            operations = _hessian_operations(len(rotated), begin.size)
+            again = ~solved.converged & (operations <= _TO_CONVERGE)
+            again |= ~solved.certain & (operations <= _TO_PROVE)
+            for missed in np.flatnonzero(again):
                 lot, begin = penalties[missed].reshape(1, 1), solved.thetas[missed].T
-                again = _solve_lots(labels, rotated, lot, begin, max_steps, _factorised)
-                if again.converged[0] or not solved.converged[missed]:
-                    for arrays, found in zip(solved, again, strict=True):
+                better = _solve_lots(labels, rotated, lot, begin, max_steps, _factorised)
+                if better.converged[0] or not solved.converged[missed]:
+                    for arrays, found in zip(solved, better, strict=True):
                         arrays[missed] = found[0]
     return _path(penalties, axes, solved)
 
 
-def _can_factorise(rows: int, weights: int) -> bool:
-    """Whether the Hessian of that many weights, a sum over rows, takes seconds and megabytes."""
-    return weights <= _FACTORISED_ROWS and 4.0 * rows * weights**2 <= _FACTORISED_OPERATIONS
+def _hessian_operations(rows: int, weights: int) -> float:
+    """Operations of a Hessian, a sum over rows; infinite where it takes more than megabytes."""
+    return 4.0 * rows * weights**2 if weights <= _FACTORISED_ROWS else math.inf
 
 
 def logistic_bytes(rows: int, features: int, classes: int) -> tuple[int, int]:
@@ -255,8 +260,8 @@ class _Solved(NamedTuple):
       thetas: θ.
       losses: the losses of the rows there.
       converged: whether the last step was predicted to gain too little.
-      certain: whether the gradient proves that no step gains more: the objective is 2w-strongly
-        convex, so it is at most ‖gradient‖² / 4w above the optimum.
+      certain: whether the gradient proves that no step gains more. The objective is 2w-strongly
+        convex, so θ's lies at most ‖gradient‖² / 4w above the optimum's.
     """
 
     thetas: Array

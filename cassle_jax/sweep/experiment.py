@@ -29,6 +29,7 @@ from cassle_jax.storage import (
     local_folder,
     make_shared,
     path_of,
+    real_path,
     write_surely,
 )
 from cassle_jax.sweep.budget import (
@@ -114,7 +115,7 @@ def run_table(
     check_at_least("call_minutes", call_minutes, 0)
     check_at_least("minutes", minutes, 0)
     to = Path(known_path(local_folder("to", to), setting="to").resolve())
-    lenders = [Path(path_of(lender).resolve()) for lender in weights_of]
+    lenders = [real_path(path_of(lender)) for lender in weights_of]
     overrides = (f"compilation_cache={to / 'compiled'}", *overrides)
     count = _once_per_data(_opened)
     expanded = partial(_expanded, table, count, rows=rows, seeds=seeds, toy=toy)

@@ -33,7 +33,6 @@ from cassle_jax.parallel import device_mesh, in_all_processes, on_every_device
 from cassle_jax.storage import is_there, make_shared
 from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.metrics import MetricsWriter
-from cassle_jax.training.omega_warnings import late_warnings, omega_warnings
 from cassle_jax.training.probe import MEASURED, OnlineProbe
 from cassle_jax.training.progress import ProgressReport
 from cassle_jax.training.recorded import record_of
@@ -46,6 +45,7 @@ from cassle_jax.training.saved_config import (
 )
 from cassle_jax.training.sheet import write_contact_sheet
 from cassle_jax.training.start_records import last_start_record, record_start
+from cassle_jax.training.start_warnings import late_warnings, omega_warnings
 from cassle_jax.training.state import TrainState
 from cassle_jax.training.step import make_train_step
 from cassle_jax.training.stopping import StopRequest

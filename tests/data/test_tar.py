@@ -137,7 +137,7 @@ def _with_the_second_header_damaged(whole):
         pytest.param(lambda whole: whole[:1024], id="cut between two members"),
         pytest.param(_with_the_second_header_damaged, id="a damaged header"),
         pytest.param(lambda whole: whole + whole, id="two archives in one file"),
-        pytest.param(lambda whole: whole[:1024] + bytes(2 << 20), id="zeros for what follows"),
+        pytest.param(lambda whole: whole[:1024] + bytes(5 << 20), id="zeros for what follows"),
     ],
 )
 def test_no_image_is_left_out_where_a_tar_is_not_whole(tmp_path, settings, image_bytes, damaged):

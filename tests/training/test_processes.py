@@ -360,7 +360,7 @@ def test_what_every_process_would_log_is_left_to_the_first(caplog):
         logging.getLogger("cassle_jax.evaluate").error("linear of a on b failed")
         for module in ("cassle_jax.evaluation.linear", "flax"):
             warnings.warn_explicit(module, UserWarning, "linear.py", 1, module)
-    assert caplog.messages == ["storage", "faults"]
+    assert caplog.messages == ["storage", "faults", "linear of a on b failed"]
     assert [str(each.message) for each in shown] == ["flax"]
     DamagedLog(4, 0.5).add("a.png", "it is cut off")
     assert caplog.messages[-1] == "damaged image: a.png (it is cut off)"

@@ -18,8 +18,8 @@ from cassle_jax.evaluation.views import every_augmentation
 from cassle_jax.methods import METHODS
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.loop import pretrain
-from cassle_jax.training.omega_warnings import late_warnings, omega_warnings
 from cassle_jax.training.run import augment_spec, build_run, compute_dtype
+from cassle_jax.training.start_warnings import late_warnings, omega_warnings
 from tests.commands import run_command
 from tests.everyday import everyday
 from tests.methods.one_device import compiled
@@ -473,7 +473,7 @@ def test_relative_descriptors_of_a_projector_are_warned_of():
             "swav",
             {"method.queue_size": 0, "method.freeze_prototypes_epochs": 6.0},
             {"method.queue_size": 0, "method.queue_start": 15.0},
-            "the prototypes move after step 24 of 24: never",
+            "method.freeze_prototypes_steps=24 is not within the run's 24 steps, so the prototypes",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Warns of settings with which ω gives away what a run is to learn, or which come too late."""
+"""Warns, as a run begins, of an ω that gives away what is to be learnt, and of late settings."""
 
 from collections.abc import Iterator
 
@@ -35,25 +35,13 @@ def omega_warnings(run: Run) -> Iterator[str]:
 
 def late_warnings(run: Run) -> Iterator[str]:
     """Yields one line per setting whose effect would begin after the run's end."""
-    method, epochs, steps = run.method, run.clock.epochs, run.clock.total_steps
-    start = run.conditioning.start_epoch
+    epochs, start = run.clock.epochs, run.conditioning.start_epoch
     if start >= epochs:
         yield (
             f"conditioning.start_epoch={start:g} is not within the run's {epochs:g} epochs, so no "
             "image is projected with ω; use a smaller value"
         )
-    # Of SwAV; other methods with a queue use it from the start.
-    start = getattr(method, "queue_start", 0)
-    if start >= epochs and method.queue_size:
-        yield (
-            f"method.queue_start={start:g} is not within the run's {epochs:g} epochs, so the queue "
-            "is never used; use a smaller value, or method.queue_size=0"
-        )
-    if getattr(method, "freeze_prototypes_steps", 0) >= steps:
-        yield (
-            f"the prototypes move after step {method.freeze_prototypes_steps} of {steps}: never; "
-            "use smaller method.freeze_prototypes_epochs, or _steps"
-        )
+    yield from run.method.late_settings(epochs, run.clock.total_steps)
 
 
 def _leaks(conditioning: Conditioning) -> Iterator[str]:
