@@ -221,7 +221,7 @@ def _with_files_found(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_overrides(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for two configurations, or an override of a setting that one lacks."""
+    """Raises ConfigError for a second configuration, or an override of an unknown setting."""
     pattern = re.compile(r"--?(?:no)?config(?:=(.+)|\.([\w.]+))", re.DOTALL)
     matches = [pattern.match(word) for word in arguments]
     files = [match[1] for match in matches if match and match[1]]

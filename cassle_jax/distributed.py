@@ -292,7 +292,7 @@ class _ProcessGroup:
 
 
 def _leave_shared_matters_to_the_first() -> None:
-    """Logs only warnings, and only errors of shared matters; `warnings.warn` concerns features."""
+    """Leaves warnings of settings, data and features to the first process; all log their errors."""
     logging.getLogger("cassle_jax").setLevel(logging.WARNING)
     for module in _SHARED_MATTERS:
         logging.getLogger(f"cassle_jax.{module}").setLevel(logging.ERROR)

@@ -154,12 +154,13 @@ def check_outside(setting: str, folder: epath.PathLike, source: Source) -> None:
     """
     if not isinstance(source, FolderSource) or on_object_store(folder):
         return
-    root, target = pathlib.Path(source.root), real_path(path_of(folder))
-    if not target.is_relative_to(root.resolve()):
+    root, target = real_path(source.root), real_path(path_of(folder))
+    if not target.is_relative_to(root):
         return
-    hidden = any(part.startswith(".") for part in target.relative_to(root.resolve()).parts)
+    hidden = any(part.startswith(".") for part in target.relative_to(root).parts)
     if not hidden:  # a source ignores hidden files
-        raise ConfigError(f"{setting}={folder} lies among the images of {root}; use another folder")
+        images = f"the images of {source.root}"
+        raise ConfigError(f"{setting}={folder} lies among {images}; use another folder")
 
 
 def split_there(path: str, split: str) -> str:

@@ -43,9 +43,7 @@ _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
 _LARGEST_NOTE = 1 << 20  # bytes of a .cls or .json that is read for its label
 _TAIL = 1 << 16  # bytes after the last member that are looked at
-_MOST_PADDING = (
-    4 << 20
-)  # bytes after the last member; tar pads to 10 KiB, or as --blocking-factor says
+_MOST_PADDING = 4 << 20  # bytes after the last member; tar pads to 10 KiB, or --blocking-factor
 
 
 class TarSource:

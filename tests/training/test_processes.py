@@ -351,7 +351,7 @@ def _levels_restored():
 
 @pytest.mark.usefixtures("_levels_restored")
 def test_what_every_process_would_log_is_left_to_the_first(caplog):
-    """Of 64 processes, 64 said that a setting has no effect."""
+    """Each of 64 processes logged the same warning that a setting has no effect."""
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         distributed._leave_shared_matters_to_the_first()
