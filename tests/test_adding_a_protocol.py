@@ -42,8 +42,10 @@ def folder(tmp_path_factory):
 
 
 def evaluated(folder, *further):
-    """The page's command, in a process of its own that has the changed package."""
+    """The page's command with further flags, in a process that has the changed package."""
     command = re.search(r"```sh\npython (.*?)\n```", PAGE, re.DOTALL)[1].split()
+    names = {flag.split("=")[0] for flag in further}  # Each flag is given once.
+    command = [word for word in command if word.split("=")[0] not in names]
     return subprocess.run(
         [sys.executable, *command, f"--limit={IMAGES}", "--batch=32", "--cache=", *further],
         cwd=folder,
