@@ -20,8 +20,8 @@ class STL(Auxiliary):
 
     Images 2i and 2i + 1 of a batch share crop, jitter and grayscale. A network makes a code of an
     image's two views. A linear hypernetwork predicts a view's features from the other view's and
-    the code of the image's partner. NT-Xent contrasts embeddings of the views with those of the
-    predictions (equivariance), and embeddings of partners' codes (transformation).
+    the partner's code. NT-Xent contrasts the embeddings of views with those of the predictions
+    (equivariance), and those of partners' codes (transformation).
 
     Attributes:
       weight: weight of the loss, 1 in the paper; 0 for no STL.
@@ -79,9 +79,7 @@ class STL(Auxiliary):
     def losses(self, networks, features, own, axis_name):
         """`cosine` is that of z and its prediction; `gain` is `cosine` minus that of the views."""
         first, second = pair = features.pair
-        forward, backward = (
-            networks.stl_code(jnp.hstack(views), True) for views in (pair, pair[::-1])
-        )
+        forward, backward = (networks.stl_code(jnp.hstack(each), True) for each in (pair, pair[::-1]))
         partner = jnp.arange(len(first)) ^ 1
         predicted = (
             networks.stl_predictor(second, backward[partner], True),
