@@ -9,7 +9,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
-from cassle_jax.data.builder import _keep
+from cassle_jax.data.kept_numbers import _keep
 from cassle_jax.evaluation.feature_cache import FeatureCache
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.export import export_command

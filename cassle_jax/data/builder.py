@@ -2,13 +2,8 @@
 
 import copy
 import functools
-import glob
-import hashlib
-import logging
-import pathlib
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -19,6 +14,16 @@ from tensorflow_datasets.core import read_only_builder
 from cassle_jax.checks import first_line
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.errors import DataError
+from cassle_jax.data.feature_paths import (
+    FeaturePath,
+    features_at,
+    image_path,
+    label_path,
+    leaves,
+    nested,
+    value_at,
+)
+from cassle_jax.data.kept_numbers import kept_numbers, numbers_file
 from cassle_jax.data.listing import is_folder
 from cassle_jax.data.shards import Shards
 from cassle_jax.data.sources import (
@@ -29,19 +34,7 @@ from cassle_jax.data.sources import (
     closest,
     read_class_list,
 )
-from cassle_jax.storage import (
-    cache_folder,
-    is_utf8,
-    make_shared,
-    open_to_read,
-    path_of,
-    written_whole,
-)
-
-LOG = logging.getLogger(__name__)
-
-FeaturePath = tuple[str, ...]
-"""The names that lead to a feature in nested dictionaries of features."""
+from cassle_jax.storage import is_utf8, path_of
 
 _SCAN_CHUNK = 32  # records; reading 256 at a time is slower
 _CORRUPT = (RuntimeError, ValueError, KeyError)  # what array_record and protobuf raise
@@ -62,18 +55,18 @@ class TfdsSource:
           tfds_builder: a builder whose array_record files exist.
           split: a split expression of tfds.
           classes: see `open_source`. A subset needs the labels of the whole split: they are read
-            once and kept in the user's cache folder, see `label_cache_folder`.
+            once and kept in the user's cache folder, see `kept_numbers`.
 
         Raises:
           DataError: no image feature, no such split, wrong file format, an unknown class, or a
             file that cannot be read.
         """
         features = tfds_builder.info.features
-        self._image_key = _image_path(features)
-        self._label_key = _label_path(features)
+        self._image_key = image_path(features)
+        self._label_key = label_path(features)
         self.name = f"{tfds_builder.info.full_name} {split}"
         if self._image_key is None:
-            found = ((".".join(path), type(leaf).__name__) for path, leaf in _leaves(features))
+            found = ((".".join(path), type(leaf).__name__) for path, leaf in leaves(features))
             raise DataError(
                 f"data.name={tfds_builder.info.full_name!r} has no Image among its features, "
                 f"only {', '.join(f'{name} ({kind})' for name, kind in found)}"
@@ -85,8 +78,8 @@ class TfdsSource:
         self._records = _open_split(tfds_builder, split)
         # What else a record holds may be slow to decode, or damaged.
         needed = [path for path in (self._image_key, self._label_key) if path]
-        self._features = _only(features, needed)
-        self._decoders = _nested({self._image_key: tfds.decode.SkipDecoding()})
+        self._features = features_at(features, needed)
+        self._decoders = nested({self._image_key: tfds.decode.SkipDecoding()})
         files = tfds_builder.info.splits[split].file_instructions
         self._shards = Shards(self.name, files)
         self._split = split
@@ -105,7 +98,7 @@ class TfdsSource:
         try:
             stored = self._records.data_source[position]
             example = self._features.deserialize_example_np(stored, decoders=self._decoders)
-            image = _at(example, self._image_key)
+            image = value_at(example, self._image_key)
             if image is None:  # an empty record: its file was cut short while it was open
                 raise ValueError("it is empty")
         except _CORRUPT as error:
@@ -152,7 +145,7 @@ class TfdsSource:
     def numbers(self, paths: Sequence[FeaturePath]) -> Int[np.ndarray, "images numbers"]:
         """Whole numbers stored with every image, such as labels and landmarks, without the images.
 
-        The numbers are read once and kept in the user's cache folder, see `label_cache_folder`.
+        The numbers are read once and kept in the user's cache folder, see `kept_numbers`.
         They are `DAMAGED` for a record that cannot be read.
         """
         numbers = self._numbers_of_records(paths)
@@ -161,7 +154,7 @@ class TfdsSource:
     def _label(self, example: dict) -> int:
         if self._label_key is None:
             return -1
-        label = int(_at(example, self._label_key))
+        label = int(value_at(example, self._label_key))
         return label if self._new_label is None or label < 0 else int(self._new_label[label])
 
     def _check_subset(self, classes: str, wanted: tuple[str, ...]) -> None:
@@ -190,17 +183,17 @@ class TfdsSource:
     ) -> Int[np.ndarray, "records numbers"]:
         shape = (len(self._records), len(paths))
         info = self._records.dataset_info
-        cache_file = _cache_file(info, self._split, paths, self.content)
-        return _cached_numbers(functools.partial(self._scan, paths), shape, cache_file)
+        file = numbers_file(info, self._split, paths, self.content)
+        return kept_numbers(functools.partial(self._scan, paths), shape, file)
 
     def _scan(self, paths: Sequence[FeaturePath]) -> Iterator[list[list[int]]]:
         # Parse only the requested features: five times as quick for CelebA, which has fifty.
-        features = _only(self._records.dataset_info.features, paths)
+        features = features_at(self._records.dataset_info.features, paths)
 
         def read(places: Sequence[int]) -> list[list[int]]:
             stored = self._records.data_source.__getitems__(places)
             examples = [features.deserialize_example_np(each) for each in stored]
-            return [[int(_at(example, path)) for path in paths] for example in examples]
+            return [[int(value_at(example, path)) for path in paths] for example in examples]
 
         def read_or_mark(place: int) -> list[int]:
             try:
@@ -231,15 +224,6 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
       DataError: the builder is unknown or not prepared, or an error of `TfdsSource`.
     """
     return TfdsSource(_find_builder(name, data_dir), split, classes)
-
-
-def label_cache_folder() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/cassle_jax/labels`, `~/.cache` where the variable is not set.
-
-    It holds one .npz file of labels or landmarks per dataset, version and split that needed them.
-    It is safe to delete: the numbers are then read again.
-    """
-    return cache_folder() / "labels"
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -308,55 +292,12 @@ def _open_split(tfds_builder: tfds.core.DatasetBuilder, split: str):
         ) from error
 
 
-def _image_path(features) -> FeaturePath | None:
-    """Path of the image in nested dictionaries of features: 'image', else the first in colour."""
-    images = [
-        path
-        for path, feature in _leaves(features)
-        if isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
-    ]
-    in_grey = {path: _at(features, path).shape[-1] != 3 for path in images}
-    return min(images, key=lambda path: (path != ("image",), in_grey[path]), default=None)
-
-
-def _label_path(features) -> FeaturePath | None:
-    labels = [
-        path for path, feature in _leaves(features) if isinstance(feature, tfds.features.ClassLabel)
-    ]
-    return min(labels, key=lambda path: path != ("label",), default=None)
-
-
-def _leaves(features, path: FeaturePath = ()) -> Iterator[tuple[FeaturePath, object]]:
-    # Sorted: as they are read from a file, their order differs from process to process.
-    for key, feature in sorted(features.items(), key=lambda each: each[0]):
-        if isinstance(feature, tfds.features.FeaturesDict):
-            yield from _leaves(feature, (*path, key))
-        else:
-            yield (*path, key), feature
-
-
-def _only(features, paths: Sequence[FeaturePath]) -> tfds.features.FeaturesDict:
-    """The features at `paths` alone, nested as before."""
-    return tfds.features.FeaturesDict(_nested({path: _at(features, path) for path in paths}))
-
-
-def _nested(values: Mapping[FeaturePath, object]) -> dict:
-    """Values in nested dictionaries, by path."""
-    nested: dict = {}
-    for path, value in values.items():
-        level = nested
-        for key in path[:-1]:
-            level = level.setdefault(key, {})
-        level[path[-1]] = value
-    return nested
-
-
 def _class_names(
     tfds_builder: tfds.core.DatasetBuilder, label_key: FeaturePath | None
 ) -> tuple[str, ...]:
     if label_key is None:
         return ()
-    label = _at(tfds_builder.info.features, label_key)
+    label = value_at(tfds_builder.info.features, label_key)
     found = len(set(label.names))
     if found != label.num_classes:  # tfds itself takes whatever is in the file
         raise DataError(
@@ -364,65 +305,6 @@ def _class_names(
             f"file {'-'.join(label_key)}.labels.txt names {found}; restore the file"
         )
     return tuple(label.names)
-
-
-def _at(tree, path: FeaturePath):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _cached_numbers(
-    scan: Callable[[], Iterator[list[list[int]]]], shape: tuple[int, int], cache_file: pathlib.Path
-) -> Int[np.ndarray, "records numbers"]:
-    """Numbers of all records, from the cache if it has them, else from `scan`."""
-    try:
-        with open_to_read(cache_file) as file, np.load(file) as kept:  # compares its checksum
-            numbers = kept["numbers"]
-        if numbers.shape == shape:
-            return numbers
-    except Exception:  # A damaged file raises any type, depending on its bytes.
-        pass
-    LOG.info("Reading the labels of %d records once; kept in %s", shape[0], cache_file)
-    numbers = np.empty(shape, np.int32)
-    done, logged = 0, time.monotonic()
-    for chunk in scan():
-        numbers[done : done + len(chunk)] = chunk
-        done += len(chunk)
-        if time.monotonic() - logged > 30:
-            logged = time.monotonic()
-            LOG.info("%d of %d labels read", done, len(numbers))
-    # Corrupt records may be repaired later, without a change of the file's name.
-    if not (numbers == DAMAGED).all(axis=1).any():
-        _keep(numbers, cache_file)
-    return numbers
-
-
-def _keep(numbers: Int[np.ndarray, "records numbers"], path: pathlib.Path) -> None:
-    """Writes numbers, and deletes those of earlier contents of the same files."""
-    try:
-        make_shared(path.parent)
-        with written_whole(path) as file:
-            np.savez(file, numbers=numbers)
-        stem = glob.escape(path.stem.rpartition("-")[0])
-        for other in path.parent.glob(f"{stem}-*.np[yz]"):  # .npy of earlier versions
-            if other != path:
-                other.unlink(missing_ok=True)
-    except OSError as error:
-        LOG.warning("Labels not kept, the next start reads them again: %s", error)
-
-
-def _cache_file(
-    info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath], content: str
-) -> pathlib.Path:
-    """The cache file of numbers; its name has the dataset, the features and the files' content."""
-    files = info.splits[split].file_instructions
-    described = repr(
-        ([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files], list(paths))
-    )
-    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{info.full_name}-{split}")
-    return label_cache_folder() / f"{readable}-{digest}-{content}.npz"
 
 
 def _unquoted(error: Exception) -> str:

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cassle_jax.models.conditioning import check_rows
+from cassle_jax.models.conditioning import check_row_each
 from cassle_jax.models.mlp import MLP
 
 
@@ -32,7 +32,7 @@ class Bilinear(nn.Module):
         Raises:
             ValueError: there is not one code per sample.
         """
-        check_rows("code", code, x)
+        check_row_each("code", code, x)
         products = jnp.einsum("bi,bk->bik", x, code).reshape(len(x), -1)
         linear = MLP(self.out, self.out, 1, last_bias=False, dtype=self.dtype, name="hypernetwork")
         return linear(products, train)

@@ -61,7 +61,7 @@ def is_conditioned(treatment: str, injection: str) -> bool:
     return treatment == "hypernetwork" or "none" not in (treatment, injection)
 
 
-def check_rows(name: str, rows: Array, inputs: Array) -> None:
+def check_row_each(name: str, rows: Array, inputs: Array) -> None:
     """Refuses what is not one row per input: some modules would broadcast it, others not.
 
     Raises:
@@ -140,11 +140,12 @@ class ConditionedProjector(nn.Module):
             feature_width=features.shape[-1],
             descriptor_width=descriptor.shape[-1] - self.optional,
         )
-        if is_conditioned(self.treatment, self.injection):
-            check_rows("descriptor", descriptor, features)
+        conditioned = is_conditioned(self.treatment, self.injection)
+        if conditioned:
+            check_row_each("descriptor", descriptor, features)
         if self.treatment == "hypernetwork":
             return self._hypernetwork(features, descriptor, train)
-        if is_conditioned(self.treatment, self.injection) and self.injection != "image":
+        if conditioned and self.injection != "image":
             features = self._inject(features, descriptor, train)
         return MLP(
             hidden=self.hidden,
@@ -248,7 +249,7 @@ class ImageConditioner(nn.Module):
             ValueError: for a treatment other than 'mlp' and 'raw', a descriptor without entries, or
                 another number of ω than of images.
         """
-        check_rows("descriptor", descriptor, images)
+        check_row_each("descriptor", descriptor, images)
         width = descriptor.shape[-1] - self.optional
         check_conditioning(self.treatment, "image", descriptor_width=width)
         if self.treatment == "none":

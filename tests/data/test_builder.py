@@ -20,11 +20,13 @@ from cassle_jax.data import (
     DataError,
     decode,
     evaluation_batches,
+    kept_numbers,
     open_source,
     training_batches,
 )
 from cassle_jax.data import builder as builder_module
 from cassle_jax.data.decode import DamagedImage
+from cassle_jax.data.feature_paths import image_path, label_path
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
 from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of
 from cassle_jax.data.splits import Part
@@ -178,7 +180,7 @@ def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
     listed.write_text("bee\n")
     config = tiny(classes=str(listed))
     first = open_source(config, "train")
-    (cached,) = builder_module.label_cache_folder().iterdir()
+    (cached,) = kept_numbers.label_cache_folder().iterdir()
     assert "tiny_animals-1.2.0-train" in cached.name
 
     def scan(*_):
@@ -224,7 +226,7 @@ def test_a_builder_rebuilt_in_place_is_read_anew(tiny, tmp_path, image_bytes):
     assert not has_changed(opened_before)
     opened(2)
     assert has_changed(opened_before)
-    (kept,) = builder_module.label_cache_folder().iterdir()  # what nobody can read has gone
+    (kept,) = kept_numbers.label_cache_folder().iterdir()  # what nobody can read has gone
     assert "tiny_animals-1.2.0-train" in kept.name
 
 
@@ -344,7 +346,7 @@ def test_a_file_of_records_that_cannot_be_opened_for_now_is_no_damaged_record(ti
 def test_readers_that_failed_while_storage_was_out_of_reach_are_opened_anew(tiny, monkeypatch):
     """One that failed once fails again, also once storage is back."""
     expected = labels_of(open_source(tiny(), "train")).tolist()
-    monkeypatch.setattr(builder_module, "_cached_numbers", lambda scan, *_: np.vstack([*scan()]))
+    monkeypatch.setattr(builder_module, "kept_numbers", lambda scan, *_: np.vstack([*scan()]))
     source = open_source(tiny(), "train")
     stored, kind = source._records.data_source, type(source._records.data_source)
     failed, reads = (
@@ -373,7 +375,7 @@ def test_readers_that_failed_while_storage_was_out_of_reach_are_opened_anew(tiny
 
 def test_a_long_scan_says_how_far_it_is(tiny, monkeypatch, caplog):
     clock = itertools.count(0, 31)
-    monkeypatch.setattr(builder_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(kept_numbers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(builder_module, "_SCAN_CHUNK", 20)
     with caplog.at_level("INFO", logger="cassle_jax"):
         labels_of(open_source(tiny(), "train"))
@@ -526,8 +528,8 @@ def test_image_and_label_do_not_depend_on_the_order_of_features(step):
             for name in ("b", "a", "d", "c")[::step]
         }
     )
-    assert builder_module._label_path(features) == ("a",)
-    assert builder_module._image_path(features) == ("c", "left")
+    assert label_path(features) == ("a",)
+    assert image_path(features) == ("c", "left")
 
 
 def test_a_path_that_is_not_utf8_is_refused(tiny, data_dir, tmp_path):
