@@ -1,4 +1,5 @@
-# Finds or makes the Python environment, installs requirements.txt into it, and sets two names: repository and python.
+# Finds or makes the Python environment, installs requirements.txt into it, and sets two names: repository and python. What it
+# starts allocates large pages.
 # Sourced by the scripts beside it. An active virtual or conda environment is used; otherwise it is .venv in the repository.
 # shellcheck shell=bash
 
@@ -85,6 +86,9 @@ install_requirements() {
     stop "pip could not install requirements.txt into $environment; its message is above"
   cp "$repository/requirements.txt" "$stamp"
 }
+
+# glibc asks the kernel for large pages, which saves a CPU's training step the faults of small ones: up to a tenth of its time.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 # Two scripts started at once take turns, so that neither uses a half-finished installation of the other.
 exec 9<"$repository/requirements.txt"

@@ -77,6 +77,24 @@ def test_or_as_many_as_requested_each_with_its_share():
         ]
 
 
+@pytest.mark.parametrize("own", ["", "glibc.malloc.check=0"])
+def test_commands_get_large_pages_unless_the_user_has_tuned_glibc(tmp_path, own):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".cassle_jax_requirements")
+    tuned = subprocess.run(
+        ["bash", "-c", ". launch/environment.sh && printenv GLIBC_TUNABLES"],
+        cwd=ROOT,
+        env=os.environ | {"VIRTUAL_ENV": str(tmp_path), "GLIBC_TUNABLES": own},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert tuned[-1] == (own or "glibc.malloc.hugetlb=1")
+
+
 def test_without_gpus_nothing_is_installed_for_them():
     _, text = printed("gpu_host.sh", *RUN, JAX_PLATFORMS="cpu")
     assert "pip" not in text
