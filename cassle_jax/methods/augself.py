@@ -48,9 +48,7 @@ class AugSelf(Auxiliary):
         check_at_least("augself.hidden", self.hidden, 1, WIDEST)
         for name, weight in self.weights.items():
             if name not in PREDICTED:
-                raise ConfigError(
-                    f"augself.{name} cannot be predicted; use any of {', '.join(PREDICTED)}"
-                )
+                raise ConfigError(f"augself.{name} cannot be predicted; use {', '.join(PREDICTED)}")
             check_positive(f"augself.{name}", weight)
 
     @property
