@@ -22,7 +22,11 @@ from tests.states import filled_state
 from tests.tiny import EVERY_AUXILIARY, tiny_config
 
 STEPS = 4
-ARGUMENTS = (*(f"method={name}" for name in METHODS), "method=moco_v2,follow=published")
+ARGUMENTS = (
+    *(f"method={name}" for name in METHODS),
+    "method=moco_v2,follow=published",
+    "method=byol,conditioning=byol_conditional",
+)
 
 
 def whole_steps(run, mesh, config):
