@@ -1,6 +1,7 @@
 """Decodes an image file of any raster format into uint8 RGB that fits a square canvas."""
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -42,7 +43,10 @@ EXTENSIONS = frozenset(each for extensions in _EXTENSIONS.values() for each in e
 _METADATA_WITH_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
-_JPEG_SCAN = 0xDA  # marks the pixels
+_JPEG_SCAN = b"\xda"  # marks the pixels
+_JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
+_PROGRESSIVE = (0xC2, 0xCA)
+_COEFFICIENTS = 64  # of a block of pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
 _ZEROS = bytes(512)  # disks lose whole blocks
@@ -139,6 +143,8 @@ def decode(
         return _decode_with_pillow(data, canvas)
     # libjpeg reports missing pixels; a file that lacks only its end marker gets one here.
     ended = data if data.endswith(_JPEG_END) else data + _JPEG_END
+    if ended is not data and _lacks_scans(ended):
+        raise DamagedImage("it is cut short: whole scans of its pixels are missing")
     image = _decode_jpeg(ended, canvas, scratch, roughly)
     if image is not None:
         return image
@@ -239,10 +245,36 @@ def _decode_jpeg(
 def _segments(data: bytes) -> Iterator[int]:
     """Where each segment before a JPEG's pixels begins, and where the last of them ends."""
     start = 2
-    while data[start : start + 1] == b"\xff" and data[start + 1] != _JPEG_SCAN:
+    while data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] != _JPEG_SCAN:
         yield start
         start += 2 + int.from_bytes(data[start + 2 : start + 4])
     yield start
+
+
+def _lacks_scans(data: bytes) -> bool:
+    """Whether a JPEG has nothing but its last two bytes for an end, and not all its scans.
+
+    The decoder takes the detail of a missing scan for zeros. All scans together have every
+    coefficient of every colour, down to the last bit.
+    """
+    *segments, first = _segments(data)
+    frame = next((at for at in segments if data[at + 1] in _JPEG_FRAMES), None)
+    if frame is None or data.find(_JPEG_END, first) < len(data) - len(_JPEG_END):
+        return False
+    whole = set()
+    for found in re.compile(b"\xff" + _JPEG_SCAN).finditer(data, first):
+        start = found.start() + 4
+        size = int.from_bytes(data[start - 2 : start]) - 2
+        header = data[start : start + size]
+        if size < 6 or len(header) < size:
+            continue
+        low, high, bits = header[-3:]
+        if data[frame + 1] not in _PROGRESSIVE:
+            low, high, bits = 0, _COEFFICIENTS - 1, 0
+        if bits % 16 == 0:  # no later scan refines these
+            whole |= {(colour, each) for colour in header[1:-3:2] for each in range(low, high + 1)}
+    colours = sum(data[frame + 9 : frame + 10])  # one byte, or none where the frame is cut
+    return len(whole) < _COEFFICIENTS * colours
 
 
 def _may_have_orientation(data: bytes) -> bool:
@@ -251,7 +283,7 @@ def _may_have_orientation(data: bytes) -> bool:
     if any(data.startswith(_METADATA_WITH_ORIENTATION, start + 4) for start in segments):
         return True
     # Where something other than a segment follows, such as a fill byte, search for the names.
-    is_scan = data[end : end + 2] == bytes((0xFF, _JPEG_SCAN))
+    is_scan = data[end : end + 2] == b"\xff" + _JPEG_SCAN
     return not is_scan and any(name in data for name in _METADATA_WITH_ORIENTATION)
 
 

@@ -264,6 +264,20 @@ def test_a_jpeg_may_lack_its_last_marker(options, lost):
         decode(whole[:-40], 96)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_progressive_jpeg_cut_between_its_scans_is_damaged(mode):
+    """libjpeg finds nothing wrong with it: the scans that it has are whole."""
+    image = Image.fromarray(photo(60, 80)).convert(mode)
+    whole = encoded(image, "JPEG", progressive=True, quality=90, comment=b"\xff\xda\0\x08\1" * 9)
+    ends = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xc4"][2:]
+    assert len(ends) >= 3
+    for place in (place + more for place in ends for more in range(-1, 5)):
+        with pytest.raises(DamagedImage):
+            decode(whole[:place], 96)
+    for complete in (whole[:-2], whole + bytes(600)):
+        np.testing.assert_array_equal(decode(complete, 96), decode(whole, 96))
+
+
 @pytest.mark.parametrize("profile", [bytes(200_000), b"\xff\xda" * 100])
 @pytest.mark.parametrize("before", [b"", b"\xff", b"\xff\xff\xff"])
 @pytest.mark.parametrize("kind", ["EXIF", "XMP"])
