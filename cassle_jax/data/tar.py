@@ -38,6 +38,7 @@ _CLASS, _JSON = ".cls", ".json"
 _READ = EXTENSIONS | {_CLASS, _JSON}
 _SPARSE = "stored without its holes, as by tar --sparse"
 _DOTTED = "an image with another dot in its name, where its extension begins"
+_REPLACED = "an image in whose place another of the same name is read"
 _MOST_CLASSES = 1 << 20
 _PAUSES = (0.1, 0.4, 1.5)  # seconds
 _CHECKING = threading.Lock()
@@ -228,14 +229,20 @@ def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
             for member in file:
                 stem, extension = _split_name(_path(member))  # so that ./a.png is a.png
                 content = _content(member, named)
-                if not isinstance(content, str):
-                    keys.setdefault(stem, {})[extension] = member.name, content
-                elif extension in _READ:
-                    skipped.note(content, os.fsencode(f"{tar}/{member.name}"))
+                if isinstance(content, str):
+                    if extension in _READ:
+                        skipped.note(content, os.fsencode(f"{tar}/{member.name}"))
+                    continue
+                parts = keys.setdefault(stem, {})
+                if extension in EXTENSIONS and parts.get(extension, (None, content))[1] != content:
+                    skipped.note(_REPLACED, os.fsencode(f"{tar}/{member.name}"))
+                parts[extension] = member.name, content
             for stem, parts in keys.items():
                 label = _label(tar, file, stem, parts)
-                images = sorted(EXTENSIONS & parts.keys())[:1]
-                for extension in images:
+                images = sorted(EXTENSIONS & parts.keys())
+                for extension in images[1:]:
+                    skipped.note(_REPLACED, os.fsencode(f"{tar}/{parts[extension][0]}"))
+                for extension in images[:1]:
                     own_name, image = parts[extension]  # each link to a damaged image counts
                     yield own_name, image.offset_data, image.size, label
                 for own_name, _ in () if images else parts.values():

@@ -234,6 +234,22 @@ def test_images_with_a_dot_in_their_name_are_named_where_they_are_left_out(
     assert line.endswith("train.tar/IMG.2021.png'")
 
 
+def test_an_image_that_another_of_its_name_replaces_is_named(
+    tmp_path, settings, image_bytes, caplog
+):
+    """As where each class numbers its images from 0, or masks lie beside photographs."""
+    tar = tmp_path / "train.tar"
+    photograph = image_bytes(2, form="JPEG")
+    write_tar(tar, {"0.png": image_bytes(1), "1.jpg": photograph, "1.png": b"a mask"})
+    write_tar(tar, {"0.png": image_bytes(3), "0.txt": b"a"}, mode="a")
+    write_tar(tar, {"0.txt": b"b"}, mode="a")
+    source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
+    assert [record.image for record in source] == [image_bytes(3), photograph]
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert "skipped 2: an image in whose place another of the same name is read" in line
+    assert line.endswith("train.tar/0.png'")
+
+
 def test_a_path_may_be_written_in_two_ways(tmp_path, settings, image_bytes):
     write_tar(tmp_path / "train.tar", {"./a/0.png": image_bytes(1), "a/0.cls": b"3"})
     source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
