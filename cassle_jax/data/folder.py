@@ -31,6 +31,7 @@ from cassle_jax.storage import on_object_store, path_of, read_whole, real_path
 LOG = logging.getLogger(__name__)
 
 NO_LINE = "without a line in the annotations"
+NO_IMAGE = "a line of the annotations without its image"
 BESIDE_CLASSES = "beside the class folders"
 
 _STAND_INS = {
@@ -223,14 +224,24 @@ def _annotated(
         raise DataError(
             f"data.path: {str(annotations)!r} cannot be read: {reason_of(error)}"
         ) from error
-    class_of_name = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    class_of_name: dict[str, str] = {}
+    for name, label in (line.split("\t")[:2] for line in lines if "\t" in line):
+        if class_of_name.setdefault(name, label) != label:
+            raise DataError(
+                f"data.path: {str(annotations)!r} gives {name!r} two classes, "
+                f"{class_of_name[name]!r} and {label!r}"
+            )
     class_of = {}
+    missing = class_of_name.copy()
     for file in files:
         name = os.fsdecode(file.rsplit(b"/", 1)[-1])
+        missing.pop(name, None)
         if name in class_of_name:
             class_of[file] = class_of_name[name]
         else:
             skipped.note(NO_LINE, file)
+    for name in missing:
+        skipped.note(NO_IMAGE, name.encode())
     if not class_of:
         raise DataError(
             f"data.path: {str(annotations)!r} names none of the images beside it{skipped}; each of "

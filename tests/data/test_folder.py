@@ -255,6 +255,19 @@ def test_labels_of_no_image_are_refused(tree):
             open_folder(str(root), "val")
 
 
+def test_two_classes_of_an_image_are_refused_and_lines_without_an_image_are_counted(tree, caplog):
+    root = tree("val/images/0.png", "val/images/1.png")
+    annotations = root / "val" / "val_annotations.txt"
+    lines = "0.png\tn1\n1.png\tn2\n1.png\tn2\n"
+    annotations.write_text(lines + "2.png\tn2\n3.png\tn3\n")
+    source = open_folder(str(root), "val")
+    assert len(source) == 2 and source.class_names == ("n1", "n2")
+    assert "skipped 2: a line of the annotations without its image, such as '2.png'" in caplog.text
+    annotations.write_text(lines + "1.png\tn1\n")
+    with pytest.raises(DataError, match=r"_annotations\.txt' gives '1\.png' two classes, 'n2' a"):
+        open_folder(str(root), "val")
+
+
 def test_a_file_that_has_gone_is_other_content(tree):
     root = tree("train/a/1.png", "train/b/2.png")
     paths = [root / "train" / "a" / "1.png", root / "train" / "b" / "2.png"]
