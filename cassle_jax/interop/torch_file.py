@@ -258,7 +258,13 @@ class _Unpickler(pickle._Unpickler):
         pickle.SETITEMS[0]: load_setitems,
     }
 
-    def _tensor(self, storage, offset, shape, strides, *_):
+    def _tensor(self, storage, offset, shape, strides, *others):
+        # Gradients, hooks, and the signs that PyTorch changes only when it reads the numbers.
+        if any(others[2:]):
+            raise WeightsError(
+                "it has a negated or conjugated view of a tensor; load it with PyTorch and save "
+                "its tensors' clones"
+            )
         # Python's integers do not overflow; and numpy would take a length of −1 for unknown.
         if not all(type(number) is int for number in (offset, *shape, *strides)):
             raise WeightsError("it has a tensor whose place in its storage is not in integers")

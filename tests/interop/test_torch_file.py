@@ -255,13 +255,13 @@ def opcodes(value):
     return pickle.dumps(value, 2)[2:-1]
 
 
-def tensor(length, offset, shape, strides, kind="FloatStorage", view=()):
-    """The pickle of a tensor in a storage of some length, called 0."""
+def tensor(length, offset, shape, strides, kind="FloatStorage", view=(), others=b""):
+    """The pickle of a tensor in a storage of some length, called 0; `others` are opcodes."""
     identifier = b"".join(opcodes(each) for each in ("storage", kind, "0", "cpu", length, *view))
     return (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((%btQ" % identifier
         + b"".join(opcodes(each) for each in (offset, shape, strides))
-        + b"\x89NtR."
+        + b"\x89N%btR." % others
     )
 
 
@@ -269,6 +269,16 @@ def write_zip(path, pickled, storage=bytes(96), compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", storage)
+
+
+def test_a_view_that_changes_signs_is_refused(tmp_path):
+    """The storage of `torch.conj(x).imag` has the numbers of x's, with the other sign."""
+    file = tmp_path / "file.pth"
+    write_zip(file, tensor(24, 0, (24,), (1,), others=opcodes({})))
+    np.testing.assert_array_equal(read_torch_file(file), np.zeros(24))
+    write_zip(file, tensor(24, 0, (24,), (1,), others=opcodes({"conj": False, "neg": True})))
+    with pytest.raises(WeightsError, match="it has a negated or conjugated view of a tensor"):
+        read_torch_file(file)
 
 
 @pytest.mark.parametrize(
