@@ -1,4 +1,4 @@
-"""The tutorial's commands, one after the other, on drawn photographs and in little time."""
+"""The tutorial's commands, one after the other, on the drawn scenes and in little time."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cassle_jax.data.families import open_drawn
 from tests.tiny import on_one_device
 
 ROOT = Path(__file__).parents[1]
@@ -32,21 +33,20 @@ QUICKLY = {
 }
 
 
-def photograph(path, colour, seed):
-    draw = np.random.default_rng(seed)
-    pixels = np.clip(draw.normal(colour, 40, (70, 90, 3)), 0, 255).astype(np.uint8)
+def put(image, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(image).save(path)
 
 
 @pytest.mark.exhaustive
 def test_every_command_of_the_page_runs_on_what_the_one_before_it_left(tmp_path):
-    for seed in range(40):
-        photograph(tmp_path / "photos" / f"{seed % 3}" / f"{seed}.jpg", 128, seed)
-        colour = ((200, 60, 60), (60, 60, 200))[seed % 2]
-        split = "train" if seed < 30 else "test"
-        name = ("red", "blue")[seed % 2]
-        photograph(tmp_path / "labelled" / split / name / f"{seed}.png", colour, seed)
+    scenes = open_drawn("scenes", 400, 64, "train")
+    for index in range(40):
+        put(scenes[index].image, tmp_path / "photos" / f"{index % 3}" / f"{index}.jpg")
+    for label, name in enumerate(scenes.class_names[:2]):
+        for number, index in enumerate(np.flatnonzero(scenes.labels == label)[:20].tolist()):
+            split = "train" if number < 15 else "test"
+            put(scenes[index].image, tmp_path / "labelled" / split / name / f"{index}.png")
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     for command in COMMANDS:
         _, module, *arguments = command.split()
