@@ -107,6 +107,7 @@ def prepare(
                 written = _write_shards(sources, plan, folder, workers, max_bad_fraction)
                 _check_unreadable(written, folder, max_bad_fraction)
                 _write_info(plan, written, folder)
+                remove_partials(folder)  # a killed call's workers may have outlived it
         except BaseException as error:
             plain = _plain(error, folder)
             if plain is None:

@@ -176,6 +176,18 @@ def test_what_a_stopped_call_wrote_is_kept(images, tmp_path, small_shards, monke
     assert len(written) == 3 + 5 - len([1, 1])  # the first two shards are not written again
 
 
+def test_what_a_worker_of_a_killed_call_begins_meanwhile_does_not_stay(
+    images, tmp_path, small_shards, monkeypatch
+):
+    def beside_another(path, *args):
+        path.with_name(f"{path.name}.0badcafe{PARTIAL}").touch()
+        return shards_module.write_shard(path, *args)
+
+    monkeypatch.setattr("cassle_jax.prepare.dataset.write_shard", beside_another)
+    folder = prepare(settings(images), ["train"], str(tmp_path), HOW, **BAD)
+    assert not list(folder.glob(f"*{PARTIAL}"))
+
+
 @pytest.mark.exhaustive
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     root = tmp_path / "images"
