@@ -1,4 +1,4 @@
-"""A convolution that stays fast on CPUs: for maps smaller than the kernel, and for few channels."""
+"""A convolution that stays fast where the map is smaller than its kernel."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-
-_FEW_CHANNELS = 4
 
 
 def convolve(
@@ -24,13 +22,8 @@ def convolve(
     Where the result is smaller than the kernel, as in a ResNet's last stage of 64-pixel images,
     every place of it is one matrix product: of the part of the map that the kernel covers there,
     with that part of the kernel. This leaves out the padding, which is more than half of the work
-    there. XLA's own convolution is up to a hundred times slower on CPUs.
-
-    Where a convolution with strides has few channels, as a ResNet's stem, CPUs move the pixels
-    between two places into channels first, which makes a convolution without strides.
-
-    In both cases, forward-mode differentiation, as in `jax.jvp` and `jax.hessian`, is not
-    supported.
+    there. XLA's own convolution is up to a hundred times slower on CPUs. Forward-mode
+    differentiation, as in `jax.jvp` and `jax.hessian`, is then not supported.
 
     Args:
         x: the maps.
@@ -43,11 +36,9 @@ def convolve(
         _Side(*sizes)
         for sizes in zip(x.shape[1:3], kernel.shape[:2], window_strides, padding, strict=True)
     )
-    if any(side.places < side.kernel for side in sides):
-        return _by_places(x, kernel, sides, options.get("precision"))
-    if max(window_strides) > 1 and x.shape[-1] <= _FEW_CHANNELS:
-        return _with_strides(x, kernel, sides, tuple(options.items()))
-    return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    if all(side.places >= side.kernel for side in sides):
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    return _by_places(x, kernel, sides, options.get("precision"))
 
 
 class _Side(NamedTuple):
@@ -62,11 +53,6 @@ class _Side(NamedTuple):
     def places(self) -> int:
         """The number of the result's rows or columns."""
         return (self.size + sum(self.padding) - self.kernel) // self.stride + 1
-
-    def folding(self) -> tuple[int, int, int]:
-        """What `lax.pad` adds, so that whole strides fill the map from the first place on."""
-        strides = self.places - 1 - (-self.kernel // self.stride)
-        return self.padding[0], strides * self.stride - self.size - self.padding[0], 0
 
     def covered(self) -> list[tuple[slice, slice]]:
         """For every place, what the kernel covers of the map, and that part of the kernel."""
@@ -120,43 +106,3 @@ def _backward(sides, precision, kept, gradient):
 
 
 _by_places.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _with_strides(x, kernel, sides, options):
-    return lax.platform_dependent(
-        x, kernel, cpu=partial(_folded, sides, options), default=partial(_plain, sides, options)
-    )
-
-
-# On CPUs, too, the gradient is fastest with the strides.
-_with_strides.defvjp(
-    lambda x, kernel, *how: (_with_strides(x, kernel, *how), (x, kernel)),
-    lambda sides, options, kept, gradient: jax.vjp(partial(_plain, sides, options), *kept)[1](
-        gradient
-    ),
-)
-
-
-def _plain(sides, options, x, kernel):
-    strides, padding = [side.stride for side in sides], [side.padding for side in sides]
-    return lax.conv_general_dilated(x, kernel, strides, padding, **dict(options))
-
-
-def _folded(sides, options, x, kernel):
-    """The convolution without strides, as the pixels from place to place are channels."""
-    strides = [side.stride for side in sides]
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *map(_Side.folding, sides), (0, 0, 0)))
-    whole = [(0, -side.kernel % side.stride, 0) for side in sides]
-    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), (*whole, (0, 0, 0), (0, 0, 0)))
-    kernel = jnp.moveaxis(_into_channels(jnp.moveaxis(kernel, 3, 0), strides), 0, 3)
-    x = _into_channels(x, strides)
-    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", **dict(options))
-
-
-def _into_channels(x, strides):
-    """Maps whose channels are those of `strides` rows and columns: a place of the result each."""
-    batch, height, width, channels = x.shape
-    rows, columns = strides
-    x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
-    return x.swapaxes(2, 3).reshape(batch, height // rows, width // columns, -1)

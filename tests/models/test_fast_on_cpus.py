@@ -52,37 +52,6 @@ def test_a_convolution_of_a_map_smaller_than_its_kernel_is_a_convolution(size, k
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    ("size", "side", "strides", "around"),
-    [
-        ((16, 14), 7, (2, 2), ((3, 3), (3, 3))),
-        ((13, 15), 5, (2, 3), ((0, 1), (2, 0))),
-        ((9, 8), 2, (3, 1), ((0, 0), (1, 1))),
-    ],
-)
-def test_a_convolution_of_few_channels_with_strides_is_a_convolution(
-    size, side, strides, around, channels
-):
-    random = np.random.default_rng(0)
-    x = jnp.asarray(random.standard_normal((2, *size, channels)), jnp.float32)
-    kernel = jnp.asarray(random.standard_normal((side, side, channels, 4)), jnp.float32)
-    ours, theirs = (
-        value_and_gradients(jax.jit(lambda x, k, f=f: f(x, k, strides, around, **HOW)), x, kernel)
-        for f in (convolve, lax.conv_general_dilated)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
-
-
-def test_only_cpus_move_pixels_into_channels():
-    shapes = [jax.ShapeDtypeStruct(each, jnp.float32) for each in [(2, 16, 16, 3), (7, 7, 3, 4)]]
-    stem = jax.jit(lambda x, kernel: convolve(x, kernel, (2, 2), ((3, 3),) * 2, **HOW))
-    traced = stem.trace(*shapes)
-    program = {each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda")}
-    assert "4x4x12x4xf32" in program["cpu"]
-    assert "4x4x12x4xf32" not in program["cuda"]
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (8, 7)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_max_pooling_and_its_gradient_are_xlas_also_among_equals(size, dtype):
