@@ -44,6 +44,7 @@ _METADATA_WITH_ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = b"\xda"  # marks the pixels
+_JPEG_SCANS = re.compile(b"\xff" + _JPEG_SCAN)
 _JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
 _PROGRESSIVE = (0xC2, 0xCA)
 _COEFFICIENTS = 64  # of a block of pixels
@@ -254,25 +255,26 @@ def _segments(data: bytes) -> Iterator[int]:
 def _lacks_scans(data: bytes) -> bool:
     """Whether a JPEG has nothing but its last two bytes for an end, and not all its scans.
 
-    The decoder takes the detail of a missing scan for zeros. All scans together have every
-    coefficient of every colour, down to the last bit.
+    The decoder takes the detail of a missing scan for zeros. Encoders send every coefficient of
+    every colour, down to the last bit.
     """
     *segments, first = _segments(data)
     frame = next((at for at in segments if data[at + 1] in _JPEG_FRAMES), None)
     if frame is None or data.find(_JPEG_END, first) < len(data) - len(_JPEG_END):
         return False
     whole = set()
-    for found in re.compile(b"\xff" + _JPEG_SCAN).finditer(data, first):
+    for found in _JPEG_SCANS.finditer(data, first):
         start = found.start() + 4
         size = int.from_bytes(data[start - 2 : start]) - 2
         header = data[start : start + size]
-        if size < 6 or len(header) < size:
-            continue
+        if len(header) < size or size < 6 or size != 4 + 2 * header[0] or header[0] > 4:
+            continue  # no scan
         low, high, bits = header[-3:]
         if data[frame + 1] not in _PROGRESSIVE:
             low, high, bits = 0, _COEFFICIENTS - 1, 0
         if bits % 16 == 0:  # no later scan refines these
-            whole |= {(colour, each) for colour in header[1:-3:2] for each in range(low, high + 1)}
+            kept = range(low, min(high, _COEFFICIENTS - 1) + 1)
+            whole |= {(colour, each) for colour in header[1:-3:2] for each in kept}
     colours = sum(data[frame + 9 : frame + 10])  # one byte, or none where the frame is cut
     return len(whole) < _COEFFICIENTS * colours
 

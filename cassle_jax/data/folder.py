@@ -225,17 +225,20 @@ def _annotated(
             f"data.path: {str(annotations)!r} cannot be read: {reason_of(error)}"
         ) from error
     class_of_name: dict[str, str] = {}
+    other: dict[str, str] = {}
     for name, label in (line.split("\t")[:2] for line in lines if "\t" in line):
         if class_of_name.setdefault(name, label) != label:
-            raise DataError(
-                f"data.path: {str(annotations)!r} gives {name!r} two classes, "
-                f"{class_of_name[name]!r} and {label!r}"
-            )
+            other[name] = label
     class_of = {}
     missing = class_of_name.copy()
     for file in files:
         name = os.fsdecode(file.rsplit(b"/", 1)[-1])
         missing.pop(name, None)
+        if name in other:
+            raise DataError(
+                f"data.path: {str(annotations)!r} gives {name!r} two classes, "
+                f"{class_of_name[name]!r} and {other[name]!r}"
+            )
         if name in class_of_name:
             class_of[file] = class_of_name[name]
         else:

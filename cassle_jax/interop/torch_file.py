@@ -259,11 +259,12 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def _tensor(self, storage, offset, shape, strides, *others):
-        # Gradients, hooks, and the signs that PyTorch changes only when it reads the numbers.
-        if any(others[2:]):
+        # After gradients and hooks: signs that PyTorch changes only when it reads the numbers.
+        metadata = others[2] if len(others) > 2 else None
+        if isinstance(metadata, dict) and (metadata.get("neg") or metadata.get("conj")):
             raise WeightsError(
                 "it has a negated or conjugated view of a tensor; load it with PyTorch and save "
-                "its tensors' clones"
+                "its resolve_neg().resolve_conj()"
             )
         # Python's integers do not overflow; and numpy would take a length of −1 for unknown.
         if not all(type(number) is int for number in (offset, *shape, *strides)):
