@@ -1,5 +1,5 @@
-# Finds or makes the Python environment, installs requirements.txt into it, and sets two names: repository and python. What it
-# starts allocates large pages.
+# Finds or makes the Python environment, installs requirements.txt into it, and sets two names: repository and python. Commands
+# started from here allocate large pages.
 # Sourced by the scripts beside it. An active virtual or conda environment is used; otherwise it is .venv in the repository.
 # shellcheck shell=bash
 

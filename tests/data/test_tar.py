@@ -246,7 +246,7 @@ def test_an_image_that_another_of_its_name_replaces_is_named(
     source = open_source(settings(source="webdataset", path=str(tmp_path)), "train")
     assert [record.image for record in source] == [image_bytes(3), photograph]
     (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
-    assert "skipped 2: an image in whose place another of the same name is read" in line
+    assert "skipped 2: an image that another of the same name replaces" in line
     assert line.endswith("train.tar/0.png'")
 
 
