@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks.contest import one_line
 from benchmarks.isolated import run_isolated
 from cassle_jax import command
-from cassle_jax.checks import check_at_least
+from cassle_jax.checks import ConfigError, check_at_least
 from cassle_jax.models.convolve import convolve
 
 CALLS = 7
@@ -171,9 +170,11 @@ def table(size: int, batch: int, found: Mapping[str, list[Times]]) -> list[str]:
 
 
 def main() -> None:
-    """Prints the table, of ours alone where PyTorch is missing."""
+    """Prints the table; without PyTorch, the table of ours."""
     for name, flag, least in (("size", SIZE, 32), ("batch", BATCH, 1), ("rounds", ROUNDS, 1)):
         check_at_least(name, flag.value, least)
+    if SIZE.value % 32:
+        raise ConfigError(f"size={SIZE.value} must be a multiple of 32, such as 64")
     found: dict[str, list[Times]] = {"ours": [], "PyTorch": []}
     for _ in range(ROUNDS.value):
         for name, measure in (("ours", ours), ("PyTorch", theirs)):
@@ -182,7 +183,7 @@ def main() -> None:
                     found[name].append(run_isolated(measure, SIZE.value, BATCH.value))
                 except RuntimeError as error:
                     del found[name]
-                    command.say(f"{name} cannot be measured: {one_line(error)}")
+                    command.say(f"{name} cannot be measured: {error}")
     for line in table(SIZE.value, BATCH.value, found):
         command.say(line)
 

@@ -79,8 +79,8 @@ class STL(Auxiliary):
     def losses(self, networks, features, own, axis_name):
         """`cosine` is that of z and its prediction; `gain` is `cosine` minus that of the views."""
         first, second = pair = features.pair
-        both = (networks.stl_code(jnp.hstack(views), True) for views in (pair, pair[::-1]))
-        forward, backward = both
+        orders = pair, pair[::-1]
+        forward, backward = (networks.stl_code(jnp.hstack(views), True) for views in orders)
         partner = jnp.arange(len(first)) ^ 1
         predicted = (
             networks.stl_predictor(second, backward[partner], True),

@@ -18,6 +18,7 @@ QUICKSTART = "--config=configs/quickstart.py:method=moco_v2"
         ("linear_evaluation", ["--rows=4"], "rows=4 must be at least 10"),
         ("xla_flags", ["--method=mocov2"], "method='mocov2'"),
         ("xla_flags", ["--seconds=0"], "seconds=0.0 must be"),
+        ("convolutions", ["--size=48"], "size=48 must be a multiple of 32"),
         ("weak_scaling", [QUICKSTART, "--processes=0"], "processes=0 must list numbers"),
         ("weak_scaling", [QUICKSTART, "--steps=0"], "steps=0 must be at least 1"),
         (
