@@ -50,7 +50,14 @@ def save_safetensors(arrays: State, path: Path, card: Card) -> None:
     """Writes arrays with their model card."""
     # `save` writes the memory of an array as it lies there, as in PyTorch's channels-last files.
     rows_first = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_whole(path, save(rows_first, {"format": "pt", "card": json.dumps(card)}))
+    data = save(rows_first, {"format": "pt", "card": json.dumps(card)})
+    # safetensors shuffles its metadata: sort them, so that equal weights are equal files.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_whole(path, len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def timm_config(architecture: Architecture, card: Card) -> dict[str, Any]:

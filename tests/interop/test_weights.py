@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cassle_jax.interop import weights as weights_module
 from cassle_jax.interop.errors import WeightsError
+from cassle_jax.interop.formats import save_safetensors
 from cassle_jax.interop.naming import from_detectron2, from_torchvision, to_detectron2
 from cassle_jax.interop.pytorch import mlp_to_pytorch, projector_to_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.models import MLP, ConditionedProjector
 from tests.interop.states import ENCODERS, assert_same, encoder_state, encoder_variables, filled
+
+COUNTING = np.arange(7, dtype=np.float32)
 
 
 def head_variables(head, inputs):
@@ -26,6 +30,16 @@ def head_variables(head, inputs):
         jax.ShapeDtypeStruct((2, inputs), jnp.float32),
     )
     return filled(shapes, seed=1)
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    for name in "abcdefgh":  # safetensors alone would write two kinds of them, by chance
+        save_safetensors({"ä": COUNTING, "b": COUNTING[:3]}, tmp_path / name, {"name": "größer"})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "a", "np") as file:
+        assert json.loads(file.metadata()["card"]) == {"name": "größer"}
+        np.testing.assert_array_equal(file.get_tensor("ä"), COUNTING)
+        np.testing.assert_array_equal(file.get_tensor("b"), COUNTING[:3])
 
 
 @pytest.fixture
