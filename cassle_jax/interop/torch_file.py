@@ -41,6 +41,16 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16"
 REFUSED = (pickle.PERSID, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
 LARGEST_KEY = 2**63  # bound of a dict's integer keys
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Settings and counters that training scripts save beside the weights; their content is dropped.
+UNNEEDED = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
 _BEGIN = 32  # bytes of a file that a message quotes
 RESAVE = "load it with PyTorch and save its state_dict() anew with torch.save"
 
@@ -117,7 +127,13 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     """The content of `archive` under `name`, which is no larger than the archive."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise WeightsError(f"its {name} is compressed, as torch.save does not; {RESAVE}")
-    return archive.read(name)
+    try:
+        return archive.read(name)
+    except zipfile.BadZipFile as error:
+        raise WeightsError(
+            f"its {name} has another checksum than it states: it is damaged, or was written with "
+            f"torch.serialization.set_crc32_options(False); {RESAVE}"
+        ) from error
 
 
 def _read_legacy(file: io.BufferedIOBase) -> Any:
@@ -137,6 +153,10 @@ def _read_legacy(file: io.BufferedIOBase) -> Any:
     if unpickler.storages:
         raise WeightsError("it has tensors, and no numbers for them")
     return content
+
+
+class _Unneeded(dict):
+    """What an object that weights do not need is read as: empty, whatever is put into it."""
 
 
 def _size(file: io.BufferedIOBase) -> int:
@@ -186,6 +206,7 @@ class _Unpickler(pickle._Unpickler):
         self._known |= {f"torch.{dtype}": dtype for dtype in DTYPES}
         self._known |= {f"torch.{kind}": kind for kind in STORAGES}
         self._known |= {f"torch.cuda.{kind}": kind for kind in STORAGES}
+        self._known |= dict.fromkeys(UNNEEDED, self._unneeded)
 
     def find_class(self, module, name):
         full_name = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
@@ -232,6 +253,8 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
+        if isinstance(self.stack[-1], _Unneeded):
+            return
         # A state dict's versions of its modules, which nothing here needs.
         versions = isinstance(state, dict) and state.keys() == {"_metadata"}
         if not (versions and isinstance(self.stack[-1], collections.OrderedDict)):
@@ -244,6 +267,8 @@ class _Unpickler(pickle._Unpickler):
         self._set_items(self.pop_mark())
 
     def _set_items(self, items):
+        if isinstance(self.stack[-1], _Unneeded):
+            return
         if not isinstance(self.stack[-1], dict):
             raise WeightsError(f"it puts items into a {type(self.stack[-1]).__name__}")
         self.stack[-1].update(zip(_keys(items[::2]), items[1::2], strict=True))
@@ -253,6 +278,7 @@ class _Unpickler(pickle._Unpickler):
         for code, load in pickle._Unpickler.dispatch.items()
         if bytes([code]) not in REFUSED
     } | {
+        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
         pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
@@ -311,6 +337,9 @@ class _Unpickler(pickle._Unpickler):
     def _shape(self, lengths):
         self._spend(len(lengths))
         return tuple(lengths)
+
+    def _unneeded(self, *_):
+        return _Unneeded()
 
     def _device(self, *names):
         self._spend(sum(len(str(name)) for name in _keys(names)))

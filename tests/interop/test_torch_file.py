@@ -1,5 +1,6 @@
 """PyTorch's files are read without PyTorch, and what they would run is not run."""
 
+import argparse
 import collections
 import io
 import os
@@ -124,6 +125,28 @@ def test_what_is_read_is_what_pytorch_reads(tmp_path, zipped):
         np.testing.assert_array_equal(ours[name], expected)
 
 
+class AttributeDict(dict):
+    """As PyTorch Lightning's, which holds a run's hyper-parameters."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_settings_beside_the_weights_are_left_out(tmp_path, zipped):
+    """As in checkpoints of DINO, MAE and timm (argparse's) and of PyTorch Lightning."""
+    content = {
+        "args": argparse.Namespace(arch="vit_small", betas=[0.9, 0.999]),
+        "hyper_parameters": AttributeDict(width=64),
+        "best": np.float64(0.5),
+        "state_dict": {"scale": 2},
+        "epoch": 3,
+    }
+    pickled = pickle.dumps(content, 2).replace(
+        __name__.encode(), b"lightning_fabric.utilities.data"
+    )
+    (as_zip if zipped else as_legacy)(pickled, tmp_path / "file.pth")
+    read = read_torch_file(tmp_path / "file.pth")
+    assert read == content | {"args": {}, "hyper_parameters": {}, "best": {}}
+
+
 class Runs:
     """Unpickling it makes a file: with a function of `os`, or by way of a builtin."""
 
@@ -215,7 +238,7 @@ def test_a_program_in_a_storages_identifier_is_refused(tmp_path, sentinel, posit
         b"\x80\x02cbuiltins\nset\n}U\x04evilK\x01sb.",
         b"\x80\x02ccollections\nOrderedDict\n)R}U\x05itemsK\x01sb.",
         # make an object of a class by name alone
-        b"\x80\x02cargparse\nNamespace\n)\x81.",
+        b"\x80\x02ctypes\nSimpleNamespace\n)\x81.",
     ],
 )
 def test_nothing_known_can_be_changed_or_taken_apart(tmp_path, pickled):
@@ -433,6 +456,16 @@ def test_a_compressed_archive_is_refused(tmp_path):
             deflated = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
             other.writestr(name, archive.read(name), deflated)
     with pytest.raises(WeightsError, match="data/0 is compressed"):
+        read_torch_file(tmp_path / "file.pth")
+
+
+def test_a_file_without_checksums_says_how_to_save_it(tmp_path):
+    data = bytearray((DATA / "zip.pth").read_bytes())
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entry = next(each for each in archive.infolist() if each.filename.endswith("data/0"))
+    data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
+    (tmp_path / "file.pth").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"data/0 has another checksum .*set_crc32_options"):
         read_torch_file(tmp_path / "file.pth")
 
 
