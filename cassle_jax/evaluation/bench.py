@@ -1,7 +1,8 @@
 """A bench: one subject on one dataset, with the features that the protocols share."""
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -77,7 +78,7 @@ class Bench:
         """
         data, size = self.data, self.subject.spec.size
         if not data.ten_crops:
-            return [self.train, self.val, self.test]
+            return [*self.fitted, self.test]
         side = uncropped_side(size)
         images = map(self.store.limited, (data.train, data.val))
         ten = (TenCrops(each, size, side) for each in images)
@@ -103,10 +104,17 @@ class Bench:
         parts = (self.store.limited(part) for part in (self.data.train, self.data.val))
         return Joined(*parts)
 
-    @property
+    @cached_property
     def fitted(self) -> list[Features]:
-        """Features of the parts that a classifier may learn from."""
-        return [self.train, self.val]
+        """Features of the parts that a classifier may learn from; warns of test images there."""
+        parts = [self.train, self.val]
+        if repeated := _repeated(parts, self.test):
+            warnings.warn(
+                f"{repeated} of {len(self.test.features)} test images have exactly the features of "
+                "an image to learn from; if these are the same images, scores are too high",
+                stacklevel=2,
+            )
+        return parts
 
     def analysed(self, images: int):
         """Batches of test images in a random order, the same one for all analyses.
@@ -118,6 +126,13 @@ class Bench:
         """
         order = np.random.default_rng(0).permutation(len(self.data.test))
         return self.store.batches(Part(self.data.test, order, "shuffled"), images)
+
+
+def _repeated(learnt: Sequence[Features], tested: Features) -> int:
+    """Number of test rows that are bit by bit rows to learn from; 0 of collapsed features."""
+    rows = [hash(row.tobytes()) for row in tested.features]
+    known = {hash(row.tobytes()) for part in learnt for row in part.features}
+    return sum(row in known for row in rows) if len(set(rows)) > 1 else 0
 
 
 def _equal(first: Any, second: Any) -> bool:

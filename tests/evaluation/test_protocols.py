@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from cassle_jax import evaluation
 from cassle_jax.data import Scenes
 from cassle_jax.data.datasets import EvaluationData
+from cassle_jax.data.splits import Part
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.evaluation.protocol import Protocol
@@ -96,6 +98,21 @@ def test_analysed_images_are_in_an_order_that_is_always_the_same(bench):
     np.testing.assert_array_equal(first, labels())
     in_order = [bench.data.test[place].label for place in range(12)]
     assert first.tolist() != in_order
+
+
+def test_test_images_that_are_also_learnt_from_are_warned_of(bench):
+    """With the nearest neighbour of a test image being itself, any encoder scores 100 %."""
+
+    def shown(train):
+        data = dataclasses.replace(bench.data, train=train, val=Scenes(16, seed=2, size=PIXELS))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            dataclasses.replace(bench, data=data).fitted  # noqa: B018
+        return [str(each.message) for each in found]
+
+    assert shown(Scenes(16, seed=1, size=PIXELS)) == []
+    (warning,) = shown(Part(bench.data.train, np.arange(5), "some"))
+    assert warning.startswith("5 of 16 test images have exactly the features of an image to learn")
 
 
 def test_what_serves_all_datasets_is_made_once_for_equal_arguments_alone(bench):
