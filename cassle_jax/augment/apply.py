@@ -16,11 +16,11 @@ __all__ = ["View", "apply", "augment", "denormalize"]
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class View:
-    """An augmented image and its origin (with leading axes: several).
+    """One augmented image and how it was made; leading axes hold several.
 
     Attributes:
       image: normalised RGB.
-      params: the parameters that it was made with.
+      params: the parameters that were applied.
       color_diff: per channel, mean before the colour jitter minus mean after it, in [-1, 1].
     """
 
@@ -40,18 +40,18 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
 
     Args:
       image: [height, width, 3] canvas, RGB, uint8 or float in [0, 1]; values outside the picture
-        do not matter as long as they are finite. Where a program is traced, as by ``jax.jit`` and
-        ``jax.vmap``, values are unknown: there a view of floats outside [0, 1] is NaN.
+        do not matter as long as they are finite. Traced values, as under ``jax.jit`` and
+        ``jax.vmap``, cannot be refused: a view of floats outside [0, 1] is then NaN.
       params: one view's parameters.
-      spec: gives S, the blur's kernel, mean and std, and the steps that exist.
+      spec: gives S, the blur's kernel, mean and std, and the steps to compile.
       size: int [2], height and width of the picture at the canvas's top left; None: all of it.
 
     Returns:
       View with image [S, S, 3].
 
     Raises:
-      ValueError: if the image or the parameters are not one valid view's, such as a grey image or a
-        batch.
+      ValueError: if the image is not one valid image, such as a grey image or a batch, or the
+        parameters are not those of one view.
     """
     check_spec(spec)
     params = _without_left_out(check_params(params), spec)
@@ -78,7 +78,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
 
 
 def _without_left_out(params: ViewParams, spec: AugmentSpec) -> ViewParams:
-    """The parameters, with the steps switched off that the spec leaves out."""
+    """The parameters; steps that the spec leaves out are switched off."""
     left_out = [
         field for name, field in SWITCHES.items() if name != "flip" and not getattr(spec, name)
     ]
@@ -126,7 +126,7 @@ def denormalize(
       [..., height, width, 3], RGB clipped to [0, 1].
 
     Raises:
-      ValueError: if the last axis is not RGB, or the spec is none.
+      ValueError: if the last axis is not RGB, or ``spec`` is no ``AugmentSpec``.
     """
     check_spec(spec)
     if np.ndim(image) < 3 or image.shape[-1] != 3:

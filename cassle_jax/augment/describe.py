@@ -85,8 +85,8 @@ def difference(view_1: View, view_2: View, spec: AugmentSpec) -> dict[str, Float
         rotation: (turns 1 - turns 2) mod 4, one-hot: a class for cross-entropy.
 
     Raises:
-      ValueError: if an argument has an error of ``describe``, or a comparison has another number
-        of values than components.
+      ValueError: for an error of ``describe`` in either view, or if a comparison has another
+        number of values than components.
     """
     check_spec(spec)
     view_1, view_2 = _checked(view_1), _checked(view_2)
@@ -108,7 +108,7 @@ def _described(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
 
 
 def _checked(view: View) -> View:
-    """The view, with its numbers as arrays; raises ValueError where they are not one view's."""
+    """The view, its numbers as arrays; raises ValueError unless they are those of one view."""
     params = check_params(view.params)
     check_one("color_diff", view.color_diff, (3,))
     return view.replace(params=params)
@@ -226,7 +226,7 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
 
     Args:
       names: descriptors, or components of them such as ``color.hue``.
-      prefix: of the setting's name in a message, such as ``conditioning.``.
+      prefix: prefix of the setting's name in a message, such as ``conditioning.``.
 
     Raises:
       ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for

@@ -44,7 +44,7 @@ class Descriptor:
       setting: the field of ``AugmentSpec`` that decides whether the augmentation is ever drawn.
       kind: `value` for real numbers, `binary` for one number that is 0 or 1, `class` for one-hot
         numbers. Decides AugSelf's loss and the probe of an evaluation.
-      neutral: the numbers of an unaugmented image; zeros by default, which are no `class`.
+      neutral: the numbers of an unaugmented image; zeros by default. A `class` needs its own.
       compare: returns the augmentation of view 1 relative to view 2; by default the difference of
         their numbers. A head predicts it by the loss of ``kind``, so a predicted `binary` or
         `class` needs one that returns 0 or 1, or one-hot numbers.
@@ -55,7 +55,7 @@ class Descriptor:
         pictures show that one.
 
     Raises:
-      ValueError: numbers that do not fit the components or the kind; the message says what would.
+      ValueError: numbers do not fit the components or the kind; the message says what would.
     """
 
     components: tuple[str, ...]

@@ -27,10 +27,10 @@ Size = Integer[Array | np.ndarray, "2"]
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class ViewParams:
-    """All random choices for one view (with leading axes: for several).
+    """All random choices for one view; leading axes hold those of several.
 
-    A value that belongs to an operation (``sigma`` to ``blur``, the four colour factors to
-    ``jitter``, ...) has a meaning only where that operation's flag is true.
+    The values of an operation (``sigma`` of ``blur``, the four colour values of ``jitter``, ...)
+    have a meaning only where its flag is true.
 
     Attributes:
       crop: top, left, height, width of the box, as fractions of the image.
@@ -86,9 +86,9 @@ def draw(
       ViewParams without batch axes.
 
     Raises:
-      ValueError: if the key or the size belongs to several images, or the spec is none; if
-        ``spec.jitter_order`` is 'batch' and there is no ``order_key``, or it is of another
-        generator than the key.
+      ValueError: if the key or the size belongs to several images, ``spec`` is no ``AugmentSpec``,
+        ``spec.jitter_order`` is 'batch' without an ``order_key``, or the two keys are of different
+        generators.
     """
     check_spec(spec)
     check_size(size)

@@ -87,7 +87,7 @@ def _wrong_shape(shape: tuple[int, ...]) -> str:
     if len(shape) == 2:
         return "that of a grey image; use [height, width, 3], as by np.stack([image] * 3, axis=-1)"
     if len(shape) > 3:
-        return "that of a batch, and one image is augmented at a time; use jax.vmap"
+        return "that of a batch; use jax.vmap, as one image is augmented at a time"
     if len(shape) < 3:
         return "that of no image; use [height, width, 3]"
     if shape[-1] == 1:
@@ -178,8 +178,8 @@ def check_one(name: str, value: Any, shape: tuple[int, ...] = ()) -> None:
     """
     if np.shape(value) != shape:
         raise ValueError(
-            f"{name} has shape {np.shape(value)}, and that of one view has {shape}; use jax.vmap "
-            "for several"
+            f"{name} has shape {np.shape(value)}, but one view's has {shape}; use jax.vmap for "
+            "several views"
         )
 
 

@@ -1,7 +1,7 @@
 """Crops and resizes by two matrix products, straight from the padded canvas, as Pillow would.
 
-Each row of a weight matrix holds the weights of the canvas's rows (or columns) in one output row
-(or column). Weights follow Pillow's antialiasing: where the image shrinks, the filter is stretched
+A row of a weight matrix has the weights with which the canvas's rows (or columns) enter one output
+row (or column). They follow Pillow's antialiasing: where the image shrinks, the filter is stretched
 by the scale, cut off at the box, and normalised, so nothing outside the box reaches the view.
 """
 

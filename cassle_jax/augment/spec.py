@@ -60,7 +60,7 @@ CHANCES = tuple(SWITCHES)
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSpec:
-    """The distribution augmentations are drawn from; the defaults are CASSLE's for ImageNet.
+    """The distribution of augmentations; the defaults are CASSLE's for ImageNet.
 
     Hashable, so that it can be a static argument of a compiled function. Lists, integers and arrays
     become tuples and floats, so that values may come straight from a config file.
@@ -72,9 +72,9 @@ class AugmentSpec:
       crop_aspect: range of the box's width / height, drawn uniformly in its logarithm.
       flip: probability of a horizontal flip.
       jitter: probability of colour jitter.
-      brightness: range of the factor every pixel is multiplied with.
-      contrast: range of the factor of the distance to the image's mean grey.
-      saturation: range of the factor of HSV saturation.
+      brightness: range of the factor on every value.
+      contrast: range of the factor on every value's distance to the image's mean grey.
+      saturation: range of the factor on HSV saturation.
       hue: range of the shift of HSV hue, in turns.
       jitter_order: 'image' draws the order of the four colour operations for every image (as
         torchvision does), 'batch' once for all images that share an ``order_key`` (as the published
@@ -173,10 +173,10 @@ class AugmentSpec:
     def with_color_strength(self, strength: Number) -> "AugmentSpec":
         """This spec with its colour augmentation scaled: 0.5 is weak, 1 unchanged, 2 strong.
 
-        Every jitter range keeps its neutral value (1 for factors, 0 for hue), and its ends'
-        distances to it are multiplied by ``strength``; factors stay at 0 or above. The probability
-        of grayscale is multiplied too. From the defaults this gives max(0, 1 - 0.4 s) to 1 + 0.4 s,
-        hue +-0.1 s and grayscale 0.2 s.
+        The ends of a jitter range keep their side of the neutral value (1 for factors, 0 for hue),
+        at ``strength`` times their distance; factors stay at 0 or above. The probability of
+        grayscale is multiplied, too. The defaults become max(0, 1 - 0.4 s) to 1 + 0.4 s, hue
+        +-0.1 s and grayscale 0.2 s.
 
         Args:
           strength: s, at least 0.

@@ -118,7 +118,7 @@ class TfdsSource:
         return self._shards.content
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return self._shards.has_changed()
 
     def _check_file(self, position: int, error: Exception) -> None:

@@ -31,25 +31,25 @@ OWN_FOLDER = "folder:"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the table.
+    """A dataset of the table.
 
     Attributes:
       builder: tfds builder, with its config; '' for an image folder.
       outputs: number of classes, or, for regression, of numbers to predict; 0 for the dataset's own
         number.
-      sizes: published number of images for training, validation and test. Without a validation
-        part, the first two give the fraction of the training images that becomes one.
-      val: tfds' name of the validation part; '' cuts it off the training part. A folder calls it
+      sizes: published number of images for training, validation and test. Where the validation part
+        is cut off the training part, the first two give its fraction.
+      val: tfds' name of the validation part; '' cuts it off the training part. In a folder it is
         'val'.
-      test: tfds' name of the test part. A folder calls it 'test'.
+      test: tfds' name of the test part. In a folder it is 'test'.
       metric: metric of the test part.
       task: purpose of the dataset. Few-shot episodes are drawn from the test part alone.
-      builder_classes: the builder's classes to keep, see `read_class_list`.
-      folder_classes: the folder's classes to keep.
-      folder_test: a folder's name of the test part, where it is not 'test'.
+      builder_classes: classes to keep of a builder, see `read_class_list`.
+      folder_classes: classes to keep of a folder.
+      folder_test: name of the test part in a folder, where it is not 'test'.
       ten_crops: whether linear evaluation fits to ten crops per image.
-      shots: number of images per class to learn from, over the training and validation parts
-        together, see `cut_shots`; 0 for all.
+      shots: images per class in the training and validation parts together, see `cut_shots`; 0 for
+        all.
       opens: opens a split from the folder's root and the split's name; `None` for image folders.
     """
 
@@ -164,8 +164,7 @@ def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> Evaluation
         builder lies in `<data_dir>/<name>`.
 
     Returns:
-      The dataset. No image has been read: a folder with landmarks reads the images' headers, a
-      builder at most the labels.
+      The dataset. No pixels are read: at most the images' headers (landmarks) or the labels (tfds).
 
     Raises:
       DataError: the name is unknown; a folder, a split, a class or an image's target is missing;

@@ -76,11 +76,11 @@ _UPRIGHT = {
 
 
 class DamagedImage(ValueError):
-    """The bytes cannot be shown as an image: truncated, empty, something else, or too large.
+    """The bytes are no whole image: truncated, empty, something else, or too large.
 
     Args:
       reason: why, in words.
-      file: the record's name, where the source found it out; "" elsewhere.
+      file: name of the record where a source raises the error; "" elsewhere.
     """
 
     def __init__(self, reason: str, file: str = ""):
@@ -171,7 +171,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def allow_pixels(most: int) -> None:
-    """Sets the largest number of pixels of an image: for the whole process, as Pillow does.
+    """Sets the largest number of pixels of an image, for the whole process as Pillow does.
 
     Raises:
       DataError: `most` is below 1.
@@ -190,7 +190,7 @@ def fitted_size(height: int, width: int, canvas: int) -> tuple[int, int]:
 
 
 def _ends_unwritten(data: bytes) -> bool:
-    """Whether a JPEG or PNG ends in zeros in the place of its end, as after a lost write.
+    """Whether a JPEG or PNG has zeros instead of its end, as after a lost write.
 
     Both decoders take such zeros for pixels.
     """
@@ -253,7 +253,7 @@ def _segments(data: bytes) -> Iterator[int]:
 
 
 def _lacks_scans(data: bytes) -> bool:
-    """Whether a JPEG has nothing but its last two bytes for an end, and not all its scans.
+    """Whether scans are missing from a JPEG whose only end marker is its last two bytes.
 
     The decoder takes the detail of a missing scan for zeros. Encoders send every coefficient of
     every colour, down to the last bit.

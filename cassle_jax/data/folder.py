@@ -90,12 +90,12 @@ class FolderSource:
         return self.content_at(range(len(self)))
 
     def content_at(self, places: range) -> tuple[str, str]:
-        """See the function of this name; labels may come from a file beside the images."""
+        """See `sources.content_at`; labels may come from a file beside the images."""
         labels = self.labels[places.start : places.stop]
         return content_of_files(map(self._path, places)), digest_of(labels.tobytes())
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return self.content_at(range(len(self))) != self.content
 
 

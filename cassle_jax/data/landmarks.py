@@ -88,7 +88,7 @@ class LandmarkFolder:
         return self._files_now()
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return self._files_now() != self.content
 
     def _files_now(self) -> str:
@@ -125,7 +125,7 @@ class CelebaSource:
         return self._images.content
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return self._images.has_changed()
 
     @functools.cached_property

@@ -113,7 +113,7 @@ def local_root(path: str, wanted: str) -> pathlib.Path:
       wanted: the folder it should give, for the message.
 
     Raises:
-      DataError: it is empty, no folder, or on an object store.
+      DataError: the path is empty, not a folder, or on an object store.
     """
     if on_object_store(path):
         raise DataError(f"data.path={path!r} is on an object store; mount it, and give {wanted}")

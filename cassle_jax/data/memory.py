@@ -18,11 +18,11 @@ _SAMPLE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How many images, counted from the first, stay in memory; one of the numbers is 0.
+    """How many images, counted from the first, stay in memory, in one of two forms.
 
     Attributes:
-      decoded: number kept as canvases, which need neither reading nor decoding.
-      encoded: number kept as they are stored, which need decoding.
+      decoded: number kept as canvases, which need no decoding; 0 for the other form.
+      encoded: number kept as stored, which need decoding; 0 for the other form.
     """
 
     decoded: int = 0

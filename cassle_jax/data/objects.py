@@ -113,7 +113,7 @@ class RenderedObjects:
         return content_of_files([self._list]), self.views
 
     def has_changed(self) -> bool:
-        """See the function of this name; covers the list alone, as `content` does."""
+        """See `sources.has_changed`; covers the list alone, as `content` does."""
         return content_of_files([self._list]) != self.content[0]
 
     @property

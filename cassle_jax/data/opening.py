@@ -32,8 +32,8 @@ def open_source(data_config: Any, split: str) -> Source:
         name: tfds builder, for example 'stl10' or 'imagenet_resized/64x64'.
         path: root of the image folder, folder of the tar files, or tfds' data_dir ('' for tfds'
         default).
-        classes: '' keeps all classes, a name in `CLASS_LISTS` those of that list; anything else is
-        the path of a text file with one class name per line. Labels follow the list's order.
+        classes: '' for all classes, a name in `CLASS_LISTS`, or the path of a text file with one
+        class name per line. Labels follow the list's order.
         scenes: number of drawn images in the split 'train'.
         canvas: side of a drawn image, and the largest side of a decoded image, in pixels.
         max_pixels: largest number of pixels of an image, process-wide; see `allow_pixels`.
@@ -126,7 +126,7 @@ def _open_drawn(data_config: Any, split: str) -> Source:
     family = data_config.source
     if data_config.classes:
         raise DataError(
-            f"data.classes={data_config.classes!r} means nothing to data.source={family!r}; use ''"
+            f"data.classes={data_config.classes!r} does not go with data.source={family!r}; use ''"
         )
     return open_drawn(family, data_config.scenes, data_config.canvas, split)
 

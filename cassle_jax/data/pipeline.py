@@ -40,7 +40,7 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """Yields endless shuffled batches: this process's slice of every global batch.
 
-    Every epoch is a permutation of the dataset by `seed` and the epoch's number; drops its last
+    Every epoch is a permutation of the dataset by `seed` and the epoch's number, without its last
     partial batch. The global order is a function of seed and step alone. Process p of n takes
     positions [p·batch/n, (p+1)·batch/n) of each global batch, so the concatenated slices of all
     processes are the batch of a single process. The next good record in the dataset's order

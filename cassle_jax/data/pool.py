@@ -25,7 +25,7 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def lend(self) -> UInt8[np.ndarray, "..."]:
-        """An array with whatever was in its memory before."""
+        """An array of undefined content."""
         with self._lock:
             memory = self._free.pop() if self._free else bytearray(self._size)
         # A new owner per loan, which every view keeps alive; the memory itself outlives it.

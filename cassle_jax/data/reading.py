@@ -17,8 +17,8 @@ _OTHERS = (1, 17, 1009)
 # Time to wait for one file before trying others.
 _ONE_FILE_SECONDS = 15.0
 
-# Errors of the file itself. Substitutes for images lost to machine or network errors would hide
-# these errors, and change the order of the images.
+# Errors of the file itself, whose image a substitute may replace. Substitutes would hide errors of
+# machine or network, and change the order of the images.
 _FILE_ERRORS = (
     errno.ENOENT,
     errno.EACCES,

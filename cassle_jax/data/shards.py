@@ -34,7 +34,7 @@ class Shards:
       content: see `content_of`.
 
     Raises:
-      DataError: a local file is missing or must not be read.
+      DataError: a local file is missing, or this user may not read it.
       OSError: storage is out of reach, for now.
     """
 
@@ -51,7 +51,7 @@ class Shards:
                 self._check_opens(path)
 
     def has_changed(self) -> bool:
-        """See the function of this name in `sources`."""
+        """See `sources.has_changed`."""
         return content_of_files(self.paths) != self.content
 
     @property

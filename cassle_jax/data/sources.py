@@ -68,8 +68,8 @@ def read_image(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image's file.
 
     Raises:
-      DamagedImage: there are more than any image has.
-      OSError: it cannot be read.
+      DamagedImage: the file has more bytes than any image.
+      OSError: the file cannot be read.
     """
     with open_to_read(path, buffering=0) as file:
         check_bytes(os.fstat(file.fileno()).st_size, os.fspath(path))
@@ -87,7 +87,7 @@ def is_gone(folder: str) -> bool:
     """Whether a folder is missing or empty, as when it is not mounted any more.
 
     Raises:
-      DataError: it is there, and must not be read.
+      DataError: it is there, but this user may not read it.
     """
     try:
         with os.scandir(folder) as entries:
@@ -131,12 +131,12 @@ def labels_of(source: Source) -> Int[np.ndarray, " images"]:
 
 
 def content_of(source: Source) -> object:
-    """Distinguishes a source's images from others of the same name and number, for `repr`."""
+    """Identifies a source's images: its `repr` differs where they do, even under the same name."""
     return getattr(source, "content", None)
 
 
 def content_at(source: Source, places: range) -> object:
-    """Distinguishes some images from others; all images, where the source cannot split them."""
+    """`content_of` the images at `places`, or of all where the source cannot separate them."""
     return getattr(source, "content_at", lambda _: content_of(source))(places)
 
 
@@ -151,12 +151,12 @@ def root_of(source: Source) -> str:
 
 
 def stored_of(source: Source) -> Source:
-    """The images as storage has them, where a source answers from memory; else the source."""
+    """The source that reads from storage, where this one answers from memory; else itself."""
     return getattr(source, "stored", source)
 
 
 def views_of(source: Source) -> int:
-    """Number of consecutive images that show the same object; 1 where the source knows of none."""
+    """Number of consecutive images that show the same object; 1 for a source without objects."""
     return getattr(source, "views", 1)
 
 

@@ -83,7 +83,7 @@ class Part:
         return content_of(self._source), digest_of(np.asarray(self._indices, "<i8").tobytes())
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return has_changed(self._source)
 
 
@@ -148,7 +148,7 @@ class Joined:
         return content_of(self._first), content_of(self._second)
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return has_changed(self._first) or has_changed(self._second)
 
 
@@ -203,7 +203,7 @@ class TenCrops:
         return content_of(self.stored)
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return has_changed(self.stored)
 
     def _resized(self, image: int) -> tuple[Callable[[int], Square], int, str]:
@@ -249,9 +249,9 @@ def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
     """Chooses the records to hold out: one from each of `holdout` consecutive blocks of `count`.
 
     Block b is the records from ⌊b·count/holdout⌋ up to but not including ⌊(b+1)·count/holdout⌋. Its
-    record whose BLAKE2b digest (8 bytes, of `<key>/<index>` in ASCII) comes first is held out. A
-    folder lists its images class by class, so every class gives its share, up to one image. A tfds
-    builder shuffles its records, so there it is a random cut.
+    record with the smallest BLAKE2b digest (8 bytes, of `<key>/<index>` in ASCII) is held out. A
+    folder lists its images class by class, so every class gives its share, to within one image. A
+    tfds builder shuffles its records, so its cut is random.
 
     Args:
       count: number of records.
@@ -272,9 +272,9 @@ def held_out(count: int, holdout: int, key: str) -> Int[np.ndarray, " holdout"]:
 def cut_shots(source: Source, shots: int) -> tuple[Part, Part]:
     """Keeps a few images of every class, and cuts these in two.
 
-    Each class keeps the `shots` images whose BLAKE2b digests (8 bytes, of their index in decimal
-    ASCII) come first, so fewer shots are a subset of more. The first fifth of them, rounded down
-    but at least one image, is cut off.
+    Each class keeps the `shots` images with the smallest BLAKE2b digests (8 bytes, of the index in
+    decimal ASCII), so fewer shots are a subset of more. The first fifth of them, rounded down but
+    at least one image, is cut off.
 
     Args:
       source: the whole source.

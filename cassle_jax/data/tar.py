@@ -128,7 +128,7 @@ class TarSource:
         return Record(image, int(self.labels[index]), name)
 
     def has_changed(self) -> bool:
-        """See the function of this name."""
+        """See `sources.has_changed`."""
         return content_of_files(self._tars) != self.content
 
     @property
@@ -295,9 +295,9 @@ def _is_own_link(member: tarfile.TarInfo) -> bool:
 
 
 def _check_end(file: tarfile.TarFile) -> None:
-    """Raises ReadError unless some zeros follow the last member: tarfile takes anything for it.
+    """Raises ReadError unless zeros follow the last member; tarfile accepts anything there.
 
-    More of them are the rest of a file whose download was interrupted.
+    Too many zeros are the rest of a file whose download was interrupted.
     """
     file.fileobj.seek(file.offset)
     tail = file.fileobj.read(_TAIL)
