@@ -374,20 +374,37 @@ def test_trailing_bytes_do_no_harm():
     np.testing.assert_array_equal(decode(data + b"trailing" * 100, 64), decode(data, 64))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("left", [0.3, 0.98])
 def test_a_file_whose_last_part_was_never_written_is_damaged(form, left):
     """As an interrupted download into a file of full size leaves it; the zeros became pixels."""
     noise = np.random.default_rng(0).integers(256, size=(200, 200, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x010F] = encoded(photo(9, 9), "JPEG").decode("latin1")  # a preview has an end of its own
-    data = encoded(noise, form, exif=exif)
+    data = encoded(noise, form, exif=b"" if form == "WEBP" else exif)  # which has it last
     written = int(left * len(data))
     with pytest.raises(DamagedImage, match="it ends in zeros: its last part was never written"):
         decode(data[:written] + bytes(len(data) - written), 300)
-    # A phone may append a film, whose bytes may be those of a marker.
+    # A phone may append a film, whose bytes may be those of a marker, and a disk zeros.
     for after in (b"", b"\xff\xda film"):
         np.testing.assert_array_equal(decode(data + after + bytes(9999), 300), decode(data, 300))
+
+
+@pytest.mark.parametrize("form", ["WEBP", "AVIF"])
+@pytest.mark.parametrize("colour", [0, 255])
+def test_an_image_of_one_colour_may_end_in_zeros(form, colour):
+    plain = np.full((2500, 2500, 3), colour, np.uint8)
+    decoded = decode(encoded(plain, form, quality=1), 2500)
+    np.testing.assert_allclose(decoded.astype(int), plain, atol=3)
+
+
+def test_zeros_in_what_follows_a_webps_pixels_are_no_damage():
+    """Cameras fill their notes up with zeros."""
+    exif = Image.Exif()
+    exif[0x010F] = "maker" + "\0" * 5000
+    data = encoded(photo(60, 80), "WEBP", exif=exif)
+    assert data.endswith(bytes(4000))
+    assert decode(data, 80).shape == (60, 80, 3)
 
 
 def test_warnings_that_pillow_tolerates_are_tolerated():
