@@ -249,7 +249,7 @@ def made_by(setting: str, path: str, kind: type[T], *chosen: str, **named: Any) 
 
     Args:
       setting: the setting that names the file, `config` or `table`.
-      path: of the file.
+      path: path of the file.
       kind: type of what the function returns.
       chosen: arguments of the function.
       named: its keyword arguments.
@@ -289,7 +289,7 @@ def _last_line(error: Exception) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """An error's words; of one of the file system, the path and what is wrong with it."""
+    """The message of an error; for one of the file system, the path and the reason."""
     path = getattr(error, "filename", None)  # or a descriptor
     if isinstance(error, OSError) and isinstance(path, str | bytes) and error.filename2 is None:
         return f"{os.fsdecode(path)}: {error.strerror}"

@@ -222,7 +222,7 @@ def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
     Args:
       name: such as `optimizer.weight_decay`.
       settings: the settings that are known.
-      prefix: of the names in the message.
+      prefix: prefix of the names in the message.
     """
     if name in settings or name.startswith(OPEN):
         return

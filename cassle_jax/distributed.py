@@ -140,7 +140,7 @@ def all_arrive(where: str) -> None:
 
 
 def is_first_to(act: str) -> bool:
-    """Whether this process is the first to call this with `act`, the name of what one must do."""
+    """Whether this process is the first to call this with `act`, the name of a task for one."""
     return _group is None or _group.is_first_to(act)
 
 

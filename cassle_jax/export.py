@@ -76,14 +76,13 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
     """Writes weights, and the model card they have, in each of `formats`.
 
     Args:
-      weights: of a run or a file, or by `weights_of` those of other networks.
+      weights: from `load_weights`, or for networks of your own from `weights_of`.
       folder: folder of the files; made where missing.
       formats: names in `FORMATS`; empty for the usual ones that can be written.
 
     Raises:
-      WeightsError: an encoder that is not known, a format it cannot be written in, or a folder that
-        cannot be written or has files of another export; or a card of the caller's own that cannot
-        be written.
+      WeightsError: the encoder is unknown or does not fit a format; the folder cannot be written,
+        or has files of another export; or the caller's own card cannot be written.
     """
     folder = Path(folder)
     architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)

@@ -142,7 +142,7 @@ def make_optimizer(
       spec: the recipe.
       method: defines the groups of parameters.
       schedule: the learning rate of all that have no schedule of their own.
-      batch_size: of all devices together.
+      batch_size: images per step, all devices together.
       frozen: names at the top of the encoder's parameters that stay as they are.
     """
     rates = method.group_schedules(schedule, peak_learning_rate(spec, batch_size))

@@ -61,13 +61,13 @@ def pretrain_command(
 
 
 def set_up_devices(config: ConfigDict) -> None:
-    """Sets what holds for the whole process; must come before the first use of a device.
+    """Sets JAX's options for the whole process; call it before the first use of a device.
 
     Args:
       config: a configuration; `deterministic` and `compilation_cache` are read.
 
     Raises:
-      ConfigError: no programs can be kept in `compilation_cache`.
+      ConfigError: `compilation_cache` cannot keep programs.
     """
     command.switch_64_bits_off()  # workers and other programs do not pass `command.run`
     if config.deterministic:

@@ -40,8 +40,8 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
       network: network of a run: `online`, or `momentum` if the method has one.
 
     Raises:
-      ConfigError: the path does not exist, holds no known encoder, or is an export of the other
-        network than `momentum`.
+      ConfigError: the path does not exist, holds no known encoder, or is an export of the trained
+        networks where `momentum` is requested.
     """
     path = path_of(path)
     # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
@@ -122,7 +122,7 @@ def _of_encoder(name: str, weights: Weights) -> Subject:
 
 
 def _shapes(networks: Networks, size: int, descriptor: int):
-    """Shapes of all variables; of the encoder alone if there is no projector."""
+    """Shapes of all variables, or of the encoder's alone if there is no projector."""
     view = ViewBatch(jnp.zeros((2, size, size, 3)), jnp.zeros((2, descriptor)))
 
     def make():

@@ -135,8 +135,8 @@ def markdown(card: Card, loading: Mapping[str, tuple[str, list[str]]]) -> str:
     size, mean, std = (card["input"][name] for name in ("size", "mean", "std"))
     are = "are assumed to be" if card["input"].get("assumed") else "are"
     sections.append(
-        f"Images {are} RGB in [0, 1], {size}×{size} pixels in training, less {tuple(mean)} and "
-        f"then divided by {tuple(std)}. In evaluation mode the model gives "
+        f"Images {are} RGB in [0, 1], {size}×{size} pixels in training, normalised by mean "
+        f"{tuple(mean)} and standard deviation {tuple(std)}. In evaluation mode the model returns "
         f"{card['feature_width']} features per image." + _further_channels(card)
     )
     sections += ["## Loading"]

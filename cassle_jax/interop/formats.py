@@ -36,7 +36,7 @@ class Format:
         check: raises WeightsError for an architecture that the format cannot hold, or on a machine
             that cannot write it.
         write: writes weights with their model card into a folder.
-        loading: returns the language and the lines that load it there.
+        loading: returns the language and the lines of code that load the files.
     """
 
     title: str

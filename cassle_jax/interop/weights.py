@@ -191,7 +191,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         if None not in (heads, recorded) and heads != recorded:
             raise WeightsError(f"heads={heads} differs from the {recorded} that it was made with")
         if heads is not None and not is_vit(weights.encoder):
-            raise WeightsError(f"heads={heads} is for ViTs, and its encoder is none")
+            raise WeightsError(f"heads={heads} is for ViTs, and its encoder is not one")
         if weights.ignored:
             LOG.info("%s: not read: %s", path, ", ".join(weights.ignored))
         if unwritten := _all_zeros(weights):

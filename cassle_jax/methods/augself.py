@@ -20,7 +20,7 @@ LOSSES = {
     "binary": optax.sigmoid_binary_cross_entropy,
     "class": optax.softmax_cross_entropy,
 }
-"""A head's loss, before its mean, by the kind of the descriptor that it predicts."""
+"""The loss of a head per sample, by the kind of descriptor that it predicts."""
 
 PREDICTED = {name: each for name, each in DESCRIPTORS.items() if each.predicted}
 """The descriptors whose differences a head can predict."""

@@ -94,9 +94,9 @@ class Auxiliary:
     A new one is a subclass in its own file and a line in `AUXILIARIES`.
 
     Attributes:
-      name: its group of settings and its config argument; the prefix of its heads' names and of
-        what it logs.
-      title: its name for people.
+      name: name of its config argument and of its group of settings; prefix of its heads' names
+        and of its log entries.
+      title: its name on pages and in model cards.
       named: settings by value of the config argument, which may also be a weight.
       recipes: settings of other groups that a configuration with the objective starts from, by the
         method; those of the paper's experiment.
@@ -152,7 +152,7 @@ class Auxiliary:
     def images(
         self, key: PRNGKeyArray, canvases: Canvases, spec: AugmentSpec
     ) -> tuple[Float[Array, "B _ _ 3"], ...]:
-        """The further views; those of an image depend only on the key and on its position.
+        """The further views; an image's draws depend only on the key and on its position.
 
         Args:
           key: a random key for these views alone.
@@ -225,9 +225,9 @@ def omega_of(
 
 
 def check_omega(name: str, descriptors: Sequence[str]) -> None:
-    """Raises ConfigError where an objective's descriptors are unknown or make up no ω."""
+    """Raises ConfigError where an objective has no descriptors, or unknown ones."""
     if not check_descriptors(descriptors, f"{name}."):
-        raise ConfigError(f"{name}.descriptors=() is no ω; use ('crop',) or more names")
+        raise ConfigError(f"{name}.descriptors=() leaves no ω; use ('crop',) or more names")
 
 
 def parsed_weights(setting: str, argument: str, choices: Collection[str]) -> dict[str, float]:

@@ -257,7 +257,7 @@ class Networks(nn.Module):
 
 
 def branch_of(tree: Mapping[str, PyTree], branch: str) -> dict[str, PyTree]:
-    """Values by network as a branch of heads has them, see `Networks.branches`."""
+    """Values by network for one branch, its heads named `projector` and `predictor`."""
     heads = {name.removeprefix(PLAIN): tree[name] for name in tree if name.startswith(PLAIN)}
     shared = {name: value for name, value in tree.items() if not name.startswith(PLAIN)}
     return shared | heads if branch else shared
@@ -266,7 +266,7 @@ def branch_of(tree: Mapping[str, PyTree], branch: str) -> dict[str, PyTree]:
 def with_branch(
     tree: Mapping[str, PyTree], branch: str, values: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
-    """`tree` with a changed `branch_of(tree, branch)`; the plain branch changes only its heads."""
+    """`tree` with new `branch_of(tree, branch)`; for the plain branch, with new heads alone."""
     if not branch:
         return {**tree, **values}
     heads = [name for name in tree if name.startswith(PLAIN)]
@@ -278,7 +278,7 @@ def _each(items: Sequence | Mapping, indices: tuple[int, ...]) -> list:
 
 
 def _split(batch: PyTree, indices: tuple[int, ...]) -> dict[int, PyTree]:
-    """The rows per view of a pass, by its index."""
+    """The rows of each view in a pass, by view index."""
     size = len(jax.tree.leaves(batch)[0]) // len(indices)
     return {
         index: jax.tree.map(itemgetter(slice(place * size, (place + 1) * size)), batch)

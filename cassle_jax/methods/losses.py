@@ -102,6 +102,9 @@ def nt_xent(
       temperature: positive.
       axis_name: the devices whose samples serve as negatives; `None` for this device's only.
 
+    Returns:
+      The mean over the 2B embeddings; log(2N − 1) for equal embeddings of N images.
+
     References:
       Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020,
       eq. 1.
@@ -138,6 +141,9 @@ def queue_info_nce(
       queue: negatives of unit length.
       temperature: positive.
 
+    Returns:
+      The mean over the B queries; log(K + 1) for equal embeddings.
+
     References:
       He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020, eq. 1.
     """
@@ -163,6 +169,9 @@ def batch_info_nce(
       keys: momentum embeddings of the other view, of the same images row by row, any length.
       temperature: positive.
       axis_name: the devices that share the global batch; `None` for a single one.
+
+    Returns:
+      The mean over the B queries; log N for equal embeddings of N images.
 
     References:
       Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021,

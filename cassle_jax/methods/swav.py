@@ -231,7 +231,7 @@ class SwAV(Method):
         if (frozen := self.freeze_prototypes_steps) >= steps:
             yield (
                 f"method.freeze_prototypes_steps={frozen} is not within the run's {steps} steps, "
-                "so the prototypes never move; use a smaller value, or of freeze_prototypes_epochs"
+                "so the prototypes never move; lower it, or method.freeze_prototypes_epochs"
             )
 
     @override

@@ -22,10 +22,10 @@ def attend(
     channels, at most 128. Its results differ from XLA's by the rounding of the dtype.
 
     Args:
-        query: what each token looks for.
-        key: what each token is found by.
-        value: what each token gives; all three have the dtype of the result.
-        flash: use flash attention where there is one.
+        query: the tokens' queries.
+        key: their keys.
+        value: their values; all three have the dtype of the result.
+        flash: use flash attention where the devices have it.
     """
     channels = query.shape[-1]
     fits = query.dtype in _HALF and channels % 8 == 0 and channels <= _WIDEST_HEAD

@@ -62,7 +62,7 @@ def is_conditioned(treatment: str, injection: str) -> bool:
 
 
 def check_row_each(name: str, rows: Array, inputs: Array) -> None:
-    """Refuses what is not one row per input: some modules would broadcast it, others not.
+    """Refuses anything but one row per input, which some modules would broadcast.
 
     Raises:
         ValueError: the message names the shape and what would work.
@@ -99,7 +99,7 @@ class ConditionedProjector(nn.Module):
         dtype: dtype the layers compute in; parameters are float32.
 
     References:
-        CASSLE, the section on conditioning the projector and its ablations.
+        CASSLE (arXiv 2306.06082), section 3 and the ablations.
     """
 
     hidden: int
@@ -226,7 +226,7 @@ class ImageConditioner(nn.Module):
         dtype: dtype γ's layers compute in; parameters are float32.
 
     References:
-        CASSLE, the injection that the published code lists as 'image' without implementing it.
+        The injection 'image' of the published CASSLE code, which lists it without implementing it.
     """
 
     treatment: str = "mlp"

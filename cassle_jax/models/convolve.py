@@ -20,16 +20,17 @@ def convolve(
     """`lax.conv_general_dilated` of images, with the arguments of `flax.linen.Conv`.
 
     Where the result is smaller than the kernel, as in a ResNet's last stage of 64-pixel images,
-    every place of it is one matrix product: of the part of the map that the kernel covers there,
-    with that part of the kernel. This leaves out the padding, which is more than half of the work
-    there. XLA's own convolution is up to a hundred times slower on CPUs. Forward-mode
-    differentiation, as in `jax.jvp` and `jax.hessian`, is then not supported.
+    each of its places is one matrix product: the part of the map under the kernel, times the
+    matching part of the kernel. This leaves out the padding, more than half of the work there.
+    XLA's own convolution is up to a hundred times slower on CPUs. Forward-mode differentiation, as
+    in `jax.jvp` and `jax.hessian`, is then not supported.
 
     Args:
         x: the maps.
         kernel: the kernel as in the parameters.
         window_strides: strides of the rows and of the columns.
-        padding: zeros before and after the rows, and the columns; fewer than the kernel has.
+        padding: numbers of zeros before and after the rows, and the columns; each below the
+            kernel's size.
         options: further options of `lax.conv_general_dilated`.
     """
     sides = tuple(

@@ -1,4 +1,4 @@
-"""ResNets of torchvision's depths and wide ones, with its layout and names."""
+"""ResNets, wide ones included, with torchvision's depths, layout and names."""
 
 from functools import partial
 
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
         axis_name: mapped axis over which BatchNorm statistics are synchronised.
         remat: recompute each block's activations in the backward pass instead of storing them.
         widening: factor on the channels of the bottlenecks' 3×3 convolutions, 2 in a wide ResNet;
-            the features stay as wide.
+            the features keep their width.
 
     References:
         He et al., Deep Residual Learning for Image Recognition, 2016, table 1. Zagoruyko and
@@ -134,7 +134,9 @@ class ResNet(nn.Module):
         check_at_least("encoder.width", self.width, 1)
         check_at_least("widening", self.widening, 1)
         if self.depth not in ARCHITECTURES:
-            raise ValueError(f"depth={self.depth} is no ResNet here; use one of {[*ARCHITECTURES]}")
+            raise ValueError(
+                f"depth={self.depth} is no known ResNet; use one of {[*ARCHITECTURES]}"
+            )
         if self.widening != 1 and ARCHITECTURES[self.depth][0] is BasicBlock:
             raise ValueError(f"widening={self.widening} needs a depth of at least 50")
         super().__post_init__()

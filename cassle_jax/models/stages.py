@@ -17,13 +17,13 @@ def features_by_stage(
     train: bool,
     stages: Sequence[int],
 ) -> dict[int, Float[Array, "batch _"]]:
-    """The features of the stages, from one pass through the encoder; 0 stands for its own.
+    """The features by stage, from one pass through the encoder; 0 for the encoder's own.
 
     Args:
         encoder: the encoder, bound; it takes the stages as a third argument if it has any.
         images: one view of the batch.
-        train: as the encoder takes it.
-        stages: the earlier stages, counted from 1; one of a ViT is a block.
+        train: whether the encoder is in training mode.
+        stages: the earlier stages, counted from 1; a ViT's are its blocks.
 
     Raises:
         ValueError: features are not one row per image, such as maps that were not pooled.
@@ -43,7 +43,7 @@ def features_by_stage(
 
 
 def earlier_stage(encoder: nn.Module, stage: int, setting: str) -> int:
-    """The stage that a setting names, and 0 for the last one, whose features are the encoder's own.
+    """The stage that a setting names; 0 for the last one, whose features are the encoder's own.
 
     Raises:
         ConfigError: the encoder has no such stage; the message names the setting.

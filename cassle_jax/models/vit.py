@@ -56,9 +56,9 @@ def resize_positions(
         positions: the positions.
         height: rows of the new grid.
         width: its columns.
-        offset: `None` for timm's interpolation, which antialiases where the grid shrinks. A number
-            for PyTorch's, which does not, to a grid larger by this number: 0.1 in DINOv2's first
-            models.
+        offset: `None` interpolates as timm, antialiased where the grid shrinks. A number, as 0.1 in
+            DINOv2's first models, interpolates as PyTorch, without antialiasing, to a grid larger
+            by it.
 
     Raises:
         ValueError: if the given positions are not those of a square grid.

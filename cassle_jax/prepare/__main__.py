@@ -27,7 +27,7 @@ if __name__ == "__main__":
     _quality = flags.DEFINE_integer("quality", 90, "JPEG quality of larger images, 1 to 100.")
     _shard_mib = flags.DEFINE_integer("shard_mib", 128, "Size of a shard, MiB.")
     _max_pixels = flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Largest image, pixels.")
-    _bad = flags.DEFINE_float("max_bad_fraction", 0.01, "Largest unreadable part of a split.")
+    _bad = flags.DEFINE_float("max_bad_fraction", 0.01, "Largest unreadable fraction of a split.")
     _workers = flags.DEFINE_integer("workers", 0, "Number of processes; 0: one per CPU.")
 
     def main() -> None:

@@ -136,7 +136,7 @@ def _check_same(earlier: Mapping[str, Any], about: Mapping[str, Any], folder: Pa
 
 
 def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What a preparation stays the same by, each in a few words."""
+    """The facts that a continued preparation must share, each in a few words."""
     splits = plan["splits"]
     return {
         **{name: plan.get(name) for name in (*Preparation._fields, "max_pixels")},

@@ -39,7 +39,7 @@ class Written(NamedTuple):
       records: number of its records.
       size: their bytes.
       unreadable: name and reason per image that is left out.
-      content: of the images, before they were read; see `content_at`.
+      content: `content_at` of the images, before they were read.
       file_size: bytes of the file.
     """
 
@@ -92,7 +92,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
     The shard gets its name when it is whole; a note beside it then says what it holds.
 
     Args:
-      path: of the shard.
+      path: path of the shard.
       source: the images.
       indices: their places in the source, in the shard's order.
       encoding: how its records are made.

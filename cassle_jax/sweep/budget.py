@@ -83,7 +83,7 @@ def measured_in(workdir: Path) -> tuple[float, float] | None:
     """Images per second, and seconds in all, of a measured run; `None` where its files are damaged.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
     """
     speeds = read_metrics(workdir).get("images_per_second", [])
     outcome = kept_json(workdir / OUTCOME, {"exit_code": int, "seconds": Real})

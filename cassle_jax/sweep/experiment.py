@@ -363,7 +363,7 @@ def _is_finished(workdir: Path) -> bool:
 
 
 def _entries_that_differ(now: Any, before: Any) -> tuple[Any, Any]:
-    """Two values; of two dictionaries, the entries that differ."""
+    """The two values; of dictionaries, only the entries that differ."""
     if not (isinstance(now, dict) and isinstance(before, dict)):
         return now, before
     names = differing(now, before)

@@ -181,9 +181,9 @@ class Local:
         self._executor.update_parameters(timeout_min=_WEEK_MINUTES)
 
     def run(self, commands: Sequence[Command], on_end: Callable[[Command], None]) -> None:
-        """Runs commands; calls `on_end` with a command that ended.
+        """Runs commands; calls `on_end` with each command that ended.
 
-        Where it raises, the running commands save and end.
+        If `on_end` raises, the running commands save and end.
 
         Raises:
           KeyboardInterrupt: Ctrl-C.

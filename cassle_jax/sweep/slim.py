@@ -27,7 +27,7 @@ METHODS = {
         "method.vector_rate=1.0",
     ),
 }
-# Heads of the field's methods, on the quickstart, that suit 64 features.
+# Heads of the other methods in docs/field.md, sized for the quickstart's 64 features.
 HEADS = (
     "equimod.hidden=256",
     "equimod.out=128",

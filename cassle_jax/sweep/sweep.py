@@ -139,8 +139,8 @@ def _known_folder(to: epath.PathLike, where: str) -> Path:
     folder = Path(known_path(local_folder("to", to), setting="to").resolve())
     if numbered := re.search(NUMBERED[where], str(folder)):
         raise ConfigError(
-            f"to={folder} has {numbered[0]}, for which submitit and SLURM put numbers; use another "
-            "folder"
+            f"to={folder} has {numbered[0]}, which submitit and SLURM replace by numbers; use "
+            "another folder"
         )
     return folder
 

@@ -233,7 +233,7 @@ def parse_settings(texts: Iterable[str], flag: str = "") -> Values:
 
     Args:
       texts: the texts.
-      flag: how the message names the flag that gives them, such as `set=`.
+      flag: prefix of the message that names the flag, such as `set=`.
 
     Raises:
       ConfigError: a text has no value.

@@ -32,7 +32,7 @@ def checksums_of(parts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_sums(found: Mapping[str, int], saved: Any) -> None:
-    """Raises ValueError where parts differ from the saved ones; old versions have no checksums."""
+    """Raises ValueError where parts differ from the saved ones, if their checksums were saved."""
     if not has_type(saved, {str: int}):
         raise ValueError("its checksums are damaged")
     wrong = [name for name in found if saved and saved.get(name) != found[name]]

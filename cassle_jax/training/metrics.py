@@ -95,7 +95,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard's events, written with their lengths and checksums of both."""
+    """TensorBoard's event file: events with their lengths, and checksums of both."""
 
     def __init__(self, folder: epath.Path, step: int):
         make_shared(folder)

@@ -1,4 +1,4 @@
-"""Silences what Orbax prints of a failure beside the exception that it raises."""
+"""Silences what Orbax prints of a failure in addition to raising an exception."""
 
 import contextlib
 import logging

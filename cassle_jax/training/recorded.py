@@ -99,7 +99,7 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
 
 
 def todays_settings(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
-    """A run's settings, completed, without those that no longer exist; and the names of these.
+    """A run's settings, completed and without unknown ones; and the names of these.
 
     Raises:
       ValueError: there is no method, or a setting is of another kind than its default.

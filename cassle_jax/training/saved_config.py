@@ -108,7 +108,7 @@ def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list
 
 
 def holds_run(workdir: epath.Path) -> bool:
-    """Whether the workdir has a configuration and checkpoints; raises OSError out of reach."""
+    """Whether the workdir has a configuration and checkpoints; OSError where it is out of reach."""
     saved = workdir / "checkpoints"
     return is_there(workdir / "config.json") and is_there(saved) and any(saved.iterdir())
 

@@ -1,4 +1,4 @@
-"""Warns, as a run begins, of an ω that gives away what is to be learnt, and of late settings."""
+"""Warns at the start of a run of an ω that gives the image away, and of late settings."""
 
 from collections.abc import Iterator
 

@@ -36,7 +36,7 @@ def warm_started(
 ) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
-    Networks that the file lacks are unchanged. Without a path, the whole state is.
+    Networks that the file lacks stay as they are; without a path, the whole state does.
 
     Args:
       state: the first state of the run.

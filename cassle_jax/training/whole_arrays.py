@@ -1,4 +1,4 @@
-"""Writes the arrays of a state whole, from one of several processes; Orbax takes a part of each."""
+"""Writes the arrays of a state whole, from one process, instead of a part from each process."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from cassle_jax.training.state import TrainState
 
 
 def whole_arrays(alone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays whole from one process: the default writes a part from each of them."""
+    """The handler that writes arrays whole, from one process."""
     handler = type_handlers.ArrayHandler(
         primary_host=alone.primary_host, use_replica_parallel=False, array_metadata_store=Store()
     )

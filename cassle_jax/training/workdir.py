@@ -24,7 +24,7 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
     """The path that a setting gives, to write checkpoints in.
 
     Raises:
-      ConfigError: none can be written there, as by an unknown scheme.
+      ConfigError: checkpoints cannot be written there, as with an unknown scheme.
     """
     if not os.fspath(workdir):
         raise ConfigError(f"{setting}='' names no folder; give one, as in --{setting}=runs/first")

@@ -756,7 +756,7 @@ def test_a_quote_without_its_end_is_reported_in_one_line(tmp_path, capsys):
 )
 def test_a_folder_that_submitit_would_rename_is_refused(tmp_path, capsys, name, options, part):
     assert sweep_here(tmp_path / name, "--grid=seed=0", *options) == 2
-    said = f"error: to={tmp_path / name} has {part}, for which submitit and SLURM put numbers; use"
+    said = f"error: to={tmp_path / name} has {part}, which submitit and SLURM replace by numbers"
     assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / name).exists()
 
