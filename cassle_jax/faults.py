@@ -121,7 +121,7 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
 
     Args:
       what: what is read or written, for the log.
-      action: the action; leaves nothing behind where it fails.
+      action: the action; must leave nothing behind where it fails.
       seconds: time after which it gives up; `storage_seconds()` by default.
 
     Raises:

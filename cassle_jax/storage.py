@@ -37,7 +37,7 @@ def path_of(written: epath.PathLike) -> epath.Path:
     """The path that a setting or flag gives, with a leading `~` replaced by the home folder.
 
     Raises:
-      ConfigError: there is no home folder, a scheme that is unknown, or a null character.
+      ConfigError: the home folder or the scheme is unknown, or the path has a null character.
     """
     # pathlib's own raises where `~name` is a file of that name and no user.
     path = os.path.expanduser(os.fspath(written))  # noqa: PTH111
@@ -185,8 +185,8 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
     An `opener` of `open`. See also `check_ends`.
 
     Args:
-      path: of the file.
-      flags: as of `os.open`.
+      path: path of the file.
+      flags: those of `os.open`.
 
     Returns:
       The descriptor, which child processes do not inherit.
@@ -204,7 +204,7 @@ def open_shared(path: epath.PathLike, flags: int) -> int:
 
 
 def real_path(path: epath.PathLike) -> Path:
-    """The path without links. `Path.resolve` may raise for a circle, and epath's follows none."""
+    """The path without links; `Path.resolve` may raise for a circle, epath's follows no link."""
     return Path(os.path.realpath(path))
 
 
@@ -318,7 +318,7 @@ def kept_json(
     """The content of a JSON file; `None` where it is missing, or damaged as by a power cut.
 
     Args:
-      path: of the file.
+      path: path of the file.
       needed: names, and the types of their values, without which an object counts as damaged.
         `[kind]` is a list of such values, `{str: kind}` an object of them, and a tuple of kinds a
         list of this length.
@@ -447,8 +447,8 @@ class GrowingFile:
     new one gets the later records. An object store cannot append: each record rewrites the file.
 
     Args:
-      path: of the file.
-      content: what is in it already.
+      path: path of the file.
+      content: its present content.
     """
 
     def __init__(self, path: epath.Path, content: bytes = b""):

@@ -85,12 +85,12 @@ class Bench:
         return [*map(self.store, ten), self.store(data.test, side)]
 
     def once(self, make: Callable, *arguments: Any) -> Any:
-        """Makes what serves all datasets of the subject, such as a compiled function.
+        """`make(*arguments, mesh)`, such as a compiled function; made once for all datasets.
 
         Args:
-          make: a function or class; it is called with the arguments and the mesh.
-          *arguments: equal ones, of the same `make`, return what an earlier call made; arrays,
-            tuples of them, and what `==` compares.
+          make: a function or class.
+          *arguments: its arguments before the mesh. A later call with equal ones (arrays, tuples of
+            them, and what `==` compares) returns the same object.
         """
         for known, given, made in self.store.made:
             if known == make and _equal(given, arguments):

@@ -10,7 +10,7 @@ from cassle_jax.evaluation.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class Extraction(Settings):
-    """Settings of what is evaluated, and of the images that it is evaluated on."""
+    """The evaluated network, and the size, number and normalisation of the images it sees."""
 
     network: str = setting("online", "Network of a run to evaluate: online or momentum.")
     batch: int = setting(256, "Images per step, all devices together.")
@@ -30,5 +30,5 @@ class Extraction(Settings):
 
     @property
     def prepared(self) -> dict[str, Any]:
-        """What differs from the preparation of the images in training."""
+        """`size`, `mean` and `std`, where they differ from training's."""
         return {name: value for name in ("size", "mean", "std") if (value := getattr(self, name))}

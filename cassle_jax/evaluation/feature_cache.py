@@ -52,7 +52,7 @@ class FeatureCache:
 
         Args:
           subject: 16 hexadecimal digits.
-          key: 16 hexadecimal digits, of the arrays.
+          key: 16 hexadecimal digits that identify the arrays.
           arrays: the arrays by name.
         """
         if sum(each.nbytes for each in arrays.values()) > self._bytes:

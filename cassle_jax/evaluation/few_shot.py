@@ -53,7 +53,7 @@ class FewShotResult:
 
     @property
     def interval(self) -> float | None:
-        """Half the width of the mean's 95 % interval, 1.96σ/√n; `None` of a single episode."""
+        """Half the width of the mean's 95 % interval, 1.96σ/√n; `None` for a single episode."""
         count = len(self.accuracies)
         return float(1.96 * self.accuracies.std() / np.sqrt(count)) if count > 1 else None
 

@@ -22,7 +22,7 @@ class Score:
     Attributes:
       task: the protocol, such as `linear`.
       dataset: name of the dataset.
-      metric: such as `accuracy`, `mean per class` or `R²`.
+      metric: its name, such as `accuracy`, `mean per class` or `R²`.
       value: the number; accuracies are in [0, 1].
       interval: half the width of its 95 % interval, where the protocol knows one.
       higher_is_better: whether higher or lower values are better; `None` for neither.
@@ -49,8 +49,8 @@ def missed_optima(
 ) -> Score:
     """The number of a protocol's fits that missed their optimum.
 
-    Zeros are reported, too: without them, a mean over seeds or datasets would be over those with
-    misses alone.
+    Zero is reported, too: without it, a mean over seeds or datasets would leave out those without
+    misses.
     """
     name = f"{fits} that did not converge"
     return Score(task, dataset, name, float(np.sum(~converged)), higher_is_better=False)

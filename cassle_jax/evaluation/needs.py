@@ -14,7 +14,7 @@ from cassle_jax.data.sources import DAMAGED, labels_of
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """The least that a protocol needs of a dataset; 0 for no requirement.
+    """What a protocol needs of a dataset at least; 0 for no requirement.
 
     Attributes:
       train, val, test: images per part.

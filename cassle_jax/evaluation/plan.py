@@ -23,7 +23,7 @@ class Planned:
       data: the dataset.
       protocol: the protocol.
       settings: its settings.
-      unmet: why the dataset rules it out, in one line; "" where it does not.
+      unmet: the first need that the dataset does not meet, in one line; "" where it meets all.
     """
 
     data: EvaluationData
@@ -84,7 +84,7 @@ def warn_of_idle(values: Mapping[str, Any], planned: Sequence[Planned]) -> None:
 
 
 def warn_of_no_datasets(**given: Sequence[str]) -> None:
-    """Logs the given options of an evaluation that does not take place."""
+    """Logs options of an evaluation that are given without datasets."""
     for name, values in given.items():
         if values:
             LOG.warning("%s=%s has no effect without datasets", name, ",".join(values))

@@ -75,8 +75,7 @@ class Protocol:
           The findings.
 
         Raises:
-          ValueError: a finding bears the name of another protocol or dataset, and would be reported
-            as that one's; or an error of `run`.
+          ValueError: a finding has the name of another protocol or dataset; or an error of `run`.
         """
         findings = list(self.run(bench, settings))
         for each in findings:

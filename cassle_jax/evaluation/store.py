@@ -63,7 +63,7 @@ def uncropped_side(size: int) -> int:
 
 
 def described(source: Source) -> tuple[object, ...]:
-    """Distinguishes a source from all others, even of the same name; made for `repr`."""
+    """Facts whose `repr` identifies a source, even among others of the same name."""
     return source.name, len(source), content_of(source), source.class_names
 
 

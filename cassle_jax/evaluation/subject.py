@@ -69,7 +69,7 @@ class Subject:
         return self._digest(lambda network: network in ("encoder", "image_conditioner"))
 
     def whole_fingerprint(self) -> str:
-        """Identifies all that analyses see: every network, and training's augmentation of views."""
+        """Identifies the inputs of analyses: all networks, and training's augmentation of views."""
         described = repr((self.spec, self.views, self.conditioning))
         return self._digest(lambda _: True, described)
 
