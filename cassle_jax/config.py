@@ -102,7 +102,7 @@ def _defaults() -> ConfigDict:
     # Images per encoder pass, summed over devices, to save memory; 0: the whole batch. Loss,
     # gradient and the heads' BatchNorm see the whole batch; the encoder's BatchNorm sees a chunk.
     config.chunk_size = 0
-    config.dtype = "auto"  # of convolutions and matrix products: bfloat16 on accelerators
+    config.dtype = "auto"  # for convolutions and matrix products: bfloat16 on accelerators
     config.deterministic = False  # GPU: use bitwise reproducible kernels only
     config.compilation_cache = "auto"  # a folder; "auto": in the user's cache; "": none
 

@@ -26,7 +26,7 @@ Number = float | int
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # float32 computes well between them
 
-_LEAST_TAPS = 3  # of a blur whose number of taps follows from the view's size
+_LEAST_TAPS = 3  # for a blur whose number of taps follows from the view's size
 
 LEAST_SIGMA = 1e-6
 """Smallest standard deviation of a blur, pixels; it changes nothing."""

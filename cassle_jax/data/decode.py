@@ -20,7 +20,7 @@ ANY_SIDE = 1 << 30
 """A canvas, in pixels, so large that no image is reduced."""
 
 _PIXEL_BYTES = 8  # red, green, blue and opacity in 16 bits, not compressed
-_OTHER_BYTES = 1 << 26  # of what else an image's file has, such as a preview
+_OTHER_BYTES = 1 << 26  # for what else an image's file has, such as a preview
 
 _EXTENSIONS = {
     "AVIF": (".avif",),
@@ -47,7 +47,7 @@ _JPEG_SCAN = b"\xda"  # marks the pixels
 _JPEG_SCANS = re.compile(b"\xff" + _JPEG_SCAN)
 _JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
 _PROGRESSIVE = (0xC2, 0xCA)
-_COEFFICIENTS = 64  # of a block of pixels
+_COEFFICIENTS = 64  # per block of pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
 _ZEROS = bytes(512)  # disks lose whole blocks

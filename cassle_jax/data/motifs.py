@@ -17,8 +17,8 @@ _PLACES = {
 }
 _GROUND, _BODY, _RELIEF = 0.35, 0.75, 0.2  # lightness, and the amplitude of patterns and textures
 _MIDDLE = 0.5  # the lightness that contrast does not change
-_GROUND_CYCLES = 5  # of a pattern, per image
-_BODY_CYCLES = 0.8  # of a texture, per radius
+_GROUND_CYCLES = 5  # periods of a pattern per image
+_BODY_CYCLES = 0.8  # periods of a texture per radius
 
 # All are mirror-symmetric, as the shapes are, so that a flip changes none of them.
 PATTERNS: dict[str, Callable[[Plane, Plane], Plane]] = {

@@ -28,7 +28,7 @@ from cassle_jax.data.sources import (
 )
 from cassle_jax.data.squares import PLACES, Square, check_short_side, squares_of
 
-_CROPS = 2 * PLACES  # also of the mirrored image
+_CROPS = 2 * PLACES  # those of the image and of its mirror image
 
 
 class Part:

@@ -34,7 +34,7 @@ WRAPPERS = {
 }
 # Networks that are not evaluated where a file has another one: DINO evaluates the teacher.
 COPIES = re.compile(r"(^|[._])(momentum|ema|k|key|target|student)([._]|$)")
-COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and torch's AveragedModel
+COUNTERS = ("num_batches_tracked", "n_averaged")  # BatchNorm's, torch's AveragedModel's
 # Names next to an encoder's own arrays: classifiers, and the heads of SwAV and others.
 HEADS = ("fc.", "head.", "heads.", "linear.", "classifier.", "projection_head.", "prototypes.")
 # Arrays that only the pretraining of DINOv2, DINOv3, MAE and Hugging Face's ViT uses.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _HALF = (jnp.bfloat16, jnp.float16)
-_WIDEST_HEAD = 128  # of the kernel's backward pass on every GPU that has one
+_WIDEST_HEAD = 128  # channels that the kernel's backward pass takes on every GPU that has one
 
 
 def attend(

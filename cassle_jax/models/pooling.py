@@ -45,7 +45,7 @@ def _gathered(x: Maps, pooled: Pooled, gradient: Pooled) -> Maps:
     batch, height, width, channels = x.shape
     rows, columns = pooled.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    place = jnp.full(pooled.shape, 9, jnp.uint8)  # of a window's first maximum, in reading order
+    place = jnp.full(pooled.shape, 9, jnp.uint8)  # the first maximum's, in reading order
     for i in reversed(range(3)):
         for j in reversed(range(3)):
             pixels = padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2]

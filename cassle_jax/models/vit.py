@@ -19,7 +19,7 @@ MLP_RATIO = 4
 TEMPERATURE = 10_000.0
 STAGES = 4
 
-EPSILON, ROTARY_EPSILON = 1e-6, 1e-5  # of LayerNorm; the second is DINOv3's
+EPSILON, ROTARY_EPSILON = 1e-6, 1e-5  # LayerNorm's; the second is DINOv3's
 LONGEST_PERIOD = 100.0
 xavier_uniform = nn.initializers.xavier_uniform()
 # Queries, keys and values are three square matrices, each xavier-uniform: ±√(6/(2·width)).

@@ -130,7 +130,7 @@ def _with_flags(text: str) -> str:
 
 def _check_name_free(folder: Path) -> None:
     """Refuses the name of another dataset: its files would be replaced, or read instead."""
-    layouts = (f"*/{INFO}", f"*/*/{INFO}")  # of versions, and of configurations with versions
+    layouts = (f"*/{INFO}", f"*/*/{INFO}")  # <version>/…, and <configuration>/<version>/…
     for info in sorted(path for layout in layouts for path in folder.parent.glob(layout)):
         if info.parent != folder or not is_there(folder / PLAN):
             raise ConfigError(

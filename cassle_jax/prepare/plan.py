@@ -21,7 +21,7 @@ PLAN = "prepared.json"
 INFO = "dataset_info.json"  # what tensorflow-datasets reads first
 _OF_SPLIT = ("source", "images")
 _SAMPLE = 64  # images that are re-encoded to estimate the size
-_MARGIN = 1.05  # of the estimate, for records' names and the files' indices
+_MARGIN = 1.05  # factor on the estimate, for records' names and the files' indices
 
 
 class Preparation(NamedTuple):

@@ -366,7 +366,7 @@ def _newton(
             return _einsum("dn,npk->dpk", across, flow) + ridge * vector, change
 
         variances = probabilities * jnp.where(is_label, -residuals, 1 - probabilities)
-        inverse = 1 / (_curvatures(features, variances) + ridge)  # of the Hessian's diagonal
+        inverse = 1 / (_curvatures(features, variances) + ridge)  # inverts the Hessian's diagonal
         objectives = jnp.sum(losses, axis=(0, 2)) + penalties * _dot(thetas, thetas)
         small = _TOLERANCE * objectives
         direction, change, decrease = find(hessian, gradient, inverse, logits, small, ~converged)

@@ -65,9 +65,9 @@ class Checkpoints:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         self._preserve = checkpoint_managers.AnyPreservationPolicy(policies)
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
-        self._trouble, self._warned = "", False  # of the newest save, if it failed
+        self._trouble, self._warned = "", False  # about the newest save, if it failed
         self._failures = 0
-        self._cause: Exception | None = None  # of the newest save's trouble
+        self._cause: Exception | None = None  # the error behind `_trouble`
         self._read_back: ReadBack | None = None
         self._unreadable = ""  # why no run can continue from the newest one read back
         self._readable = False
