@@ -43,8 +43,8 @@ def bench():
     networks = Networks({"encoder": Colour})
     variables = {"params": {}, "batch_stats": {}}
     subject = Subject("bare", networks, variables, SPEC, PLAIN, (JITTERED, JITTERED))
-    scenes = Scenes(16, size=PIXELS)
-    data = EvaluationData("scenes", scenes, scenes, scenes, 2, "accuracy", "classification")
+    parts = (Scenes(16, seed=seed, size=PIXELS) for seed in (1, 2, 0))
+    data = EvaluationData("scenes", *parts, 2, "accuracy", "classification")
     store = FeatureStore(subject, devices(1), batch=8)
     return Bench(subject, data, store)
 
@@ -104,14 +104,14 @@ def test_test_images_that_are_also_learnt_from_are_warned_of(bench):
     """With the nearest neighbour of a test image being itself, any encoder scores 100 %."""
 
     def shown(train):
-        data = dataclasses.replace(bench.data, train=train, val=Scenes(16, seed=2, size=PIXELS))
+        data = dataclasses.replace(bench.data, train=train)
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             dataclasses.replace(bench, data=data).fitted  # noqa: B018
         return [str(each.message) for each in found]
 
-    assert shown(Scenes(16, seed=1, size=PIXELS)) == []
-    (warning,) = shown(Part(bench.data.train, np.arange(5), "some"))
+    assert shown(bench.data.train) == []
+    (warning,) = shown(Part(bench.data.test, np.arange(5), "some"))
     assert warning.startswith("5 of 16 test images have exactly the features of an image to learn")
 
 
