@@ -98,8 +98,8 @@ def _defaults() -> ConfigDict:
     config.seed = 0
     config.epochs = 200
     config.steps = 0  # above 0: length of the run, in place of `epochs`
-    config.batch_size = 256  # summed over devices
-    # Images per encoder pass, summed over devices, to save memory; 0: the whole batch. Loss,
+    config.batch_size = 256  # images per step, all devices together
+    # Images per encoder pass, all devices together, to save memory; 0: the whole batch. Loss,
     # gradient and the heads' BatchNorm see the whole batch; the encoder's BatchNorm sees a chunk.
     config.chunk_size = 0
     config.dtype = "auto"  # for convolutions and matrix products: bfloat16 on accelerators
@@ -115,8 +115,8 @@ def _defaults() -> ConfigDict:
     )
     config.augment = _from_dataclass(AugmentSpec(size=32))
     config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
-    # BYOL's: blur all first views; rarely blur second views, and solarize some. Replaces the
-    # probabilities of blur and solarize, and the threshold.
+    # BYOL's pair of views: all first ones are blurred, a tenth of the second ones is, and a fifth
+    # of these is solarized. Replaces the probabilities of blur and solarize, and the threshold.
     config.augment.asymmetric = False
     config.optimizer = _from_dataclass(OptimizerSpec())
     config.data, config.probe = _data_defaults()
@@ -147,13 +147,11 @@ def _encoder_defaults() -> ConfigDict:
             # Vision Transformers: attention heads; 0: the default. vit_small has 12 here and in
             # MoCo-v3, 6 in DINO and timm
             "heads": 0,
-            # Vision Transformers, as DINOv2's: further learnt tokens (4 there); the initial factor
-            # of each block's output (1e-5 there; 0: none); gated feed-forward networks. As
-            # DINOv3's: rotary positions
-            "registers": 0,
+            "registers": 0,  # Vision Transformers: further learnt tokens; DINOv2 has 4
+            # Vision Transformers: initial factor of each block's output; DINOv2 has 1e-5; 0: none
             "layer_scale": 0.0,
-            "swiglu": False,
-            "rotary": False,
+            "swiglu": False,  # Vision Transformers: gated feed-forward networks
+            "rotary": False,  # Vision Transformers: rotary positions, as DINOv3 has
             "remat": False,  # recompute activations in the backward pass, to save memory
             # Vision Transformers on NVIDIA's GPUs in bfloat16: cuDNN's kernel instead of XLA's
             "flash_attention": True,

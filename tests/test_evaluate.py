@@ -345,12 +345,12 @@ def test_what_a_dataset_lacks_is_reported_first_and_the_rest_is_done(run, tmp_pa
     warnings = [each for each in caplog.records if each.levelname == "WARNING"]
     assert [each.getMessage() for each in warnings[:2]] == [
         f"few_shot on {small}: ways=5 is more than its 4 classes; the other tasks run",
-        f"augmentation_probes on {small}: too few test images to analyse: 4; 13 is the least "
+        f"augmentation_probes on {small}: too few test images to analyse: 4; use at least 13 "
         "(limit=96, analysed=32); the other tasks run",
     ]
     page = (tmp_path / "report" / "report.html").read_text()
     assert "ways=5 is more than its 4 classes" in page and "k-NN" in page
-    with pytest.raises(DataError, match=r"too few images of class 'a'.*: 3; 21 is the least"):
+    with pytest.raises(DataError, match=r"too few images of class 'a'.*: 3; use at least 21"):
         evaluate(run, tmp_path / "none", "few_shot", datasets=[small], batch=8, ways=4)
     assert not (tmp_path / "none").exists()
 
@@ -380,7 +380,7 @@ def test_names_of_any_bytes_reach_the_page(run, tmp_path):
     ("settings", "message"),
     [
         ({"tasks": ["linar"]}, r"tasks='linar' is unknown.*did you mean 'linear'"),
-        ({"tasks": ["regression"]}, r"tasks=regression suit none of scenes"),
+        ({"tasks": ["regression"]}, r"tasks=regression suit none of the datasets scenes"),
         ({"runs": []}, r"evaluate needs --run=WORKDIR"),
         ({"to": ""}, r"^to= is not a local folder; give the one to write to$"),
         ({"datasets": ["scenes", "scenes"]}, r"^dataset 'scenes' is named twice"),

@@ -473,7 +473,7 @@ def test_toy_runs_are_evaluated_on_scenes_whatever_the_datasets(caplog, of_table
     ("settings", "message"),
     [
         ({"datasets": ("scenes", "scenes")}, r"^dataset 'scenes' is named twice"),
-        ({"datasets": ("scenes",), "tasks": ("regression",)}, "^tasks=regression suit none of sc"),
+        ({"datasets": ("scenes",), "tasks": ("regression",)}, "^tasks=regression suit none of the"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused_before_any_run(settings, message):

@@ -152,8 +152,8 @@ class AugmentSpec:
         """The two distributions of BYOL's asymmetric views (arXiv 2006.07733, appendix B).
 
         Returns:
-          This spec with a blur in every view and no solarize; and this spec with a blur in a tenth
-          of the views and a fifth of them solarized from 0.5 on.
+          This spec with blur in every view and without solarize; and this spec with blur in a tenth
+          of the views, and a fifth of all views solarized from 0.5 on.
         """
         return (
             dataclasses.replace(self, blur=1.0, solarize=0.0),

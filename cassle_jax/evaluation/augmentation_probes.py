@@ -159,7 +159,7 @@ def read_augmentations(
         differ.
     """
     if len(plain) < FEWEST_IMAGES:
-        raise ValueError(f"{len(plain)} images are too few to probe; {FEWEST_IMAGES} is the least")
+        raise ValueError(f"{len(plain)} images are too few to probe; use at least {FEWEST_IMAGES}")
     held_out = np.arange(len(plain)) % _HELD_OUT_OF == _HELD_OUT_OF - 1
     factors = {
         name: values

@@ -111,7 +111,7 @@ def _standardised(train_features, test_features) -> tuple[np.ndarray, np.ndarray
         for features in (train_features, test_features)
     )
     if len(train) < 10:
-        raise ValueError(f"{len(train)} training rows are too few for a probe; 10 is the least")
+        raise ValueError(f"{len(train)} training rows are too few for a probe; use at least 10")
     for name, features in (("train_features", train), ("test_features", test)):
         check_finite(name, features)
     scaler = StandardScaler().fit(train)

@@ -127,7 +127,7 @@ def _rows_of_classes(
 ) -> list[Int[np.ndarray, " _"]]:
     """The rows per class; raises the errors of `few_shot`."""
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features of shape {features.shape} must be rows × features")
+        raise ValueError(f"features of shape {features.shape} are not [rows, features]")
     if labels.shape != (len(features),):
         raise ValueError(f"labels of shape {labels.shape} do not fit {len(features)} rows")
     check_finite("features", features)

@@ -69,9 +69,7 @@ def knn_evaluation(
     for name, (features, labels) in (("train", train), ("test", test)):
         for part in parts_of(features):
             if part.ndim != 2 or 0 in part.shape:
-                raise ValueError(
-                    f"{name} has features of shape {part.shape}; rows × features is needed"
-                )
+                raise ValueError(f"{name} has features of shape {part.shape}; use [rows, features]")
             if part.shape[1] != width:
                 raise ValueError(f"test has {width} features; train has {part.shape[1]}")
         _check_labels(name, labels, features)
@@ -131,7 +129,7 @@ def _predict(train_features, train_labels, test_features, k: int) -> Shaped[np.n
     test_features = np.asarray(test_features, np.float32)
     rows = sum(map(len, parts))
     if not 1 <= k <= rows:
-        raise ValueError(f"k={k} must lie between 1 and the {rows} training rows")
+        raise ValueError(f"k={k} is not from 1 to the number of training rows, {rows}")
     if len(test_features) == 0:
         raise ValueError("test_features has no rows")
     for name, arrays in (("train_features", parts), ("test_features", [test_features])):

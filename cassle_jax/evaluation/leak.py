@@ -127,7 +127,7 @@ def leak_of(
     if not conditioning.descriptors:
         raise ValueError("there are no descriptors, so there is no ω that could give images away")
     if len(images) < FEWEST_IMAGES:
-        raise ValueError(f"{len(images)} images are too few; {FEWEST_IMAGES} is the least")
+        raise ValueError(f"{len(images)} images are too few; use at least {FEWEST_IMAGES}")
     if sizes is None:
         sizes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
     if sizes.shape != (len(images), 2):

@@ -118,4 +118,4 @@ def _labels(source: Source, limit: int) -> Int[np.ndarray, " images"]:
 def _too_few(what: str, count: int, least: int, **settings: int) -> str:
     """One line, with the settings that may be the cause."""
     chosen = ", ".join(f"{name}={value}" for name, value in settings.items() if value)
-    return f"too few {what}: {count}; {least} is the least" + (f" ({chosen})" if chosen else "")
+    return f"too few {what}: {count}; use at least {least}" + (f" ({chosen})" if chosen else "")

@@ -138,7 +138,7 @@ def _check_search(
     count = sum(map(len, parts))
     available = count - int(own_rows.max(initial=-1) >= 0)
     if not 1 <= k <= available:
-        raise ValueError(f"k={k} must lie between 1 and the {available} rows there are to find")
+        raise ValueError(f"k={k} is not from 1 to the number of rows to search, {available}")
     if len(queries) == 0:
         raise ValueError("queries has no rows")
     if own_rows.shape != (len(queries),):

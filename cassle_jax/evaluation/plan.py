@@ -69,7 +69,9 @@ def plan(
     ]
     if opened and not planned:
         names = ", ".join(data.name for data in opened)
-        raise ConfigError(f"tasks={','.join(tasks)} suit none of {names}")
+        raise ConfigError(
+            f"tasks={','.join(tasks)} suit none of the datasets {names}; use tasks that do"
+        )
     return planned
 
 

@@ -103,4 +103,4 @@ def with_wrong_omega(
 def check_two(images: int) -> None:
     """Raises ValueError for fewer than two images."""
     if images < 2:
-        raise ValueError(f"{images} images are too few to compare; 2 is the least")
+        raise ValueError(f"{images} images are too few to compare; use at least 2")

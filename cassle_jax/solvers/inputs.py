@@ -11,9 +11,7 @@ from cassle_jax.checks import check_finite, check_positive
 def check_features(name: str, features: np.ndarray) -> None:
     """Raises ValueError unless there are rows of finite features."""
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(
-            f"{name} has features of shape {features.shape}; rows × features is needed"
-        )
+        raise ValueError(f"{name} has features of shape {features.shape}; use [rows, features]")
     check_finite(name, features, "features")
 
 

@@ -185,7 +185,7 @@ def test_findings_name_metric_and_source():
 def test_what_cannot_be_probed_is_refused():
     drawn = descriptors()
     few = {name: values[:12] for name, values in drawn.items()}
-    with pytest.raises(ValueError, match="12 images are too few to probe; 13 is the least"):
+    with pytest.raises(ValueError, match="12 images are too few to probe; use at least 13"):
         read_augmentations(noise(3)[:12], noise(4)[:12], few)
     same = {name: np.zeros_like(values) for name, values in drawn.items()}
     with pytest.raises(ValueError, match="nothing to predict"):

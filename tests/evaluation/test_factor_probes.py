@@ -151,7 +151,7 @@ def test_bad_features_are_named():
         probe_factors(train, factors, train * np.float32(np.nan), factors, KINDS)
     few = {name: values[:9] for name, values in factors.items()}
     with pytest.raises(
-        ValueError, match="9 training rows are too few for a probe; 10 is the least"
+        ValueError, match="9 training rows are too few for a probe; use at least 10"
     ):
         probe_factors(train[:9], few, train, factors, KINDS)
 

@@ -301,7 +301,7 @@ def test_without_other_strengths_there_are_no_curves(invariance):
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="1 images are too few to compare; 2 is the least"):
+    with pytest.raises(ValueError, match="1 images are too few to compare; use at least 2"):
         measured(images=IMAGES[:1])
     with pytest.raises(ValueError, match="no batch has two images"):
         measured(size=1)

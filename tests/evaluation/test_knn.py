@@ -79,7 +79,7 @@ def test_collapsed_features_are_warned_of(spread, collapsed):
 
 def test_bad_arguments_are_named():
     train, labels = clusters(20, seed=1)
-    with pytest.raises(ValueError, match=r"k=21 must lie between 1 and the 20 training rows"):
+    with pytest.raises(ValueError, match=r"k=21 is not from 1 to the number of training rows, 20"):
         knn_accuracy(train, labels, train, labels, k=21)
     with pytest.raises(ValueError, match="test_features has no rows"):
         knn_accuracy(train, labels, train[:0], labels[:0])

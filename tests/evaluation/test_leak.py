@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_refused():
     plain, cassle = Conditioning(descriptors=()), Conditioning()
     with pytest.raises(ValueError, match="no descriptors"):
         leak_of(plain, (SPEC, SPEC), IMAGES)
-    with pytest.raises(ValueError, match="7 images are too few; 8 is the least"):
+    with pytest.raises(ValueError, match="7 images are too few; use at least 8"):
         leak_of(cassle, (SPEC, SPEC), IMAGES[:7])
     for setting in ({"steps": 0}, {"batch": 1}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(setting))):

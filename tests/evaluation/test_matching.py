@@ -258,7 +258,7 @@ def test_the_scale_of_embeddings_changes_nothing(scale):
 
 def test_what_cannot_be_compared_is_refused():
     for conditioning in (PLAIN, COLOR_DIFF):
-        with pytest.raises(ValueError, match="1 images are too few to compare; 2 is the least"):
+        with pytest.raises(ValueError, match="1 images are too few to compare; use at least 2"):
             match(conditioning, images=IMAGES[:1])
     with pytest.raises(ValueError, match="there are no batches"):
         match(PLAIN, images=IMAGES[:0])

@@ -106,8 +106,11 @@ def test_a_gallery_shows_each_query_with_its_neighbours():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 0}, "k=0 must lie between 1 and the 6 rows"),
-        ({"k": 6, "own_rows": np.arange(2)}, "k=6 must lie between 1 and the 5 rows"),
+        ({"k": 0}, "k=0 is not from 1 to the number of rows to search, 6"),
+        (
+            {"k": 6, "own_rows": np.arange(2)},
+            "k=6 is not from 1 to the number of rows to search, 5",
+        ),
         ({"queries": np.zeros((0, 9), np.float32)}, "queries has no rows"),
         ({"rows": np.full((6, 9), np.nan, np.float32)}, "rows holds values that are not finite"),
         ({"own_rows": np.array([0, 6])}, "own_rows are from 0 to 6; there are 6 rows"),
