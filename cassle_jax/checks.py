@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 # Larger values are typing errors. Without these bounds, Python and the libraries would raise errors
-# that name no setting, or compute for ever.
+# that name no setting, or compute forever.
 _MOST = 2**31 - 1
 WIDEST = 2**20
 """Most channels of a layer, rows of a table of features, or epochs of an evaluation."""
@@ -43,7 +43,7 @@ def check_positive(name: str, value: Real) -> None:
 
 def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> None:
     """Raises ConfigError unless the setting is at least `least` and at most `most`."""
-    if not value >= least:  # nor a NaN
+    if not value >= least:  # refuses NaN, too
         raise ConfigError(f"{name}={value} must be at least {least}")
     if value > most:
         raise ConfigError(f"{name}={value} is out of range; use at most {most}")

@@ -99,7 +99,7 @@ def all_processes(*, saves_when_stopped: bool = False) -> Iterator[None]:
 
 
 def _check_devices() -> None:
-    """Raises ConfigError unless all processes, which read equal shares, have as many devices."""
+    """Raises ConfigError unless all processes have as many devices, as they read equal shares."""
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         raise ConfigError(

@@ -413,7 +413,7 @@ def check_requested(
       opens: whether to open the datasets, which only the machine of the evaluation may have.
 
     Raises:
-      ConfigError: a name is unknown, a word is no further option, or its value cannot work.
+      ConfigError: a name is unknown, an option is not a further one, or its value cannot work.
       DataError: a dataset is missing, or nothing can be evaluated on it.
     """
     values = flags.FlagValues()

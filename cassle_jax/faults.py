@@ -111,7 +111,7 @@ def seconds_in(variable: str, default: float) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not seconds >= 0:  # nor a NaN
+    if not seconds >= 0:  # refuses NaN, too
         raise ConfigError(f"{variable}={text!r} is not a number of seconds; use {default:g}")
     return seconds
 

@@ -95,7 +95,7 @@ def is_utf8(path: epath.PathLike) -> bool:
 def _glob(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
     """The matches inside a folder; the folder's own name is not a pattern."""
     # epath's own takes `runs/a[1]` for a pattern: Orbax then finds nothing to put into a checkpoint
-    # and leaves, without a word, one that cannot be read.
+    # and silently leaves one that cannot be read.
     first, _, rest = pattern.partition("/")
     try:
         paths = list(folder.iterdir())
@@ -133,7 +133,7 @@ def is_there(path: epath.PathLike) -> bool:
 
 
 def check_ends(path: epath.PathLike, known: os.stat_result | None = None) -> None:
-    """Raises OSError, of ESPIPE, for a pipe or device: reading one may wait, or last, for ever."""
+    """Raises OSError, of ESPIPE, for a pipe or device: reading one may wait, or last, forever."""
     mode = (known or os.stat(path)).st_mode  # noqa: PTH116 - quicker
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.ESPIPE, "it is a pipe or a device, not a file", os.fspath(path))

@@ -5,7 +5,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_barlow_twins.py \\
 
 Zbontar et al., Barlow Twins, 2021 (section 2.2): batch 2048, 1000 epochs, LARS with a rate of 0.2
 for weights and 0.0048 for biases, λ 0.0051, asymmetric views; 73.2 % in linear evaluation.
-Arguments: see `base_config`, all but method. The paper's own run has conditioning=none.
+Arguments: see `base_config`, without method. The paper's own run has conditioning=none.
 """
 
 from cassle_jax.config import base_config, imagenet

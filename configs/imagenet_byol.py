@@ -4,7 +4,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_byol.py --workdir=runs/i
 
 Grill et al., Bootstrap Your Own Latent, 2020 (section 3.3, appendix B): batch 4096, 1000 epochs,
 LARS, momentum from 0.996, asymmetric views; 74.3 % in linear evaluation. Arguments: see
-`base_config`, all but method. The paper's own run has conditioning=none.
+`base_config`, without method. The paper's own run has conditioning=none.
 """
 
 from cassle_jax.config import base_config, imagenet

@@ -5,7 +5,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_moco_v3_resnet50.py \\
 
 Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021, and its
 code: batch 4096, 300 epochs, LARS, temperature 1, momentum from 0.99, asymmetric views; 72.8 % in
-linear evaluation. Arguments: see `base_config`, all but method. The paper's own run has
+linear evaluation. Arguments: see `base_config`, without method. The paper's own run has
 conditioning=none.
 """
 

@@ -6,7 +6,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_moco_v3_vit.py \\
 Chen, Xie and He, An Empirical Study of Training Self-Supervised Vision Transformers, 2021 (section
 4), and its code: batch 4096, 300 epochs, AdamW, momentum from 0.99, asymmetric views; 73.2 % in
 linear evaluation, and 76.7 % with ViT-B/16 (--config.encoder.name=vit_base). Arguments: see
-`base_config`, all but method. The paper's own run has conditioning=none.
+`base_config`, without method. The paper's own run has conditioning=none.
 """
 
 from cassle_jax.config import base_config, imagenet

@@ -4,7 +4,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_simclr.py --workdir=runs
 
 Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020 (section
 2.2, appendix A and B.6): batch 4096, 1000 epochs, LARS, strong colour jitter; 69.3 % in linear
-evaluation. Arguments: see `base_config`, all but method. The paper's own run has conditioning=none.
+evaluation. Arguments: see `base_config`, without method. The paper's own run has conditioning=none.
 """
 
 from cassle_jax.config import base_config, imagenet

@@ -4,7 +4,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_simsiam.py --workdir=run
 
 Chen and He, Exploring Simple Siamese Representation Learning, 2021 (section 3, appendix A): batch
 512, 100 epochs, SGD, constant learning rate of the predictor; 68.1 % in linear evaluation.
-Arguments: see `base_config`, all but method. The paper's own run has conditioning=none.
+Arguments: see `base_config`, without method. The paper's own run has conditioning=none.
 """
 
 from cassle_jax.config import base_config, imagenet

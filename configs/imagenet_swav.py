@@ -4,7 +4,7 @@ python -m cassle_jax.pretrain --config=configs/imagenet_swav.py --workdir=runs/i
 
 Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, 2020
 (appendix A): batch 4096, 800 epochs, LARS, two views of 224 and six of 96 pixels; 75.3 % in linear
-evaluation. Arguments: see `base_config`, all but method. The paper's own run has conditioning=none.
+evaluation. Arguments: see `base_config`, without method. The paper's own run has conditioning=none.
 Unlike the authors' LARC, LARS excludes biases and normalisation parameters from weight decay and
 adaptation, and the warm-up starts at 0.
 """

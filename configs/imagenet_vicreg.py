@@ -3,7 +3,7 @@
 python -m cassle_jax.pretrain --config=configs/imagenet_vicreg.py --workdir=runs/imagenet_vicreg
 
 Bardes, Ponce and LeCun, VICReg, 2022 (section 4.2): batch 2048, 1000 epochs, LARS, weights 25, 25
-and 1, asymmetric views; 73.2 % in linear evaluation. Arguments: see `base_config`, all but method.
+and 1, asymmetric views; 73.2 % in linear evaluation. Arguments: see `base_config`, without method.
 The paper's own run has conditioning=none.
 """
 

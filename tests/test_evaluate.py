@@ -255,7 +255,7 @@ def test_the_page_grows_and_the_same_command_goes_on(run, tmp_path, monkeypatch,
     assert len(done) == 4
     report.write_text("torn by a kill")
     evaluate(run, tmp_path, "knn", runs=runs, limit=64)
-    assert len(done) == 5 and "cannot be read and is made anew" in caplog.text
+    assert len(done) == 5 and "cannot be read and is written again" in caplog.text
 
 
 def test_a_call_that_ends_early_loses_no_result_of_an_earlier_one(run, tmp_path, monkeypatch):

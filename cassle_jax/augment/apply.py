@@ -126,7 +126,7 @@ def denormalize(
       [..., height, width, 3], RGB clipped to [0, 1].
 
     Raises:
-      ValueError: if the last axis is not RGB, or ``spec`` is no ``AugmentSpec``.
+      ValueError: if the last axis is not RGB, or ``spec`` is not an ``AugmentSpec``.
     """
     check_spec(spec)
     if np.ndim(image) < 3 or image.shape[-1] != 3:

@@ -96,7 +96,7 @@ class Descriptor:
             )
 
     def _check_class(self) -> None:
-        """Refuses numbers and differences that are no class, which would be a wrong target."""
+        """Refuses numbers and differences that are not a class and would be wrong targets."""
         if self.predicted and self.kind != "value" and self.compare is None:
             raise ValueError(
                 f"a head cannot predict the difference of numbers of kind={self.kind!r} "

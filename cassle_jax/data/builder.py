@@ -234,7 +234,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
     if folder and not is_utf8(folder):
         raise DataError(
-            f"data.path={data_dir!r} has bytes that are not UTF-8, and array_record opens none such"
+            f"data.path={data_dir!r} has bytes that are not UTF-8, which array_record cannot open"
         )
     try:
         # From files, not by tfds.builder: reads whichever version is prepared.

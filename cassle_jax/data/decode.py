@@ -80,7 +80,7 @@ _UPRIGHT = {
 
 
 class DamagedImage(ValueError):
-    """The bytes are no whole image: truncated, empty, something else, or too large.
+    """The bytes are not a whole image: truncated, empty, something else, or too large.
 
     Args:
       reason: why, in words.

@@ -122,7 +122,7 @@ class RecordReader:
 
 
 class _Known(Exception):
-    """An earlier read has already waited in vain for the record's file."""
+    """An earlier read has waited for the record's file, and given up."""
 
     def __init__(self, fault: OSError):
         super().__init__()

@@ -41,7 +41,7 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except Exception as error:  # A damaged file raises any type, depending on its bytes.
-            LOG.warning("%s cannot be read and is made anew: %s", path, error)
+            LOG.warning("%s cannot be read and is written again: %s", path, error)
             return None
         with contextlib.suppress(OSError):  # the cache belongs to another user
             os.utime(path)

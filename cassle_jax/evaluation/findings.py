@@ -180,7 +180,7 @@ def _finding(fields: dict[str, Any]) -> Finding:
 
 
 def _check_kinds(finding: Finding) -> None:
-    """Raises ValueError where what was read is no text, or is neither true nor false."""
+    """Raises ValueError where a value that was read is of another type than its field."""
     texts, flags = [], []
     for field in dataclasses.fields(finding):
         value = getattr(finding, field.name)

@@ -144,7 +144,7 @@ def _r2(targets: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _r2_pooled(targets: np.ndarray, predicted: np.ndarray) -> float:
-    """The squared correlation; 0 where it, or the spread of the predictions, is mere rounding."""
+    """The squared correlation; 0 where it, or the spread of the predictions, is only rounding."""
     targets, predicted = targets.ravel().astype(np.float64), predicted.ravel().astype(np.float64)
     if np.ptp(predicted) <= 8 * np.finfo(np.float32).eps * np.abs(predicted).max():
         return 0.0

@@ -378,7 +378,7 @@ def architecture_of(
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(
-            f"the encoder is no ResNet, ViT or ConvNeXt known here: {error}"
+            f"the encoder is not a known ResNet, ViT or ConvNeXt: {error}"
         ) from error
 
 
@@ -410,7 +410,7 @@ def check_arrays(state: State, architecture: Architecture) -> None:
         variables = jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False), images)
         check_encoder(state, variables)
     except (ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"the encoder is no {architecture.name} known here: {error}") from error
+        raise WeightsError(f"the encoder is not a known {architecture.name}: {error}") from error
 
 
 def _resnet(state: State) -> ResNetArchitecture:

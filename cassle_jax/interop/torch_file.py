@@ -52,7 +52,7 @@ UNNEEDED = (
     "lightning.fabric.utilities.data.AttributeDict",
 )
 _BEGIN = 32  # bytes of a file that a message quotes
-RESAVE = "load it with PyTorch and save its state_dict() anew with torch.save"
+RESAVE = "load it with PyTorch and save its state_dict() again with torch.save"
 
 
 def read_torch_file(path: str | Path) -> Any:

@@ -154,7 +154,7 @@ def weights_of(
         heads: number of attention heads of a ViT encoder.
 
     Raises:
-        WeightsError: there is no encoder, or a network has arrays that are no weights.
+        WeightsError: there is no encoder, or a network has arrays that are not weights.
     """
     names = variables["params"].keys()
     networks = {n: TO_PYTORCH[n](_of_network(variables, n)) for n in TO_PYTORCH if n in names}

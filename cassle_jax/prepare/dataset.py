@@ -293,7 +293,7 @@ def _begin_process(*settings) -> None:
     _begin_worker(*settings)
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach all; the parent answers
         signal.signal(number, signal.SIG_IGN)
-    # A worker whose parent was killed would wait for work for ever.
+    # A worker whose parent was killed would wait for work forever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -127,7 +127,7 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
                 first = 0
                 for key, count in parts:
                     if not isinstance(key, str) or type(count) is not int:
-                        raise ValueError(f"{key!r}, {count!r} is no part")
+                        raise ValueError(f"{key!r}, {count!r} is not a part")
                     if key:
                         read[key] = from_json(run[first : first + count])
                     first += count

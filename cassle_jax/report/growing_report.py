@@ -52,7 +52,7 @@ class GrowingReport:
         try:
             self._kept = read_parts(folder / JSON)
         except ConfigError as error:
-            LOG.warning("%s cannot be read and is made anew: %s", folder / JSON, error)
+            LOG.warning("%s cannot be read and is written again: %s", folder / JSON, error)
 
     @property
     def failures(self) -> list[tuple[str, Failure]]:

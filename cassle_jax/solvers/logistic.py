@@ -9,14 +9,14 @@ the classes separable. All is computed in float64, except on TPUs, which have on
   rotation leaves the penalty unchanged, and one number per axis, its curvature, preconditions well
   (at θ = 0, perfectly).
 - Newton's method takes its steps from preconditioned conjugate gradients. Its line search runs
-  along logits already known, so it needs no product with the features. Where the classes are all
-  but separable, a few rows decide, and conjugate gradients would need thousands of steps: such a
-  fit is finished with a factorised Hessian, where that is small.
+  along logits already known, so it needs no product with the features. Where the classes are
+  almost separable, a few rows decide, and conjugate gradients would need thousands of steps: such
+  a fit is finished with a factorised Hessian, where that is small.
 - The penalties go from large to small. A fit starts on the line through the two optima before it,
   extrapolated in log w: where the classes are separable, θ grows nearly along that line.
 
 Logits are kept relative to the logit of the row's own label. The loss and the residual of a row
-that is all but certain are then accurate, where softmax minus one would be all rounding.
+that is almost certain are then accurate; softmax minus one would be only rounding.
 """
 
 import math
@@ -96,7 +96,7 @@ def fit_logistic(
     """Minimises Σ cross-entropy + w·‖θ‖², weights and biases both in θ, for every penalty w.
 
     A fit has converged when its last Newton step was predicted to lower the objective by less than
-    1e-6 of its value. Conjugate gradients predict too little where the classes are all but
+    1e-6 of its value. Conjugate gradients predict too little where the classes are almost
     separable. So a small fit whose gradient does not prove the optimum ends with a factorised
     Hessian, which predicts exactly; a large one can end 1e-4 above it.
 
@@ -347,7 +347,7 @@ def _newton(
     """Newton's method from `thetas`: solutions, their relative logits, and which converged."""
     ridge = 2 * penalties[:, None]
     across = features.T
-    if _is_cpu():  # XLA would transpose the features anew for each product
+    if _is_cpu():  # XLA would transpose the features for each product
         across = jax.lax.optimization_barrier(across)
 
     def unfinished(state):
@@ -500,7 +500,7 @@ def _line_search(
     ridge: Float[Array, "P 1"],
     is_label: Bool[Array, "N 1 K"],
 ) -> Float[Array, " P"]:
-    """The step lengths at which the slope along the direction has all but vanished.
+    """The step lengths at which the slope along the direction has almost vanished.
 
     Newton's method in one variable, between the longest step known to fall short and the shortest
     known to go too far; a step at most doubles.

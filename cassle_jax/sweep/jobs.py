@@ -280,8 +280,8 @@ class Slurm:
             with self._executor.batch():
                 return [self._executor.submit(command) for command in commands]
         except (FailedJobError, FailedSubmissionError) as error:  # of sbatch
-            said = (str(error).splitlines() or ["sbatch failed without a word"])[-1]
-            # A job that SLURM accepted all the same finds no command, and ends after a minute.
+            said = (str(error).splitlines() or ["sbatch failed without a message"])[-1]
+            # A job that SLURM accepted nevertheless finds no command, and ends after a minute.
             if _BUSY.search(said):
                 raise OSError(errno.EBUSY, said) from error
             raise ConfigError(f"slurm={self._options}: {said}") from error

@@ -153,8 +153,8 @@ class Checkpoints:
         while self._leads and not self._is_saved(step, state, data_state):
             left = min(left, after_stop) if hurry.is_set() else left
             if left <= 0:
-                anew = "so the same command begins anew"
-                goes_on = anew if self._newest() is None else "where the same command continues"
+                again = "so the same command starts from step 0"
+                goes_on = again if self._newest() is None else "where the same command continues"
                 raise NotSaved(
                     f"step {step} could not be saved: {self._trouble}; {self._newest_named()}, "
                     f"{goes_on}"

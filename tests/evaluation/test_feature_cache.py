@@ -111,7 +111,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     else:
         path.write_bytes(damage)
     assert cache.read(SUBJECT, key(1)) is None
-    assert f"{key(1)}.npz cannot be read and is made anew" in caplog.text
+    assert f"{key(1)}.npz cannot be read and is written again" in caplog.text
     cache.write(SUBJECT, key(1), ARRAYS)
     np.testing.assert_array_equal(cache.read(SUBJECT, key(1))["features"], ARRAYS["features"])
 

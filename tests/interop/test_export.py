@@ -552,9 +552,9 @@ def without_a_stem(state):
     ("change", "message"),
     [
         (of_a_wide_first_block, "its first block is 6 wide, no multiple of 4"),
-        (without_a_first_layer, r"known here: it has no layer1\.0\.conv1\.weight"),
-        (without_a_stem, "the encoder is no ResNet, ViT or ConvNeXt known here: not enough values"),
-        (resnext, r"no resnet50 known here.* layer1\.0\.conv2\.weight has shape \(8, 1, 3, 3\)"),
+        (without_a_first_layer, r"ConvNeXt: it has no layer1\.0\.conv1\.weight"),
+        (without_a_stem, "the encoder is not a known ResNet, ViT or ConvNeXt: not enough values"),
+        (resnext, r"not a known resnet50.* layer1\.0\.conv2\.weight has shape \(8, 1, 3, 3\)"),
         (wide_resnet, r"layer1\.0\.conv2\.weight has shape \(8, 8, 3, 3\), not \(4, 4, 3, 3\)"),
         (without_an_array, r"layer4\.2\.bn3\.running_var is missing"),
         (of_integers, r"bn1\.weight holds int32"),

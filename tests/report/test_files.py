@@ -412,7 +412,7 @@ def test_what_failed_stands_at_the_top_and_what_was_found_is_found_by_its_key(tm
     content = json.loads(report.read_text())
     (content["subjects"]["a"],) = ({"runs": [[]], "parts": [[[3, "x"]]]},)
     (tmp_path / "parts.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"parts\.json is damaged .*3, 'x' is no part"):
+    with pytest.raises(ConfigError, match=r"parts\.json is damaged .*3, 'x' is not a part"):
         read_parts(tmp_path / "parts.json")
     report.write_bytes(report.read_bytes()[:100])  # as a power cut leaves it
     assert not is_complete(report)

@@ -301,7 +301,7 @@ def test_a_run_that_never_saved_is_not_said_to_continue(tmp_path, monkeypatch):
     checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=1)
     with contextlib.closing(checkpoints), monkeypatch.context() as patch:
         patch.setattr(checkpoints, "_is_saved", lambda *_: False)
-        said = "none is saved yet, so the same command begins anew$"
+        said = "none is saved yet, so the same command starts from step 0$"
         with pytest.raises(checkpoints_module.NotSaved, match=said):
             checkpoints.save_surely(1, small_state(1), {}, seconds=0.0, after_stop=0.0)
 
