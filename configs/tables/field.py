@@ -1,4 +1,4 @@
-"""Methods that use ω, each in its own way, on the embedded motifs; 8 to 28 minutes per run on a CPU core.
+"""Methods that use ω, each in its own way, on the embedded motifs; 8 to 28 minutes per run on CPUs.
 
 python -m cassle_jax.tables --table=field --to=runs/field --parallel=2 \\
     --datasets=motifs,flowers17=/data/flowers17,cifar10=/data/cifar10
