@@ -1,7 +1,7 @@
 """A bench: one subject on one dataset, with the features that the protocols share."""
 
 import dataclasses
-import warnings
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,8 @@ from cassle_jax.evaluation.store import (
 )
 from cassle_jax.evaluation.subject import Subject
 from cassle_jax.versions import code_fingerprint
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +111,13 @@ class Bench:
         """Features of the parts that a classifier may learn from; warns of test images there."""
         parts = [self.train, self.val]
         if repeated := _repeated(parts, self.test):
-            warnings.warn(
-                f"{repeated} of {len(self.test.features)} test images have exactly the features of "
-                "an image to learn from; if these are the same images, scores are too high",
-                stacklevel=2,
+            LOG.warning(
+                "%s on %s: %d of %d test images have exactly the features of an image to learn "
+                "from; if these are the same images, scores are too high",
+                self.subject.name,
+                self.data.name,
+                repeated,
+                len(self.test.features),
             )
         return parts
 
