@@ -152,7 +152,7 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def stop_of(error: BaseException) -> Stop | None:
-    """How an error ends a command, in one line; `None` for a fault of the program."""
+    """The `Stop` with which an error ends a command; `None` for a fault of the program."""
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -86,7 +86,7 @@ def base_config(arguments: str = "", *, recipe_of: str = "") -> ConfigDict:
 
 
 def narrow_heads(config: ConfigDict, most: int) -> None:
-    """Bounds the widths of the method's heads, where an encoder is slim."""
+    """Bounds the widths of the method's heads at `most`, for a slim encoder."""
     for name in ("projector_hidden", "projector_out", "predictor_hidden", "prototypes"):
         if name in config.method:
             config.method[name] = min(config.method[name], most)

@@ -143,7 +143,7 @@ def whole_table(scores: Scores) -> Table:
 
 
 def headline(scores: Scores) -> str:
-    """Says what every run keeps more or less of than the first run, in a sentence per run."""
+    """A sentence per run on what it keeps more or less of than the first one."""
     first, *others = RUNS
     means = {run: group_means(scores[run], _GROUPS) for run in RUNS}
 

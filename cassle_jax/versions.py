@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """A name for this project's code and for the versions: equal for equal ones."""
+    """Identifies this project's code and the versions: equal for equal ones."""
     digest = hashlib.blake2b(repr(versions()).encode(), digest_size=8)
     root = Path(cassle_jax.__file__).parent
     for path in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""A folder of one's own photographs, slim ResNet-18 at 64 pixels: minutes on a laptop.
+"""Your own folder of photographs, slim ResNet-18 at 64 pixels: minutes on a laptop.
 
 python -m cassle_jax.pretrain --config=configs/photos.py:method=simclr,conditioning=branched \\
     --config.data.path=photos --workdir=runs/photos

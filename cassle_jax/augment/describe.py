@@ -229,9 +229,9 @@ def check_descriptors(names: Iterable[str], prefix: str = "") -> list[str]:
       prefix: prefix of the setting's name in a message, such as ``conditioning.``.
 
     Raises:
-      ConfigError: if a name is unknown, or selects numbers twice (``color`` and ``color.hue``, for
-        example), if ``names`` is a string or has several names in one, or if ``DESCRIPTORS`` has a
-        name with one of the signs ``.,:+()`` or a blank.
+      ConfigError: a name is unknown, or selects numbers twice, as ``color`` and ``color.hue`` do;
+        ``names`` is a string, or has several names in one; or a name in ``DESCRIPTORS`` has a blank
+        or one of the signs ``.,:+()``.
     """
     given = [names] if isinstance(names, str) else [*map(str, names)]
     apart = tuple(name for each in given for name in re.split(r"[,+()\s]+", each) if name)

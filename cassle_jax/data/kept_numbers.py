@@ -31,7 +31,7 @@ def label_cache_folder() -> pathlib.Path:
 def numbers_file(
     info: tfds.core.DatasetInfo, split: str, paths: Sequence[FeaturePath], content: str
 ) -> pathlib.Path:
-    """Where numbers are kept; its name has the dataset, the features and the files' content."""
+    """The file that keeps numbers, named after the dataset, the features and their content."""
     files = info.splits[split].file_instructions
     described = repr(
         ([(str(f.filename), f.skip, f.take, f.examples_in_shard) for f in files], list(paths))
@@ -44,7 +44,7 @@ def numbers_file(
 def kept_numbers(
     scan: Callable[[], Iterator[list[list[int]]]], shape: tuple[int, int], file: pathlib.Path
 ) -> Int[np.ndarray, "records numbers"]:
-    """Numbers of all records: kept ones where the file has them, else scanned ones, then kept.
+    """The numbers of all records, read from the file, or scanned and then kept there.
 
     Args:
       scan: yields rows of numbers, some records at a time.

@@ -232,7 +232,7 @@ def from_detectron2(state: State) -> State:
 
 
 def _torchvision_vit_names(state: State) -> dict[str, str]:
-    """Torchvision's name for each of this project's, for the blocks that `state` has in either."""
+    """Torchvision's names by this project's, for the blocks that `state` has under either."""
     pattern = re.compile(r"(?:blocks\.|encoder\.layers\.encoder_layer_)(\d+)\.")
     blocks = {match[1] for name in state if (match := pattern.match(name))}
     names, modules = dict(VIT_ARRAYS), dict(VIT_MODULES)

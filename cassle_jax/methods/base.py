@@ -179,7 +179,7 @@ class Networks(nn.Module):
         return self._encode(view, (), train)[0]
 
     def encode_stages(self, view: ViewBatch, *, train: bool) -> dict[int, Float[Array, "B _"]]:
-        """The features of a view by stage, those of `stages` and, by 0, the encoder's own."""
+        """The features of a view by stage: those of `stages`, and under 0 the encoder's own."""
         return self._encode(view, self.stages, train)
 
     def _encode(self, view, stages, train):

@@ -88,7 +88,7 @@ def classes_of(sources: Mapping[str, Source]) -> tuple[str, ...]:
 def plan_of(
     sources: Mapping[str, Source], folder: Path, preparation: Preparation, max_pixels: int
 ) -> dict[str, Any]:
-    """What is written, as JSON; an earlier call's plan where the folder has one.
+    """The plan of the files to write, as JSON; an earlier call's where the folder has one.
 
     Raises:
       ConfigError: the folder holds another preparation, or a finished one of other images.

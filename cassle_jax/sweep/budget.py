@@ -66,7 +66,7 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
 
 
 def _pace_of(subject: str) -> str:
-    """A name that rows share whose steps take about the same time: the base method's."""
+    """The base method's name: the steps of its rows take about the same time."""
     return group_of(subject) or subject
 
 

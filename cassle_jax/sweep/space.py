@@ -39,8 +39,7 @@ class SweepRequest:
       config: a configuration file with its arguments, as `--config` of the pretraining command.
       overrides: settings of all runs, as `--config.name=value`.
       grid: `name=value,value;name=…`: all combinations of the values.
-      zipped: the same format, with as many values per name: a run with the first values, one with
-        the second values, ….
+      zipped: the same format, with equally many values per name; run i has the i-th of each.
       random: the same format; values are drawn. A value may be `uniform(low,high)` or
         `log(low,high)`; both draw integers where `low` and `high` are integers.
       draws: number of draws.

@@ -138,7 +138,7 @@ def read_metrics(workdir: epath.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_lines(path: epath.PathLike, key: str = "step", kind: type = int) -> list[dict]:
-    """The complete lines of a JSON-lines file that have a step, or another key of some kind.
+    """The complete lines of a JSON-lines file in which `key` has a value of type `kind`.
 
     A killed run may leave half a line at the end; a power cut may leave anything.
 
