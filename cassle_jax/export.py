@@ -18,7 +18,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import local_folder, make_shared, path_of, write_whole
+from cassle_jax.storage import local_folder, path_of, write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
 LOG = logging.getLogger("cassle_jax.export")  # also where this is the main module
@@ -100,7 +100,6 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
         write_whole(folder / "model_card.md", markdown(card, loading))
 
     try:
-        retried(f"to={folder}", lambda: make_shared(folder))
         with folder_held(folder, setting="to", holder="export", leaves_file=False):
             retried(f"to={folder}", write)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,13 @@
-"""Holds a folder for one command: a second one is refused, and a killed one leaves no lock."""
+"""Holds a folder for one command, by the kernel's lock that ends with the process in every case.
+
+Three files are locked, for three purposes:
+
+- `<folder>/lock`, by `folder_held`: a second command in a folder of results is refused.
+- The folder itself, by `folder_held(leaves_file=False)`: likewise, for a folder that the user
+  passes on, such as an export.
+- `job.lock` in a run's folder, by `await_turn`: a job of a sweep or table waits for the one before
+  it, which may still save after its parent was killed. Child processes inherit the open file.
+"""
 
 import contextlib
 import datetime
@@ -17,7 +26,7 @@ from etils import epath
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import retried
-from cassle_jax.storage import on_object_store, open_shared
+from cassle_jax.storage import make_shared, on_object_store, open_shared
 
 LOG = logging.getLogger(__name__)
 
@@ -31,14 +40,13 @@ def folder_held(
     leaves_file: bool = True,
     waits: bool = True,
 ) -> Iterator[None]:
-    """Holds `<folder>/lock`, or the folder itself, while entered.
+    """Makes a folder where it is missing, and holds it while entered.
 
-    The kernel locks the open file: the lock ends with the process in every case, never expires, and
-    also holds between the hosts of a shared file system. Reading needs no lock. On object stores
-    and file systems without locks, nothing is held.
+    The lock never expires, and also holds between the hosts of a shared file system. Reading needs
+    no lock. On object stores and file systems without locks, nothing is held.
 
     Args:
-      folder: what is held, such as the workdir of a run; must exist.
+      folder: what is held, such as the workdir of a run.
       setting: setting or flag that names the folder, for the message.
       holder: what holds it, for the message.
       leaves_file: whether `lock` may stay in the folder; False for one that the user passes on.
@@ -46,18 +54,16 @@ def folder_held(
 
     Raises:
       ConfigError: another process of this host holds it; the message names it and its start.
-      OSError, Outage: the lock cannot be written, for good or for now, such as one that a process
-        of another host holds.
+      OSError, Outage: the folder or its lock cannot be written, for good or for now, such as one
+        that a process of another host holds.
     """
-    if on_object_store(folder):
-        yield
-        return
     take = partial(_taken, folder, setting, holder, leaves_file)
     descriptor = retried(f"{setting}={folder}", take) if waits else take()
     try:
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def await_turn(file: IO) -> None:
@@ -75,8 +81,11 @@ def await_turn(file: IO) -> None:
         LOG.info("%s cannot be locked: %s", file.name, error.strerror)
 
 
-def _taken(folder: epath.PathLike, setting: str, holder: str, leaves_file: bool) -> int:
-    """Opens and locks the lock's file, or the folder itself."""
+def _taken(folder: epath.PathLike, setting: str, holder: str, leaves_file: bool) -> int | None:
+    """Makes the folder, and opens and locks its file or itself; `None` on an object store."""
+    make_shared(folder)
+    if on_object_store(folder):
+        return None
     if leaves_file:
         descriptor = _opened(epath.Path(folder) / "lock")
     else:

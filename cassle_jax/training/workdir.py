@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from etils import epath
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import reason_of, retried
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import check_no_file, is_utf8, make_shared, on_object_store, path_of
+from cassle_jax.storage import check_no_file, is_utf8, on_object_store, path_of
 
 # The longest time until one host sees what another has written to a shared folder.
 SHARED_FOLDER_SECONDS = 60
@@ -69,9 +68,7 @@ def workdir_held(workdir: epath.Path, holder: str) -> Iterator[None]:
       Outage: it cannot be written for now.
     """
     with contextlib.ExitStack() as held:
-        written(workdir, lambda: make_shared(workdir))
-        lock = partial(folder_held, workdir, holder=holder, waits=False)
-        written(workdir, lambda: held.enter_context(lock()))
+        written(workdir, lambda: held.enter_context(folder_held(workdir, holder=holder)))
         yield
 
 
