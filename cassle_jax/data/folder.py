@@ -224,25 +224,23 @@ def _annotated(
         raise DataError(
             f"data.path: {str(annotations)!r} cannot be read: {reason_of(error)}"
         ) from error
-    class_of_name: dict[str, str] = {}
-    other: dict[str, str] = {}
+    classes: dict[str, dict[str, None]] = {}  # by name, in the order of the lines
     for name, label in (line.split("\t")[:2] for line in lines if "\t" in line):
-        if class_of_name.setdefault(name, label) != label:
-            other[name] = label
-    class_of = {}
-    missing = class_of_name.copy()
+        classes.setdefault(name, {})[label] = None
+    class_of, missing = {}, dict.fromkeys(classes)
     for file in files:
         name = os.fsdecode(file.rsplit(b"/", 1)[-1])
         missing.pop(name, None)
-        if name in other:
+        label, *others = classes.get(name, [None])
+        if others:
             raise DataError(
-                f"data.path: {str(annotations)!r} gives {name!r} two classes, "
-                f"{class_of_name[name]!r} and {other[name]!r}"
+                f"data.path: {str(annotations)!r} gives {name!r} two classes, {label!r} and "
+                f"{others[-1]!r}"
             )
-        if name in class_of_name:
-            class_of[file] = class_of_name[name]
-        else:
+        if label is None:
             skipped.note(NO_LINE, file)
+        else:
+            class_of[file] = label
     for name in missing:
         skipped.note(NO_IMAGE, name.encode())
     if not class_of:

@@ -200,7 +200,17 @@ def _indexed(tar: str, skipped: Skipped) -> tuple[list[tuple[str, int, int, int]
     """The `_images` of a file, and its `_version` before they were read."""
     check_ends(tar)
     version = _version(os.stat(tar))  # noqa: PTH116
-    return list(_images(tar, skipped)), version
+
+    def note(kind: str, name: str) -> None:
+        skipped.note(kind, os.fsencode(f"{tar}/{name}"))
+
+    try:
+        with tarfile.open(tar, "r:") as file:
+            return list(_images(tar, file, note)), version
+    except tarfile.TarError as error:
+        raise DataError(
+            f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
+        ) from error
 
 
 def _tars_in(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -219,41 +229,42 @@ def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]
     return as_word or named
 
 
-def _images(tar: str, skipped: Skipped) -> Iterator[tuple[str, int, int, int]]:
+def _images(
+    tar: str, file: tarfile.TarFile, note: Callable[[str, str], None]
+) -> Iterator[tuple[str, int, int, int]]:
     """Name, offset, bytes and label per image; -1 for no label."""
-    keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}  # names, and where they lead
-    try:
-        with tarfile.open(tar, "r:") as file:
-            named = {_path(member): member for member in file if not _is_own_link(member)}
-            _check_end(file)
-            for member in file:
-                stem, extension = _split_name(_path(member))  # so that ./a.png is a.png
-                content = _content(member, named)
-                if isinstance(content, str):
-                    if extension in _READ:
-                        skipped.note(content, os.fsencode(f"{tar}/{member.name}"))
-                    continue
-                parts = keys.setdefault(stem, {})
-                if extension in EXTENSIONS and parts.get(extension, (None, content))[1] != content:
-                    skipped.note(_REPLACED, os.fsencode(f"{tar}/{member.name}"))
-                parts[extension] = member.name, content
-            for stem, parts in keys.items():
-                label = _label(tar, file, stem, parts)
-                images = sorted(EXTENSIONS & parts.keys())
-                for extension in images[1:]:
-                    skipped.note(_REPLACED, os.fsencode(f"{tar}/{parts[extension][0]}"))
-                for extension in images[:1]:
-                    own_name, image = parts[extension]  # each link to a damaged image counts
-                    yield own_name, image.offset_data, image.size, label
-                for own_name, _ in () if images else parts.values():
-                    if posixpath.splitext(own_name.lower())[1] in EXTENSIONS:
-                        hidden = posixpath.basename(own_name).startswith(".")  # macOS adds them
-                        kind = HIDDEN if hidden else _DOTTED
-                        skipped.note(kind, os.fsencode(f"{tar}/{own_name}"))
-    except tarfile.TarError as error:
-        raise DataError(
-            f"data.path: {tar} cannot be read ({error}); it must be a whole, uncompressed tar file"
-        ) from error
+    for stem, parts in _grouped(file, note).items():
+        label = _label(tar, file, stem, parts)
+        images = [parts[each] for each in sorted(EXTENSIONS & parts.keys())]
+        for name, _ in images[1:]:
+            note(_REPLACED, name)
+        for name, image in images[:1]:  # each link to a damaged image counts
+            yield name, image.offset_data, image.size, label
+        for name, _ in () if images else parts.values():
+            if posixpath.splitext(name.lower())[1] in EXTENSIONS:
+                hidden = posixpath.basename(name).startswith(".")  # macOS adds them
+                note(HIDDEN if hidden else _DOTTED, name)
+
+
+def _grouped(
+    file: tarfile.TarFile, note: Callable[[str, str], None]
+) -> dict[str, dict[str, tuple[str, tarfile.TarInfo]]]:
+    """Names of members, and the files they lead to, by key and extension; notes what is left out."""
+    named = {_path(member): member for member in file if not _is_own_link(member)}
+    _check_end(file)
+    keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}
+    for member in file:
+        stem, extension = _split_name(_path(member))  # so that ./a.png is a.png
+        content = _content(member, named)
+        if isinstance(content, str):
+            if extension in _READ:
+                note(content, member.name)
+            continue
+        parts = keys.setdefault(stem, {})
+        if extension in EXTENSIONS and parts.get(extension, (None, content))[1] != content:
+            note(_REPLACED, member.name)
+        parts[extension] = member.name, content
+    return keys
 
 
 def _content(
