@@ -249,7 +249,7 @@ def _images(
 def _grouped(
     file: tarfile.TarFile, note: Callable[[str, str], None]
 ) -> dict[str, dict[str, tuple[str, tarfile.TarInfo]]]:
-    """Names of members, and the files they lead to, by key and extension; notes what is left out."""
+    """The members' names, and the files they lead to, by key and extension; notes the others."""
     named = {_path(member): member for member in file if not _is_own_link(member)}
     _check_end(file)
     keys: dict[str, dict[str, tuple[str, tarfile.TarInfo]]] = {}

@@ -123,14 +123,7 @@ class ResNetArchitecture:
                 f"timm cannot make a {self.name} with {stem}; use the format torchvision, whose "
                 "names are timm's, and the lines its model card gives"
             )
-        first = {"first_conv": "conv1", "classifier": "fc", "fixed_input_size": False}
-        arguments = {} if self.channels == 3 else {"in_chans": self.channels}
-        return {
-            "architecture": self.name,
-            "global_pool": "avg",
-            "model_args": arguments,
-            "pretrained_cfg": first,
-        }
+        return _timm_config(self.name, "avg", {}, self.channels, "conv1", "fc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,16 +257,8 @@ class ViTArchitecture:
             architecture = "vit_giant_patch14_dinov2"
             # timm rounds down the width of both halves.
             arguments["mlp_ratio"] = (2 * swiglu_width(self.width) + 0.5) / self.width
-        return {
-            "architecture": architecture,
-            "global_pool": "token",
-            "model_args": arguments | ({} if self.channels == 3 else {"in_chans": self.channels}),
-            "pretrained_cfg": {
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
-                "fixed_input_size": True,
-            },
-        }
+        ends = "patch_embed.proj", "head"
+        return _timm_config(architecture, "token", arguments, self.channels, *ends, fixed_size=True)
 
 
 CONVNEXTS = {
@@ -342,19 +327,28 @@ class ConvNeXtArchitecture:
     def timm_config(self) -> dict[str, Any]:
         """The architecture's part of timm's `config.json`."""
         arguments = {"depths": [*self.depths], "dims": self.widths}
-        return {
-            "architecture": self.name,
-            "global_pool": "avg",
-            "model_args": arguments | ({} if self.channels == 3 else {"in_chans": self.channels}),
-            "pretrained_cfg": {
-                "first_conv": "stem.0",
-                "classifier": "head.fc",
-                "fixed_input_size": False,
-            },
-        }
+        return _timm_config(self.name, "avg", arguments, self.channels, "stem.0", "head.fc")
 
 
 Architecture = ResNetArchitecture | ViTArchitecture | ConvNeXtArchitecture
+
+
+def _timm_config(
+    name: str,
+    pool: str,
+    arguments: Mapping[str, Any],
+    channels: int,
+    first: str,
+    last: str,
+    fixed_size: bool = False,
+) -> dict[str, Any]:
+    """An architecture's part of timm's `config.json`, with its first and last layer's names."""
+    return {
+        "architecture": name,
+        "global_pool": pool,
+        "model_args": {**arguments, **({} if channels == 3 else {"in_chans": channels})},
+        "pretrained_cfg": {"first_conv": first, "classifier": last, "fixed_input_size": fixed_size},
+    }
 
 
 def architecture_of(
