@@ -159,16 +159,10 @@ class ConditionedProjector(nn.Module):
         )(features, train)
 
     def _inject(self, features, descriptor, train):
-        if self.optional:
-            descriptor, given = descriptor[:, :-1], descriptor[:, -1:]
-        if self.treatment == "mlp":
-            concat = self.injection == "concat"
-            width = self.condition_width if concat else features.shape[-1]
-            descriptor = self._condition(width, name="condition")(descriptor, train)
-        if self.optional:
-            ones, zeros = nn.initializers.ones, nn.initializers.zeros
-            neutral = ones if self.injection == "multiply" else zeros
-            descriptor = where_given(self, descriptor, given, neutral)
+        width = self.condition_width if self.injection == "concat" else features.shape[-1]
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        neutral = ones if self.injection == "multiply" else zeros
+        descriptor = _treated(self, descriptor, width, train, neutral)
         match self.injection:
             case "concat":
                 return jnp.concatenate([features, descriptor], axis=-1)
@@ -184,7 +178,7 @@ class ConditionedProjector(nn.Module):
         """
         shapes = [(features.shape[-1],) * 2] * (self.depth - 1) + [(features.shape[-1], self.out)]
         total = sum((inputs + 1) * outputs for inputs, outputs in shapes)
-        numbers = self._condition(total, name="hypernetwork")(descriptor, train)
+        numbers = _gamma(self, total, "hypernetwork")(descriptor, train)
 
         x, start = features, 0
         for layer, (inputs, outputs) in enumerate(shapes):
@@ -207,11 +201,6 @@ class ConditionedProjector(nn.Module):
             norm = BatchNorm(affine, affine, axis_name=self.axis_name, name=f"bn_{self.depth - 1}")
             x = norm(x, train)
         return x
-
-    def _condition(self, out: int, name: str) -> MLP:
-        return condition_network(
-            self.condition_width, out, self.condition_depth, self.axis_name, self.dtype, name
-        )
 
 
 class ImageConditioner(nn.Module):
@@ -254,57 +243,41 @@ class ImageConditioner(nn.Module):
         check_conditioning(self.treatment, "image", descriptor_width=width)
         if self.treatment == "none":
             raise ValueError("treatment='none' leaves the images as they are; use 'mlp' or 'raw'")
-        if self.optional:
-            descriptor, given = descriptor[:, :-1], descriptor[:, -1:]
-        if self.treatment == "mlp":
-            descriptor = condition_network(
-                self.condition_width,
-                self.condition_width,
-                self.condition_depth,
-                self.axis_name,
-                self.dtype,
-                "condition",
-            )(descriptor, train)
-        if self.optional:
-            descriptor = where_given(self, descriptor, given, nn.initializers.zeros)
+        descriptor = _treated(self, descriptor, self.condition_width, train, nn.initializers.zeros)
         shape = (*images.shape[:-1], descriptor.shape[-1])
         channels = jnp.broadcast_to(descriptor[:, None, None, :], shape)
         return jnp.concatenate([images, channels.astype(images.dtype)], axis=-1)
 
 
-def where_given(
+def _treated(
     module: nn.Module,
-    conditioned: Float[Array, "batch width"],
-    given: Float[Array, "batch 1"],
-    initial: nn.initializers.Initializer,
-) -> Float[Array, "batch width"]:
-    """γ(ω) in the rows where ω is given, and a learnt vector, `ungiven`, in the others.
+    descriptor: Float[Array, "batch descriptor"],
+    width: int,
+    train: bool,
+    neutral: nn.initializers.Initializer,
+) -> Float[Array, "batch _"]:
+    """γ(ω) of a width, or raw ω; a learnt vector, `ungiven`, in the rows where ω is not given.
 
     γ sees the ω of all rows, so that its BatchNorm never sees a constant.
     """
-    ungiven = module.param("ungiven", initial, (conditioned.shape[-1],), jnp.float32)
-    return jnp.where(given > 0.5, conditioned, ungiven.astype(conditioned.dtype))
+    if module.optional:
+        descriptor, given = descriptor[:, :-1], descriptor[:, -1:]
+    if module.treatment == "mlp":
+        descriptor = _gamma(module, width, "condition")(descriptor, train)
+    if not module.optional:
+        return descriptor
+    ungiven = module.param("ungiven", neutral, (descriptor.shape[-1],), jnp.float32)
+    return jnp.where(given > 0.5, descriptor, ungiven.astype(descriptor.dtype))
 
 
-def condition_network(
-    width: int, out: int, depth: int, axis_name: str | None, dtype: DTypeLike, name: str
-) -> MLP:
-    """The MLP, ending in a BatchNorm with scale and shift, that maps ω.
-
-    Args:
-        width: width of the hidden layers.
-        out: width of the result.
-        depth: number of Linear layers.
-        axis_name: mapped axis over which BatchNorm statistics are synchronised.
-        dtype: dtype the layers compute in; parameters are float32.
-        name: name of the module in the parameters.
-    """
+def _gamma(module: nn.Module, out: int, name: str) -> MLP:
+    """The MLP, ending in a BatchNorm with scale and shift, that maps ω to `out` numbers."""
     return MLP(
-        hidden=width,
+        hidden=module.condition_width,
         out=out,
-        depth=depth,
+        depth=module.condition_depth,
         last_bn=True,
-        axis_name=axis_name,
-        dtype=dtype,
+        axis_name=module.axis_name,
+        dtype=module.dtype,
         name=name,
     )
