@@ -353,52 +353,32 @@ def _summary(opened: Sequence[EvaluationData], limit: int = 0) -> str:
 
 def define_flags(into: flags.FlagValues) -> None:
     """Defines the command's flags: its own, and one for each of `all_settings`."""
-    flags.DEFINE_multi_string(
-        "run",
-        [],
-        "Workdir of a run or file of weights, as path or name=path; may be repeated.",
-        flag_values=into,
-    )
-    flags.DEFINE_string(
+    string = partial(flags.DEFINE_string, flag_values=into)
+    runs = "Workdir of a run or file of weights, as path or name=path; may be repeated."
+    flags.DEFINE_multi_string("run", [], runs, flag_values=into)
+    string(
         "datasets",
         "",
         "Names in the table, motifs, scenes, folder:<path>, or name=<path of its folder>.",
-        flag_values=into,
     )
-    flags.DEFINE_string("to", "runs/evaluation", "Folder of the report.", flag_values=into)
+    string("to", "runs/evaluation", "Folder of the report.")
     titles = ", ".join(f"{name} ({each.title})" for name, each in PROTOCOLS.items())
-    flags.DEFINE_list(
-        "tasks",
-        [],
-        f"Protocols to run; default: the usual ones. One or more of {titles}.",
-        flag_values=into,
-    )
-    flags.DEFINE_string("data_dir", "", "data_dir of tensorflow-datasets.", flag_values=into)
-    flags.DEFINE_string(
+    tasks = f"Protocols to run; default: the usual ones. One or more of {titles}."
+    flags.DEFINE_list("tasks", [], tasks, flag_values=into)
+    string("data_dir", "", "data_dir of tensorflow-datasets.")
+    string(
         "cache",
         None,
         "Folder that keeps features; empty for none. Default: $XDG_CACHE_HOME/cassle_jax/features, "
         "in ~/.cache where the variable is not set.",
-        flag_values=into,
     )
-    flags.DEFINE_float(
-        "cache_gib",
-        CACHE_GIB,
-        "Bound of the cache's size, GiB; the least recently read features go first.",
-        lower_bound=0,
-        flag_values=into,
-    )
-    flags.DEFINE_integer(
-        "max_pixels",
-        MAX_PIXELS,
-        "Most pixels of an image; one with more counts as damaged.",
-        lower_bound=1,
-        flag_values=into,
-    )
+    gib = "Bound of the cache's size, GiB; the least recently read features go first."
+    flags.DEFINE_float("cache_gib", CACHE_GIB, gib, lower_bound=0, flag_values=into)
+    pixels = "Most pixels of an image; one with more counts as damaged."
+    flags.DEFINE_integer("max_pixels", MAX_PIXELS, pixels, lower_bound=1, flag_values=into)
     for name, each in all_settings().items():
         users = ", ".join(protocols_with(name))
-        help = f"{users}: {each.help}" if users else each.help
-        flags.DEFINE_string(name, each.text, help, flag_values=into)
+        string(name, each.text, f"{users}: {each.help}" if users else each.help)
 
 
 def check_requested(

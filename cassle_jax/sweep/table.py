@@ -43,6 +43,7 @@ TOY = {
 }
 TOY_EVALUATION = (
     "limit=64",
+    "batch=64",
     "shots=1",
     "ways=2",
     "analysed=32",
