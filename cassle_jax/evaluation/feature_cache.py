@@ -72,17 +72,11 @@ class FeatureCache:
 
     def _trim(self, newest: Path) -> None:
         """Removes files beyond the bound, the newest last, and leftovers of killed processes."""
-        found, now = [], time.time_ns()
+        found = []
         for path in self._folder.glob("*/*.npz"):
             if _NAME.fullmatch(path.stem) and _NAME.fullmatch(path.parent.name):
                 with contextlib.suppress(OSError):  # another process removed it
-                    known = path.stat()
-                    read = known.st_mtime_ns
-                    if read > now:  # the clock was set back: it would stay until then
-                        with contextlib.suppress(PermissionError):  # it is another user's
-                            os.utime(path)
-                        read = now
-                    found.append((path == newest, read, known.st_size, path))
+                    found.append((path == newest, *_read_and_size(path), path))
         for folder in {path.parent for *_, path in found}:
             remove_dead_partials(folder)
         total = 0
@@ -91,3 +85,12 @@ class FeatureCache:
             if total > self._bytes:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def _read_and_size(path: Path) -> tuple[int, int]:
+    """When a file was last read, in ns, not later than now; and its bytes."""
+    known, now = path.stat(), time.time_ns()
+    if known.st_mtime_ns > now:  # the clock was set back: the file would stay until then
+        with contextlib.suppress(PermissionError):  # it is another user's
+            os.utime(path)
+    return min(known.st_mtime_ns, now), known.st_size
