@@ -12,18 +12,12 @@ from cassle_jax.checks import WIDEST, check_at_least, check_positive, check_seed
 from cassle_jax.data import Source
 from cassle_jax.data.sources import labels_of
 from cassle_jax.evaluation.bench import Bench
-from cassle_jax.evaluation.classifier import (
-    Training,
-    check_classes,
-    fitting_batch,
-    measured_accuracies,
-    needs_of_training,
-    train_classifier,
-)
+from cassle_jax.evaluation.classifier import Training, measured_accuracies, train_classifier
 from cassle_jax.evaluation.findings import Finding, Score
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Seeded, setting
 from cassle_jax.evaluation.subject import Subject
+from cassle_jax.evaluation.trainable import check_classes, fitting_batch, needs_of_training
 from cassle_jax.methods.base import Schedule
 
 
