@@ -19,7 +19,6 @@ Logits are kept relative to the logit of the row's own label. The loss and the r
 that is almost certain are then accurate; softmax minus one would be only rounding.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,22 +136,28 @@ def fit_logistic(
         begin = _rotated_start(start, axes, classes)
         solved = _solve_lots(labels, rotated, lots, begin, max_steps, _conjugate_gradients)
         solved = jax.tree.map(lambda array: np.asarray(array)[order], solved)
-        if rotated.dtype == jnp.float64:
-            operations = _hessian_operations(len(rotated), begin.size)
-            again = ~solved.converged & (operations <= _TO_CONVERGE)
-            again |= ~solved.certain & (operations <= _TO_PROVE)
-            for missed in np.flatnonzero(again):
-                lot, begin = penalties[missed].reshape(1, 1), solved.thetas[missed].T
-                better = _solve_lots(labels, rotated, lot, begin, max_steps, _factorised)
-                if better.converged[0] or not solved.converged[missed]:
-                    for arrays, found in zip(solved, better, strict=True):
-                        arrays[missed] = found[0]
+        if rotated.dtype == jnp.float64 and begin.size <= _FACTORISED_ROWS:
+            _finish(solved, labels, rotated, penalties, max_steps)
     return _path(penalties, axes, solved)
 
 
-def _hessian_operations(rows: int, weights: int) -> float:
-    """Operations of a Hessian, a sum over rows; infinite where it takes more than megabytes."""
-    return 4.0 * rows * weights**2 if weights <= _FACTORISED_ROWS else math.inf
+def _finish(
+    solved: "_Solved",
+    labels: Int[Array, " N"],
+    features: Float[Array, "N D"],
+    penalties: Float64[np.ndarray, " penalties"],
+    max_steps: int,
+) -> None:
+    """Replaces fits that missed their optimum, or may have, where a Hessian is quick to compute."""
+    operations = 4.0 * len(features) * solved.thetas[0].size ** 2
+    again = ~solved.converged & (operations <= _TO_CONVERGE)
+    again |= ~solved.certain & (operations <= _TO_PROVE)
+    for missed in np.flatnonzero(again):
+        lot, begin = penalties[missed].reshape(1, 1), solved.thetas[missed].T
+        better = _solve_lots(labels, features, lot, begin, max_steps, _factorised)
+        if better.converged[0] or not solved.converged[missed]:
+            for arrays, found in zip(solved, better, strict=True):
+                arrays[missed] = found[0]
 
 
 def logistic_bytes(rows: int, features: int, classes: int) -> tuple[int, int]:
