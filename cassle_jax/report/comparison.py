@@ -110,20 +110,19 @@ def check_subjects(subjects: FindingsBySubject) -> None:
     for name, runs in subjects.items():
         if not runs:
             raise ValueError(f"subject {name!r} has no runs; a report needs at least one")
-        for seed, findings in enumerate(runs):
-            seen = set()
-            for finding in findings:
-                key = (type(finding), *_key(finding))
-                if key in seen:
-                    raise ValueError(
-                        f"subject {name!r}, run {seed} has two findings for {', '.join(key[1:])}"
-                    )
-                seen.add(key)
+    seen = set()
+    for name, run, finding in each_finding(subjects):
+        key = name, run, type(finding), *_key(finding)
+        if key in seen:
+            raise ValueError(
+                f"subject {name!r}, run {run} has two findings for {', '.join(_key(finding))}"
+            )
+        seen.add(key)
 
 
 def tasks_of(subjects: FindingsBySubject) -> list[str]:
     """The tasks with results, in order of appearance."""
-    results = (each for _, _, each in _findings(subjects) if not isinstance(each, Failure))
+    results = (each for _, _, each in each_finding(subjects) if not isinstance(each, Failure))
     return list(dict.fromkeys(finding.task for finding in results))
 
 
@@ -145,7 +144,7 @@ def failures_of(
 
     return [
         (name_of(subject, run), each)
-        for subject, run, each in _findings(subjects)
+        for subject, run, each in each_finding(subjects)
         if isinstance(each, Failure)
     ]
 
@@ -180,13 +179,13 @@ def _matched(
 ) -> list[Mapping[str, Mapping[int, Kind]]]:
     """Groups findings of the same name, by subject and the place of the run."""
     matched: dict[tuple[str, ...], dict[str, dict[int, Kind]]] = {}
-    for subject, run, finding in _findings(subjects):
+    for subject, run, finding in each_finding(subjects):
         if isinstance(finding, kind) and finding.task == task:
             matched.setdefault(_key(finding), {}).setdefault(subject, {})[run] = finding
     return list(matched.values())
 
 
-def _findings(subjects: FindingsBySubject) -> Iterator[tuple[str, int, Finding]]:
+def each_finding(subjects: FindingsBySubject) -> Iterator[tuple[str, int, Finding]]:
     """Yields every finding with its subject and the place of its run."""
     for subject, runs in subjects.items():
         for run, findings in enumerate(runs):

@@ -201,10 +201,6 @@ def _lines(descriptors: Mapping[str, np.ndarray]) -> list[_Line]:
     ]
 
 
-def _crop_lines(values: Sequence[float]) -> list[_Line]:
-    return [_Line("crop", f"{values[2]:.0%} high, {values[3]:.0%} wide")]
-
-
 def _mark_lines(name: str, values: Sequence[float]) -> list[_Line]:
     on = values[0] > 0.5
     return [_Line(name, "yes" if on else "no", "mark", float(on))]
@@ -226,30 +222,22 @@ def _color_diff_lines(values: Sequence[float]) -> list[_Line]:
     ]
 
 
-def _blur_lines(values: Sequence[float]) -> list[_Line]:
-    return [_Line("blur σ", f"{values[0]:.2f} px", "bar", values[0] / _SIGMA_SHOWN)]
-
-
-def _solarize_lines(values: Sequence[float]) -> list[_Line]:
-    return [_Line("solarize", "no" if values[0] >= 1 else f"from {values[0]:.2f}")]
-
-
-def _rotation_lines(values: Sequence[float]) -> list[_Line]:
-    return [_Line("rotation", f"{90 * int(np.argmax(values))}°")]
-
-
 def _number_lines(name: str, values: Sequence[float]) -> list[_Line]:
     text = " ".join(f"{value:.3g}" for value in values[:4])
     return [_Line(name, text + " …" * (len(values) > 4))]
 
 
 _LINES: dict[str, Callable[[Sequence[float]], list[_Line]]] = {
-    "crop": _crop_lines,
+    "crop": lambda values: [_Line("crop", f"{values[2]:.0%} high, {values[3]:.0%} wide")],
     "flip": partial(_mark_lines, "flip"),
     "color": _color_lines,
     "color_diff": _color_diff_lines,
-    "solarize": _solarize_lines,
+    "solarize": lambda values: [
+        _Line("solarize", "no" if values[0] >= 1 else f"from {values[0]:.2f}")
+    ],
     "grayscale": partial(_mark_lines, "grayscale"),
-    "blur": _blur_lines,
-    "rotation": _rotation_lines,
+    "blur": lambda values: [
+        _Line("blur σ", f"{values[0]:.2f} px", "bar", values[0] / _SIGMA_SHOWN)
+    ],
+    "rotation": lambda values: [_Line("rotation", f"{90 * int(np.argmax(values))}°")],
 }

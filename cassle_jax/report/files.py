@@ -9,7 +9,12 @@ from pathlib import Path
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Finding, Score, from_json, to_json
-from cassle_jax.report.comparison import FindingsBySubject, check_subjects, failures_of
+from cassle_jax.report.comparison import (
+    FindingsBySubject,
+    check_subjects,
+    each_finding,
+    failures_of,
+)
 from cassle_jax.report.comparison_page import Facts, comparison_page
 from cassle_jax.report.former_names import renamed
 from cassle_jax.report.overview import Pairing, named_baselines
@@ -117,24 +122,28 @@ def read_parts(path: str | PathLike[str]) -> dict[str, list[Finding]]:
       OSError, Outage: the file cannot be read, for good or for now.
       ConfigError: it is damaged.
     """
-    read: dict[str, list[Finding]] = {}
     try:
         held = _held(path)
-        for key, findings in held.get("kept", {}).items():
-            read[key] = from_json(findings)
+        read = {key: from_json(findings) for key, findings in held.get("kept", {}).items()}
         for one in held["subjects"].values():
             for run, parts in zip(one["runs"], one.get("parts", ()), strict=False):
-                first = 0
-                for key, count in parts:
-                    if not isinstance(key, str) or type(count) is not int:
-                        raise ValueError(f"{key!r}, {count!r} is not a part")
-                    if key:
-                        read[key] = from_json(run[first : first + count])
-                    first += count
+                read |= _by_key(run, parts)
     except FileNotFoundError:
         return {}
     except _DAMAGE as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return read
+
+
+def _by_key(run, parts) -> dict[str, list[Finding]]:
+    """The findings of a run as JSON, by their keys, see `Parts`."""
+    read, first = {}, 0
+    for key, count in parts:
+        if not isinstance(key, str) or type(count) is not int:
+            raise ValueError(f"{key!r}, {count!r} is not a part")
+        if key:
+            read[key] = from_json(run[first : first + count])
+        first += count
     return read
 
 
@@ -202,11 +211,9 @@ def _csv(subjects: FindingsBySubject) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for name, runs in subjects.items():
-        for number, run in enumerate(runs):
-            for score in run:
-                if isinstance(score, Score):
-                    writer.writerow([name, number, *_csv_cells(score)])
+    for name, run, each in each_finding(subjects):
+        if isinstance(each, Score):
+            writer.writerow([name, run, *_csv_cells(each)])
     return text.getvalue()
 
 

@@ -3,12 +3,11 @@
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.evaluation.findings import Failure, Finding
-from cassle_jax.report.comparison import check_subjects, failures_of
+from cassle_jax.report.comparison import check_subjects, each_finding, failures_of
 from cassle_jax.report.files import HTML, JSON, read_parts, read_report, write_report
 from cassle_jax.report.overview import Pairing, named_baselines
 
@@ -85,8 +84,7 @@ class GrowingReport:
             return
         replaced = [
             f"{each.task} of {name} on {each.dataset}"
-            for name, runs in before.items()
-            for each in chain.from_iterable(runs)
+            for name, _, each in each_finding(before)
             if (name, each.dataset, each.task) not in planned and not isinstance(each, Failure)
         ]
         if replaced:
