@@ -238,7 +238,12 @@ def _branch(
     projector, predictor = method.projector(width), method.predictor(width)
     names = _conditioned_heads(method, conditioning, predictor) if branch != PLAIN else ()
     for name in names:
-        _check_fits(conditioning, width if name == "projector" else projector.out)
+        check_conditioning(
+            conditioning.treatment,
+            conditioning.injection,
+            descriptor_width=descriptor_width(conditioning.descriptors),
+            feature_width=width if name == "projector" else projector.out,
+        )
     heads = {}
     for name, shape in (("projector", projector), ("predictor", predictor)):
         if isinstance(shape, HeadShape):
@@ -312,12 +317,3 @@ def _head(shape: HeadShape, conditioning: Conditioning, *, conditioned: bool) ->
     settings |= {} if conditioned else {"treatment": "none", "injection": "none"}
     settings |= {"hypernetwork_bn": conditioning.hypernetwork_bn}
     return partial(ConditionedProjector, **dataclasses.asdict(shape), **settings)
-
-
-def _check_fits(conditioning: Conditioning, input_width: int) -> None:
-    check_conditioning(
-        conditioning.treatment,
-        conditioning.injection,
-        descriptor_width=descriptor_width(conditioning.descriptors),
-        feature_width=input_width,
-    )

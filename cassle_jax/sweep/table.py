@@ -1,10 +1,9 @@
 """Named experiments: finds a table of rows and seeds, checks it, and expands it into runs."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-
-from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import made_by
@@ -179,16 +178,16 @@ def runs_of_table(
     last = parse_settings(table.toy) if toy else {}
     last |= parse_settings(overrides, "set=")
     runs = []
-    for seed in seeds or table.seeds:
-        for row in chosen:
-            try:
-                own = {"seed": str(seed), **shared, **parse_settings(row.overrides)}
-                if toy:
-                    own |= _known_of(TOY, _run(row, seed, own).config)
-                runs.append(_run(row, seed, {**own, **last}))
-                check_settings(runs[-1].config)
-            except ConfigError as error:
-                raise ConfigError(f"row {row.subject!r}: {error}") from error
+    for seed, row in itertools.product(seeds or table.seeds, chosen):
+        try:
+            own = {"seed": str(seed), **shared, **parse_settings(row.overrides)}
+            if toy:
+                names = flat_settings(_run(row, seed, own).config)
+                own |= {name: value for name, value in TOY.items() if name in names}
+            runs.append(_run(row, seed, {**own, **last}))
+            check_settings(runs[-1].config)
+        except ConfigError as error:
+            raise ConfigError(f"row {row.subject!r}: {error}") from error
     return runs
 
 
@@ -278,11 +277,6 @@ def _chosen(table: Table, parts: Sequence[str]) -> list[Row]:
             raise ConfigError(f"rows={part} matches none of {subjects}")
         chosen.update(found)
     return [row for row in table.rows if row in chosen]
-
-
-def _known_of(settings: Mapping[str, str], config: ConfigDict) -> Values:
-    names = flat_settings(config)
-    return {name: value for name, value in settings.items() if name in names}
 
 
 def _slug(subject: str) -> str:
