@@ -37,7 +37,7 @@ from cassle_jax.evaluation.protocols import (
 )
 from cassle_jax.evaluation.store import FeatureStore
 from cassle_jax.evaluation.subject import Subject
-from cassle_jax.faults import Outage, reason_of, retried
+from cassle_jax.faults import Outage, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.parallel import device_mesh, in_all_processes
 from cassle_jax.report.growing_report import GrowingReport
@@ -48,6 +48,7 @@ from cassle_jax.storage import (
     local_folder,
     on_object_store,
     path_of,
+    written,
 )
 from cassle_jax.subjects import open_subject, other_settings
 
@@ -220,10 +221,7 @@ def _mesh_for(batch: int) -> Mesh:
 
 
 def _written(report: GrowingReport, *, complete: bool) -> Path:
-    try:
-        return retried(f"to={report.folder}", partial(report.write, complete=complete))
-    except OSError as error:
-        raise ConfigError(f"to={report.folder} cannot be written: {reason_of(error)}") from error
+    return written("to", report.folder, partial(report.write, complete=complete))
 
 
 def _failure_line(failures: Sequence[tuple[str, Failure]], page: Path) -> str:

@@ -14,15 +14,17 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from etils import epath
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.faults import reason_of, retried
+
+T = TypeVar("T")
 
 LOG = logging.getLogger(__name__)
 
@@ -281,6 +283,19 @@ def _given_in(folder: Path) -> int:
     return modes & sum(may_write)
 
 
+def written(setting: str, folder: epath.PathLike, write: Callable[[], T]) -> T:
+    """Returns what `write` returns; waits while a fault may pass.
+
+    Raises:
+      ConfigError: the folder, which the setting names, cannot be written.
+      Outage: it cannot be written for now.
+    """
+    try:
+        return retried(f"{setting}={folder}", write)
+    except OSError as error:
+        raise ConfigError(f"{setting}={folder} cannot be written: {reason_of(error)}") from error
+
+
 def check_writable(flag: str, folder: Path | epath.Path) -> None:
     """Makes a local folder; raises ConfigError, naming the flag, where it takes no files."""
 
@@ -289,10 +304,7 @@ def check_writable(flag: str, folder: Path | epath.Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
 
-    try:
-        retried(f"{flag}={folder}", write)
-    except OSError as error:
-        raise ConfigError(f"{flag}={folder} cannot be written: {reason_of(error)}") from error
+    written(flag, folder, write)
 
 
 def free_bytes(folder: epath.PathLike) -> int | None:

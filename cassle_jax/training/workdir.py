@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from cassle_jax import storage
 from cassle_jax.checks import ConfigError
-from cassle_jax.faults import reason_of, retried
 from cassle_jax.lock import folder_held
 from cassle_jax.storage import check_no_file, is_utf8, on_object_store, path_of
 
@@ -43,16 +43,8 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
 
 
 def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
-    """Returns what `write` returns; waits while a fault may pass.
-
-    Raises:
-      ConfigError: the workdir cannot be written.
-      Outage: it cannot be written for now.
-    """
-    try:
-        return retried(f"workdir={workdir}", write)
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir} cannot be written: {reason_of(error)}") from error
+    """As `storage.written`, for the setting `workdir`."""
+    return storage.written("workdir", workdir, write)
 
 
 @contextlib.contextmanager
