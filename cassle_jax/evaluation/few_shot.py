@@ -201,10 +201,6 @@ class FewShotSettings(Seeded):
         check_at_least("episodes", self.episodes, 1)
 
 
-def _needs(settings: FewShotSettings, _: int) -> Needs:
-    return Needs(labels=True, ways=settings.ways, of_a_class=max(settings.shots) + QUERIES)
-
-
 def _run(bench: Bench, settings: FewShotSettings) -> list[Finding]:
     parts = [bench.test] if bench.data.task == "few-shot" else [*bench.fitted, bench.test]
     features, labels = (
@@ -220,7 +216,9 @@ PROTOCOL = Protocol(
     title="Few-shot classification",
     takes=("few-shot", "classification"),
     usual=("few-shot",),
-    needs=_needs,
+    needs=lambda settings, _: Needs(
+        labels=True, ways=settings.ways, of_a_class=max(settings.shots) + QUERIES
+    ),
     settings=FewShotSettings,
     run=_run,
 )

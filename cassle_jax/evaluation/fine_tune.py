@@ -17,7 +17,6 @@ from cassle_jax.data.splits import Part, hashed_by_class
 from cassle_jax.evaluation.bench import Bench
 from cassle_jax.evaluation.classifier import Training, measured_accuracies, train_classifier
 from cassle_jax.evaluation.findings import Finding, Score
-from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
 from cassle_jax.evaluation.settings import Seeded, check_distinct, setting
 from cassle_jax.evaluation.subject import Subject
@@ -217,10 +216,6 @@ class FineTuneSettings(Seeded):
         check_at_least("fine_tune_epochs", self.fine_tune_epochs, 0, WIDEST)
 
 
-def _needs(settings: FineTuneSettings, devices: int) -> Needs:
-    return dataclasses.replace(needs_of_training(devices), share=min(settings.fractions))
-
-
 def _run(bench: Bench, settings: FineTuneSettings) -> list[Finding]:
     results = [
         fine_tune(
@@ -244,7 +239,9 @@ PROTOCOL = Protocol(
     title="Fine-tuning",
     takes=("classification",),
     usual=(),
-    needs=_needs,
+    needs=lambda settings, devices: dataclasses.replace(
+        needs_of_training(devices), share=min(settings.fractions)
+    ),
     settings=FineTuneSettings,
     run=_run,
 )

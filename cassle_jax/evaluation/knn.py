@@ -170,10 +170,6 @@ class KnnSettings(Settings):
         check_at_least("neighbours", self.neighbours, 1)
 
 
-def _needs(settings: KnnSettings, _: int) -> Needs:
-    return Needs(labels=True, neighbours=settings.neighbours)
-
-
 def _run(bench: Bench, settings: KnnSettings) -> list[Finding]:
     train = [part.features for part in bench.fitted]
     labels = np.concatenate([part.labels for part in bench.fitted])
@@ -186,7 +182,7 @@ PROTOCOL = Protocol(
     "knn",
     title="k-NN",
     takes=("classification",),
-    needs=_needs,
+    needs=lambda settings, _: Needs(labels=True, neighbours=settings.neighbours),
     settings=KnnSettings,
     run=_run,
 )
