@@ -51,18 +51,18 @@ class LinearResult:
         """Test accuracies, the dataset's metric first, and the validation curve over penalties."""
         values = {"accuracy": self.test_accuracy, "mean per class": self.test_class_average}
         names = sorted(values, key=lambda name: name != metric.replace("_", " "))
-        exponents = np.log10(self.penalties).tolist()
-        points = tuple(zip(exponents, self.val_accuracy.tolist(), strict=True))
-        chart = Chart(
-            PROTOCOL.name,
-            dataset,
-            "Accuracy of the validation rows",
-            "log10 of the penalty w",
-            metric.replace("_", " "),
-            {"validation": points},
-        )
+        shown = "Accuracy of the validation rows", metric.replace("_", " ")
+        curve = penalty_chart(PROTOCOL.name, dataset, *shown, self.penalties, self.val_accuracy)
         scores = [Score(PROTOCOL.name, dataset, name, values[name]) for name in names]
-        return [*scores, missed_optima(PROTOCOL.name, dataset, self.converged), chart]
+        return [*scores, missed_optima(PROTOCOL.name, dataset, self.converged), curve]
+
+
+def penalty_chart(
+    task: str, dataset: str, title: str, metric: str, penalties: np.ndarray, values: np.ndarray
+) -> Chart:
+    """What the validation rows score over the penalties."""
+    points = tuple(zip(np.log10(penalties).tolist(), values.tolist(), strict=True))
+    return Chart(task, dataset, title, "log10 of the penalty w", metric, {"validation": points})
 
 
 def linear_evaluation(

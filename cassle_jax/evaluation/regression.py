@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Float32, Float64
 from cassle_jax.checks import check_one_of
 from cassle_jax.data.landmarks import TargetSource
 from cassle_jax.evaluation.bench import Bench
-from cassle_jax.evaluation.findings import Chart, Finding, Score, missed_optima
-from cassle_jax.evaluation.linear import PENALTIES
+from cassle_jax.evaluation.findings import Finding, Score, missed_optima
+from cassle_jax.evaluation.linear import PENALTIES, penalty_chart
 from cassle_jax.evaluation.memory import check_memory
 from cassle_jax.evaluation.needs import Needs
 from cassle_jax.evaluation.protocol import Protocol
@@ -52,20 +52,12 @@ class RegressionResult:
 
     def findings(self, dataset: str) -> list[Finding]:
         """Both R² of the test rows, and the validation curve over the penalties."""
-        exponents = np.log10(self.penalties).tolist()
-        points = tuple(zip(exponents, self.val_score.tolist(), strict=True))
+        shown = "R² of the validation rows", "R²" if self.metric == "r2" else "R² pooled"
         return [
             Score(PROTOCOL.name, dataset, "R²", self.test_r2),
             Score(PROTOCOL.name, dataset, "R² pooled", self.test_r2_pooled),
             missed_optima(PROTOCOL.name, dataset, self.converged),
-            Chart(
-                PROTOCOL.name,
-                dataset,
-                "R² of the validation rows",
-                "log10 of the penalty w",
-                "R²" if self.metric == "r2" else "R² pooled",
-                {"validation": points},
-            ),
+            penalty_chart(PROTOCOL.name, dataset, *shown, self.penalties, self.val_score),
         ]
 
 
