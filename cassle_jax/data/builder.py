@@ -32,6 +32,7 @@ from cassle_jax.data.sources import (
     check_classes,
     check_index,
     closest,
+    digest_of,
     read_class_list,
 )
 from cassle_jax.storage import is_utf8, path_of
@@ -109,8 +110,10 @@ class TfdsSource:
 
     @property
     def names(self) -> str:
-        """See `names_of`."""
-        return self._shards.names
+        """See `names_of`: of the files, and the places in them of the classes kept."""
+        if self._kept is None:
+            return self._shards.names
+        return digest_of(self._shards.names.encode(), np.asarray(self._kept, "<i8").tobytes())
 
     @property
     def content(self) -> str:

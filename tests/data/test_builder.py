@@ -28,7 +28,7 @@ from cassle_jax.data import builder as builder_module
 from cassle_jax.data.decode import DamagedImage
 from cassle_jax.data.feature_paths import image_path, label_path
 from cassle_jax.data.reading import RecordReader, UnreadableRecord
-from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of
+from cassle_jax.data.sources import DAMAGED, content_of, has_changed, labels_of, names_of
 from cassle_jax.data.splits import Part
 from cassle_jax.faults import Outage
 
@@ -173,6 +173,17 @@ def test_class_subset_has_the_lists_labels(tiny, image_bytes, tmp_path):
     records = [source[i] for i in range(len(source))]
     assert {r.image: r.label for r in records} == expected
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_as_many_images_of_other_classes_are_other_images(tiny, tmp_path):
+    def names_under(listed):
+        (tmp_path / "classes.txt").write_text(listed)
+        source = open_source(tiny(classes=str(tmp_path / "classes.txt")), "train")
+        return len(source), names_of(source)
+
+    cats, dogs = names_under("cat\n"), names_under("dog\n")
+    assert cats[0] == dogs[0] and cats[1] != dogs[1]  # a continued run refuses them by name
+    assert names_under("cat\n") == cats
 
 
 def test_labels_are_scanned_once(tiny, tmp_path, monkeypatch):
