@@ -9,10 +9,15 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import type_handlers
 
-# The store of arrays' metadata, such as a key's kind, has no public name.
+# The store of arrays' metadata, such as a key's kind, and the context of files have no public name.
 from orbax.checkpoint._src.metadata.array_metadata_store import Store, Validator
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from cassle_jax.training.state import TrainState
+
+# One process writes a checkpoint, into a new folder, so a lock protects nothing. Some file systems,
+# such as Lustre without `flock`, have no locks, and every save would fail there.
+tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["file_io_locking"] = {"mode": "none"}
 
 
 def whole_arrays(alone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:

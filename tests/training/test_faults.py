@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import logging
@@ -10,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
@@ -409,6 +413,18 @@ def test_a_file_that_cannot_be_locked_is_reported(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr("fcntl.flock", refuses)
     with caplog.at_level(logging.INFO), folder_held(tmp_path, leaves_file=leaves_file):
         assert ("has no locks" in caplog.text) == leaves_file
+
+
+def test_checkpoints_need_no_locks_of_their_file_system(tmp_path):
+    # As the manifest is written here while another holds its lock, it is where none can be had.
+    spec = tensorstore_utils.build_kvstore_tspec(os.fspath(tmp_path), use_ocdbt=True)
+    with (tmp_path / "manifest.ocdbt.__lock").open("w") as held:
+        whole_file = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        fcntl.fcntl(held, fcntl.F_OFD_SETLK, whole_file)
+        store = ts.KvStore.open(spec, context=tensorstore_utils.get_ts_context()).result()
+        store.write("step", b"7").result(timeout=20)
+    again = ts.KvStore.open(spec, context=tensorstore_utils.get_ts_context()).result()
+    assert again.read("step").result().value == b"7"
 
 
 # --- a workdir that cannot be written
