@@ -111,6 +111,7 @@ PICTURES = (
             "SimCLR, rate × 1/2",
             "SimCLR, rate × 2",
             "SimCLR, batch 1024",
+            "SimCLR, 48 epochs",
             "SimCLR, colour 0.5",
             "SimCLR, colour 2",
             "MoCo-v2, queue 1024",
