@@ -1,6 +1,6 @@
-"""Holds a folder for one command, by the kernel's lock that ends with the process in every case.
+"""Holds a folder for one command, by a lock of the kernel, which ends with the process.
 
-Three files are locked, for three purposes:
+Three things are locked:
 
 - `<folder>/lock`, by `folder_held`: a second command in a folder of results is refused.
 - The folder itself, by `folder_held(leaves_file=False)`: likewise, for a folder that the user
@@ -49,13 +49,13 @@ def folder_held(
       folder: what is held, such as the workdir of a run.
       setting: setting or flag that names the folder, for the message.
       holder: what holds it, for the message.
-      leaves_file: whether `lock` may stay in the folder; False for one that the user passes on.
+      leaves_file: whether `lock` may stay in the folder; False for a folder that users pass on.
       waits: whether to wait while a fault may pass; otherwise it is raised at once.
 
     Raises:
       ConfigError: another process of this host holds it; the message names it and its start.
-      OSError, Outage: the folder or its lock cannot be written, for good or for now, such as one
-        that a process of another host holds.
+      OSError, Outage: the folder or its lock cannot be written, for good or for now, as while a
+        process of another host holds it.
     """
     take = partial(_taken, folder, setting, holder, leaves_file)
     descriptor = retried(f"{setting}={folder}", take) if waits else take()

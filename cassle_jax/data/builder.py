@@ -110,7 +110,7 @@ class TfdsSource:
 
     @property
     def names(self) -> str:
-        """See `names_of`: of the files, and the places in them of the classes kept."""
+        """See `names_of`; covers the files, and the places in them of the kept classes."""
         if self._kept is None:
             return self._shards.names
         return digest_of(self._shards.names.encode(), np.asarray(self._kept, "<i8").tobytes())

@@ -60,7 +60,7 @@ class LinearResult:
 def penalty_chart(
     task: str, dataset: str, title: str, metric: str, penalties: np.ndarray, values: np.ndarray
 ) -> Chart:
-    """What the validation rows score over the penalties."""
+    """A chart of the validation rows' score over the penalties."""
     points = tuple(zip(np.log10(penalties).tolist(), values.tolist(), strict=True))
     return Chart(task, dataset, title, "log10 of the penalty w", metric, {"validation": points})
 
