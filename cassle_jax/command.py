@@ -245,7 +245,7 @@ def config_of(written: str) -> ConfigDict:
 
 
 def made_by(setting: str, path: str, kind: type[T], *chosen: str, **named: Any) -> T:
-    """What the function `get_<setting>` of a user's Python file returns.
+    """The result of the function `get_<setting>` of a user's Python file.
 
     Args:
       setting: the setting that names the file, `config` or `table`.

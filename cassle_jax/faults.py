@@ -86,7 +86,7 @@ def code_in(text: str, codes: Iterable[int] = errno.errorcode) -> int | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What is wrong, in words; without the number and path in the text of an OSError."""
+    """The reason for an error, in words; without the number and path of an OSError's text."""
     return getattr(error, "strerror", None) or str(error)
 
 

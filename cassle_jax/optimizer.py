@@ -33,7 +33,7 @@ Chain = tuple[optax.GradientTransformation, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """How the steps of a run count as epochs.
+    """The relation of a run's steps to its epochs.
 
     Attributes:
       steps_per_epoch: whole batches in the dataset.
@@ -56,7 +56,7 @@ class Clock:
         return self.total_steps / self.steps_per_epoch
 
     def at(self, step: Int[Array, ""]) -> Progress:
-        """Where `step` stands in the run; an epoch begins exactly at its first step."""
+        """The position of `step` in the run; an epoch begins exactly at its first step."""
         step = jnp.asarray(step)
         # XLA divides by multiplying with a rounded 1/n, which can fall short of a whole number.
         whole, part = step // self.steps_per_epoch, step % self.steps_per_epoch
@@ -271,7 +271,7 @@ def _weights(params: PyTree) -> PyTree:
 
 
 def parameter_groups(method: Method, params: PyTree, frozen: Collection[str] = ()) -> PyTree:
-    """For each parameter the name of its learning-rate group."""
+    """The name of the learning-rate group per parameter."""
 
     def group(path, array):
         names = tuple(entry.key for entry in path)

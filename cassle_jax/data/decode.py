@@ -263,7 +263,7 @@ def _decode_jpeg(
 
 
 def _segments(data: bytes) -> Iterator[int]:
-    """Where each segment before a JPEG's pixels begins, and where the last of them ends."""
+    """The start of each segment before a JPEG's pixels, and the end of the last one."""
     start = 2
     while data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] != _JPEG_SCAN:
         yield start

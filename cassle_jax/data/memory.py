@@ -18,7 +18,7 @@ _SAMPLE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """How many images, counted from the first, stay in memory, in one of two forms.
+    """The number of images, from the first on, that stay in memory in one of two forms.
 
     Attributes:
       decoded: number kept as canvases, which need no decoding; 0 for the other form.

@@ -72,7 +72,7 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Equivariance:
-    """What features know of the change between two views of an object.
+    """Scores of features on the change between two views of an object.
 
     Attributes:
       read: R² of the change in each factor, predicted from the features of both views.

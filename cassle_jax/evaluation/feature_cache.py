@@ -88,7 +88,7 @@ class FeatureCache:
 
 
 def _read_and_size(path: Path) -> tuple[int, int]:
-    """When a file was last read, in ns, not later than now; and its bytes."""
+    """The time of a file's last read, in ns, not later than now; and its bytes."""
     known, now = path.stat(), time.time_ns()
     if known.st_mtime_ns > now:  # the clock was set back: the file would stay until then
         with contextlib.suppress(PermissionError):  # it is another user's

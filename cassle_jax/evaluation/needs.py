@@ -14,7 +14,7 @@ from cassle_jax.data.sources import DAMAGED, labels_of
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a protocol needs of a dataset at least; 0 for no requirement.
+    """A protocol's least requirements on a dataset; 0 for none.
 
     Attributes:
       train, val, test: images per part.

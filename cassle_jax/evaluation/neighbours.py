@@ -258,7 +258,7 @@ def _merged(
     *,
     k: int,
 ) -> tuple[Int32[Array, "queries k"], Float32[Array, "queries k"]]:
-    """What was found, and a block of rows at the places [first, end): the nearest of both.
+    """The nearest of those found so far and of a block of rows at the places [first, end).
 
     Closeness is −‖query − row‖², which is 2 · (cosine − 1).
     """

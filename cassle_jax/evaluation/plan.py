@@ -43,7 +43,7 @@ def plan(
     limit: int = 0,
     devices: int = 1,
 ) -> list[Planned]:
-    """What to run, dataset by dataset, in the order of the table of protocols.
+    """The protocols to run, dataset by dataset, in the order of the table of protocols.
 
     Logs the requested protocols that do not suit a dataset.
 

@@ -25,7 +25,7 @@ TWO_IMAGES = Needs(test=2)
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is measured of a subject on a dataset, and how.
+    """A measurement of a subject on a dataset.
 
     Attributes:
       name: its name in `--tasks`, in the report and in its CSV.

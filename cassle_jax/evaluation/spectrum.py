@@ -204,7 +204,7 @@ def alignment_and_uniformity(
     features_1: Float[Array | np.ndarray, "rows features"],
     features_2: Float[Array | np.ndarray, "rows features"],
 ) -> tuple[float, float]:
-    """How close the two views of an image are, and how evenly all images cover the sphere.
+    """Closeness of the two views of an image, and evenness of all images on the sphere.
 
     Features are divided by their norm first. Alignment is the mean of ‖a − b‖² over the pairs of
     views. Uniformity is log of the mean of exp(−2‖a − b‖²) over all pairs of different images,

@@ -15,7 +15,7 @@ LOG = logging.getLogger(__name__)
 
 
 def needs_of_training(devices: int) -> Needs:
-    """What a protocol that trains on images needs of a dataset."""
+    """Requirements on a dataset of a protocol that trains on images."""
     return Needs(labels=True, every_class=True, devices=max(2, devices))
 
 

@@ -217,7 +217,7 @@ def _descriptors(conditioning: Mapping[str, Any]) -> str:
 
 
 def _auxiliary(settings: Mapping[str, Any]) -> str:
-    """What an auxiliary objective of weight above 0 is set to; sizes of heads are left out."""
+    """The settings of an auxiliary objective of weight above 0, without sizes of heads."""
     used = {n: value for n, value in settings.items() if n not in ("hidden", "out") and value}
     return _listed(used) if used and settings.get("weight") != 0 else "none"
 

@@ -156,7 +156,7 @@ def _read_legacy(file: io.BufferedIOBase) -> Any:
 
 
 class _Unneeded(dict):
-    """What an object that weights do not need is read as: empty, whatever is put into it."""
+    """A stand-in for an object that weights do not need; it stays empty."""
 
 
 def _size(file: io.BufferedIOBase) -> int:

@@ -280,7 +280,7 @@ def _all_zeros(weights: Weights) -> list[str]:
 
 
 def _recorded(card: Mapping[str, Any], name: str, kind: type) -> Any:
-    """What a card's architecture says of `name`; `None` where it says nothing of that kind."""
+    """The entry `name` of a card's architecture; `None` where it has none of that kind."""
     architecture = card.get("architecture")
     value = architecture.get(name) if isinstance(architecture, Mapping) else None
     return value if isinstance(value, kind) else None

@@ -56,7 +56,7 @@ class _Side(NamedTuple):
         return (self.size + sum(self.padding) - self.kernel) // self.stride + 1
 
     def covered(self) -> list[tuple[slice, slice]]:
-        """For every place, what the kernel covers of the map, and that part of the kernel."""
+        """Per place, the part of the map under the kernel, and the matching part of the kernel."""
         starts = [place * self.stride - self.padding[0] for place in range(self.places)]
         return [
             (slice(max(start, 0), start + self.kernel), slice(max(-start, 0), self.size - start))
@@ -64,7 +64,7 @@ class _Side(NamedTuple):
         ]
 
     def covering(self) -> list[tuple[slice, slice]]:
-        """For every pixel, the places that cover it, and where in the kernel, from its end on."""
+        """Per pixel, the places that cover it, and their parts of the kernel, from its end on."""
         found = []
         for pixel in range(self.padding[0], self.padding[0] + self.size):
             first = max(-((self.kernel - 1 - pixel) // self.stride), 0)

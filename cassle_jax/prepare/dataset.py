@@ -226,7 +226,7 @@ def _write_shards(
 def _kept(
     sources: Mapping[str, Source], shards: Sequence[Shard], allowed: float
 ) -> dict[Path, Written]:
-    """What earlier calls have written and this one keeps, by shard."""
+    """The content of the shards that earlier calls have written and this one keeps."""
     kept = {}
     for split, source in sources.items():
         own = {shard.path: shard.indices for shard in shards if shard.split == split}

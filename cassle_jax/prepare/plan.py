@@ -25,7 +25,7 @@ _MARGIN = 1.05  # factor on the estimate, for records' names and the files' indi
 
 
 class Preparation(NamedTuple):
-    """What determines the prepared files, apart from the images.
+    """The settings that determine the prepared files.
 
     Attributes:
       name: name of the dataset that is written.

@@ -33,7 +33,7 @@ _GROUP = "group_size:1,uncompressed"  # images are compressed; random access rea
 
 
 class Written(NamedTuple):
-    """What a shard holds.
+    """The content of a shard.
 
     Attributes:
       records: number of its records.
@@ -51,7 +51,7 @@ class Written(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How a shard's records are made.
+    """The settings that determine a shard's records.
 
     Attributes:
       short_side: see `reencoded`.
@@ -73,7 +73,7 @@ def features_of(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
 
 
 def written_shard(path: pathlib.Path) -> Written | None:
-    """What a complete shard holds; `None` for one that is missing or cut short."""
+    """The content of a complete shard; `None` for one that is missing or cut short."""
     noted = kept_json(_note(path), _NOTED)
     if noted is None or not path.exists() or path.stat().st_size != noted["file_size"]:
         return None

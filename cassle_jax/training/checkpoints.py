@@ -396,7 +396,7 @@ def _bytes(state: TrainState) -> int:
 
 
 def _room(folder: epath.Path) -> str:
-    """What is free, in words; the number of files only where it can be the lack."""
+    """The free space, in words; the number of free files only where that may be short."""
     free, files = free_bytes(folder), free_files(folder)
     if free is None:
         return ""

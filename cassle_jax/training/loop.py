@@ -130,7 +130,7 @@ def pretrain(
 
 
 class _Reports(NamedTuple):
-    """Where the first process of a run reports its metrics.
+    """The reports of a run's metrics, in its first process.
 
     Attributes:
       writer: writes and sends them.

@@ -26,7 +26,7 @@ from cassle_jax.storage import (
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where the metrics of a run go."""
+    """A receiver of a run's metrics."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes metrics of a step."""

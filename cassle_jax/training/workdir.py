@@ -43,7 +43,7 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
 
 
 def written(workdir: epath.Path, write: Callable[[], Any]) -> Any:
-    """As `storage.written`, for the setting `workdir`."""
+    """Writes as `storage.written` does, for the setting `workdir`."""
     return storage.written("workdir", workdir, write)
 
 
