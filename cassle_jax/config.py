@@ -218,7 +218,7 @@ def check_setting(name: str, settings: Iterable[str], prefix: str = "") -> None:
     """Raises UnknownSetting, with the closest known name, where `name` is neither known nor open.
 
     Args:
-      name: such as `optimizer.weight_decay`.
+      name: name of a setting, such as `optimizer.weight_decay`.
       settings: the settings that are known.
       prefix: prefix of the names in the message.
     """

@@ -120,7 +120,7 @@ def retried(what: str, action: Callable[[], T], *, seconds: float | None = None)
     """Runs an action on storage, and retries at growing intervals while a fault may pass.
 
     Args:
-      what: what is read or written, for the log.
+      what: name of the file or folder, for the log.
       action: the action; must leave nothing behind where it fails.
       seconds: time after which it gives up; `storage_seconds()` by default.
 

@@ -46,9 +46,9 @@ def folder_held(
     no lock. On object stores and file systems without locks, nothing is held.
 
     Args:
-      folder: what is held, such as the workdir of a run.
+      folder: the folder, such as the workdir of a run.
       setting: setting or flag that names the folder, for the message.
-      holder: what holds it, for the message.
+      holder: word for the holder in the message.
       leaves_file: whether `lock` may stay in the folder; False for a folder that users pass on.
       waits: whether to wait while a fault may pass; otherwise it is raised at once.
 

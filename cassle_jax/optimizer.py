@@ -74,7 +74,7 @@ class OptimizerSpec:
         leaves biases and BatchNorm's parameters without decay and adaptation), or any other
         optimiser of optax or optax.contrib by its name there, such as `lamb`, `adopt` or `muon`.
       base_learning_rate: learning rate for a global batch of 256; the run's is base · batch / 256.
-      momentum: for the optimisers that take `momentum`, such as SGD and LARS.
+      momentum: argument of the optimisers that take `momentum`, such as SGD and LARS.
       weight_decay: applies to every trained parameter; under LARS, and under an optimiser of optax
         that takes a mask, to weights alone.
       warmup_epochs: epochs of linear growth from 0, step by step, before the half-cosine.

@@ -81,7 +81,7 @@ def open_feed(
         threads: number of threads that read and decode; 0 for half the CPUs.
         on_device: 'always' keeps all images on every device, 'never' sends each batch; 'auto' keeps
         them on accelerators where they take at most a quarter of the memory.
-        cache_gib: where batches are sent, memory of this process for images that stay, GiB.
+        cache_gib: memory of this process for images that stay, GiB, if batches are sent.
       source: the dataset.
       mesh: the devices, of all processes.
       batch: number of images in a global batch.

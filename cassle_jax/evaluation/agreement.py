@@ -172,7 +172,7 @@ def agreement(sums: AgreementSums, counts: Counts, name: str) -> Agreement:
     Args:
       sums: summed over all devices and batches.
       counts: summed over all devices and batches.
-      name: what was compared; part of the error message.
+      name: name of the embeddings, for the error message.
 
     Raises:
       ValueError: a mean is not finite.
@@ -200,7 +200,7 @@ def both_ways(embeddings: Float[np.ndarray, "N 2 D"], temperature: float, name: 
     Args:
       embeddings: embeddings of the two views of every image.
       temperature: the temperature of InfoNCE, above 0.
-      name: what is compared; part of the error message.
+      name: name of the embeddings, for the error message.
 
     Raises:
       ValueError: an embedding is not finite.

@@ -74,7 +74,7 @@ class Setting:
       kind: type of its value, or of the values of a list.
       is_list: whether it takes several values, separated by commas.
       default: its default.
-      help: what it sets, in one sentence.
+      help: its meaning, in one sentence.
     """
 
     name: str

@@ -81,7 +81,7 @@ class Chosen:
     """The augmentations to apply out of those drawn for an image, and their strength.
 
     Attributes:
-      applied: for each name in `AUGMENTATIONS`, whether it is applied.
+      applied: whether each of `AUGMENTATIONS` is applied.
       strength: strength of colour jitter and blur: brightness, contrast and saturation become
         max(0, 1 + strength · (factor − 1)), hue becomes strength · shift within half a turn, and σ
         becomes strength · σ; at 1 they are as drawn. The blur keeps its number of taps.

@@ -140,7 +140,7 @@ class ViTArchitecture:
         registers: number of register tokens.
         layer_scale: whether each block's outputs are scaled.
         swiglu: whether its feed-forward networks are gated.
-        position_offset: how its positions are interpolated, which arrays do not show.
+        position_offset: see `resize_positions`; its arrays do not show it.
         rotary: whether its positions are DINOv3's, of images of any size.
     """
 

@@ -63,7 +63,7 @@ class Weights:
         ignored: names of everything else in the file.
         card: the origin of the weights as a model card describes it; empty where it is unknown.
         heads: number of attention heads of a ViT encoder; `None` where it is unknown.
-        position_offset: how a ViT encoder's positions are interpolated, see `resize_positions`.
+        position_offset: a ViT encoder's, see `resize_positions`.
     """
 
     networks: Mapping[str, State]
@@ -149,7 +149,7 @@ def weights_of(
 
     Args:
         variables: `params` and `batch_stats`, each by network: `{"params": {"encoder": …}, …}`.
-        card: what to record beside them. Its `input` has the `size` of the images in pixels, and
+        card: facts to record beside them. Its `input` has the `size` of the images in pixels, and
             `mean` and `std`, which normalise them; without it, they are assumed.
         heads: number of attention heads of a ViT encoder.
 

@@ -25,7 +25,7 @@ def check_conditioning(
 
     Args:
         treatment: the use of the descriptor ω: through an MLP γ, raw, as weights, or none.
-        injection: where the result enters.
+        injection: the place where the result enters.
         feature_width: width of the encoder's features, where it is known.
         descriptor_width: width of ω, where it is known.
 

@@ -277,7 +277,7 @@ class VisionTransformer(nn.Module):
         registers: number of further learnt tokens, without positions, as DINOv2 has them.
         layer_scale: initial value of the factors on what blocks add to the shortcut; 0 for none.
         swiglu: gated feed-forward networks, see `FeedForward`.
-        position_offset: how positions are interpolated, see `resize_positions`.
+        position_offset: interpolation of the positions, see `resize_positions`.
         rotary: rotate queries and keys by the patches' places instead of adding positions, and give
             LayerNorm an ε of 1e-5, as DINOv3 does. `pos_embed` is then the rotations' periods.
         frozen_parameters: names, at the top level of the parameters, that are never trained.

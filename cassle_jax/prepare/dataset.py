@@ -76,7 +76,7 @@ def prepare(
       data: `data` settings as `open_source` takes them.
       splits: names of the splits.
       to: local folder of prepared datasets: `data.path` of the runs that read it.
-      preparation: how to prepare.
+      preparation: the settings of the files.
       workers: number of processes; 0 for one per CPU.
       max_bad_fraction: largest fraction of a split's images that may be unreadable.
 

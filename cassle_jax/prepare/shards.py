@@ -95,7 +95,7 @@ def write_shard(path: pathlib.Path, source: Source, indices: range, encoding: En
       path: path of the shard.
       source: the images.
       indices: their places in the source, in the shard's order.
-      encoding: how its records are made.
+      encoding: the settings of its records.
 
     Raises:
       OSError: the shard cannot be written, or what was read back is not what was written.

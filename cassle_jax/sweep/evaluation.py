@@ -40,7 +40,7 @@ class Evaluation:
       tasks: as in the evaluation command; empty for the default tasks.
       data_dir: folder of tensorflow-datasets.
       settings: settings that differ from their defaults, by name.
-      images: what distinguishes the images of each dataset, wherever they lie.
+      images: numbers of images and a digest of the classes, by dataset.
     """
 
     datasets: tuple[str, ...] = ()

@@ -53,7 +53,7 @@ def workdir_held(workdir: epath.Path, holder: str) -> Iterator[None]:
 
     Args:
       workdir: the folder.
-      holder: what holds it, such as a run, for the message.
+      holder: word for the holder in the message, such as run.
 
     Raises:
       ConfigError: it cannot be written, or another process of this host holds it.
