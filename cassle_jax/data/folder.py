@@ -242,7 +242,7 @@ def _annotated(
         else:
             class_of[file] = label
     for name in missing:
-        skipped.note(NO_IMAGE, name.encode())
+        skipped.note(NO_IMAGE, name)
     if not class_of:
         raise DataError(
             f"data.path: {str(annotations)!r} names none of the images beside it{skipped}; each of "

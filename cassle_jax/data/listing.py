@@ -35,7 +35,7 @@ class Skipped:
     def __init__(self):
         self._found: dict[str, tuple[int, str]] = {}
 
-    def note(self, kind: str, path: bytes) -> None:
+    def note(self, kind: str, path: str | bytes) -> None:
         """Counts one more path of a kind."""
         count, first = self._found.get(kind, (0, os.fsdecode(path)))
         self._found[kind] = count + 1, first

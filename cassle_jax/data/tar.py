@@ -202,7 +202,7 @@ def _indexed(tar: str, skipped: Skipped) -> tuple[list[tuple[str, int, int, int]
     version = _version(os.stat(tar))  # noqa: PTH116
 
     def note(kind: str, name: str) -> None:
-        skipped.note(kind, os.fsencode(f"{tar}/{name}"))
+        skipped.note(kind, f"{tar}/{name}")
 
     try:
         with tarfile.open(tar, "r:") as file:

@@ -354,11 +354,9 @@ def _stages(networks: Networks, variables: PyTree, view: ViewBatch) -> dict[str,
     )
     sown = state.get("intermediates", {}).get("encoder", {})
     found = {name: sown[name][0] for name in STAGES if name in sown} | {"features": features}
-    return {name: _flat(array) for name, array in found.items()}
-
-
-def _flat(array: Float[Array, "B ..."]) -> Float[Array, "B D"]:
-    return array.reshape(len(array), -1).astype(jnp.float32)
+    return {
+        name: array.reshape(len(array), -1).astype(jnp.float32) for name, array in found.items()
+    }
 
 
 def _run(bench: Bench, settings: Analysis) -> list[Finding]:
