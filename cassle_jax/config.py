@@ -13,12 +13,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from cassle_jax.augment import (
-    CASSLE_DESCRIPTORS,
-    DESCRIPTORS,
-    LEAK_FREE_DESCRIPTORS,
-    AugmentSpec,
-)
+from cassle_jax.augment import CASSLE_DESCRIPTORS, DESCRIPTORS, LEAK_FREE_DESCRIPTORS, AugmentSpec
 from cassle_jax.checks import ConfigError, check_one_of
 from cassle_jax.methods import AUXILIARIES, METHODS
 from cassle_jax.methods.build import Conditioning

@@ -252,10 +252,7 @@ def _annotated(
 
 
 def _labelled(
-    root: pathlib.Path,
-    class_of: dict[bytes, str],
-    names: tuple[str, ...],
-    skipped: Skipped,
+    root: pathlib.Path, class_of: dict[bytes, str], names: tuple[str, ...], skipped: Skipped
 ) -> FolderSource:
     """The files of the classes, by class and then by path."""
     empty = set(names) - set(class_of.values())

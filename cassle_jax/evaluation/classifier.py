@@ -25,12 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cassle_jax.augment import CHANCES, AugmentSpec, center_view
-from cassle_jax.data import (
-    BatchIterator,
-    Source,
-    evaluation_batches,
-    training_batches,
-)
+from cassle_jax.data import BatchIterator, Source, evaluation_batches, training_batches
 from cassle_jax.data.feed import DeviceFeed
 from cassle_jax.evaluation.store import canvas_for, tolerant_log, uncropped_side
 from cassle_jax.evaluation.subject import Subject

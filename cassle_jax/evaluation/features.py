@@ -51,12 +51,7 @@ def feature_extractor(
         encoded = networks.apply(variables, view, train=False, method="encode")
         return encoded, batch["label"], batch["index"], batch["mask"]
 
-    on_devices = parallel(
-        features,
-        mesh,
-        inputs=(REPLICATED, REPLICATED, SHARDED),
-        outputs=SHARDED,
-    )
+    on_devices = parallel(features, mesh, inputs=(REPLICATED, REPLICATED, SHARDED), outputs=SHARDED)
 
     def extract(params, batch_stats, batches):
         parts = []

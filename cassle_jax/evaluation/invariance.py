@@ -242,10 +242,7 @@ def _compared(spec: AugmentSpec, strengths: Sequence[float]) -> list[tuple[str, 
 
 
 def _description(
-    conditioning: Conditioning,
-    spec: AugmentSpec,
-    compared: Sequence[tuple[str, float]],
-    mesh: Mesh,
+    conditioning: Conditioning, spec: AugmentSpec, compared: Sequence[tuple[str, float]], mesh: Mesh
 ) -> Callable[..., Float[Array, "B C D"]]:
     """Returns a function of key and batch: ω of its images under each of the C `compared`."""
 

@@ -9,10 +9,7 @@ import jax
 from cassle_jax.data import DataError
 from cassle_jax.evaluation.bench import Bench
 
-_CGROUPS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def check_memory(

@@ -18,16 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from cassle_jax.augment import (
-    CHANCES,
-    RARE,
-    SWITCHES,
-    AugmentSpec,
-    View,
-    ViewParams,
-    apply,
-    draw,
-)
+from cassle_jax.augment import CHANCES, RARE, SWITCHES, AugmentSpec, View, ViewParams, apply, draw
 from cassle_jax.checks import check_seed
 from cassle_jax.methods.base import PyTree
 from cassle_jax.parallel import shard_batch

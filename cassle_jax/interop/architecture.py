@@ -75,11 +75,7 @@ class ResNetArchitecture:
     def encoder(self, axis_name: str | None = None) -> ResNet:
         """This project's module of the architecture, float32."""
         return ResNet(
-            self.depth,
-            self.width,
-            self.small_images,
-            axis_name=axis_name,
-            widening=self.widening,
+            self.depth, self.width, self.small_images, axis_name=axis_name, widening=self.widening
         )
 
     def torchvision_lines(self) -> list[str]:

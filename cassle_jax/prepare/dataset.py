@@ -46,14 +46,7 @@ from cassle_jax.prepare.shards import (
     write_shard,
     written_shard,
 )
-from cassle_jax.storage import (
-    check_writable,
-    is_there,
-    is_utf8,
-    local_folder,
-    path_of,
-    write_whole,
-)
+from cassle_jax.storage import check_writable, is_there, is_utf8, local_folder, path_of, write_whole
 
 LOG = logging.getLogger(__name__)
 

@@ -40,11 +40,7 @@ class Axis(NamedTuple):
 
 
 def axis(
-    values: Iterable[Real],
-    *,
-    is_log: bool = False,
-    to_ticks: bool = False,
-    intervals: int = 5,
+    values: Iterable[Real], *, is_log: bool = False, to_ticks: bool = False, intervals: int = 5
 ) -> Axis | None:
     """Fits an axis to values.
 

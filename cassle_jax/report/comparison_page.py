@@ -35,11 +35,7 @@ _SHORT_FACT = 64
 
 
 def comparison_page(
-    subjects: FindingsBySubject,
-    title: str,
-    texts: tuple[str, str],
-    facts: Facts,
-    pairing: Pairing,
+    subjects: FindingsBySubject, title: str, texts: tuple[str, str], facts: Facts, pairing: Pairing
 ) -> str:
     """The page's HTML.
 

@@ -102,10 +102,7 @@ def _shared_columns(tables: Mapping[str, Table]) -> list[str]:
 
 
 def _draw_tables(
-    figure: SubFigure,
-    tables: Mapping[str, Table],
-    columns: Sequence[str],
-    colours: dict[str, str],
+    figure: SubFigure, tables: Mapping[str, Table], columns: Sequence[str], colours: dict[str, str]
 ) -> None:
     """Draws the tables side by side, with a shared scale and the same width of bars."""
     rows = [max(len(table.rows), 1) for table in tables.values()]

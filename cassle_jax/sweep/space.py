@@ -14,13 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cassle_jax.checks import LONGEST, ConfigError, check_at_least, check_seed
 from cassle_jax.command import config_of
-from cassle_jax.config import (
-    ARGUMENTS,
-    FLAG_OPTIONS,
-    UnknownSetting,
-    check_setting,
-    flat_settings,
-)
+from cassle_jax.config import ARGUMENTS, FLAG_OPTIONS, UnknownSetting, check_setting, flat_settings
 from cassle_jax.config_files import find_file
 from cassle_jax.training.run import check_settings, check_warmup
 

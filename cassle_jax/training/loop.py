@@ -447,10 +447,7 @@ def _open_reports(
 
 
 def _mend_workdir(
-    config: ConfigDict,
-    workdir: epath.Path,
-    start: Mapping[str, Any],
-    opened: contextlib.ExitStack,
+    config: ConfigDict, workdir: epath.Path, start: Mapping[str, Any], opened: contextlib.ExitStack
 ) -> None:
     """Creates a deleted workdir again, with the run's records; its checkpoints are lost."""
     try:
