@@ -67,6 +67,8 @@ class Checkpoints:
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._trouble, self._warned = "", False  # about the newest save, if it failed
         self._failures = 0
+        self._saving: int | None = None
+        self._is_open = False
         self._cause: Exception | None = None  # the error behind `_trouble`
         self._read_back: ReadBack | None = None
         self._unreadable = ""  # why no run can continue from the newest one read back
@@ -97,7 +99,6 @@ class Checkpoints:
     def _open(self) -> None:
         """Makes the manager, which reads the folder's contents and deletes incomplete saves."""
         make_shared(self._folder)
-        self._saving: int | None = None
         this = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
         self._manager = ocp.CheckpointManager(
@@ -119,6 +120,7 @@ class Checkpoints:
         # Orbax would query a checkpoint's step from its own thread, which JAX takes for the step of
         # this process; see `StopRequest.agreed`.
         self._manager.reached_preemption = lambda _: False
+        self._is_open = True
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Saves in the background; the state may be donated as soon as this returns.
@@ -284,6 +286,8 @@ class Checkpoints:
         self._saving = step
         try:
             make_shared(self._folder)  # Orbax would, also where its file system is gone
+            if not self._is_open:
+                self._open()
             self._check_room(state)
             self._manager.save(
                 step,
@@ -341,6 +345,7 @@ class Checkpoints:
         where = f"{self._folder}{_room(self._folder)}"
         self._trouble = f"checkpoint {step} is not saved: {where}: {_reason(error)}"
         # A failed save leaves files, and a manager that has forgotten the checkpoints to replace.
+        self._is_open = False
         for mend in (self._manager.close, self._drop_incomplete, self._open):
             with contextlib.suppress(Exception):  # the next save reports what is still wrong
                 mend()

@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -28,12 +29,13 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.data import DataError
+from cassle_jax.faults import passing
 from cassle_jax.lock import folder_held
 from cassle_jax.models import ENCODERS
 from cassle_jax.pretrain import pretrain_command
 from cassle_jax.training import checkpoints as checkpoints_module
 from cassle_jax.training import loop as loop_module
-from cassle_jax.training.checkpoints import Checkpoints
+from cassle_jax.training.checkpoints import Checkpoints, NotSaved
 from cassle_jax.training.loop import Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_lines, read_metrics
 from cassle_jax.training.run_weights import read_run
@@ -639,6 +641,24 @@ def test_checkpoints_at_multiples_stay_and_of_the_others_the_newest(tmp_path):
         checkpoints.save(step, small_state(step), {})
     checkpoints.close()
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5]
+
+
+def test_a_folder_out_of_reach_costs_no_checkpoint_once_it_is_back(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, small_state(1), {})
+    with monkeypatch.context() as out_of_reach:
+        out_of_reach.setattr(ocp, "CheckpointManager", fails)
+        out_of_reach.setattr(Checkpoints, "_check_room", fails)
+        checkpoints.save(2, small_state(2), {})
+        with pytest.raises(NotSaved, match=r"2 is not saved: .*: Input/output error; ") as end:
+            checkpoints.save_surely(2, small_state(2), {}, seconds=0.0, after_stop=0.0)
+    assert passing(end.value)  # the exit code lets launchers start the run again
+    checkpoints.save(3, small_state(3), {})
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [1, 3]
 
 
 def test_a_run_of_which_no_checkpoint_can_be_read_does_not_begin_anew(saved):
