@@ -18,10 +18,16 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.formats import FORMATS, USUAL
 from cassle_jax.interop.weights import Weights, load_weights
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import local_folder, path_of, write_whole
+from cassle_jax.storage import local_folder, path_of, remove_dead_partials, write_whole
 from cassle_jax.training.run_weights import NETWORKS, read_run
 
 LOG = logging.getLogger("cassle_jax.export")  # also where this is the main module
+
+_FILES = (
+    "model_card.json",
+    "model_card.md",
+    *(file for each in FORMATS.values() for file in each.files),
+)
 
 
 def export_command(
@@ -98,6 +104,8 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
             FORMATS[name].write(weights, architecture, card, folder)
         write_whole(folder / "model_card.json", json.dumps(card, indent=2))
         write_whole(folder / "model_card.md", markdown(card, loading))
+        for file in _FILES:  # a killed export's halves; this one holds the folder
+            remove_dead_partials(folder, file, after=0.0)
 
     try:
         with folder_held(folder, setting="to", holder="export", leaves_file=False):

@@ -432,13 +432,20 @@ def becoming(path: epath.PathLike) -> Iterator[epath.Path]:
     remove_dead_partials(Path(os.fspath(path)).parent, glob.escape(path.name))
 
 
-def remove_dead_partials(folder: Path, name: str = "*") -> None:
-    """Removes half-written files that killed processes left in a folder, of the given name."""
+def remove_dead_partials(folder: Path, name: str = "*", *, after: float = _DEAD_AFTER) -> None:
+    """Removes half-written files that killed processes left in a folder, of the given name.
+
+    Args:
+      folder: the folder.
+      name: pattern of the files' names.
+      after: seconds without a new byte after which the writer counts as killed; 0 where no other
+        process writes such files.
+    """
     partials = [*folder.glob(f"{name}.*{PARTIAL}")]
     now = _clock_of(folder) if partials else 0.0
     for partial in partials:
         with contextlib.suppress(OSError):  # its writer finished, or removed it
-            if now - partial.stat().st_mtime > _DEAD_AFTER:
+            if now - partial.stat().st_mtime >= after:
                 partial.unlink()
 
 

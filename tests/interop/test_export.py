@@ -197,6 +197,15 @@ def test_an_export_names_what_produced_it(run, tmp_path):
         assert statement in text
 
 
+def test_what_a_killed_export_left_half_written_does_not_stay(tmp_path):
+    left = "cassle.safetensors.0a1b2c3d.partial", "timm/config.json.0a1b2c3d.partial"
+    (tmp_path / "timm").mkdir()
+    for name in (*left, "mine.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    export(Weights({"encoder": encoder_state("resnet18")}, card=CARD), tmp_path, ["torchvision"])
+    assert [path.name for path in tmp_path.rglob("*.partial")] == ["mine.partial"]
+
+
 def test_an_earlier_step_is_reported_with_the_metrics_it_had(run, tmp_path):
     workdir, _ = run
     export_command(run=str(workdir), to=str(tmp_path), step=5)
