@@ -236,11 +236,13 @@ def _images(
     for stem, parts in _grouped(file, note).items():
         label = _label(tar, file, stem, parts)
         images = [parts[each] for each in sorted(EXTENSIONS & parts.keys())]
-        for name, _ in images[1:]:
-            note(_REPLACED, name)
-        for name, image in images[:1]:  # each link to a damaged image counts
-            yield name, image.offset_data, image.size, label
-        for name, _ in () if images else parts.values():
+        if images:
+            (name, image), *replaced = images
+            yield name, image.offset_data, image.size, label  # each link to a damaged image counts
+            for name, _ in replaced:
+                note(_REPLACED, name)
+            continue
+        for name, _ in parts.values():
             if posixpath.splitext(name.lower())[1] in EXTENSIONS:
                 hidden = posixpath.basename(name).startswith(".")  # macOS adds them
                 note(HIDDEN if hidden else _DOTTED, name)
