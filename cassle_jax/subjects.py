@@ -114,9 +114,7 @@ def _of_encoder(name: str, weights: Weights) -> Subject:
     given = weights.card.get("input", {})
     size = image_size(architecture, given)
     spec = AugmentSpec(size, **{k: tuple(given[k]) for k in ("mean", "std") if k in given})
-    heads = [network for network in weights.networks if network != "encoder"]
-    only_encoder = weights.without(*heads)
-    variables = _loaded(only_encoder, _shapes(networks, size, 0))
+    variables = _loaded(weights.encoder_alone(), _shapes(networks, size, 0))
     views = (spec, spec)
     return Subject(name, networks, variables, spec, Conditioning(()), views, weights.card)
 

@@ -183,7 +183,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     path = Path(path_of(path))
     content, card = retried(str(path), partial(_read, path))
     try:
-        weights = _fitting_weights(content)
+        weights = _weights(content)
         recorded = weights.heads or _recorded(card, "heads", int)
         offset = weights.position_offset
         if offset is None:
@@ -206,16 +206,6 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         return dataclasses.replace(weights, card=card, heads=heads, position_offset=offset)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-
-
-def _fitting_weights(content: Any) -> Weights:
-    """The weights; raises WeightsError where arrays that belong together cannot be joined."""
-    try:
-        return _weights(content)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise WeightsError(f"its arrays do not fit each other: {error}") from error
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -290,10 +280,15 @@ def _weights(content: Any) -> Weights:
     """The weights in the content of a file."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"it holds a {type(content).__name__}, not a state dict")
-    if "__author__" in content:
-        return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
-    networks, ignored, of_layout = networks_in(content)
-    return Weights(networks, ignored, **of_layout)
+    try:
+        if "__author__" in content:
+            return Weights({"encoder": from_detectron2(_detectron2_arrays(content.get("model")))})
+        networks, ignored, of_layout = networks_in(content)
+        return Weights(networks, ignored, **of_layout)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"its arrays do not fit each other: {error}") from error
 
 
 def _detectron2_arrays(state: Any) -> State:
