@@ -57,8 +57,7 @@ def warm_started(
         if settings.networks == "encoder":
             weights = weights.encoder_alone()
         loaded = _loaded(weights, {"params": state.params, "batch_stats": state.batch_stats})
-        _check_stage(weights, encoder, stage)
-        _check_omega(weights, conditioning)
+        _check_heads(weights, encoder, stage, conditioning)
     except WeightsError as error:
         raise ConfigError(
             f"weights.path={settings.path!r} cannot start this run: {error}"
@@ -120,25 +119,20 @@ def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:
         )
 
 
-def _check_stage(weights: Weights, encoder: nn.Module | None, stage: int) -> None:
-    """Refuses heads of another stage than the run's, even where their arrays fit."""
-    conditioning = weights.card.get("conditioning")
-    if len(weights.networks) == 1 or not isinstance(conditioning, Mapping):
-        return
-    recorded = conditioning.get("stage", 0)
-    found = 0 if recorded == len(getattr(encoder, "stage_widths", ())) else recorded
-    if found != stage:
-        raise WeightsError(
-            f"its heads are of conditioning.stage={recorded}, not of the run's {stage}; use "
-            "weights.networks='encoder'"
-        )
-
-
-def _check_omega(weights: Weights, conditioning: Conditioning | None) -> None:
-    """Refuses heads that were trained with another ω than the run's, where their arrays fit."""
+def _check_heads(
+    weights: Weights, encoder: nn.Module | None, stage: int, conditioning: Conditioning | None
+) -> None:
+    """Refuses heads of another stage, or trained with another ω, where their arrays fit."""
     recorded = weights.card.get("conditioning")
     if len(weights.networks) == 1 or not isinstance(recorded, Mapping):
         return
+    theirs = recorded.get("stage", 0)
+    found = 0 if theirs == len(getattr(encoder, "stage_widths", ())) else theirs
+    if found != stage:
+        raise WeightsError(
+            f"its heads are of conditioning.stage={theirs}, not of the run's {stage}; use "
+            "weights.networks='encoder'"
+        )
     if conditioning is None or not conditioning.descriptors:
         return
     for name in _OMEGA:
