@@ -10,13 +10,14 @@ def abandoned_reads_silenced():
     """Silences the reads that are still running when a restore fails.
 
     Orbax closes its event loop at the first array that cannot be read. After that, every read that
-    ends prints a traceback from a thread of TensorStore. Every other failure prints one more when
-    it is garbage-collected.
+    ends prints a traceback from a thread of TensorStore, and every read that has not ended prints
+    its own. Every other failure prints one more when it is garbage-collected.
     """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    late = "Event loop is closed", "Encountered error while reading array index"
 
     def ignoring(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(late):
             hook(unraisable)
 
     def retrieved(record):
