@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_DIVERGED, Stop
-from cassle_jax.data import names_of, open_source
+from cassle_jax.data import DataError, names_of, open_source
 from cassle_jax.faults import retried
 from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
 from cassle_jax.training.saved_config import changes, read_config
@@ -58,27 +58,33 @@ class RunRecord:
     def changes(self, config: ConfigDict, *, opens: bool = True) -> list[str]:
         """The settings in which the run differs from a configuration, such as `steps=9 was 7`.
 
-        A changed `data.path` counts only where the images there have other names.
+        Images with other names count, a `data.path` that moved does not.
 
         Args:
           config: the configuration.
           opens: whether to compare the images, which only a run's own host may have.
 
         Raises:
-          DataError: the images there cannot be opened.
+          DataError: the images cannot be opened at another `data.path` than the run's.
         """
         before = read_config(self.folder)
         changed = list(changes(before, config).values())
         return changed or (self._other_images(before, config) if opens else [])
 
     def _other_images(self, before: ConfigDict, now: ConfigDict) -> list[str]:
-        path = before.data.get("path", "")
-        if path == now.data.path:
-            return []
         names = last_start_record(self.folder, sys.maxsize).get("names")
-        # Older versions did not record them.
-        if names is None or names == _names_of(json.dumps(now.data.to_dict())):
+        if names is None:  # drawn images, and older versions' runs
             return []
+        path = before.data.get("path", "")
+        try:
+            if names == _names_of(json.dumps(now.data.to_dict())):
+                return []
+        except DataError:
+            if path == now.data.path:  # there are no images to compare
+                return []
+            raise
+        if path == now.data.path:
+            return ["its training images have changed since"]
         return [f"data.path={now.data.path!r} has other images than {path!r} had"]
 
     def check_same(self, config: ConfigDict, *, opens: bool = True) -> None:

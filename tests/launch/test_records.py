@@ -11,6 +11,7 @@ from cassle_jax.data import DataError, names_of, open_source
 from cassle_jax.evaluation.findings import Score
 from cassle_jax.parallel import device_mesh
 from cassle_jax.report.files import JSON, write_report
+from cassle_jax.sweep import records as records_module
 from cassle_jax.sweep import sweep as sweep_module
 from cassle_jax.sweep.jobs import OUTCOME, Local, write_outcome
 from cassle_jax.sweep.records import RunRecord, check_finished
@@ -81,6 +82,13 @@ def test_a_run_of_other_images_is_another_run_and_a_moved_folder_is_not(tmp_path
         record.check_same(config_of("other", "a/1.png", "b/3.png"))
     with pytest.raises(DataError, match=r"^data\.path='.*gone' is not a folder"):
         record.check_same(config_of("gone"))
+    record.check_same(config)
+    records_module._names_of.cache_clear()  # as in a later call
+    with pytest.raises(ConfigError, match=r"\(its training images have changed since\)"):
+        record.check_same(config_of("mine", "b/3.png"))
+    records_module._names_of.cache_clear()
+    (tmp_path / "mine").rename(tmp_path / "elsewhere")  # nothing to compare
+    record.check_same(config)
     (record.folder / "starts.jsonl").unlink()  # as an older version
     record.check_same(config_of("other"))
 
