@@ -13,6 +13,8 @@ import numpy as np
 # Larger values are typing errors. Without these bounds, Python and the libraries would raise errors
 # that name no setting, or compute forever.
 _MOST = 2**31 - 1
+SMALLEST = 1e-30
+"""Smallest number above 0 that float32 computes well with."""
 WIDEST = 2**20
 """Most channels of a layer, rows of a table of features, or epochs of an evaluation."""
 LONGEST = 2**10
@@ -35,10 +37,12 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def check_positive(name: str, value: Real) -> None:
-    """Raises ConfigError unless the setting is finite and above 0."""
+    """Raises ConfigError unless the setting is finite, above 0, and no 0 to float32."""
     if not (math.isfinite(value) and value > 0):
         also = "" if math.isfinite(value) else " and finite"
         raise ConfigError(f"{name}={value} must be above 0{also}")
+    if value < SMALLEST:
+        raise ConfigError(f"{name}={value} is too small to compute with; use at least {SMALLEST}")
 
 
 def check_at_least(name: str, value: Real, least: int, most: int = _MOST) -> None:

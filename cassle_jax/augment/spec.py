@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
-from cassle_jax.checks import LARGEST_SIDE, ConfigError, check_at_least, check_one_of
+from cassle_jax.checks import LARGEST_SIDE, SMALLEST, ConfigError, check_at_least, check_one_of
 
 __all__ = [
     "CHANCES",
@@ -24,7 +24,7 @@ STL10_STD = (0.27, 0.26, 0.27)
 
 Number = float | int
 
-_SMALLEST, _LARGEST = 1e-30, 1e30  # float32 computes well between them
+_LARGEST = 1e30  # float32 computes well up to it
 
 _LEAST_TAPS = 3  # for a blur whose number of taps follows from the view's size
 
@@ -272,7 +272,7 @@ def _plain(name: str, value: object) -> object:
 
 def _is_number(value: object) -> bool:
     """Whether float32 can compute with it."""
-    return isinstance(value, Real) and (value == 0 or _SMALLEST <= abs(value) <= _LARGEST)
+    return isinstance(value, Real) and (value == 0 or SMALLEST <= abs(value) <= _LARGEST)
 
 
 RARE = tuple(

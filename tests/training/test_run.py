@@ -73,6 +73,8 @@ REFUSED = [
     ({"method.name": "moco_v2"}, r"^method\.name='moco_v2' .*'negatives'.*=…:method=moco_v2$"),
     ({"method.negatives": "some"}, r"^method\.negatives='some' .*use one of global, local$"),
     ({"method.temperature": 0.0}, r"^method\.temperature=0\.0 must be above 0$"),
+    ({"method.temperature": 1e-40}, r"^method\.temperature=1e-40 is too small .* at least 1e-30$"),
+    ({"optimizer.base_learning_rate": 1e-50}, r"^optimizer\.base_learning_rate=1e-50 is too small"),
     (
         {"method.negatives": "local", "batch_size": 8},
         r"^batch_size=8 .*method\.negatives='local'.* at least 2 images a device$",
