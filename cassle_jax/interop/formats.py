@@ -57,7 +57,9 @@ def save_safetensors(arrays: State, path: Path, card: Card) -> None:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_whole(path, len(text).to_bytes(8, "little") + text + data[start:])
+    with written_whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[start:])  # a slice of bytes would copy the weights
 
 
 def timm_config(architecture: Architecture, card: Card) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cassle_jax.interop.naming import from_detectron2, from_torchvision, to_dete
 from cassle_jax.interop.pytorch import mlp_to_pytorch, projector_to_pytorch
 from cassle_jax.interop.weights import Weights, load_weights, weights_of
 from cassle_jax.models import MLP, ConditionedProjector
+from tests.evaluation.traced import peak_bytes
 from tests.interop.states import ENCODERS, assert_same, encoder_state, encoder_variables, filled
 
 COUNTING = np.arange(7, dtype=np.float32)
@@ -40,6 +41,12 @@ def test_equal_weights_are_equal_files(tmp_path):
         assert json.loads(file.metadata()["card"]) == {"name": "größer"}
         np.testing.assert_array_equal(file.get_tensor("ä"), COUNTING)
         np.testing.assert_array_equal(file.get_tensor("b"), COUNTING[:3])
+
+
+def test_weights_are_in_memory_once_more_while_they_are_written(tmp_path):
+    large = {"large": np.ones(2**21, np.float32)}
+    peak = peak_bytes(lambda: save_safetensors(large, tmp_path / "file", {}))
+    assert peak < 1.5 * large["large"].nbytes
 
 
 @pytest.fixture
