@@ -54,7 +54,7 @@ _FOREVER_MILLISECONDS = 2**40
 # Modules whose warnings concern the settings and the data, which all processes share.
 _SHARED_MATTERS = (
     *("pretrain", "evaluate", "subjects", "data.datasets", "data.folder", "data.tar"),
-    *("evaluation.trainable", "evaluation.plan", "interop.weights"),
+    *("evaluation.bench", "evaluation.trainable", "evaluation.plan", "interop.weights"),
     *("training.probe", "training.recorded", "training.start_records"),
 )
 _RESUMABLE = "the last checkpoint is intact, and the same command continues from it"

@@ -355,7 +355,8 @@ def test_what_every_process_would_log_is_left_to_the_first(caplog):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         distributed._leave_shared_matters_to_the_first()
-        for module in ("pretrain", "storage", "evaluation.plan", "data.tar", "faults"):
+        shared = "pretrain", "evaluation.plan", "evaluation.bench", "data.tar"
+        for module in (*shared, "storage", "faults"):
             logging.getLogger(f"cassle_jax.{module}").warning(module)
         logging.getLogger("cassle_jax.evaluate").error("linear of a on b failed")
         for module in ("cassle_jax.evaluation.linear", "flax"):
