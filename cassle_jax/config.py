@@ -110,8 +110,8 @@ def _defaults() -> ConfigDict:
     )
     config.augment = _from_dataclass(AugmentSpec(size=32))
     config.augment.color_strength = 1.0  # scales the jitter and the probability of grayscale
-    # BYOL's pair of views: all first ones are blurred, a tenth of the second ones is, and a fifth
-    # of these is solarized. Replaces the probabilities of blur and solarize, and the threshold.
+    # BYOL's pair of views: blur has a probability of 1 in the first and of 0.1 in the second,
+    # solarize of 0 and 0.2. Replaces these probabilities, and solarize's threshold.
     config.augment.asymmetric = False
     config.optimizer = _from_dataclass(OptimizerSpec())
     config.data, config.probe = _data_defaults()

@@ -208,7 +208,7 @@ def _ends_unwritten(data: bytes) -> bool:
 
 
 def _pixels_end_unwritten(data: bytes, pixels: int) -> bool:
-    """Whether more zeros than encoders write end the part of a WebP or AVIF with its pixels."""
+    """Whether the part of a WebP or AVIF with its pixels ends in more zeros than encoders write."""
     held, start, kind = len(data.rstrip(b"\0")), 0, b""
     while start < held and start + 8 <= len(data):  # part by part, to the one where zeros begin
         if data.startswith(b"RIFF"):

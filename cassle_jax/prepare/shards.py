@@ -82,7 +82,7 @@ def written_shard(path: pathlib.Path) -> Written | None:
 
 
 def is_whole(path: pathlib.Path) -> bool:
-    """Whether a shard is there, as long as its note says; earlier versions left no notes."""
+    """Whether a shard is there, as large as its note states; earlier versions left no notes."""
     return is_there(path) and (not is_there(_note(path)) or written_shard(path) is not None)
 
 

@@ -125,7 +125,7 @@ def is_long(rows: Sequence[Row]) -> bool:
 
 
 def shades_of(rows: Sequence[Row], pairing: Pairing) -> list[dict[str, float]]:
-    """The advantage of each subject over its baseline, per row; over the mean without baselines.
+    """The advantage of each subject over its baseline, or else over the mean, per row.
 
     The largest difference of all rows is 1 where it is an improvement, else -1. A value that is not
     finite has no shade.
