@@ -100,12 +100,12 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
 
     def write() -> None:
         _check_renewed(folder, formats)
+        for file in _FILES:  # a killed export's halves may fill the disk; this one holds the folder
+            remove_dead_partials(folder, file, after=0.0)
         for name in formats:
             FORMATS[name].write(weights, architecture, card, folder)
         write_whole(folder / "model_card.json", json.dumps(card, indent=2))
         write_whole(folder / "model_card.md", markdown(card, loading))
-        for file in _FILES:  # a killed export's halves; this one holds the folder
-            remove_dead_partials(folder, file, after=0.0)
 
     try:
         with folder_held(folder, setting="to", holder="export", leaves_file=False):

@@ -27,6 +27,7 @@ from cassle_jax import models
 from cassle_jax.checks import ConfigError
 from cassle_jax.export import export, export_command
 from cassle_jax.faults import Outage
+from cassle_jax.interop import formats
 from cassle_jax.interop.architecture import (
     ConvNeXtArchitecture,
     ResNetArchitecture,
@@ -197,13 +198,20 @@ def test_an_export_names_what_produced_it(run, tmp_path):
         assert statement in text
 
 
-def test_what_a_killed_export_left_half_written_does_not_stay(tmp_path):
+def test_what_a_killed_export_left_half_written_makes_room(tmp_path, monkeypatch):
+    save, found = formats.save_safetensors, []
+
+    def saved(*arguments):
+        found.extend(path.name for path in tmp_path.rglob("*.partial"))
+        save(*arguments)
+
+    monkeypatch.setattr(formats, "save_safetensors", saved)
     left = "cassle.safetensors.0a1b2c3d.partial", "timm/config.json.0a1b2c3d.partial"
     (tmp_path / "timm").mkdir()
     for name in (*left, "mine.partial"):
         (tmp_path / name).write_bytes(b"half")
     export(Weights({"encoder": encoder_state("resnet18")}, card=CARD), tmp_path, ["torchvision"])
-    assert [path.name for path in tmp_path.rglob("*.partial")] == ["mine.partial"]
+    assert found == [path.name for path in tmp_path.rglob("*.partial")] == ["mine.partial"]
 
 
 def test_an_earlier_step_is_reported_with_the_metrics_it_had(run, tmp_path):
