@@ -37,7 +37,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def check_positive(name: str, value: Real) -> None:
-    """Raises ConfigError unless the setting is finite, above 0, and no 0 to float32."""
+    """Raises ConfigError unless the setting is finite, above 0, and large enough for float32."""
     if not (math.isfinite(value) and value > 0):
         also = "" if math.isfinite(value) else " and finite"
         raise ConfigError(f"{name}={value} must be above 0{also}")
