@@ -130,6 +130,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
     except zipfile.BadZipFile as error:
+        if "CRC" not in str(error):
+            raise
         raise WeightsError(
             f"its {name} has another checksum than it states: it is damaged, or was written with "
             f"torch.serialization.set_crc32_options(False); {RESAVE}"

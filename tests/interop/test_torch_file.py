@@ -463,9 +463,12 @@ def test_a_file_without_checksums_says_how_to_save_it(tmp_path):
     data = bytearray((DATA / "zip.pth").read_bytes())
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entry = next(each for each in archive.infolist() if each.filename.endswith("data/0"))
-    data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
-    (tmp_path / "file.pth").write_bytes(data)
+    (tmp_path / "file.pth").write_bytes(data.replace(entry.CRC.to_bytes(4, "little"), bytes(4)))
     with pytest.raises(WeightsError, match=r"data/0 has another checksum .*set_crc32_options"):
+        read_torch_file(tmp_path / "file.pth")
+    data[entry.header_offset] = 0  # PyTorch cannot read this either
+    (tmp_path / "file.pth").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"is damaged or no PyTorch file \(BadZipFile\)"):
         read_torch_file(tmp_path / "file.pth")
 
 
