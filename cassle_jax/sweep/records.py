@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cassle_jax.checks import ConfigError
 from cassle_jax.command import EXIT_DIVERGED, Stop
 from cassle_jax.data import DataError, names_of, open_source
-from cassle_jax.faults import retried
+from cassle_jax.faults import Outage, retried
 from cassle_jax.sweep.jobs import LOG_FILE, outcome_of
 from cassle_jax.training.saved_config import changes, read_config
 from cassle_jax.training.start_records import last_start_record
@@ -79,7 +79,7 @@ class RunRecord:
         try:
             if names == _names_of(json.dumps(now.data.to_dict())):
                 return []
-        except DataError:
+        except (DataError, Outage):
             if path == now.data.path:  # there are no images to compare
                 return []
             raise

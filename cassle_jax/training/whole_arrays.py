@@ -16,8 +16,9 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from cassle_jax.training.state import TrainState
 
 # One process writes a checkpoint, into a new folder, so a lock protects nothing. Some file systems,
-# such as Lustre without `flock`, have no locks, and every save would fail there.
-tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["file_io_locking"] = {"mode": "none"}
+# such as Lustre without `flock`, have no locks, and every save would fail there. Where a later
+# Orbax has another name for its context, saves take locks.
+getattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT", {})["file_io_locking"] = {"mode": "none"}
 
 
 def whole_arrays(alone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
