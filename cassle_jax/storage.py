@@ -56,14 +56,43 @@ def path_of(written: epath.PathLike) -> epath.Path:
     return epath.Path(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The absolute path, which follows no link; the address of an object store unchanged.
+
+    Raises:
+      ConfigError: the path is relative, and the current folder was deleted.
+    """
+    # epath's own `resolve` and `absolute` take an address for a local path.
+    if "://" in str(path):
+        return epath.Path(path)
+    try:
+        return epath.Path(os.path.abspath(path))  # noqa: PTH100
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} cannot be found: the current folder was deleted; write it in full"
+        ) from error
+
+
+def check_no_address(setting: str, written: epath.PathLike) -> None:
+    """Raises ConfigError for a local path that epath takes for an address, as /s3/x for s3://x."""
+    taken = absolute(path_of(written))
+    if "://" in str(taken) and not on_object_store(written):
+        raise ConfigError(
+            f"{setting}={written} is a local path that libraries take for {taken}; "
+            "use a link to it, elsewhere"
+        )
+
+
 def local_folder(flag: str, written: epath.PathLike) -> Path:
     """The local folder that a flag gives, to write to.
 
     Raises:
-      ConfigError: it is empty or on an object store, or see `path_of` and `check_no_file`.
+      ConfigError: it is empty or on an object store, or see `path_of`, `check_no_address` and
+        `check_no_file`.
     """
     if not os.fspath(written) or on_object_store(written):
         raise ConfigError(f"{flag}={written} is not a local folder; give the one to write to")
+    check_no_address(flag, written)
     check_no_file(flag, path_of(written))
     return Path(path_of(written))
 

@@ -17,6 +17,7 @@ from cassle_jax.distributed import first_says
 from cassle_jax.faults import Outage, hurry, retried
 from cassle_jax.parallel import in_all_processes
 from cassle_jax.storage import (
+    absolute,
     check_writable,
     free_bytes,
     free_files,
@@ -64,7 +65,7 @@ class Checkpoints:
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         self._preserve = checkpoint_managers.AnyPreservationPolicy(policies)
-        self._folder = epath.Path(workdir).resolve() / "checkpoints"
+        self._folder = absolute(workdir) / "checkpoints"
         self._trouble, self._warned = "", False  # about the newest save, if it failed
         self._failures = 0
         self._saving: int | None = None

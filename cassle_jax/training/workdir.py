@@ -13,7 +13,14 @@ from etils import epath
 from cassle_jax import storage
 from cassle_jax.checks import ConfigError
 from cassle_jax.lock import folder_held
-from cassle_jax.storage import check_no_file, is_utf8, on_object_store, path_of
+from cassle_jax.storage import (
+    absolute,
+    check_no_address,
+    check_no_file,
+    is_utf8,
+    on_object_store,
+    path_of,
+)
 
 # The longest time until one host sees what another has written to a shared folder.
 SHARED_FOLDER_SECONDS = 60
@@ -32,12 +39,14 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
             f"{setting}={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
     path = path_of(workdir)
+    check_no_address(setting, workdir)
     check_no_file(setting, path)
-    whole = str(path.resolve())
-    if "\\" in whole or not is_utf8(whole):
+    whole = str(absolute(path))
+    # Orbax makes `gs://` of every `gs:/`.
+    if "\\" in whole or not is_utf8(whole) or "gs:/" in f"{whole}/".removeprefix("gs://"):
         raise ConfigError(
-            f"{setting}={whole!r} has a backslash or bytes that are not UTF-8, with which arrays "
-            "cannot be written; use a folder without them"
+            f"{setting}={whole!r} has a backslash or bytes that are not UTF-8, or a folder whose "
+            "name ends in 'gs:'; arrays cannot be written there; use a folder without them"
         )
     return path
 

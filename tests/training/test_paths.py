@@ -141,7 +141,7 @@ def test_a_null_character_is_reported_in_one_line(config, tmp_path):
         open_source(config.data, "train")
 
 
-@pytest.mark.parametrize("name", ["a\\b", "a\udcffb"])
+@pytest.mark.parametrize("name", ["a\\b", "a\udcffb", "logs:"])
 def test_what_arrays_cannot_be_written_to_is_refused_before_the_first_step(config, tmp_path, name):
     with pytest.raises(ConfigError, match=r"workdir='.*' has a backslash or bytes .* not UTF-8"):
         pretrain(config, tmp_path / name / "run")
@@ -154,6 +154,28 @@ def test_what_arrays_cannot_be_written_to_is_refused_before_the_first_step(confi
         with pytest.raises(ConfigError, match=r"^to='.*' has a backslash or bytes"):
             many()
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("root", ["/s3", "/gs", "/az", "/hf"])
+def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, root):
+    """Where a bucket is mounted; a run in /s3/run went to s3://run."""
+    for setting, command in (
+        ("workdir", lambda: pretrain(config, f"{root}/run")),
+        ("to", lambda: evaluate_command(runs=["a"], datasets=["motifs"], to=f"{root}/run")),
+    ):
+        said = f"^{setting}={root}/run is a local path that libraries take for {root[1:]}://run; "
+        with pytest.raises(ConfigError, match=said):
+            command()
+
+
+def test_a_path_below_a_folder_that_was_deleted_is_reported_in_one_line(
+    config, tmp_path, monkeypatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match=r"^run cannot be found: the current folder was deleted"):
+        pretrain(config, "run")
 
 
 @pytest.mark.parametrize("name", [AWKWARD, "a\\b", "a\udcffb", "comma,comma"])

@@ -4,6 +4,7 @@ The arrays of checkpoints are written by TensorStore, which speaks to gs:// and 
 are not part of this.
 """
 
+import contextlib
 import errno
 import os
 import time
@@ -17,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cassle_jax.checks import ConfigError
 from cassle_jax.data import DamagedLog
+from cassle_jax.interop.errors import WeightsError
 from cassle_jax.lock import folder_held
 from cassle_jax.storage import (
     GrowingFile,
@@ -27,9 +29,12 @@ from cassle_jax.storage import (
     write_whole,
     written_whole,
 )
+from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import MetricsWriter, append_line, read_lines, read_metrics
+from cassle_jax.training.run_weights import read_run
 from cassle_jax.training.saved_config import read_config, write_config
+from cassle_jax.training.workdir import known_path
 from tests.tiny import tiny_config
 
 
@@ -77,6 +82,18 @@ def test_metrics_are_kept_and_continued(bucket):
         writer.close()
     assert [step for step, _ in read_metrics(bucket)["loss"]] == [1, 2, 3, 4, 5, 6]
     assert len(list((bucket / "tensorboard").iterdir())) == 2
+
+
+def test_checkpoints_lie_in_the_store_and_in_no_local_folder(bucket, tmp_path, monkeypatch):
+    """An address that epath resolved was `s3:/bucket/run` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (bucket / "checkpoints" / "7" / "commit_success.txt").write_text("")
+    with contextlib.closing(Checkpoints(known_path(str(bucket)), keep=1)) as checkpoints:
+        assert checkpoints.newest() == 7
+    write_config(tiny_config(), bucket)
+    with pytest.raises(WeightsError, match="has checkpoints, and none of them can be read"):
+        read_run(bucket)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_other_files_of_a_run_are_kept(bucket):
