@@ -63,7 +63,7 @@ class FeatureCache:
             with written_whole(path) as file:
                 np.savez(file, **arrays)
         except OSError as error:
-            LOG.warning("features cannot be kept in %s: %s", path.parent, error.strerror)
+            LOG.warning("features cannot be kept in %s: %s", path.parent, error)
         with contextlib.suppress(OSError):  # the folder is out of reach
             self._trim(path)
 

@@ -116,6 +116,12 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     np.testing.assert_array_equal(cache.read(SUBJECT, key(1))["features"], ARRAYS["features"])
 
 
+def test_a_folder_in_the_place_of_a_file_is_the_reason_in_the_log(tmp_path, caplog):
+    (tmp_path / SUBJECT / f"{key(1)}.npz").mkdir(parents=True)
+    FeatureCache(tmp_path).write(SUBJECT, key(1), ARRAYS)
+    assert f"{key(1)}.npz is a directory" in caplog.text
+
+
 def test_files_are_readable_by_the_users_that_the_owner_permits(tmp_path):
     umask = os.umask(0o022)
     try:
