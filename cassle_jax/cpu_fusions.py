@@ -1,6 +1,8 @@
 """Switches off the fusions with which XLA computes wrong values on CPUs."""
 
+import contextlib
 import os
+import pathlib
 import sys
 import warnings
 from importlib import metadata
@@ -17,7 +19,10 @@ def switch_off_ynnpack() -> None:
 
     Call it before JAX's first use of a device: a later call issues a `UserWarning`.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):  # to XLA, the name of a file that holds the flags
+        with contextlib.suppress(OSError):  # XLA says that it cannot be read
+            flags = pathlib.Path(flags).read_text()
     release = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
     if _FLAG in flags or not _FIRST <= release < _BEYOND:
         return

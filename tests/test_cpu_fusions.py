@@ -62,6 +62,19 @@ def test_flags_of_the_user_stay_and_another_jaxlib_gets_none_that_would_end_it(m
         assert os.environ["XLA_FLAGS"] == expected
 
 
+def test_flags_in_a_file_are_flags_too(monkeypatch, tmp_path):
+    """XLA takes XLA_FLAGS for a file's name where it begins with no hyphen, and dies without it."""
+    from cassle_jax import cpu_fusions
+
+    (tmp_path / "flags").write_text("--a=1\n--b=2\n")
+    monkeypatch.setattr(cpu_fusions.metadata, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(cpu_fusions, "_computes_on_cpus", lambda: False)
+    for flags, expected in (("flags", "--a=1\n--b=2\n --xla"), ("none", f"{tmp_path}/none")):
+        monkeypatch.setenv("XLA_FLAGS", f"{tmp_path}/{flags}")
+        cpu_fusions.switch_off_ynnpack()
+        assert os.environ["XLA_FLAGS"].startswith(expected)
+
+
 # Optimised, and without most optimisations: one traced step is compiled twice.
 STEP_AND_FITS = """
 import json
