@@ -79,7 +79,9 @@ def list_folders(root: pathlib.Path) -> tuple[str, ...]:
 
 def _images(root: pathlib.Path, skipped: Skipped) -> Iterator[bytes]:
     """The images below a folder, in no order."""
-    waiting: list[tuple[bytes, tuple]] = [(b"", ())]  # folders, and those above: device and inode
+    # Folders, and those above: device and inode. A link to one above the root holds the root again.
+    beyond = tuple(map(_identity, root.resolve().parents))
+    waiting: list[tuple[bytes, tuple]] = [(b"", beyond)]
     while waiting:
         inside, above = waiting.pop()
         folder = root / os.fsdecode(inside)
@@ -90,8 +92,7 @@ def _images(root: pathlib.Path, skipped: Skipped) -> Iterator[bytes]:
                 raise
             skipped.note(UNREADABLE, inside)
             continue
-        found = folder.stat()
-        here = found.st_dev, found.st_ino
+        here = _identity(folder)
         if here in above:
             skipped.note(CIRCLE, inside)
             continue
@@ -103,6 +104,11 @@ def _images(root: pathlib.Path, skipped: Skipped) -> Iterator[bytes]:
                 yield path
             else:
                 skipped.note(kind, path)
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def local_root(path: str, wanted: str) -> pathlib.Path:

@@ -176,6 +176,9 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
         (split / "a" / f"gone{number:02d}.jpg").symlink_to(root / "nowhere" / f"{number}.jpg")
     (split / "a" / "self.jpg").symlink_to(split / "a" / "self.jpg")
     (split / "b" / "up").symlink_to(split)
+    (split / "b" / "top").symlink_to(root)
+    (root / "val").mkdir()
+    (root / "val" / "5.jpg").write_bytes((split / "a" / "1.jpg").read_bytes())
     (split / "b" / "also.jpg").symlink_to(split / "a" / "1.jpg")
     (split / "a" / ".DS_Store").write_text("hidden")
     for number in range(3):
@@ -187,7 +190,7 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
     assert [name for _, name in read(source)] == ["a", "a", "b", "b"]
     for count, kind, example in (
         (16, "a dangling link", "a/gone"),
-        (2, "a link in a circle", ""),
+        (3, "a link in a circle", ""),
         (1, "unreadable", "b/locked"),
         (1, "hidden", "a/.DS_Store"),
         (3, "not an image by its extension", "_boxes.txt"),
