@@ -4,7 +4,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import simplejpeg
@@ -331,9 +331,10 @@ def _decode_with_pillow(data: bytes, canvas: int) -> UInt8[np.ndarray, "height w
     except Image.DecompressionBombError as error:
         raise DamagedImage(f"more than data.max_pixels={Image.MAX_IMAGE_PIXELS}") from error
     except Exception as error:  # Pillow's plugins raise any type, depending on the bytes.
-        bare = _bare_png(data)
-        if bare != data:
-            return _decode_with_pillow(bare, canvas)
+        for extras in (_PNG_EXTRAS, ()):
+            bare = _bare_png(data, extras)
+            if bare != data:
+                return _decode_with_pillow(bare, canvas)
         if isinstance(error, UnidentifiedImageError):
             raise DamagedImage("not an image in any known format") from error
         raise DamagedImage(f"{type(error).__name__}: {_one_line(error)}") from error
@@ -348,8 +349,8 @@ def _pillow_pixels(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         return _upright(_to_rgb(image), orientation_of(image))
 
 
-def _bare_png(data: bytes) -> bytes:
-    """A PNG's pixels without the texts and profiles around them; other files unchanged."""
+def _bare_png(data: bytes, extras: Collection[bytes]) -> bytes:
+    """A PNG's pixels without what is around them, except `extras`; other files unchanged."""
     if not data.startswith(_PNG_START):
         return data
     kept, start = [_PNG_START], len(_PNG_START)
@@ -357,7 +358,7 @@ def _bare_png(data: bytes) -> bytes:
         length, kind = struct.unpack_from(">I4s", data, start)
         chunk = data[start : start + 12 + length]
         is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if kind[:1].isupper() or (kind in _PNG_EXTRAS and is_sound):
+        if kind[:1].isupper() or (kind in extras and is_sound):
             kept.append(chunk)
         start += len(chunk)
     return b"".join(kept)

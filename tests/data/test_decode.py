@@ -249,6 +249,13 @@ def test_what_is_wrong_beside_the_pixels_of_a_png_does_no_harm(chunk, before):
     np.testing.assert_array_equal(decode(broken, 64), decode(whole, 64))
 
 
+def test_a_transparent_colour_cut_short_does_a_png_no_harm():
+    whole = encoded(photo(24, 40), "PNG")
+    place = whole.index(b"IDAT") - 4
+    broken = whole[:place] + png_chunk(b"tRNS", b"\0") + whole[place:]
+    np.testing.assert_array_equal(decode(broken, 64), decode(whole, 64))
+
+
 @pytest.mark.parametrize("options", [*JPEGS.values(), {"grey": True}, {"cmyk": True}])
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_jpeg_may_lack_its_last_marker(options, lost):
