@@ -129,7 +129,12 @@ class AugmentSpec:
         for name in CHANCES:
             self._check_probability(name)
         for name in ("mean", "std"):
-            self._set_floats(name, 3, "use three numbers, one per channel")
+            values = self._set_floats(name, 3, "use three numbers, one per channel")
+            if max(map(abs, values)) > 1:
+                raise ConfigError(
+                    f"augment.{name}={values} has a value beyond 1, the white of an image; divide "
+                    "those of images in [0, 255] by 255"
+                )
         if min(self.std) <= 0:
             raise ConfigError(f"augment.std={self.std} has a value that is not positive; use > 0")
         if not isinstance(self.crop, Real) or self.crop not in (True, False):

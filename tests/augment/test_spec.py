@@ -97,6 +97,8 @@ def test_a_color_strength_of_another_type_is_named():
         ({"sigma": (0.1, float("inf"))}, r"augment\.sigma=.*no number; use \(low, high"),
         ({"brightness": (1, 1e39)}, r"augment\.brightness=.*too large.*both in \[0, 1e\+30\]"),
         ({"sigma": (1e-40, 1)}, r"augment\.sigma=.*too small or no number; use \(low, high"),
+        ({"mean": (123.7, 116.3, 103.5)}, r"augment\.mean=.*beyond 1.* divide .* by 255"),
+        ({"std": (58, 57, 57)}, r"augment\.std=.*beyond 1.* divide .* by 255"),
         ({"std": (1e-46, 1, 1)}, r"augment\.std=.*too small or no number; use three numbers"),
         ({"std": (1, float("nan"), 1)}, r"augment\.std=.*no number; use three numbers"),
         ({"kernel_size": -1}, r"augment\.kernel_size=-1 .*integer >= 0"),
