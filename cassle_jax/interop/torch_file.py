@@ -51,7 +51,7 @@ UNNEEDED = (
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
 )
-_BEGIN = 32  # bytes of a file that a message quotes
+BEGIN = 32  # bytes of a file that a message quotes
 RESAVE = "load it with PyTorch and save its state_dict() again with torch.save"
 
 
@@ -67,7 +67,7 @@ def read_torch_file(path: str | Path) -> Any:
     path, begin = Path(path), b""
     try:
         with open_to_read(path) as file:
-            begin = file.read(_BEGIN)
+            begin = file.read(BEGIN)
             if zipfile.is_zipfile(file):
                 return _read_zip(file)
             file.seek(0)

@@ -31,7 +31,7 @@ from cassle_jax.interop.pytorch import (
     projector_from_pytorch,
     projector_to_pytorch,
 )
-from cassle_jax.interop.torch_file import read_torch_file
+from cassle_jax.interop.torch_file import BEGIN, read_torch_file
 from cassle_jax.storage import open_to_read, path_of
 
 LOG = logging.getLogger(__name__)
@@ -209,22 +209,18 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    if _is_safetensors(path) or path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    try:
+        with open_to_read(path) as file:
+            size, begin = os.fstat(file.fileno()).st_size, file.read(BEGIN)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
+    is_safetensors = begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
+    if is_safetensors or path.suffix == ".safetensors":
+        return _read_safetensors(path, begin)
     return read_torch_file(path), {}
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does, whatever its name."""
-    try:
-        with open_to_read(path) as file:
-            size, begin = os.fstat(file.fileno()).st_size, file.read(9)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
-    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
-
-
-def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+def _read_safetensors(path: Path, begin: bytes) -> tuple[State, dict[str, Any]]:
     try:
         with safe_open(path, framework="np") as file:
             state = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
@@ -234,7 +230,9 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
     except (SafetensorError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error})") from error
+        raise WeightsError(
+            f"{path} is damaged or no safetensors file ({error}): it begins with {begin}"
+        ) from error
     half = ("float16", "bfloat16")
     return {k: v.astype(np.float32) if v.dtype.name in half else v for k, v in state.items()}, card
 

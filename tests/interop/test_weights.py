@@ -293,6 +293,9 @@ def test_a_damaged_safetensors_file_is_reported_in_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WeightsError, match="is damaged or no safetensors file"):
         load_weights(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1")  # or a web page
+    with pytest.raises(WeightsError, match=r"no safetensors file .* begins with b'version https"):
+        load_weights(path)
     with pytest.raises(WeightsError, match=r"none\.safetensors cannot be read"):
         load_weights(tmp_path / "none.safetensors")
 
