@@ -65,7 +65,8 @@ def check_image(image: Any, size: Any = None) -> None:
         return
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"image has dtype {image.dtype}; use uint8, or float32 in [0, 1]")
-    if image.dtype == np.float64 or not np.dtype(image.dtype).isnative:
+    dtype = np.dtype(image.dtype)
+    if dtype.itemsize > 4 or not dtype.isnative:
         raise ValueError(
             f"image has dtype {image.dtype}; use float32, as by image.astype(np.float32)"
         )

@@ -64,7 +64,7 @@ def resize_positions(
         ValueError: if the given positions are not those of a square grid.
     """
     patches = positions.shape[1] - 1
-    side = math.isqrt(patches)
+    side = max(math.isqrt(patches), 1)
     if side**2 != patches:
         raise ValueError(
             f"pos_embed has {patches} positions beside the class token's; "

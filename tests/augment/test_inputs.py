@@ -52,6 +52,7 @@ IMAGES = {
     "−1 to 1": (2 * FLOATS - 1.5, r"floats from -0\.5 to -0\.5; use floats in \[0, 1\]"),
     "NaN": (np.nan * FLOATS, r"floats from nan to nan"),
     "float64": (FLOATS.astype(np.float64), r"dtype float64; use float32, as by image\.astype"),
+    "long double": (FLOATS.astype(np.longdouble), r"dtype float128; use float32"),
     "int32": (BYTES.astype(np.int32), r"dtype int32; use uint8, or float32 in \[0, 1\]"),
     "list": (BYTES.tolist(), r"image is a list; use an array"),
     "of another library": (_Tensor(), r"image is a _Tensor; use an array, as by np\.asarray"),

@@ -152,6 +152,8 @@ def test_positions_are_resized_as_pytorch_does(grid):
 def test_positions_of_no_square_grid_are_refused():
     with pytest.raises(ValueError, match=r"pos_embed has 6 positions .* only square grids"):
         resize_positions(jnp.zeros((1, 7, 8)), 2, 3)
+    with pytest.raises(ValueError, match=r"pos_embed has 0 positions .* such as 1×1"):
+        resize_positions(jnp.zeros((1, 1, 8)), 2, 3)
 
 
 def test_images_of_other_sizes_give_features_that_depend_on_where_things_are(tiny, images):
