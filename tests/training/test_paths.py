@@ -162,6 +162,7 @@ def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, ro
     for setting, command in (
         ("workdir", lambda: pretrain(config, f"{root}/run")),
         ("to", lambda: evaluate_command(runs=["a"], datasets=["motifs"], to=f"{root}/run")),
+        ("run", lambda: open_subject(f"{root}/run")),
     ):
         said = f"^{setting}={root}/run is a local path that libraries take for {root[1:]}://run; "
         with pytest.raises(ConfigError, match=said):
