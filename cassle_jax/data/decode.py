@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -47,6 +48,7 @@ _JPEG_SCAN = b"\xda"  # marks the pixels
 _JPEG_SCANS = re.compile(b"\xff" + _JPEG_SCAN)
 _JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
 _PROGRESSIVE = (0xC2, 0xCA)
+_EARLY_END = "premature end of data segment"  # in the words of libjpeg-turbo
 _COEFFICIENTS = 64  # per block of pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
@@ -153,7 +155,8 @@ def decode(
     image = _decode_jpeg(ended, canvas, scratch, roughly)
     if image is not None:
         return image
-    whole = ended is not data and _is_whole_cmyk(ended)
+    # libjpeg-turbo also notices missing pixels in CMYK; Pillow does not.
+    whole = _decode_strictly(ended, colorspace="CMYK") is not None
     return _decode_with_pillow(ended if whole else data, canvas)
 
 
@@ -246,11 +249,8 @@ def _decode_jpeg(
     target_height, target_width = fitted(height, width, canvas)
     if scratch is not None and height * width * 3 > scratch.size:
         scratch = None
-    try:
-        image = simplejpeg.decode_jpeg(
-            data, min_height=target_height, min_width=target_width, buffer=scratch
-        )
-    except ValueError:
+    image = _decode_strictly(data, min_height=target_height, min_width=target_width, buffer=scratch)
+    if image is None:
         return None
     image = _resize(image, target_height, target_width)
     if not _may_have_orientation(data):  # most images; Pillow would take longer
@@ -260,6 +260,20 @@ def _decode_jpeg(
             return _upright(image, orientation_of(opened))
     except Exception:  # As below: libjpeg-turbo has decoded what Pillow cannot open.
         return image
+
+
+def _decode_strictly(data: bytes, **options: Any) -> UInt8[np.ndarray, "h w c"] | None:
+    """Decodes a JPEG; returns None where libjpeg-turbo has doubts, which Pillow would not mention.
+
+    Raises:
+      DamagedImage: pixels are missing, as after a hole in the file; Pillow would make some up.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, **options)
+    except ValueError as error:
+        if _EARLY_END in str(error):
+            raise DamagedImage("it is cut short, or has a hole: pixels are missing") from error
+        return None
 
 
 def _segments(data: bytes) -> Iterator[int]:
@@ -306,15 +320,6 @@ def _may_have_orientation(data: bytes) -> bool:
     # Where something other than a segment follows, such as a fill byte, search for the names.
     is_scan = data[end : end + 2] == b"\xff" + _JPEG_SCAN
     return not is_scan and any(name in data for name in _METADATA_WITH_ORIENTATION)
-
-
-def _is_whole_cmyk(data: bytes) -> bool:
-    """Whether a CMYK JPEG has all its pixels: libjpeg-turbo checks this, Pillow does not."""
-    try:
-        simplejpeg.decode_jpeg(data, colorspace="CMYK")
-    except ValueError:
-        return False
-    return True
 
 
 def _upright(

@@ -397,6 +397,18 @@ def test_a_file_whose_last_part_was_never_written_is_damaged(form, left):
         np.testing.assert_array_equal(decode(data + after + bytes(9999), 300), decode(data, 300))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("lost", ["middle", "end"])
+def test_a_jpeg_that_lacks_pixels_is_damaged_whatever_ends_it(mode, lost):
+    """The decoder makes the missing pixels up: they were 10 to 60 grey levels off."""
+    noise = np.random.default_rng(0).integers(256, size=(100, 100, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).convert(mode), "JPEG")
+    half = len(data) // 2
+    kept = data[:half] + (data[half + 512 :] if lost == "middle" else b"\xff\xd9")
+    with pytest.raises(DamagedImage, match="it is cut short, or has a hole: pixels are missing"):
+        decode(kept, 100)
+
+
 @pytest.mark.parametrize("form", ["WEBP", "AVIF"])
 @pytest.mark.parametrize("colour", [0, 255])
 def test_an_image_of_one_colour_may_end_in_zeros(form, colour):
