@@ -73,6 +73,16 @@ def absolute(path: epath.PathLike) -> epath.Path:
         ) from error
 
 
+def check_reachable(path: epath.Path) -> None:
+    """Raises ConfigError where the path is on an object store whose package is missing."""
+    try:
+        with contextlib.suppress(OSError):  # what is out of reach is waited for later
+            if on_object_store(path):
+                path.exists()
+    except ImportError as error:
+        raise ConfigError(f"{path} is on an object store: {error}") from error
+
+
 def check_no_address(setting: str, written: epath.PathLike) -> None:
     """Raises ConfigError for a local path that epath takes for an address, as /s3/x for s3://x."""
     taken = absolute(path_of(written))

@@ -17,6 +17,7 @@ from cassle_jax.storage import (
     absolute,
     check_no_address,
     check_no_file,
+    check_reachable,
     is_utf8,
     on_object_store,
     path_of,
@@ -41,6 +42,7 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
     path = path_of(workdir)
     check_no_address(setting, workdir)
     check_no_file(setting, path)
+    check_reachable(path)
     whole = str(absolute(path))
     # Orbax makes `gs://` of every `gs:/`.
     if "\\" in whole or not is_utf8(whole) or "gs:/" in f"{whole}/".removeprefix("gs://"):

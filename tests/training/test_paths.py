@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from PIL import Image
 
 from cassle_jax.checks import ConfigError
@@ -166,6 +167,17 @@ def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, ro
     ):
         said = f"^{setting}={root}/run is a local path that libraries take for {root[1:]}://run; "
         with pytest.raises(ConfigError, match=said):
+            command()
+
+
+def test_an_object_store_whose_package_is_missing_is_refused_in_one_line(config, monkeypatch):
+    def missing(*_):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", missing)
+    for command in (lambda: pretrain(config, "gs://b/run"), lambda: open_subject("gs://b/run")):
+        with pytest.raises(ConfigError, match=r"^gs://b/run is on an object store: .* gcsfs"):
             command()
 
 
