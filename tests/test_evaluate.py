@@ -333,7 +333,7 @@ def write_images(root, counts, names=("a", "b", "c", "d")):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = np.full((8, 8, 3), 40 * shade + 2 * number, np.uint8)
+                pixels = np.full((8, 8, 3), 40 * shade + 2 * number + (split == "test"), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     return f"folder:{root}"
 
