@@ -73,8 +73,18 @@ def absolute(path: epath.PathLike) -> epath.Path:
         ) from error
 
 
-def check_reachable(path: epath.Path) -> None:
-    """Raises ConfigError where the path is on an object store whose package is missing."""
+def check_address(setting: str, written: epath.PathLike) -> None:
+    """Raises ConfigError for a path that means another place, or that libraries cannot open.
+
+    epath takes the local path /s3/x for s3://x. An object store needs its package.
+    """
+    path = path_of(written)
+    taken = absolute(path)
+    if "://" in str(taken) and not on_object_store(written):
+        raise ConfigError(
+            f"{setting}={written} is a local path that libraries take for {taken}; "
+            "use a link to it, elsewhere"
+        )
     try:
         with contextlib.suppress(OSError):  # what is out of reach is waited for later
             if on_object_store(path):
@@ -83,26 +93,16 @@ def check_reachable(path: epath.Path) -> None:
         raise ConfigError(f"{path} is on an object store: {error}") from error
 
 
-def check_no_address(setting: str, written: epath.PathLike) -> None:
-    """Raises ConfigError for a local path that epath takes for an address, as /s3/x for s3://x."""
-    taken = absolute(path_of(written))
-    if "://" in str(taken) and not on_object_store(written):
-        raise ConfigError(
-            f"{setting}={written} is a local path that libraries take for {taken}; "
-            "use a link to it, elsewhere"
-        )
-
-
 def local_folder(flag: str, written: epath.PathLike) -> Path:
     """The local folder that a flag gives, to write to.
 
     Raises:
-      ConfigError: it is empty or on an object store, or see `path_of`, `check_no_address` and
+      ConfigError: it is empty or on an object store, or see `path_of`, `check_address` and
         `check_no_file`.
     """
     if not os.fspath(written) or on_object_store(written):
         raise ConfigError(f"{flag}={written} is not a local folder; give the one to write to")
-    check_no_address(flag, written)
+    check_address(flag, written)
     check_no_file(flag, path_of(written))
     return Path(path_of(written))
 

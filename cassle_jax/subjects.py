@@ -21,7 +21,7 @@ from cassle_jax.interop.weights import EXPORTED, Weights, load_weights
 from cassle_jax.methods import Networks, ViewBatch
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.parallel import AXIS
-from cassle_jax.storage import check_no_address, check_reachable, is_there, path_of
+from cassle_jax.storage import check_address, is_there, path_of
 from cassle_jax.training.recorded import RecordedMethod, method_of, todays_settings
 from cassle_jax.training.run import augment_spec, networks_of, view_specs
 from cassle_jax.training.run_weights import RunWeights, read_run
@@ -43,9 +43,8 @@ def open_subject(path: epath.PathLike, *, name: str = "", network: str = "online
       ConfigError: the path does not exist, holds no known encoder, or is an export of the trained
         networks where `momentum` is requested.
     """
-    check_no_address("run", path)
+    check_address("run", path)
     path = path_of(path)
-    check_reachable(path)
     # A folder's name has no suffix; runs/lr0.03 and runs/lr0.06 must not both become `lr0`.
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     if not retried(str(path), lambda: is_there(path)):

@@ -20,7 +20,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.pytorch import Variables, check_fit
 from cassle_jax.interop.weights import Weights, weights_of
 from cassle_jax.models import make_encoder
-from cassle_jax.storage import absolute, check_reachable, is_there, path_of
+from cassle_jax.storage import absolute, check_address, is_there, path_of
 from cassle_jax.training.checksums import check_sums, checksums_of
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.quiet_orbax import abandoned_reads_silenced
@@ -103,9 +103,10 @@ def read_run(
 
     Raises:
         WeightsError: there is no such run, checkpoint or network.
+        ConfigError: see `check_address`.
     """
+    check_address("run", workdir)
     workdir = absolute(path_of(workdir))
-    check_reachable(workdir)
     if not retried(str(workdir), lambda: is_there(workdir / "config.json")):
         raise WeightsError(f"run={workdir} has no config.json; give the workdir of a run")
     with _damage_in_one_line(workdir):

@@ -15,9 +15,8 @@ from cassle_jax.checks import ConfigError
 from cassle_jax.lock import folder_held
 from cassle_jax.storage import (
     absolute,
-    check_no_address,
+    check_address,
     check_no_file,
-    check_reachable,
     is_utf8,
     on_object_store,
     path_of,
@@ -40,9 +39,8 @@ def known_path(workdir: epath.PathLike, *, setting: str = "workdir") -> epath.Pa
             f"{setting}={workdir} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
     path = path_of(workdir)
-    check_no_address(setting, workdir)
+    check_address(setting, workdir)
     check_no_file(setting, path)
-    check_reachable(path)
     whole = str(absolute(path))
     # Orbax makes `gs://` of every `gs:/`.
     if "\\" in whole or not is_utf8(whole) or "gs:/" in f"{whole}/".removeprefix("gs://"):

@@ -158,12 +158,13 @@ def test_what_arrays_cannot_be_written_to_is_refused_before_the_first_step(confi
 
 
 @pytest.mark.parametrize("root", ["/s3", "/gs", "/az", "/hf"])
-def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, root):
+def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, tmp_path, root):
     """Where a bucket is mounted; a run in /s3/run went to s3://run."""
     for setting, command in (
         ("workdir", lambda: pretrain(config, f"{root}/run")),
         ("to", lambda: evaluate_command(runs=["a"], datasets=["motifs"], to=f"{root}/run")),
         ("run", lambda: open_subject(f"{root}/run")),
+        ("run", lambda: export_command(run=f"{root}/run", to=str(tmp_path))),
     ):
         said = f"^{setting}={root}/run is a local path that libraries take for {root[1:]}://run; "
         with pytest.raises(ConfigError, match=said):
