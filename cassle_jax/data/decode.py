@@ -48,7 +48,12 @@ _JPEG_SCAN = b"\xda"  # marks the pixels
 _JPEG_SCANS = re.compile(b"\xff" + _JPEG_SCAN)
 _JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
 _PROGRESSIVE = (0xC2, 0xCA)
-_EARLY_END = "premature end of data segment"  # in the words of libjpeg-turbo
+# What libjpeg-turbo says where it makes pixels up; its other warnings concern none.
+_LOST_PIXELS = re.compile(
+    "premature end of data|bad (Huffman|arithmetic) code|instead of RST|before marker 0xd[0-7]"
+)
+_LEFT_OVER = re.compile("([0-9]+) extraneous bytes before marker 0x(..)")
+_FILLING = b"\0\xff"  # cameras fill a file up with these
 _COEFFICIENTS = 64  # per block of pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
@@ -271,9 +276,23 @@ def _decode_strictly(data: bytes, **options: Any) -> UInt8[np.ndarray, "h w c"] 
     try:
         return simplejpeg.decode_jpeg(data, **options)
     except ValueError as error:
-        if _EARLY_END in str(error):
+        if _loses_pixels(str(error), data):
             raise DamagedImage("it is cut short, or has a hole: pixels are missing") from error
         return None
+
+
+def _loses_pixels(warning: str, data: bytes) -> bool:
+    """Whether a warning of libjpeg-turbo means that pixels of a JPEG are made up."""
+    if _LOST_PIXELS.search(warning):
+        return True
+    left_over = _LEFT_OVER.search(warning)
+    *_, pixels = _segments(data)
+    if left_over is None or not data.startswith(b"\xff" + _JPEG_SCAN, pixels):  # before the pixels
+        return False
+    if left_over[2] != _JPEG_END[1:].hex():  # between scans
+        return True
+    end = data.find(_JPEG_END, pixels)
+    return bool(data[end - int(left_over[1]) : end].strip(_FILLING))
 
 
 def _segments(data: bytes) -> Iterator[int]:

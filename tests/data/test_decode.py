@@ -435,6 +435,40 @@ def test_warnings_that_pillow_tolerates_are_tolerated():
     assert_close(decode(stray, 64), pillow_rgb(stray), mean=0.5, most=4)
 
 
+def test_stray_bytes_between_the_tables_of_a_jpeg_are_no_damage():
+    data = encoded(photo(20, 30), "JPEG")
+    tables = data.index(b"\xff\xc4")
+    np.testing.assert_array_equal(
+        decode(data[:tables] + b"stray" + data[tables:], 64), decode(data, 64)
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"restart_marker_rows": 1}, {"progressive": True}])
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
+def test_a_jpeg_with_a_hole_is_damaged_where_the_decoder_goes_on_behind_it(mode, options, at):
+    """At the next restart marker or scan; the pixels were up to 55 grey levels off."""
+    noise = np.random.default_rng(0).integers(256, size=(200, 200, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).convert(mode), "JPEG", quality=85, **options)
+    hole = int(at * len(data))
+    with pytest.raises(DamagedImage, match="pixels are missing"):
+        decode(data[:hole] + bytes(2048) + data[hole + 2048 :], 200)
+
+
+def test_a_jpeg_that_lost_a_restart_marker_is_damaged():
+    data = encoded(photo(60, 80), "JPEG", restart_marker_blocks=3)
+    lost = data.index(b"\xff\xd3")
+    with pytest.raises(DamagedImage, match="pixels are missing"):
+        decode(data[:lost] + data[lost + 2 :], 80)
+
+
+def test_a_jpeg_whose_bytes_outlast_its_pixels_is_damaged():
+    """Bits were lost before: what followed decoded to other pixels."""
+    data = encoded(photo(60, 80), "JPEG")
+    with pytest.raises(DamagedImage, match="pixels are missing"):
+        decode(data[:-2] + bytes(range(1, 99)) + data[-2:], 80)
+
+
 def damaged_files() -> dict[str, bytes]:
     jpeg, png = encoded(photo(60, 80), "JPEG"), encoded(photo(60, 80), "PNG")
     flipped = bytearray(png)
