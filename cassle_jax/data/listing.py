@@ -23,6 +23,9 @@ CIRCLE = "a link in a circle"
 UNREADABLE = "unreadable"
 SPECIAL = "neither file nor folder"
 
+# Folders of file systems, archives and disk stations; the last ones' have a thumbnail per image.
+_NOT_OURS = (b"lost+found", b"$RECYCLE.BIN", b"System Volume Information", b"__MACOSX", b"@eaDir")
+
 _FOLDER, _IMAGE = "folder", "image"
 # Most datasets have these; a user should learn of other files that are left out.
 _HARMLESS = (HIDDEN, NOT_AN_IMAGE)
@@ -155,7 +158,7 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
 
 def _kind(entry: os.DirEntry) -> str:
     """Folder, image, or the reason why it is neither; looks at the target of a link."""
-    if entry.name.startswith(b"."):
+    if entry.name.startswith(b".") or entry.name in _NOT_OURS:
         return HIDDEN
     try:
         if entry.is_dir():

@@ -202,6 +202,16 @@ def test_what_is_skipped_is_counted_by_kind(tree, caplog, monkeypatch):
         assert example in line
 
 
+def test_folders_that_systems_make_among_images_hold_no_images(tree):
+    """A disk station keeps thumbnails beside each image; a disk and an archive add folders."""
+    own = ("train/@eaDir/x/1.jpg", "train/a/@eaDir/1.jpg/THUMB_M.jpg", "train/__MACOSX/a/1.jpg")
+    root = tree("train/a/1.jpg", "train/b/1.jpg", *own)
+    (root / "train" / "lost+found").mkdir()
+    source = open_folder(str(root), "train")
+    assert [name for _, name in read(source)] == ["a", "b"]
+    assert source.class_names == ("a", "b")
+
+
 def test_folders_may_be_nested_deeply(tmp_path, image_bytes):
     folders = [tmp_path]
     for _ in range(sys.getrecursionlimit() + 10):
