@@ -214,6 +214,11 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             size, begin = os.fstat(file.fileno()).st_size, file.read(BEGIN)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
+    if path.suffix == ".json":
+        raise WeightsError(
+            f"{path} holds no weights but describes them; give the file beside it, and of a model "
+            "in parts one file with all of them (safetensors.numpy.save_file)"
+        )
     is_safetensors = begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
     if is_safetensors or path.suffix == ".safetensors":
         return _read_safetensors(path, begin)

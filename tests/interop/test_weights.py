@@ -323,6 +323,13 @@ def test_weights_elsewhere_are_to_be_downloaded(path):
         load_weights(path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
+def test_a_description_of_weights_is_not_taken_for_them(tmp_path, name):
+    (tmp_path / name).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(WeightsError, match="holds no weights but describes them; give the file"):
+        load_weights(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["folder.safetensors", "folder.pth"])
 def test_a_folder_is_no_file_of_weights(tmp_path, name):
     (tmp_path / name).mkdir()
