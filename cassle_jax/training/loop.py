@@ -341,7 +341,8 @@ def _newest_state(
         return restored
     encoder = run.networks.factories["encoder"]()
     stage = run.networks.stage
-    return warm_started(state, config.weights, encoder, stage, run.conditioning), None
+    started = warm_started(state, config.weights, encoder, stage, run.conditioning, run.optimizer)
+    return started, None
 
 
 def _continued_images(

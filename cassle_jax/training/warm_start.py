@@ -6,7 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,6 +19,7 @@ from cassle_jax.interop.errors import WeightsError
 from cassle_jax.interop.naming import is_vit
 from cassle_jax.interop.pytorch import Variables
 from cassle_jax.interop.weights import Weights, load_weights
+from cassle_jax.methods.base import PyTree
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.models import VisionTransformer
 from cassle_jax.storage import is_there, path_of
@@ -33,6 +36,7 @@ def warm_started(
     encoder: nn.Module | None = None,
     stage: int = 0,
     conditioning: Conditioning | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """The first state of a run with the weights of `settings.path`, momentum networks included.
 
@@ -44,6 +48,7 @@ def warm_started(
       encoder: the run's encoder; a message names the settings of a ViT that do not fit the file.
       stage: the encoder's earlier stage that the run's conditioned heads see; 0 for the last one.
       conditioning: the conditioning of the run's heads; `None` to accept those of any.
+      optimizer: the run's, whose state then begins at these weights; `None` keeps its state.
 
     Raises:
       ConfigError: the file cannot be read, or does not fit the run's networks.
@@ -69,6 +74,7 @@ def warm_started(
         batch_stats=batch_stats,
         target_params=target_copies(params) if state.target_params else {},
         target_batch_stats=target_copies(batch_stats) if state.target_params else {},
+        opt_state=_begun(optimizer, params, state.opt_state) if optimizer else state.opt_state,
     )
 
 
@@ -95,6 +101,19 @@ def _placed(value: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
     """The value on the devices of an array of its shape."""
     # device_put would send every array between the processes, to check that they agree.
     return jax.make_array_from_callback(like.shape, like.sharding, np.asarray(value).__getitem__)
+
+
+def _begun(optimizer: optax.GradientTransformation, params: PyTree, like: PyTree) -> PyTree:
+    """The optimiser's first state, placed as another one is.
+
+    Some optimisers, such as MADGRAD, Prodigy and DoG, keep the weights that they start from.
+    """
+
+    def begin(params):
+        # Copies, since a step may not be given the memory of one array twice.
+        return jax.tree.map(jnp.copy, optimizer.init(params))
+
+    return jax.jit(begin, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(params)
 
 
 def _check_vit(weights: Weights, encoder: nn.Module | None) -> None:

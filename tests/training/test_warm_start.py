@@ -1,10 +1,12 @@
 """A run may start from a file's weights; what does not fit is one line before anything starts."""
 
+import contextlib
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +18,8 @@ from cassle_jax.interop.weights import weights_of
 from cassle_jax.methods.build import Conditioning
 from cassle_jax.models import make_encoder
 from cassle_jax.parallel import device_mesh
+from cassle_jax.training import loop
+from cassle_jax.training.checkpoints import Checkpoints
 from cassle_jax.training.run import build_run, check_settings
 from cassle_jax.training.warm_start import warm_started
 from tests.interop.states import assert_same, encoder_state, filled
@@ -72,6 +76,20 @@ def test_the_encoder_alone_can_be_taken(first_states, file):
     assert_equal(started.params["encoder"], other.params["encoder"])
     assert_equal(started.target_params["encoder"], other.params["encoder"])
     assert_equal(started.params["projector"], state.params["projector"])
+
+
+def test_an_optimiser_that_keeps_its_first_weights_keeps_the_files(file, monkeypatch, tmp_path):
+    """Kept random ones, MADGRAD would return to, and DoG would take far steps away from."""
+    config = config_of(path=str(file))
+    config.optimizer.update(name="madgrad", weight_decay=0.0)
+    mesh = device_mesh()
+    run = build_run(config, mesh, 64)
+    monkeypatch.setattr(loop, "on_every_device", lambda *_: filled_state(run, mesh))
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        started, _ = loop._newest_state(checkpoints, config, run, mesh)
+    kept = optax.tree.get_all_with_path(started.opt_state, "x0")[0][1]
+    assert_equal(kept, started.params)
+    jax.jit(lambda state: state.step, donate_argnums=0)(started)  # takes no array twice
 
 
 def test_without_a_file_nothing_changes(first_states):
