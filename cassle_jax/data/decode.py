@@ -59,9 +59,10 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
 _ZEROS = bytes(512)  # disks lose whole blocks
 _UNWRITTEN = "it ends in zeros: its last part was never written"
+_HOLE = "it has zeros in place of pixels: a part of it was never written"
 _SILENT = ("AVIF", "WEBP")  # their decoders, too, take such zeros for pixels
 _PIXELS = (b"VP8 ", b"VP8L", b"ANMF", b"mdat")
-_PIXELS_PER_ZERO = 2048  # an image of one colour may end in a zero per 10 000 pixels
+_PIXELS_PER_ZERO = 1024  # where an image has one colour, a zero may stand for 2700 pixels
 _PNG_EXTRAS = (b"tRNS", b"eXIf")  # the optional parts of a PNG that change how it is shown
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")
 _TIFF_BITS = ExifTags.Base.BitsPerSample
@@ -127,8 +128,9 @@ def decode(
     on white, EXIF orientation is applied, and only the first frame of an animation is used.
 
     Defects outside the pixels do no harm: broken or oversized EXIF, text and colour profiles are
-    ignored, and a JPEG may lack its end marker. A JPEG, PNG, WebP or AVIF whose last part is zeros,
-    as after an interrupted download into a file of full size, is damaged.
+    ignored, and a JPEG may lack its end marker. A JPEG or PNG whose last part is zeros, as after an
+    interrupted download into a file of full size, is damaged; so is a WebP or AVIF with a part of
+    zeros within its pixels.
 
     Args:
       data: the bytes of an image file, or an already decoded uint8 array of shape [height, width]
@@ -215,19 +217,22 @@ def _ends_unwritten(data: bytes) -> bool:
     return data.startswith(_PNG_START) and _PNG_END not in held
 
 
-def _pixels_end_unwritten(data: bytes, pixels: int) -> bool:
-    """Whether the part of a WebP or AVIF with its pixels ends in more zeros than encoders write."""
-    held, start, kind = len(data.rstrip(b"\0")), 0, b""
-    while start < held and start + 8 <= len(data):  # part by part, to the one where zeros begin
-        if data.startswith(b"RIFF"):
-            start = start or 12
+def _has_hole(data: bytes, pixels: int) -> bool:
+    """Whether the pixels of a WebP or AVIF have more zeros in a row than encoders write."""
+    zeros = bytes(max(len(_ZEROS), pixels // _PIXELS_PER_ZERO))
+    is_webp = data.startswith(b"RIFF")
+    start = 12 if is_webp else 0
+    while start + 8 <= len(data):  # part by part
+        if is_webp:
             kind, size = struct.unpack_from("<4sI", data, start)
-            start += 8 + size + size % 2
+            end = start + 8 + size + size % 2
         else:
             size, kind = struct.unpack_from(">I4s", data, start)
-            start += size if size >= 8 else len(data)  # 0 and 1: to the end, and a longer number
-    zeros = min(start, len(data)) - held
-    return kind in _PIXELS and zeros >= max(len(_ZEROS), pixels // _PIXELS_PER_ZERO)
+            end = start + (size if size >= 8 else len(data))  # 0 and 1: to the end, a longer number
+        if kind in _PIXELS and data.find(zeros, start, end) >= 0:
+            return True
+        start = end
+    return False
 
 
 def _eighths_size(height: int, width: int, canvas: int) -> tuple[int, int]:
@@ -367,8 +372,8 @@ def _decode_with_pillow(data: bytes, canvas: int) -> UInt8[np.ndarray, "height w
 def _pillow_pixels(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     with open_image(io.BytesIO(data)) as image:
         _refuse_bomb(image.height, image.width)
-        if image.format in _SILENT and _pixels_end_unwritten(data, image.height * image.width):
-            raise DamagedImage(_UNWRITTEN)
+        if image.format in _SILENT and _has_hole(data, image.height * image.width):
+            raise DamagedImage(_HOLE)
         image.load()
         return _upright(_to_rgb(image), orientation_of(image))
 
