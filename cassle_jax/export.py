@@ -60,10 +60,8 @@ def export_command(
         raise ConfigError("--network and --step choose within a run; use them with --run=WORKDIR")
     if run and heads is not None:
         raise ConfigError("--heads is for a file; use it with --weights=FILE")
-    folder = local_folder("to", to)
+    folder = _checked(to, formats)
     check_one_of("network", network, NETWORKS)
-    for name in formats:
-        check_one_of("formats", name, FORMATS)
     try:
         if run:
             read = read_run(run, network=network, step=step).in_pytorch()
@@ -87,10 +85,11 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
       formats: names in `FORMATS`; empty for the usual ones that can be written.
 
     Raises:
+      ConfigError: it is no local folder, or a format is unknown.
       WeightsError: the encoder is unknown or does not fit a format; the folder cannot be written,
         or has files of another export; or the caller's own card cannot be written.
     """
-    folder = Path(folder)
+    folder = _checked(folder, formats)
     architecture = architecture_of(weights.encoder, weights.heads, weights.position_offset)
     check_arrays(weights.encoder, architecture)
     formats = _that_fit(architecture, formats)
@@ -114,6 +113,13 @@ def export(weights: Weights, folder: Path | str, formats: Sequence[str] = ()) ->
         reason = reason_of(error)
         raise WeightsError(f"to={folder} cannot be written: {reason}") from error
     LOG.info("%s written to %s as %s", architecture.name, folder, ", ".join(formats))
+
+
+def _checked(to: Path | str, formats: Sequence[str]) -> Path:
+    """The folder to write to; refuses one that is not local, and unknown formats."""
+    for name in formats:
+        check_one_of("formats", name, FORMATS)
+    return local_folder("to", to)
 
 
 def _check_card(card: Card) -> None:

@@ -214,6 +214,22 @@ def test_what_a_killed_export_left_half_written_makes_room(tmp_path, monkeypatch
     assert found == [path.name for path in tmp_path.rglob("*.partial")] == ["mine.partial"]
 
 
+def test_a_program_that_exports_gives_a_folder_as_the_command_takes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    weights = Weights({"encoder": encoder_state("resnet18")})
+    export(weights, "~/out", ["torchvision"])
+    for folder, formats_, said in (
+        ("gs://bucket/out", [], r"^to=gs://bucket/out is not a local folder"),
+        ("", [], "^to= is not a local folder"),
+        ("out", ["torchvison"], "^formats='torchvison' is unknown; .* mean 'torchvision'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            export(weights, folder, formats_)
+    assert [each.name for each in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "out" / "torchvision.safetensors").exists()
+
+
 def test_an_earlier_step_is_reported_with_the_metrics_it_had(run, tmp_path):
     workdir, _ = run
     export_command(run=str(workdir), to=str(tmp_path), step=5)
