@@ -35,8 +35,10 @@ _MOUNTS: set[Path] = set()  # file systems on which this process made a folder, 
 _DEAD_AFTER = 3600.0  # seconds without a new byte after which the writer counts as killed
 
 
-def path_of(written: epath.PathLike) -> epath.Path:
+def path_of(written: epath.PathLike) -> epath.Path | Path:
     """The path that a setting or flag gives, with a leading `~` replaced by the home folder.
+
+    A local path that epath would take for an address, such as /s3/x, is pathlib's.
 
     Raises:
       ConfigError: the home folder or the scheme is unknown, or the path has a null character.
@@ -53,7 +55,8 @@ def path_of(written: epath.PathLike) -> epath.Path:
         raise ConfigError(
             f"{path} has a scheme that is unknown; use a local path, gs://… or s3://…"
         )
-    return epath.Path(path)
+    known = epath.Path(path)
+    return Path(path) if "://" in str(known) and not on_object_store(path) else known
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -35,7 +35,7 @@ from cassle_jax.data.sources import (
     digest_of,
     read_class_list,
 )
-from cassle_jax.storage import is_utf8, path_of
+from cassle_jax.storage import check_address, is_utf8, path_of
 
 _SCAN_CHUNK = 32  # records; reading 256 at a time is slower
 _CORRUPT = (RuntimeError, ValueError, KeyError)  # what array_record and protobuf raise
@@ -232,13 +232,7 @@ def open_builder(name: str, data_dir: str, split: str, classes: str = "") -> Tfd
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if not name:
         raise DataError("data.name='' names no tfds builder; give one, such as 'cifar10'")
-    folder = path_of(data_dir) if data_dir else None
-    if folder and not is_folder(folder):
-        raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
-    if folder and not is_utf8(folder):
-        raise DataError(
-            f"data.path={data_dir!r} has bytes that are not UTF-8, which array_record cannot open"
-        )
+    folder = _data_folder(data_dir) if data_dir else None
     try:
         # From files, not by tfds.builder: reads whichever version is prepared.
         return read_only_builder.builder_from_files(name, data_dir=folder)
@@ -246,6 +240,21 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise DataError(_why_not_found(name, folder)) from error
     except Exception as error:  # A damaged description raises any type, depending on its bytes.
         raise DataError(f"data.name={name!r} cannot be opened: {_unquoted(error)}") from error
+
+
+def _data_folder(data_dir: str) -> epath.Path:
+    """The folder; raises UserError where there is none, or where libraries cannot read."""
+    if str(data_dir).startswith("s3://"):
+        raise DataError(f"data.path={data_dir!r} is on S3, and array_record reads gs://; mount it")
+    check_address("data.path", data_dir)
+    folder = path_of(data_dir)
+    if not is_folder(folder):
+        raise DataError(f"data.path={data_dir!r} is not a folder; give tfds' data_dir, or ''")
+    if not is_utf8(folder):
+        raise DataError(
+            f"data.path={data_dir!r} has bytes that are not UTF-8, which array_record cannot open"
+        )
+    return folder
 
 
 def _why_not_found(name: str, folder: epath.Path | None) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+from cassle_jax.checks import UserError
 from cassle_jax.data.errors import DataError
 from cassle_jax.data.folder import open_folder, split_there
 from cassle_jax.data.landmarks import CelebaSource, LandmarkFolder
@@ -183,13 +184,13 @@ def open_dataset(name: str, *, path: str = "", data_dir: str = "") -> Evaluation
         )
     try:
         data = _open(name, entry, path, data_dir)
-    except DataError as error:
+    except UserError as error:
         raise DataError(f"dataset {name!r}: {_in_our_terms(error, path)}") from error
     _compare_sizes(data, entry)
     return data
 
 
-def _in_our_terms(error: DataError, path: str) -> str:
+def _in_our_terms(error: UserError, path: str) -> str:
     """A source's message, with the pretraining settings in it replaced by our arguments."""
     setting = "path" if path else "data_dir"
     return str(error).replace("data.path", setting).replace("data.name=", "tfds builder ")
@@ -212,7 +213,7 @@ def _default_folder(name: str, entry: Entry, data_dir: str) -> str:
             f"dataset {name!r} has no tfds builder; give path, the root of its image folder, or "
             f"data_dir, the folder that has it as {name!r}"
         )
-    return str(pathlib.Path(data_dir) / name)
+    return f"{data_dir}/{name}"
 
 
 def _open(name: str, entry: Entry, path: str, data_dir: str) -> EvaluationData:

@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from cassle_jax.checks import LARGEST_SIDE, LONGEST, ConfigError, check_fraction
+from cassle_jax.checks import LARGEST_SIDE, LONGEST, ConfigError, UserError, check_fraction
 from cassle_jax.command import EXIT_NOT_SAVED, EXIT_OUTAGE, EXIT_PREEMPTED, Stop
 from cassle_jax.data import DataError, Source, open_source
 from cassle_jax.data.decode import allow_pixels
@@ -112,7 +112,7 @@ def prepare(
 def _opened(data: ConfigDict, split: str) -> Source:
     try:
         return open_source(data, split)
-    except DataError as error:
+    except UserError as error:
         raise DataError(_with_flags(str(error))) from error
 
 

@@ -93,7 +93,8 @@ def check_weights_file(settings: ConfigDict, workdir: Path) -> None:
         return
     if "://" in settings.path or not is_there(path := path_of(settings.path)) or path.is_dir():
         raise ConfigError(
-            f"weights.path={settings.path!r} is not a local file; download the weights first"
+            f"weights.path={settings.path!r} is not a local file; download the weights, or export "
+            "those of a run, first"
         )
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
+from ml_collections import ConfigDict
 from PIL import Image
 
-from cassle_jax.checks import ConfigError
+from cassle_jax.checks import ConfigError, UserError
 from cassle_jax.command import EXIT_NOT_SAVED, Stop
 from cassle_jax.config_files import CONFIGS
-from cassle_jax.data import DamagedLog, check_outside, open_source
+from cassle_jax.data import DamagedLog, DataError, check_outside, open_source
+from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.requested import datasets_in
 from cassle_jax.evaluate import evaluate_command, named_path
 from cassle_jax.export import export_command
@@ -34,6 +36,7 @@ from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import read_metrics
 from cassle_jax.training.read_back import ReadBack
 from cassle_jax.training.run_weights import read_run
+from cassle_jax.training.warm_start import check_weights_file
 from tests.tiny import TinyEncoder, cropped_only, tiny_config
 from tests.training.processes import steps_saved
 from tests.training.test_faults import small_state
@@ -165,10 +168,20 @@ def test_a_local_folder_that_libraries_take_for_an_address_is_refused(config, tm
         ("to", lambda: evaluate_command(runs=["a"], datasets=["motifs"], to=f"{root}/run")),
         ("run", lambda: open_subject(f"{root}/run")),
         ("run", lambda: export_command(run=f"{root}/run", to=str(tmp_path))),
+        ("data.path", lambda: open_source(of_tfds(config, f"{root}/run"), "train")),
     ):
         said = f"^{setting}={root}/run is a local path that libraries take for {root[1:]}://run; "
         with pytest.raises(ConfigError, match=said):
             command()
+    with pytest.raises(ConfigError, match="is not a local file"):  # files may lie there
+        check_weights_file(ConfigDict({"path": f"{root}/run"}), tmp_path)
+
+
+def of_tfds(config, path):
+    """The `data` settings of a tfds builder below a path."""
+    data = config.data.copy_and_resolve_references()
+    data.update({"source": "tfds", "name": "cifar10", "path": path})
+    return data
 
 
 def test_an_object_store_whose_package_is_missing_is_refused_in_one_line(config, monkeypatch):
@@ -177,9 +190,18 @@ def test_an_object_store_whose_package_is_missing_is_refused_in_one_line(config,
 
     monkeypatch.setenv("EPATH_USE_TF", "false")
     monkeypatch.setattr(type(backend.fsspec_backend), "fs", missing)
-    for command in (lambda: pretrain(config, "gs://b/run"), lambda: open_subject("gs://b/run")):
-        with pytest.raises(ConfigError, match=r"^gs://b/run is on an object store: .* gcsfs"):
+    for command in (
+        lambda: pretrain(config, "gs://b/run"),
+        lambda: open_subject("gs://b/run"),
+        lambda: open_source(of_tfds(config, "gs://b/run"), "train"),
+        lambda: open_dataset("cifar10", data_dir="gs://b/run"),
+    ):
+        with pytest.raises(UserError, match=r"gs://b/run is on an object store: .* gcsfs"):
             command()
+    with pytest.raises(DataError, match=r"data_dir='s3://b' is on S3, .*; mount it"):
+        open_dataset("celeba", data_dir="s3://b")
+    with pytest.raises(DataError, match=r"path='s3://b/mit67' is on an object store; mount it"):
+        open_dataset("mit67", data_dir="s3://b")
 
 
 def test_a_path_below_a_folder_that_was_deleted_is_reported_in_one_line(
