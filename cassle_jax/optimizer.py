@@ -144,9 +144,15 @@ def make_optimizer(
       schedule: the learning rate of all that have no schedule of their own.
       batch_size: images per step, all devices together.
       frozen: names at the top of the encoder's parameters that stay as they are.
+
+    Raises:
+      ConfigError: the optimiser does not take its settings, or cannot train with them.
     """
     rates = method.group_schedules(schedule, peak_learning_rate(spec, batch_size))
     shared, own = _rule(spec)
+    begins = [rate(jnp.int32(0)) for rate in rates.values()] if spec.name not in PUBLISHED else []
+    if 0 in begins:
+        _check_rises(spec, optax.chain(*shared, own(learning_rate=lambda step: step > 0)))
     by_group = {group: own(learning_rate=rate) for group, rate in rates.items()}
     stays = {FROZEN: optax.set_to_zero()}
 
@@ -224,7 +230,8 @@ def _rule(spec: OptimizerSpec) -> tuple[Chain, Callable[..., optax.GradientTrans
             shared, own = rule(**arguments), optax.scale_by_learning_rate
         else:
             shared, own = (), partial(rule, **arguments)
-        _try(optax.chain(*shared, own(learning_rate=constant(1.0))))
+        once = optax.chain(*shared, own(learning_rate=constant(1.0)))
+        jax.eval_shape(partial(_trained, once, steps=1))
     except Exception as error:  # optax checks little: a wrong setting can fail anywhere
         raise ConfigError(
             f"optimizer.name={spec.name!r} with optimizer.settings={dict(spec.settings)} cannot "
@@ -256,14 +263,24 @@ def _arguments(spec: OptimizerSpec, taken: Collection[str]) -> dict[str, Any]:
     return {name: given[name] for name in given if name in taken} | dict(spec.settings)
 
 
-def _try(optimizer: optax.GradientTransformation) -> None:
-    """Traces an update from gradients alone, of parameters of two shapes."""
-    params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
+def _check_rises(spec: OptimizerSpec, rising: optax.GradientTransformation) -> None:
+    """Raises ConfigError where an optimiser, whose rate is 0 at first, divides by it."""
+    trained = jax.tree.leaves(jax.jit(partial(_trained, rising, steps=2))())
+    if not all(jnp.isfinite(each).all() for each in trained):
+        raise ConfigError(
+            f"optimizer.name={spec.name!r} divides by the learning rate, which is 0 at first with "
+            f"optimizer.warmup_epochs={spec.warmup_epochs}; use 0, or another optimiser"
+        )
 
-    def updated(params):
-        return optimizer.update(params, optimizer.init(params), params)[0]
 
-    jax.eval_shape(updated, params)
+def _trained(optimizer: optax.GradientTransformation, steps: int) -> PyTree:
+    """Parameters of two shapes after some steps, from gradients alone."""
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
 
 
 def _weights(params: PyTree) -> PyTree:

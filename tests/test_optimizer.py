@@ -271,6 +271,20 @@ def test_what_an_optimiser_cannot_take_is_named(settings, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
+def test_a_warm_up_from_zero_is_refused_where_the_optimiser_divides_by_the_rate(name):
+    """The first steps would end the run, and blame too high a learning rate."""
+
+    def made(name):
+        spec = OptimizerSpec(name=name, weight_decay=0.0, warmup_epochs=1.0)
+        return make_optimizer(spec, SimCLR(), learning_rate(spec, CLOCK, BATCH), BATCH)
+
+    line = rf"^optimizer\.name='{name}' divides .* optimizer\.warmup_epochs=1\.0; use 0, or ano"
+    with pytest.raises(ConfigError, match=line):
+        made(name)
+    made("adam")
+
+
 def test_the_method_sees_path_and_array_of_every_parameter():
     assert parameter_groups(Grouped(), float32(PARAMS)) == {
         "encoder": {"kernel": "encoder", "scale": FROZEN},
