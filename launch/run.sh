@@ -7,6 +7,7 @@ set -euo pipefail
 launch="$(dirname -- "${BASH_SOURCE[0]}")"
 dry_run=''
 python=python
+first_pause="${CASSLE_RESTART_SECONDS:-10}"
 # Exit codes of python -m cassle_jax.pretrain, see docs/storage.md.
 # shellcheck disable=SC2034 # the scripts that source this read them
 finished=0 wrong_setting=2 diverged=3 outage=69 disk_full=74 saved=75
@@ -62,9 +63,11 @@ drop() {
   done
 }
 
-# Refuses arguments without --config or --workdir, which python -m cassle_jax.pretrain needs.
+# Refuses arguments without --config or --workdir, which python -m cassle_jax.pretrain needs, and a pause that is no number.
 check_run() {
   local name value
+  [[ "$first_pause" =~ ^[0-9]+([.][0-9]+)?$ ]] ||
+    refuse "CASSLE_RESTART_SECONDS='$first_pause' is not a number of seconds; use 10"
   for name in config workdir; do
     value="$(option "$name" "$@")" || value=''
     [ -n "$value" ] ||
@@ -131,7 +134,7 @@ version_installed() { "$python" -c 'import importlib.metadata as m, sys; print(m
 # not one that SIGTERM or Ctrl-C ended through this script. Waits before all restarts but those of a run that saved, ten
 # seconds at first (CASSLE_RESTART_SECONDS), then twice as long each time, up to five minutes.
 supervise() {
-  local left="$1" code pause="${CASSLE_RESTART_SECONDS:-10}"
+  local left="$1" code pause="$first_pause"
   processes=() stopping=''
   trap 'stopping=yes interrupted=yes; kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
   while true; do
@@ -155,7 +158,7 @@ supervise() {
     say "ended with $code; starting again in $pause s (then $left more times at most)"
     [ -n "$stopping" ] || wait "${processes[0]}" || true
     [ -z "$stopping" ] || return "$code"
-    pause=$((2 * pause < 300 ? 2 * pause : 300))
+    pause="$(awk -v seconds="$pause" 'BEGIN { print seconds < 150 ? 2 * seconds : 300 }')" # which may be a fraction
   done
 }
 

@@ -232,6 +232,18 @@ def test_a_gpu_host_starts_again_what_saved_or_crashed(stub, tmp_path, codes, st
     assert (ended.returncode, stub.starts()) == (ends_with, starts), ended.stderr
 
 
+def test_the_pause_before_a_restart_may_be_a_fraction_and_must_be_a_number(stub):
+    """Bash counts in whole numbers: the script ended at the first outage."""
+    environment = stub("exit 69") | {"CASSLE_RESTART_SECONDS": "0.01"}
+    ended = run("gpu_host.sh", *RUN, "--restarts=2", **environment)
+    assert (ended.returncode, stub.starts()) == (69, 3), ended.stderr
+    assert "starting again in 0.02 s" in ended.stdout
+    ended = run("gpu_host.sh", *RUN, JAX_PLATFORMS="cpu", CASSLE_RESTART_SECONDS="soon")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    said = "error: CASSLE_RESTART_SECONDS='soon' is not a number of seconds; use 10"
+    assert ended.stderr.strip() == said
+
+
 def test_a_restart_after_an_outage_waits_and_a_signal_ends_the_wait(stub, tmp_path):
     environment = os.environ | stub("exit 69") | {"CASSLE_RESTART_SECONDS": "900"}
     process = subprocess.Popen(
