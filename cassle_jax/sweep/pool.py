@@ -15,7 +15,7 @@ from cassle_jax.command import EXIT_PREEMPTED, stopping_signals
 from cassle_jax.faults import Outage, retried
 from cassle_jax.storage import make_shared
 from cassle_jax.sweep.jobs import OUTCOME, import_in_processes, visible_gpus, write_outcome
-from cassle_jax.sweep.restarts import pause_before_restart
+from cassle_jax.sweep.restarts import first_pause, pause_before_restart
 from cassle_jax.sweep.worker import Job, work
 
 LOG = logging.getLogger(__name__)
@@ -36,10 +36,14 @@ class WorkerPool:
     Args:
       parallel: number of processes at a time.
       seconds: time from now after which all runs save and end; 0 for no limit.
+
+    Raises:
+      ConfigError: see `first_pause`.
     """
 
     def __init__(self, parallel: int, seconds: float = 0.0):
         self.parallel = parallel
+        first_pause()  # refuses what is no number, which an outage would read hours later
         self._until = time.monotonic() + seconds if seconds else float("inf")
         self._free = deque(gpu_shares(visible_gpus(), parallel))
         self._stop_requested = False

@@ -20,6 +20,7 @@ from cassle_jax.storage import check_writable, kept_json, local_folder, make_sha
 from cassle_jax.sweep.jobs import OUTCOME, Command, Local, Slurm, outcome_of
 from cassle_jax.sweep.page import write_page
 from cassle_jax.sweep.records import FINISHED, RunRecord, check_finished, workdir_of
+from cassle_jax.sweep.restarts import first_pause
 from cassle_jax.sweep.space import RunSpec, SweepRequest, runs_of
 from cassle_jax.training.idle import idle_in_all
 from cassle_jax.training.metrics import read_lines, read_metrics
@@ -79,6 +80,7 @@ def sweep(
       Stop: some runs failed, or Ctrl-C; the same sweep resumes.
     """
     evaluation = evaluation or EvaluationOptions()
+    first_pause()  # refuses what is no number, which an outage would read hours later
     runs = runs_of(request)
     folder = _known_folder(folder, where)
     records = [RunRecord(workdir_of(folder, run.name)) for run in runs]

@@ -18,6 +18,8 @@ from cassle_jax.sweep import experiment, pool, worker
 from cassle_jax.sweep.evaluation import Evaluation
 from cassle_jax.sweep.jobs import outcome_of, write_outcome
 from cassle_jax.sweep.pool import WorkerPool
+from cassle_jax.sweep.space import SweepRequest
+from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table, runs_of_table
 from cassle_jax.sweep.worker import Job
 
@@ -88,6 +90,13 @@ def test_an_outage_starts_a_run_again_and_a_silent_end_is_recorded(make_pool, jo
     outcome = outcome_of(job.workdir)
     assert outcome["exit_code"] == -11
     assert outcome["last_line"] == "the process ended with signal 11"
+
+
+@pytest.mark.parametrize("start", [lambda: WorkerPool(1), lambda: sweep(SweepRequest(""), "to")])
+def test_a_pause_that_is_no_number_is_refused_before_the_first_run(monkeypatch, start):
+    monkeypatch.setenv("CASSLE_RESTART_SECONDS", "soon")
+    with pytest.raises(ConfigError, match=r"^CASSLE_RESTART_SECONDS='soon' is not a number"):
+        start()
 
 
 @pytest.mark.parametrize(
