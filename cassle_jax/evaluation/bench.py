@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from cassle_jax.data import Source
 from cassle_jax.data.datasets import EvaluationData
 from cassle_jax.data.splits import Joined, Part, TenCrops
+from cassle_jax.evaluation.features import repeated_rows
 from cassle_jax.evaluation.store import (
     Features,
     FeatureStore,
@@ -110,7 +111,7 @@ class Bench:
     def fitted(self) -> list[Features]:
         """Features of the parts that a classifier may learn from; warns of test images there."""
         parts = [self.train, self.val]
-        if repeated := _repeated(parts, self.test):
+        if repeated := repeated_rows([part.features for part in parts], self.test.features):
             LOG.warning(
                 "%s on %s: %d of %d test images have exactly the features of an image to learn "
                 "from; if these are the same images, scores are too high",
@@ -131,13 +132,6 @@ class Bench:
         """
         order = np.random.default_rng(0).permutation(len(self.data.test))
         return self.store.batches(Part(self.data.test, order, "shuffled"), images)
-
-
-def _repeated(learnt: Sequence[Features], tested: Features) -> int:
-    """Number of test rows that are bit by bit rows to learn from; 0 of collapsed features."""
-    rows = [hash(row.tobytes()) for row in tested.features]
-    known = {hash(row.tobytes()) for part in learnt for row in part.features}
-    return sum(row in known for row in rows) if len(set(rows)) > 1 else 0
 
 
 def _equal(first: Any, second: Any) -> bool:

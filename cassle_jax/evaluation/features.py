@@ -1,6 +1,6 @@
 """Extracts the frozen encoder's features of a dataset, on all devices."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -89,3 +89,12 @@ def view_extractor(
     return lambda variables, batches, key: of_all_images(
         partial(on_devices, variables, key), batches, mesh
     )
+
+
+def repeated_rows(
+    learnt: Sequence[Float[np.ndarray, "_ features"]], tested: Float[np.ndarray, "tested features"]
+) -> int:
+    """Number of test rows that are bit by bit rows to learn from; 0 of collapsed features."""
+    rows = [hash(row.tobytes()) for row in tested]
+    known = {hash(row.tobytes()) for part in learnt for row in part}
+    return sum(row in known for row in rows) if len(set(rows)) > 1 else 0

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from cassle_jax.data import DamagedLog, DataError, Source, evaluation_batches, open_source
-from cassle_jax.evaluation.features import feature_extractor
+from cassle_jax.evaluation.features import feature_extractor, repeated_rows
 from cassle_jax.evaluation.knn import knn_accuracy
 from cassle_jax.evaluation.spectrum import rank_me
 from cassle_jax.training.run import Run
@@ -100,7 +100,7 @@ class OnlineProbe:
                 LOG.info("measuring RankMe without k-NN accuracy: %s has no labels", source.name)
         self._compares = self._has_comparable_labels(test_split)
         _check_same_classes(self._train[0], self._test[0], test_split)
-        self._read = FeatureReader(config, run, mesh)
+        self._read, self._warned = FeatureReader(config, run, mesh), False
 
     @property
     def sources(self) -> tuple[Source, Source]:
@@ -127,7 +127,20 @@ class OnlineProbe:
         train, train_labels = self._read(state, *self._train)
         if self._compares and min(train_labels.min(), test_labels.min()) >= 0:
             measured["knn_accuracy"] = knn_accuracy(train, train_labels, test, test_labels)
+            self._warn_of_repeated(train, test)
         return measured
+
+    def _warn_of_repeated(self, train: np.ndarray, test: np.ndarray) -> None:
+        """Logs once that test images seem to be training images, too."""
+        if not self._warned and (repeated := repeated_rows([train], test)):
+            self._warned = True
+            LOG.warning(
+                "%d of the probe's %d test images have exactly the features of a training image; "
+                "if these are the same images, k-NN accuracy is too high (probe.train_split, "
+                "probe.test_split)",
+                repeated,
+                len(test),
+            )
 
 
 def _has_classes(source: Source) -> bool:

@@ -376,11 +376,18 @@ def test_training_images_are_not_their_own_nearest_neighbours(of_images, tmp_pat
     def measured(split):
         of_images.probe.test_split = split
         probe = OnlineProbe(of_images, build_run(of_images, mesh, 33), mesh)
-        probe._read = lambda *_: (np.eye(2, 3), np.arange(2))  # without a network
-        return probe(TrainState(*[None] * 9))
+        read = iter([np.eye(2, 3), features, np.eye(2, 3), features])
+        probe._read = lambda *_: (next(read), np.arange(2))  # without a network
+        first, _ = (probe(TrainState(*[None] * 9)) for _ in range(2))
+        return first
 
     with caplog.at_level("WARNING", logger="cassle_jax"):
+        features = 0.5 * np.eye(2, 3)
         assert measured("test").keys() == {"rank_me", "knn_accuracy"} and not caplog.messages
+        features = np.eye(2, 3)[::-1]  # of the same images in another order
+        measured("test")
+        line = "2 of the probe's 2 test images have exactly the features of a training image"
+        assert [line in message for message in caplog.messages] == [True]  # once, not per probe
         assert measured("train").keys() == {"rank_me"}
     assert "probe.test_split='train' has the images of the training split" in caplog.text
 
