@@ -153,9 +153,8 @@ def _run(bench: Bench, _: Settings) -> list[Finding]:
 
     data = bench.data
     check_memory(bench, absolute_bytes)
-    result = regression(
-        split(bench.train, data.train), split(bench.val, data.val), split(bench.test, data.test)
-    )
+    parts = zip((*bench.fitted, bench.test), (data.train, data.val, data.test), strict=True)
+    result = regression(*(split(*each) for each in parts))
     return result.findings(data.name)
 
 

@@ -107,7 +107,7 @@ def split_by_class(
 
 def _run(bench: Bench, settings: Seeded) -> list[Finding]:
     check_linear_memory(bench)
-    parts = [(part.features, part.labels) for part in (bench.train, bench.val, bench.test)]
+    parts = [(part.features, part.labels) for part in (*bench.fitted, bench.test)]
     metric = bench.data.metric
     result = resampled_linear_evaluation(
         parts, classes=bench.data.classes, metric=metric, seed=settings.seed

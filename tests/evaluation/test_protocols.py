@@ -108,6 +108,21 @@ def test_test_images_that_are_also_learnt_from_are_warned_of(bench, caplog):
     assert said.startswith("bare on scenes: 5 of 16 test images have exactly the features of an")
 
 
+@pytest.mark.parametrize("task", ["linear", "linear_resampled", "knn", "few_shot", "regression"])
+def test_every_protocol_that_learns_from_features_warns_of_them(bench, monkeypatch, task):
+    """The warning is made by `fitted`."""
+
+    class Warned(Exception):
+        pass
+
+    def fitted(_):
+        raise Warned
+
+    monkeypatch.setattr(Bench, "fitted", property(fitted))
+    with pytest.raises(Warned):
+        PROTOCOLS[task].run(bench, PROTOCOLS[task].settings())
+
+
 def test_what_serves_all_datasets_is_made_once_for_equal_arguments_alone(bench):
     made = []
 
