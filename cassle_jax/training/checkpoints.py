@@ -186,9 +186,10 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             return False
         self._check_read_back(wait=not hurry.is_set())
-        if self._readable or self._read_back is not None:
-            return True  # read, or still being read when the process must end
-        raise NotSaved(f"{self._unreadable}, nor could any before it")
+        # Where the process must end, reading may go on, or have lost its checkpoint to this one.
+        if self._unreadable and not self._readable and self._read_back is None:
+            raise NotSaved(f"{self._unreadable}, nor could any before it")
+        return True
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data state of the newest readable checkpoint; `None` without checkpoints.
@@ -325,7 +326,8 @@ class Checkpoints:
         if read_back is None or not read_back.ended(wait=wait):
             return
         self._read_back, self._readable = None, read_back.problem is None
-        if read_back.problem:
+        replaced = read_back.step not in self._manager.all_steps()
+        if read_back.problem and not replaced:
             self._unreadable = (
                 f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.requested import datasets_in
 from cassle_jax.evaluate import evaluate_command, named_path
 from cassle_jax.export import export_command
+from cassle_jax.faults import hurry
 from cassle_jax.models import ENCODERS
 from cassle_jax.prepare.dataset import prepare
 from cassle_jax.prepare.plan import Preparation
@@ -382,6 +384,35 @@ def test_reading_back_notices_another_number(tmp_path, monkeypatch):
         assert read_back.ended(wait=True)
         assert (read_back.problem or "").startswith(problem or "")
         assert (read_back.problem is None) == (problem is None)
+
+
+def test_a_checkpoint_that_its_successor_replaces_while_it_is_read_back_proves_nothing(
+    tmp_path, monkeypatch, caplog
+):
+    """A stopped run waits for no reading; it ended with 74, although its last step was saved."""
+    first, read = tmp_path / "checkpoints" / "1", ReadBack._read
+
+    def read_late(self):
+        while first.exists():
+            time.sleep(0.01)
+        read(self)
+
+    def ended_by_now(self, *, wait):
+        self._thread.join(0.0 if first.exists() else None)
+        return not self._thread.is_alive()
+
+    monkeypatch.setattr(ReadBack, "_read", read_late)
+    checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=1)
+    with contextlib.closing(checkpoints), caplog.at_level("WARNING", logger="cassle_jax"):
+        checkpoints.save(1, small_state(1), {"step": 1})
+        checkpoints._settle()
+        monkeypatch.setattr(ReadBack, "ended", ended_by_now)
+        hurry.set()
+        try:
+            checkpoints.save_surely(2, small_state(2), {"step": 2}, seconds=0.0, after_stop=0.0)
+        finally:
+            hurry.clear()
+    assert checkpoints.newest() == 2 and not caplog.messages
 
 
 def test_the_host_computes_the_devices_checksums():
