@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from cassle_jax.augment import operations
 from cassle_jax.augment.draw import Size, ViewParams, draw
-from cassle_jax.augment.inputs import check_params, check_spec, in_float32
+from cassle_jax.augment.inputs import check_params, check_spec, check_type, in_float32
 from cassle_jax.augment.resample import Canvas, crop_and_resize, size_of
 from cassle_jax.augment.spec import SWITCHES, AugmentSpec
 
@@ -54,6 +54,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
         parameters are not those of one view.
     """
     check_spec(spec)
+    check_type("params", params, ViewParams, "ViewParams, such as view.params")
     params = _without_left_out(check_params(params), spec)
     view = crop_and_resize(image, params.crop, params.flip, spec.size, size)
     color_diff = jnp.zeros(3)

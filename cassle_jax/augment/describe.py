@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -9,7 +10,13 @@ from jaxtyping import Array, Float32
 
 from cassle_jax.augment.apply import View
 from cassle_jax.augment.descriptors import DESCRIPTORS
-from cassle_jax.augment.inputs import check_one, check_params, check_spec, in_float32
+from cassle_jax.augment.inputs import (
+    check_one,
+    check_params,
+    check_spec,
+    check_type,
+    in_float32,
+)
 from cassle_jax.augment.spec import AugmentSpec
 from cassle_jax.checks import ConfigError
 
@@ -107,8 +114,9 @@ def _described(view: View, spec: AugmentSpec) -> dict[str, Float32[Array, "_"]]:
     }
 
 
-def _checked(view: View) -> View:
+def _checked(view: Any) -> View:
     """The view, its numbers as arrays; raises ValueError unless they are those of one view."""
+    check_type("view", view, View, "a View, as by augment(key, image, spec)")
     params = check_params(view.params)
     check_one("color_diff", view.color_diff, (3,))
     return view.replace(params=params)
@@ -146,6 +154,7 @@ def concatenate(
       ValueError: for an error of ``check_descriptors``, if there is no name, or if a descriptor is
         missing or has another width than in ``DESCRIPTORS``.
     """
+    check_type("descriptors", descriptors, Mapping, "a dict, as by describe(view, spec)")
     names = check_descriptors(names)
     if not names:
         raise ValueError("descriptors=() leaves nothing to concatenate; name at least one")

@@ -25,6 +25,7 @@ __all__ = [
     "check_params",
     "check_size",
     "check_spec",
+    "check_type",
     "in_float32",
 ]
 
@@ -132,11 +133,17 @@ def check_spec(spec: Any) -> None:
     Raises:
       ValueError: the message names the type and what would work.
     """
-    if not isinstance(spec, AugmentSpec):
-        raise ValueError(
-            f"spec is of type {type(spec).__name__}; use an AugmentSpec, as by "
-            "AugmentSpec(size=224)"
-        )
+    check_type("spec", spec, AugmentSpec, "an AugmentSpec, as by AugmentSpec(size=224)")
+
+
+def check_type(name: str, value: Any, kind: type, usable: str) -> None:
+    """Refuses a value of another type; `usable` says what works.
+
+    Raises:
+      ValueError: the message names the argument and its type.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is of type {type(value).__name__}; use {usable}")
 
 
 def check_key(name: str, key: Any, like: PRNGKeyArray | None = None) -> PRNGKeyArray:

@@ -117,6 +117,17 @@ def test_anything_but_a_spec_is_one_line(spec, view):
             use()
 
 
+def test_a_view_for_its_parameters_and_the_reverse_is_one_line(view):
+    for use, said in (
+        (lambda: apply(BYTES, view, SPEC), "params is of type View; use ViewParams, such as"),
+        (lambda: describe(view.params, SPEC), "view is of type ViewParams; use a View, as by"),
+        (lambda: difference(view, view.image, SPEC), r"view is of type \w+; use a View, as by"),
+        (lambda: concatenate(view, ["crop"]), "descriptors is of type View; use a dict, as by"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            use()
+
+
 def test_values_of_a_traced_image_are_not_looked_at():
     with jax.transfer_guard("disallow"):
         traced = jax.jit(lambda image: augment(KEY, image, SPEC).image).trace(
