@@ -226,6 +226,9 @@ def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]
     if 0 < len(as_word) < len(named):
         other = next(tar.name for tar in named if tar not in as_word)
         LOG.warning("split %r: not reading the tar files of another one, such as %r", split, other)
+    elif split and named and not as_word:
+        first = named[0].name
+        LOG.warning("split %r: reading tar files with it in a word, such as %r", split, first)
     return as_word or named
 
 
