@@ -43,7 +43,8 @@ class DamagedLog:
           max_fraction: the tolerated share of damaged records, in [0, 1]; more stops the run.
           path: directory that keeps their names, created if missing; None keeps none.
           process_index: number of this process in the run; each process writes its own file.
-          setting: the one that gives `max_fraction`; None where the user cannot change it.
+          setting: the one that gives `max_fraction`; None in an evaluation, which has none, and
+            whose bound of an image's pixels is a flag.
 
         Raises:
           DataError: `max_fraction` is outside [0, 1].
@@ -92,6 +93,8 @@ class DamagedLog:
           TooManyDamaged: this record takes the damaged ones over `max_fraction` of the dataset.
         """
         name, reason = _printable(name), _printable(reason)
+        if self._setting is None:
+            reason = reason.replace("data.max_pixels", "--max_pixels")
         with self._lock:
             if name not in self._reasons and name not in self._remembered:
                 if self._file is not None:

@@ -107,14 +107,14 @@ def test_fraction_outside_its_range(fraction):
 
 
 @pytest.mark.parametrize(
-    ("settings", "advice"),
+    ("settings", "advice", "bound"),
     [
-        ({}, "more than data.max_bad_fraction=0.01 allows; repair them, or raise it: "),
-        ({"setting": None}, "more than the tolerated fraction 0.01; repair or remove them"),
+        ({}, "data.max_bad_fraction=0.01 allows; repair them, or raise it: ", "data.max_pixels"),
+        ({"setting": None}, "the tolerated fraction 0.01; repair or remove them", "--max_pixels"),
     ],
 )
-def test_only_a_setting_that_the_user_has_is_named(settings, advice):
+def test_only_a_setting_that_the_user_has_is_named(settings, advice, bound):
     log = DamagedLog(100, 0.01, **settings)
     log.add("a", "empty")
-    with pytest.raises(TooManyDamaged, match=advice):
-        log.add("b", "torn")
+    with pytest.raises(TooManyDamaged, match=rf"more than {advice}.* more than {bound}=6\)"):
+        log.add("b", "9x9 pixels are more than data.max_pixels=6")
