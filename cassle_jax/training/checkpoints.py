@@ -72,7 +72,7 @@ class Checkpoints:
         self._is_open = False
         self._cause: Exception | None = None  # the error behind `_trouble`
         self._read_back: ReadBack | None = None
-        self._unreadable = ""  # why no run can continue from the newest one read back
+        self._unread: ReadBack | None = None  # the newest one from which no run can continue
         self._readable = False
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(abandoned_reads_silenced())
@@ -187,8 +187,10 @@ class Checkpoints:
             return False
         self._check_read_back(wait=not hurry.is_set())
         # Where the process must end, reading may go on, or have lost its checkpoint to this one.
-        if self._unreadable and not self._readable and self._read_back is None:
-            raise NotSaved(f"{self._unreadable}, nor could any before it")
+        if self._unread and not self._readable and self._read_back is None:
+            raise NotSaved(f"{_said_of(self._unread)}, nor could any before it") from (
+                self._unread.cause
+            )
         return True
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -327,11 +329,10 @@ class Checkpoints:
             return
         self._read_back, self._readable = None, read_back.problem is None
         replaced = read_back.step not in self._manager.all_steps()
-        if read_back.problem and not replaced:
-            self._unreadable = (
-                f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
-            )
-            LOG.warning("%s; the run could not continue from it", self._unreadable)
+        hurried = hurry.is_set() and isinstance(read_back.cause, Outage)
+        if read_back.problem and not replaced and not hurried:
+            self._unread = read_back
+            LOG.warning("%s; the run could not continue from it", _said_of(read_back))
 
     def _check_room(self, state: TrainState) -> None:
         """Raises _NoRoom where a checkpoint of `state` cannot fit."""
@@ -397,6 +398,10 @@ class Checkpoints:
 
 class _NoRoom(OSError):
     """A checkpoint was not even started."""
+
+
+def _said_of(read_back: ReadBack) -> str:
+    return f"checkpoint {read_back.step} cannot be read back: {read_back.problem}"
 
 
 def _bytes(state: TrainState) -> int:

@@ -26,6 +26,7 @@ class ReadBack:
 
     Attributes:
       problem: the reason why no run can continue from the checkpoint; `None` where one can.
+      cause: the error behind it, if any; an `Outage` where it could not be read for now.
     """
 
     def __init__(self, folder: epath.Path, state: TrainState, saved: Mapping[str, Any]):
@@ -34,6 +35,7 @@ class ReadBack:
         self._like = jax.tree.map(_on_the_host, state)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self.problem: str | None = None
+        self.cause: Exception | None = None
 
     def start(self) -> None:
         """Starts reading."""
@@ -61,7 +63,7 @@ class ReadBack:
             if wrong or saved != self._saved:
                 self.problem = f"its {', '.join(wrong) or 'data'} differ from what was saved"
         except Exception as error:  # Orbax and TensorStore raise any type
-            self.problem = first_line(error)
+            self.problem, self.cause = first_line(error), error
 
 
 def _on_the_host(leaf: Any) -> Any:

@@ -1,6 +1,7 @@
 """A path is a path: whatever its characters, what is written there is found there again."""
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from cassle_jax.data.datasets import open_dataset
 from cassle_jax.data.requested import datasets_in
 from cassle_jax.evaluate import evaluate_command, named_path
 from cassle_jax.export import export_command
-from cassle_jax.faults import hurry
+from cassle_jax.faults import hurry, passing
 from cassle_jax.models import ENCODERS
 from cassle_jax.prepare.dataset import prepare
 from cassle_jax.prepare.plan import Preparation
@@ -33,6 +34,7 @@ from cassle_jax.sweep.space import SweepRequest
 from cassle_jax.sweep.sweep import sweep
 from cassle_jax.sweep.table import Row, Table
 from cassle_jax.training import checkpoints as checkpoints_module
+from cassle_jax.training import read_back as read_back_module
 from cassle_jax.training.checksums import checksums, checksums_of, host_checksum
 from cassle_jax.training.loop import pretrain
 from cassle_jax.training.metrics import read_metrics
@@ -413,6 +415,26 @@ def test_a_checkpoint_that_its_successor_replaces_while_it_is_read_back_proves_n
         finally:
             hurry.clear()
     assert checkpoints.newest() == 2 and not caplog.messages
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_storage_that_cannot_be_read_for_now_does_not_end_a_run_for_good(
+    tmp_path, monkeypatch, stopped
+):
+    """Nothing is known of the checkpoint: with 74, no launch script would start the run again."""
+
+    def unreadable(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setenv("CASSLE_STORAGE_SECONDS", "0")
+    monkeypatch.setattr(read_back_module, "read_checkpoint", unreadable)
+    checkpoints = checkpoints_module.Checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoints_module.hurry, "is_set", lambda: stopped)
+    said = "checkpoint 1 cannot be read back: .* error, for 0 s; .*, nor could any before it$"
+    fails = pytest.raises(checkpoints_module.NotSaved, match=said)
+    with contextlib.closing(checkpoints), contextlib.nullcontext() if stopped else fails as failed:
+        checkpoints.save_surely(1, small_state(1), {"step": 1}, seconds=0.0, after_stop=0.0)
+    assert stopped or passing(failed.value).errno == errno.EIO  # so that it ends with 69
 
 
 def test_the_host_computes_the_devices_checksums():
