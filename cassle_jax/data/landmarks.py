@@ -196,12 +196,13 @@ def _check_same_files(
     folder: str, files: list[str], table: pathlib.Path, points: dict[str, object]
 ) -> None:
     without_line = [file for file in files if file not in points]
+    without_image = sorted(points.keys() - set(files))
     if without_line:
         raise DataError(
-            f"{str(table)!r} has no line for {len(without_line)} of the {len(files)} images in "
-            f"{folder!r}, the first is {without_line[0]!r}{closest(without_line[0], points)}"
+            f"{str(table)!r} has no line below its heading for {len(without_line)} of the "
+            f"{len(files)} images in {folder!r}, the first is {without_line[0]!r}"
+            f"{closest(without_line[0], without_image)}"
         )
-    without_image = sorted(points.keys() - set(files))
     if without_image:
         raise DataError(
             f"{folder!r} lacks {len(without_image)} of the {len(points)} images in {str(table)!r}, "

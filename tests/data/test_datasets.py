@@ -787,7 +787,7 @@ def test_landmarks_with_a_validation_folder(tmp_path):
 
 
 WRONG_TABLES = {
-    "no line": (lambda rows: rows[:-1], ["no line for 1 of the 3 images", "'c.png'"]),
+    "no line": (lambda rows: rows[:-1], ["no line below", "1 of the 3 images", "'c.png'"]),
     "no image": (lambda rows: [*rows, ["d.png", *rows[1][1:]]], ["lacks 1 of the 4", "'d.png'"]),
     "twice": (lambda rows: [*rows, rows[1]], ["more than one line for 'b.png'"]),
     "too few": (
@@ -819,6 +819,12 @@ def test_other_wrong_landmark_folders(tmp_path, monkeypatch):
     root = landmark_folder(tmp_path, 28, ("train",))
     assert "no split 'test'" in said_of(root)
     landmark_folder(tmp_path, 28, ("test",))
+    table = root / "train.csv"
+    whole = table.read_text()
+    table.write_text(whole.split("\n", 1)[1])  # its first line of an image is now the heading
+    said = said_of(root)
+    assert "no line below its heading for 1 of the 3 images" in said and said.endswith("png'")
+    table.write_text(whole)
     (root / "train" / "b.png").write_bytes(b"torn")
     assert "b.png' cannot be read as an image" in said_of(root)
     (root / "train" / "b.png").write_bytes(b"P6 1 x1 255 ")  # a number that Pillow cannot parse
