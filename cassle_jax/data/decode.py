@@ -49,10 +49,9 @@ _JPEG_SCANS = re.compile(b"\xff" + _JPEG_SCAN)
 _JPEG_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # sequential and progressive
 _PROGRESSIVE = (0xC2, 0xCA)
 # What libjpeg-turbo says where it makes pixels up; its other warnings concern none.
-_LOST_PIXELS = re.compile(
-    "premature end of data|bad (Huffman|arithmetic) code|instead of RST|before marker 0xd[0-7]"
-)
+_LOST_PIXELS = re.compile("premature end of data|bad (Huffman|arithmetic) code|instead of RST")
 _LEFT_OVER = re.compile("([0-9]+) extraneous bytes before marker 0x(..)")
+_FEW_BYTES = 16  # webcams write up to ten of them before a marker of a whole image
 _FILLING = b"\0\xff"  # cameras fill a file up with these
 _COEFFICIENTS = 64  # per block of pixels
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -217,10 +216,12 @@ def _ends_unwritten(data: bytes) -> bool:
     return data.startswith(_PNG_START) and _PNG_END not in held
 
 
-def _has_hole(data: bytes, pixels: int) -> bool:
+def _has_hole(data: bytes, pixels: int, exif: bytes) -> bool:
     """Whether the pixels of a WebP or AVIF have more zeros in a row than encoders write."""
     zeros = bytes(max(len(_ZEROS), pixels // _PIXELS_PER_ZERO))
     is_webp = data.startswith(b"RIFF")
+    if not is_webp and zeros in exif:  # which lies among an AVIF's pixels
+        return False
     start = 12 if is_webp else 0
     while start + 8 <= len(data):  # part by part
         if is_webp:
@@ -291,13 +292,15 @@ def _loses_pixels(warning: str, data: bytes) -> bool:
     if _LOST_PIXELS.search(warning):
         return True
     left_over = _LEFT_OVER.search(warning)
-    *_, pixels = _segments(data)
-    if left_over is None or not data.startswith(b"\xff" + _JPEG_SCAN, pixels):  # before the pixels
+    if left_over is None or (size := int(left_over[1])) <= _FEW_BYTES:
         return False
-    if left_over[2] != _JPEG_END[1:].hex():  # between scans
+    *_, pixels = _segments(data)
+    if not data.startswith(b"\xff" + _JPEG_SCAN, pixels):  # before the pixels
+        return False
+    if left_over[2] != _JPEG_END[1:].hex():  # between restart markers, or scans
         return True
     end = data.find(_JPEG_END, pixels)
-    return bool(data[end - int(left_over[1]) : end].strip(_FILLING))
+    return bool(data[end - size : end].strip(_FILLING))
 
 
 def _segments(data: bytes) -> Iterator[int]:
@@ -372,7 +375,8 @@ def _decode_with_pillow(data: bytes, canvas: int) -> UInt8[np.ndarray, "height w
 def _pillow_pixels(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     with open_image(io.BytesIO(data)) as image:
         _refuse_bomb(image.height, image.width)
-        if image.format in _SILENT and _has_hole(data, image.height * image.width):
+        pixels, exif = image.height * image.width, image.info.get("exif", b"")
+        if image.format in _SILENT and _has_hole(data, pixels, exif):
             raise DamagedImage(_HOLE)
         image.load()
         return _upright(_to_rgb(image), orientation_of(image))

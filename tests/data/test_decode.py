@@ -430,12 +430,14 @@ def test_zeros_may_stand_for_an_area_of_one_colour(form, colour):
     np.testing.assert_allclose(decoded.astype(int), plain, atol=3)
 
 
-def test_zeros_in_what_follows_a_webps_pixels_are_no_damage():
-    """Cameras fill their notes up with zeros."""
+@pytest.mark.parametrize("form", ["WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_zeros_in_exif_are_no_damage(form, orientation):
+    """Cameras fill their notes up with zeros; an AVIF has them among its pixels."""
     exif = Image.Exif()
-    exif[0x010F] = "maker" + "\0" * 5000
-    data = encoded(photo(60, 80), "WEBP", exif=exif)
-    assert data.endswith(bytes(4000))
+    exif[0x010F], exif[0x0112] = "maker" + "\0" * 5000, orientation
+    data = encoded(photo(60, 80), form, exif=exif)
+    assert bytes(4000) in data
     assert decode(data, 80).shape == (60, 80, 3)
 
 
@@ -472,6 +474,15 @@ def test_a_jpeg_that_lost_a_restart_marker_is_damaged():
     lost = data.index(b"\xff\xd3")
     with pytest.raises(DamagedImage, match="pixels are missing"):
         decode(data[:lost] + data[lost + 2 :], 80)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xd3", b"\xff\xd9"])
+def test_few_bytes_before_a_marker_are_no_damage(marker):
+    """Common webcams write up to ten of them."""
+    data = encoded(photo(60, 80), "JPEG", restart_marker_blocks=3)
+    before = data.index(marker)
+    webcam = data[:before] + bytes(range(1, 11)) + data[before:]
+    np.testing.assert_array_equal(decode(webcam, 80), pillow_rgb(data))
 
 
 def test_a_jpeg_whose_bytes_outlast_its_pixels_is_damaged():
