@@ -216,8 +216,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise WeightsError(f"{path} cannot be read: {reason_of(error)}") from error
     if path.suffix == ".json":
         raise WeightsError(
-            f"{path} holds no weights but describes them; give the file beside it, and of a model "
-            "in parts one file with all of them (safetensors.numpy.save_file)"
+            f"{path} holds no weights but describes them; give the file beside it; join a "
+            "model in parts into one file first (safetensors.numpy.save_file)"
         )
     is_safetensors = begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
     if is_safetensors or path.suffix == ".safetensors":
