@@ -100,7 +100,7 @@ class OnlineProbe:
                 LOG.info("measuring RankMe without k-NN accuracy: %s has no labels", source.name)
         self._compares = self._has_comparable_labels(test_split)
         _check_same_classes(self._train[0], self._test[0], test_split)
-        self._read, self._warned = FeatureReader(config, run, mesh), False
+        self._read, self._compared = FeatureReader(config, run, mesh), False
 
     @property
     def sources(self) -> tuple[Source, Source]:
@@ -131,9 +131,11 @@ class OnlineProbe:
         return measured
 
     def _warn_of_repeated(self, train: np.ndarray, test: np.ndarray) -> None:
-        """Logs once that test images seem to be training images, too."""
-        if not self._warned and (repeated := repeated_rows([train], test)):
-            self._warned = True
+        """Looks at the first features alone: warns of test images that seem to be learnt from."""
+        if self._compared:
+            return
+        self._compared = True
+        if repeated := repeated_rows([train], test):
             LOG.warning(
                 "%d of the probe's %d test images have exactly the features of a training image; "
                 "if these are the same images, k-NN accuracy is too high (probe.train_split, "
