@@ -158,7 +158,7 @@ supervise() {
     say "ended with $code; starting again in $pause s (then $left more times at most)"
     [ -n "$stopping" ] || wait "${processes[0]}" || true
     [ -z "$stopping" ] || return "$code"
-    pause="$(awk -v seconds="$pause" 'BEGIN { print seconds < 150 ? 2 * seconds : 300 }')" # which may be a fraction
+    pause="$(LC_ALL=C awk -v seconds="$pause" 'BEGIN { print seconds < 150 ? 2 * seconds : 300 }')" # which may be a fraction
   done
 }
 
