@@ -16,6 +16,7 @@ CELLS = {
     "SimCLR, batch 128": ("simclr", ("batch_size=128", "optimizer.base_learning_rate=0.0057")),
     "SimCLR, batch 1024": ("simclr", ("batch_size=1024", "optimizer.base_learning_rate=0.002")),
     "SimCLR, 48 epochs": ("simclr", ("epochs=48",)),
+    "SimCLR, width 16": ("simclr", ("encoder.width=16",)),
     "SimCLR, width 32": ("simclr", ("encoder.width=32",)),
     "SimCLR, 64 pixels": ("simclr", ("augment.size=64", "data.canvas=64")),
     "SimCLR, colour 0.5": ("simclr", ("augment.color_strength=0.5",)),
