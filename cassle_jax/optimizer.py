@@ -268,8 +268,9 @@ def _check_rises(spec: OptimizerSpec, rising: optax.GradientTransformation) -> N
     trained = jax.tree.leaves(jax.jit(partial(_trained, rising, steps=2))())
     if not all(jnp.isfinite(each).all() for each in trained):
         raise ConfigError(
-            f"optimizer.name={spec.name!r} divides by the learning rate, which is 0 at first with "
-            f"optimizer.warmup_epochs={spec.warmup_epochs}; use 0, or another optimiser"
+            f"optimizer.name={spec.name!r} divides by the learning rate, which is 0 at first; use "
+            f"optimizer.warmup_epochs=0 (it is {spec.warmup_epochs}), with SwAV also "
+            "method.freeze_prototypes_epochs=0, or another optimiser"
         )
 
 

@@ -243,7 +243,7 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _data_folder(data_dir: str) -> epath.Path:
-    """The folder; raises UserError where there is none, or where libraries cannot read."""
+    """The folder; raises UserError where there is none, or where libraries cannot read it."""
     if str(data_dir).startswith("s3://"):
         raise DataError(f"data.path={data_dir!r} is on S3, and array_record reads gs://; mount it")
     check_address("data.path", data_dir)

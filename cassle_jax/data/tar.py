@@ -228,7 +228,8 @@ def _named_after(split: str, tars: Sequence[pathlib.Path]) -> list[pathlib.Path]
         LOG.warning("split %r: not reading the tar files of another one, such as %r", split, other)
     elif split and named and not as_word:
         first = named[0].name
-        LOG.warning("split %r: reading tar files with it in a word, such as %r", split, first)
+        said = "split %r is only part of a word in %r; rename the tar files of other splits"
+        LOG.warning(said, split, first)
     return as_word or named
 
 

@@ -4,8 +4,8 @@ nice python -m cassle_jax.tables --table=map --to=runs/map --parallel=2 \\
     --set=data.path=/data/cifar10 --datasets=cifar10=/data/cifar10,flowers17=/data/flowers17
 
 On one H200 shared with five other runs, a run of the base cell compiles for 93 s and trains for
-22 s. On one CPU core, runs with MoCo-v2 or Barlow Twins take 12 to 28 minutes. On two CPU cores, the
-three runs of width 16, of width 32 and of 64 pixels take 20, 38 and 54 minutes.
+22 s. On one CPU core, runs with MoCo-v2 or Barlow Twins take 12 to 28 minutes. On two CPU cores,
+the three runs of width 16, of width 32 and of 64 pixels take 20, 38 and 54 minutes.
 """
 
 from cassle_jax.sweep.slim import BASE, METHODS, VARIANTS
