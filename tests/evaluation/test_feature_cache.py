@@ -1,5 +1,6 @@
 """Features on disk: which are read again, and which go when the folder is full."""
 
+import contextlib
 import errno
 import os
 import time
@@ -161,9 +162,11 @@ def test_images_that_are_replaced_while_they_are_read_have_no_features(tmp_path,
     features = FeatureStore(colour_subject(), devices(1), batch=2, folder=tmp_path / "kept")
     features(part)
     read, kept = FolderSource.__getitem__, list(tmp_path.rglob("*.npz"))
+    Image.new("RGB", (16, 16), (0, 200, 0)).save(new := tmp_path / "new.png")
 
     def replaced(self, index):
-        Image.new("RGB", (16, 16), (0, 200, 0)).save(file)
+        with contextlib.suppress(FileNotFoundError):  # at once, as other threads read
+            new.replace(file)
         return read(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", replaced)
