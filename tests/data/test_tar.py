@@ -282,8 +282,8 @@ def test_a_split_is_a_word_of_the_names_where_any_has_it_so(
         else []
     )
     assert tars == (read or [f"{name}.tar" for name in names])
-    told = "split 'valid' is only part of a word in 'voc-validation.tar'; rename the tar files"
-    assert (told in caplog.text) == ("part of a word" in caplog.text) == (split == "valid")
+    warning = "split 'valid' is only part of a word in 'voc-validation.tar'; rename the tar files"
+    assert (warning in caplog.text) == ("part of a word" in caplog.text) == (split == "valid")
 
 
 def test_links_to_nowhere_are_named_where_there_are_no_images(tmp_path, settings):
