@@ -1,7 +1,6 @@
-"""A convolution that stays fast where the map is smaller than its kernel."""
+"""A convolution that is fast on CPUs too, even where the map is smaller than its kernel."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -38,8 +37,18 @@ def convolve(
         for sizes in zip(x.shape[1:3], kernel.shape[:2], window_strides, padding, strict=True)
     )
     if all(side.places >= side.kernel for side in sides):
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+        x = _stored(x)
+        return _stored(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
     return _by_places(x, kernel, sides, options.get("precision"))
+
+
+def _stored(x):
+    """The same array, which XLA stores on CPUs, and so does its gradient.
+
+    Otherwise it computes the array a second time while it transposes it for the kernel's gradient,
+    element by element.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 class _Side(NamedTuple):
@@ -63,19 +72,25 @@ class _Side(NamedTuple):
             for start in starts
         ]
 
-    def covering(self) -> list[tuple[slice, slice]]:
-        """Per pixel, the places that cover it, and their parts of the kernel, from its end on."""
+    def reached(self) -> list[tuple[int, slice, tuple[int, int, int]]]:
+        """The kernel's rows that lie on the map: their number, at which places, and where.
+
+        Where they lie is a padding as in `lax.pad`: pixels before, after and between them.
+        """
         found = []
-        for pixel in range(self.padding[0], self.padding[0] + self.size):
-            first = max(-((self.kernel - 1 - pixel) // self.stride), 0)
-            last = min(pixel // self.stride, self.places - 1)
-            begin, end = (self.kernel - 1 - pixel + place * self.stride for place in (first, last))
-            found.append((slice(first, last + 1), slice(begin, end + 1, self.stride)))
+        for row in range(self.kernel):
+            offset = row - self.padding[0]
+            first = max(-(offset // self.stride), 0)
+            last = min((self.size - 1 - offset) // self.stride, self.places - 1)
+            before, end = (place * self.stride + offset for place in (first, last))
+            if first <= last:
+                inside = (before, self.size - 1 - end, self.stride - 1)
+                found.append((row, slice(first, last + 1), inside))
         return found
 
 
-def _products(x, kernel, rows, columns, precision):
-    """A map whose places are products of a part of the map `x` with a part of the kernel."""
+def _products(x, kernel, sides, precision):
+    rows, columns = (side.covered() for side in sides)
     places = [
         jnp.dot(
             x[:, of_map, of_map_columns].reshape(len(x), -1),
@@ -88,22 +103,44 @@ def _products(x, kernel, rows, columns, precision):
     return jnp.stack(places, axis=1).reshape(len(x), len(rows), len(columns), -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _by_places(x, kernel, sides, precision):
-    return _products(x, kernel, *(side.covered() for side in sides), precision)
+_by_places = jax.custom_vjp(_products, nondiff_argnums=(2, 3))
 
 
 def _forward(x, kernel, sides, precision):
-    return _by_places(x, kernel, sides, precision), (x, kernel)
+    return _products(x, kernel, sides, precision), (x, kernel)
 
 
 def _backward(sides, precision, kept, gradient):
     x, kernel = kept
-    covered, covering = zip(*((side.covered(), side.covering()) for side in sides), strict=True)
-    by_kernel = jax.vjp(lambda kernel: _products(x, kernel, *covered, precision), kernel)[1]
-    # One product per pixel of the map: adding up what the places send back would take longer.
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return _products(gradient, turned, *covering, precision), by_kernel(gradient)[0]
+    by_kernel = jax.vjp(lambda kernel: _products(x, kernel, sides, precision), kernel)[1]
+    return _sent_back(kernel, gradient, sides, precision).astype(x.dtype), by_kernel(gradient)[0]
+
+
+def _sent_back(kernel, gradient, sides, precision):
+    """The gradient of the map: a sum over the kernel's elements, with one matrix product each.
+
+    The products take the elements transposed at no cost. One product per pixel would first need
+    a transposed copy of the kernel. Sums have at least float32.
+    """
+    exact = jnp.promote_types(gradient.dtype, jnp.float32)
+    rows, columns = (side.reached() for side in sides)
+
+    def part(row, places, column, across):
+        sent, element = gradient[:, places, across], kernel[row, column]
+        return jnp.einsum(
+            "nrsf,cf->nrsc", sent, element, precision=precision, preferred_element_type=exact
+        )
+
+    parts = [
+        lax.pad(
+            part(row, places, column, across),
+            jnp.zeros((), exact),
+            ((0, 0, 0), inside, inside_across, (0, 0, 0)),
+        )
+        for row, places, inside in rows
+        for column, across, inside_across in columns
+    ]
+    return sum(parts)
 
 
 _by_places.defvjp(_forward, _backward)
