@@ -37,6 +37,7 @@ def measure(work: Workload) -> list[Row]:
             ),
         ],
         work.rounds,
+        lead_in=True,
     )
 
 

@@ -84,6 +84,7 @@ def _step(measurement: str, work: Workload, *rivals: Contender) -> list[Row]:
         work.steps * work.batch,
         [one, *rivals, *everywhere],
         work.rounds,
+        lead_in=True,
     )
 
 
