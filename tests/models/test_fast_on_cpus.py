@@ -52,6 +52,17 @@ def test_a_convolution_of_a_map_smaller_than_its_kernel_is_a_convolution(size, k
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
+def test_strides_and_the_padding_of_each_side_may_differ():
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.standard_normal((2, 2, 1, 3)), jnp.float32)
+    kernel = jnp.asarray(random.standard_normal((4, 5, 3, 4)), jnp.float32)
+    ours, theirs = (
+        value_and_gradients(lambda x, k, f=f: f(x, k, (1, 3), ((3, 2), (1, 4)), **HOW), x, kernel)
+        for f in (convolve, lax.conv_general_dilated)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (8, 7)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_max_pooling_and_its_gradient_are_xlas_also_among_equals(size, dtype):
@@ -82,12 +93,24 @@ def test_sums_per_channel_and_their_gradient_are_plain_sums(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
 
 
+def programs(function, *shapes):
+    """The function's program by platform."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    traced = jax.jit(function).trace(*shapes)
+    return {
+        each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
+    }
+
+
 def test_only_cpus_sum_by_products():
-    x = jax.ShapeDtypeStruct((8, 4, 4, 5), jnp.float32)
-    traced = jax.jit(channel_sums).trace(x)
-    program = {each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda")}
-    assert "dot_general" in program["cpu"]
-    assert "dot_general" not in program["cuda"]
+    program = programs(channel_sums, (8, 4, 4, 5))
+    assert [each for each, text in program.items() if "dot_general" in text] == ["cpu"]
+
+
+def test_only_cpus_store_the_maps_around_a_convolution():
+    step = jax.grad(lambda x, k: convolve(x, k, (1, 1), ((1, 1), (1, 1)), **HOW).sum(), (0, 1))
+    program = programs(step, (2, 8, 8, 3), (3, 3, 3, 4))
+    assert [each for each, text in program.items() if "optimization_barrier" in text] == ["cpu"]
 
 
 def test_the_sum_of_many_values_hardly_rounds():
