@@ -22,7 +22,7 @@ def convolve(
     each of its places is one matrix product: the part of the map under the kernel, times the
     matching part of the kernel. This leaves out the padding, more than half of the work there.
     XLA's own convolution is up to a hundred times slower on CPUs. Forward-mode differentiation, as
-    in `jax.jvp` and `jax.hessian`, is then not supported.
+    in `jax.jvp`, is then not supported.
 
     Args:
         x: the maps.
@@ -43,10 +43,10 @@ def convolve(
 
 
 def _stored(x):
-    """The same array, which XLA stores on CPUs, and so does its gradient.
+    """The same array; on CPUs, XLA stores it, and stores its gradient.
 
-    Otherwise it computes the array a second time while it transposes it for the kernel's gradient,
-    element by element.
+    Without this, XLA computes the array a second time, element by element, while it transposes it
+    for the kernel's gradient.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
@@ -119,8 +119,8 @@ def _backward(sides, precision, kept, gradient):
 def _sent_back(kernel, gradient, sides, precision):
     """The gradient of the map: a sum over the kernel's elements, with one matrix product each.
 
-    The products take the elements transposed at no cost. One product per pixel would first need
-    a transposed copy of the kernel. Sums have at least float32.
+    A product reads its element of the kernel transposed, without a copy. One product per pixel
+    would need a transposed copy of the whole kernel. Sums are in float32 or wider.
     """
     exact = jnp.promote_types(gradient.dtype, jnp.float32)
     rows, columns = (side.reached() for side in sides)
