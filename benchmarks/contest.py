@@ -85,7 +85,7 @@ def contest(
       rounds: number of rounds, at least 1.
       clock: returns the time in seconds.
       lead_in: whether an untimed call precedes every timed one. It uses up what a contender has
-        prefetched during the calls of others, and meanwhile the threads of others go to sleep:
+        prefetched during the calls of others. It also lets the threads of others go to sleep:
         PyTorch's keep a core busy for a while after their work.
     """
     calls: dict[str, TimedCall] = {}

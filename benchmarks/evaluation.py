@@ -89,6 +89,7 @@ def law(costs: Sequence[Cost]) -> str:
 def main() -> None:
     """Prints a Markdown table of the costs, and the law of every protocol."""
     sizes = numbers_in("rows", ROWS.value)
+    check_at_least("features", FEATURES.value, 2)
     check_at_least("classes", CLASSES.value, 2, most=FEATURES.value)
     for name in ONLY.value:
         check_one_of("protocols", name, PROTOCOLS)

@@ -45,9 +45,9 @@ def measure(work: Workload) -> list[Row]:
 
 
 def synthetic_features(rows: int, features: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rectified features with an encoder's decaying spectrum, and overlapping classes of a size.
+    """Rectified features with an encoder's decaying spectrum, and overlapping classes.
 
-    There are at most as many classes as features.
+    Classes are equally large. There must be at least as many features as classes.
     """
     random = np.random.default_rng(0)
     labels = random.permutation(np.arange(rows) % classes)
@@ -102,6 +102,7 @@ def timed(function: Callable) -> tuple[float, object]:
 
 def main() -> None:
     """Prints a table: seconds, penalties within 1e-4 of the best objective seen, and the ratio."""
+    check_at_least("features", FEATURES.value, 2)
     check_at_least("classes", CLASSES.value, 2, most=FEATURES.value)
     check_at_least("rows", ROWS.value, CLASSES.value)
     features, labels = synthetic_features(ROWS.value, FEATURES.value, CLASSES.value)

@@ -73,23 +73,25 @@ class _Side(NamedTuple):
         ]
 
     def reached(self) -> list[tuple[int, slice, tuple[int, int, int]]]:
-        """The kernel's rows that lie on the map: their number, at which places, and where.
+        """For each row of the kernel that ever lies on the map: its index, the places, the padding.
 
-        Where they lie is a padding as in `lax.pad`: pixels before, after and between them.
+        It lies on the map at these places. The padding, as in `lax.pad`, brings their values to the
+        pixels under the row: zeros before, after and between them.
         """
         found = []
         for row in range(self.kernel):
             offset = row - self.padding[0]
             first = max(-(offset // self.stride), 0)
             last = min((self.size - 1 - offset) // self.stride, self.places - 1)
-            before, end = (place * self.stride + offset for place in (first, last))
             if first <= last:
+                before, end = (place * self.stride + offset for place in (first, last))
                 inside = (before, self.size - 1 - end, self.stride - 1)
                 found.append((row, slice(first, last + 1), inside))
         return found
 
 
 def _products(x, kernel, sides, precision):
+    """Per place, the part of the map under the kernel times the matching part of the kernel."""
     rows, columns = (side.covered() for side in sides)
     places = [
         jnp.dot(
@@ -122,25 +124,19 @@ def _sent_back(kernel, gradient, sides, precision):
     A product reads its element of the kernel transposed, without a copy. One product per pixel
     would need a transposed copy of the whole kernel. Sums are in float32 or wider.
     """
-    exact = jnp.promote_types(gradient.dtype, jnp.float32)
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
     rows, columns = (side.reached() for side in sides)
 
-    def part(row, places, column, across):
-        sent, element = gradient[:, places, across], kernel[row, column]
-        return jnp.einsum(
-            "nrsf,cf->nrsc", sent, element, precision=precision, preferred_element_type=exact
+    def part(row, column):
+        (y, places, inside), (x, across, inside_across) = row, column
+        sent, element = gradient[:, places, across], kernel[y, x]
+        product = jnp.einsum(
+            "nrsf,cf->nrsc", sent, element, precision=precision, preferred_element_type=wide
         )
+        around = ((0, 0, 0), inside, inside_across, (0, 0, 0))
+        return lax.pad(product, jnp.zeros((), wide), around)
 
-    parts = [
-        lax.pad(
-            part(row, places, column, across),
-            jnp.zeros((), exact),
-            ((0, 0, 0), inside, inside_across, (0, 0, 0)),
-        )
-        for row, places, inside in rows
-        for column, across, inside_across in columns
-    ]
-    return sum(parts)
+    return sum(part(row, column) for row in rows for column in columns)
 
 
 _by_places.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ QUICKSTART = "--config=configs/quickstart.py:method=moco_v2"
         ("evaluation", ["--protocols=nearest"], "protocols='nearest'"),
         ("evaluation", ["--classes=1"], "classes=1 must be at least 2"),
         ("evaluation", ["--classes=2049"], "classes=2049 is out of range; use at most 2048"),
+        ("evaluation", ["--features=1"], "features=1 must be at least 2"),
         ("decoding", ["--data=/nowhere"], "data=/nowhere has no .jpg"),
         ("decoding", ["--data=/nowhere", "--canvas=0"], "canvas=0 must be at least 1"),
         ("linear_evaluation", ["--rows=4"], "rows=4 must be at least 10"),

@@ -63,6 +63,21 @@ def test_strides_and_the_padding_of_each_side_may_differ():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
+def test_the_gradient_of_a_small_bfloat16_map_is_rounded_once():
+    random = np.random.default_rng(5)
+    shapes = ((2, 2, 2, 64), (3, 3, 64, 64), (2, 2, 2, 64))
+    x, kernel, gradient = (jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in shapes)
+
+    def back(f, x, kernel, gradient):
+        around = ((1, 1), (1, 1))
+        return jax.vjp(lambda x: f(x, kernel, (1, 1), around, **HOW), x)[1](gradient)[0]
+
+    ours = back(convolve, x, kernel, gradient)
+    exact = back(lax.conv_general_dilated, *map(jnp.float32, (x, kernel, gradient)))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.float32(ours), exact, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (8, 7)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_max_pooling_and_its_gradient_are_xlas_also_among_equals(size, dtype):
