@@ -1,16 +1,21 @@
-"""Crops and resizes by two matrix products, straight from the padded canvas, as Pillow would.
+"""Crops and resizes straight from the padded canvas, as Pillow would: by two matrix products.
 
 A row of a weight matrix has the weights with which the canvas's rows (or columns) enter one output
 row (or column). They follow Pillow's antialiasing: where the image shrinks, the filter is stretched
 by the scale, cut off at the box, and normalised, so nothing outside the box reaches the view.
+On CPUs, sums of the few rows with a weight stand in for a training view's product over rows.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from cassle_jax.augment.draw import Size
 from cassle_jax.augment.inputs import ROUNDING, check_image, check_size, check_spec, in_float32
@@ -66,16 +71,14 @@ def crop_and_resize(
     position = jnp.arange(output) + 0.5
     mirrored = jnp.where(flip, position[::-1], position)
     rows, columns = (
-        _weights(at * (length[axis] / output), length[axis] / output, start[axis], length[axis],
-                 image.shape[axis], _triangle)
+        _Side(at * (length[axis] / output), length[axis] / output, start[axis], length[axis],
+              image.shape[axis])
         for axis, at in enumerate((position, mirrored))
     )  # fmt: skip
-    height, width = image.shape[:2]
-    pixels = _to_float(image, size)
-    if width > height:
-        view = _apply_rows(rows, _apply_columns(columns, pixels))
-    else:
-        view = jnp.einsum("iwc,jw->icj", _apply_rows(rows, pixels), columns, precision=PRECISION)
+    by_sums, by_products = (
+        partial(way, rows=rows, columns=columns) for way in (_resize_by_sums, _resize_by_products)
+    )
+    view = lax.platform_dependent(_to_float(image, size), cpu=by_sums, default=by_products)
     return view / _white(image)
 
 
@@ -113,8 +116,8 @@ def center_view(
     start = jnp.round((resized - spec.size) / 2)
     scale = picture / resized
     rows, columns = (
-        _weights((start[axis] + jnp.arange(spec.size) + 0.5) * scale[axis], scale[axis],
-                 jnp.float32(0), picture[axis].astype(jnp.float32), image.shape[axis], _cubic)
+        _Side((start[axis] + jnp.arange(spec.size) + 0.5) * scale[axis], scale[axis],
+              jnp.float32(0), picture[axis].astype(jnp.float32), image.shape[axis]).matrix(_cubic)
         for axis in (0, 1)
     )  # fmt: skip
     # Columns first, and clipped in between as in Pillow: the cubic overshoots at edges.
@@ -122,6 +125,65 @@ def center_view(
     view = jnp.clip(_apply_columns(columns, _to_float(image, picture)), 0, white)
     view = jnp.clip(_apply_rows(rows, view), 0, white) / white
     return (view.transpose(0, 2, 1) - jnp.array(spec.mean)) / jnp.array(spec.std)
+
+
+class _Side(NamedTuple):
+    """How the rows (or the columns) of a view lie on those of the canvas; all in its pixels.
+
+    Attributes:
+      centre: the place of each output position within the box.
+      scale: input pixels per output pixel.
+      start: the first pixel of the box.
+      length: the length of the box.
+      pixels: the length of the canvas.
+    """
+
+    centre: Float32[Array, " output"]
+    scale: Float32[Array, ""]
+    start: Float32[Array, ""]
+    length: Float32[Array, ""]
+    pixels: int
+
+    def matrix(self, kernel: Callable[[Array], Array]) -> Float32[Array, "output {self.pixels}"]:
+        """The weights of all input pixels in each output position."""
+        return self._weights(jnp.arange(self.pixels) - self.start, kernel)
+
+    def taps(self) -> tuple[Int32[Array, "output taps"], Float32[Array, "output taps"]]:
+        """The input pixels that enter each output position under a triangle, and their weights."""
+        number = math.ceil(2 * max(self.pixels / len(self.centre), 1)) + 1
+        first = jnp.floor(self.centre - jnp.maximum(self.scale, 1) + 0.5)
+        places = first[:, None] + jnp.arange(number)
+        inside = jnp.clip(self.start + places, 0, self.pixels - 1)
+        return inside.astype(jnp.int32), self._weights(places, _triangle)
+
+    def _weights(
+        self, places: Float32[Array, "*#output inputs"], kernel: Callable[[Array], Array]
+    ) -> Float32[Array, "output inputs"]:
+        """The weights of pixels, counted from the start of the box; none outside the box."""
+        position = places + 0.5
+        weights = kernel((position - self.centre[:, None]) / jnp.maximum(self.scale, 1))
+        weights = jnp.where((position > 0) & (position < self.length), weights, 0)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _resize_by_products(
+    image: Float32[Array, "height width 3"], rows: _Side, columns: _Side
+) -> Float32[Array, "output 3 output"]:
+    """The view by two dense matrix products, the one over the canvas's shorter side last."""
+    down, across = rows.matrix(_triangle), columns.matrix(_triangle)
+    if image.shape[1] > image.shape[0]:
+        return _apply_rows(down, _apply_columns(across, image))
+    return _apply_columns(across, _apply_rows(down, image))
+
+
+def _resize_by_sums(
+    image: Float32[Array, "height width 3"], rows: _Side, columns: _Side
+) -> Float32[Array, "output 3 output"]:
+    """The same view; a row is the sum of only those rows of the canvas that have a weight."""
+    places, weights = rows.taps()
+    lines = image.reshape(len(image), -1)
+    resized = sum(weights[:, tap, None] * lines[places[:, tap]] for tap in range(weights.shape[1]))
+    return _apply_columns(columns.matrix(_triangle), resized.reshape(-1, *image.shape[1:]))
 
 
 def _apply_rows(
@@ -153,25 +215,6 @@ def _to_float(image: Canvas, size: Size) -> Float32[Array, "height width 3"]:
 def _white(image: Canvas) -> float:
     """The value of white: dividing the small view by it is cheaper than scaling the canvas."""
     return 255.0 if image.dtype == np.uint8 else 1.0
-
-
-def _weights(
-    centre: Float32[Array, " output"],
-    scale: Float32[Array, ""],
-    start: Float32[Array, ""],
-    length: Float32[Array, ""],
-    pixels: int,
-    kernel: Callable[[Array], Array],
-) -> Float32[Array, "output {pixels}"]:
-    """Weights of ``pixels`` input positions along one axis in each output position.
-
-    ``centre`` is the place of an output position within the box, ``scale`` the input pixels per
-    output pixel, ``start`` and ``length`` the box; all in input pixels.
-    """
-    position = jnp.arange(pixels) + 0.5 - start
-    weights = kernel((position - centre[:, None]) / jnp.maximum(scale, 1))
-    weights = jnp.where((position > 0) & (position < length), weights, 0)
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _triangle(distance: Float32[Array, "a b"]) -> Float32[Array, "a b"]:

@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import scipy.ndimage
+from jax import lax
 
 from cassle_jax.augment import AugmentSpec, apply, augment, denormalize, draw
 
@@ -128,6 +130,26 @@ def test_solarize_comes_last_where_the_papers_have_it_so(image, make_params):
     params = make_params(1, **settings, solarize=True, solarize_threshold=0.45)
     actual = _compiled(last)(image, params).image[0]
     np.testing.assert_allclose(actual, np.where(before < 0.45, before, 1 - before), atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 31])
+def test_blur_is_scipys(monkeypatch, make_params, image, kernel_size, platform):
+    if platform == "accelerator":
+        monkeypatch.setattr(lax, "platform_dependent", lambda *a, default, **on: default(*a))
+    sigmas = np.array([0.1, 0.7, 2.0], np.float32)
+    spec = dataclasses.replace(PLAIN, kernel_size=kernel_size)
+    params = make_params(3, blur=True, sigma=sigmas)
+    views = jax.vmap(lambda params: apply(image, params, spec))(params).image
+    offsets = np.arange(kernel_size) - kernel_size // 2
+    for view, sigma in zip(views, sigmas, strict=True):
+        kernel = np.exp(-0.5 * (offsets / np.float64(sigma)) ** 2)
+        expected = image.astype(np.float64)
+        for axis in (0, 1):
+            expected = scipy.ndimage.correlate1d(
+                expected, kernel / kernel.sum(), axis, mode="mirror"
+            )
+        np.testing.assert_allclose(view, expected, atol=1e-6)
 
 
 def test_blur_keeps_the_mean_of_a_constant_and_the_borders_reflect(make_params):

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from jax import lax
 
 from cassle_jax.augment import AugmentSpec, apply, augment, center_view
+from cassle_jax.augment.resample import crop_and_resize
 
 CANVAS = 80
 # Geometry only, values kept in [0, 1].
@@ -80,6 +82,37 @@ def test_wide_and_tall_canvases(make_params, shape):
     picture = _picture(*shape)
     view = jax.jit(lambda: apply(picture, _first(make_params(1)), GEOMETRY))().image
     np.testing.assert_allclose(255 * view, _pillow_resize(picture), atol=1e-3)
+
+
+@pytest.mark.parametrize("output", [5, 24, 100])
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_cpus_and_accelerators_crop_alike(monkeypatch, shape, output):
+    random = np.random.default_rng(5)
+    canvas, many = random.integers(0, 256, (*shape, 3)).astype(np.uint8), 12
+    lengths = random.uniform(0, 1, (many, 2))
+    boxes = np.hstack([random.uniform(0, 1 - lengths), lengths]).astype(np.float32)
+    sizes = random.integers(1, shape, (many, 2), endpoint=True).astype(np.int32)
+    arguments = (boxes, random.random(many) < 0.5, sizes)
+
+    def crop(box, flip, size):
+        return crop_and_resize(canvas, box, flip, output, size)
+
+    on_cpus = jax.jit(jax.vmap(crop))(*arguments)
+    monkeypatch.setattr(lax, "platform_dependent", lambda *a, default, **on: default(*a))
+    on_accelerators = jax.jit(jax.vmap(lambda *each: crop(*each)))(*arguments)
+    np.testing.assert_allclose(on_cpus, on_accelerators, atol=1e-5)
+
+
+def test_only_cpus_gather_rows_and_sum_shifts():
+    image = jax.ShapeDtypeStruct((64, 64, 3), np.uint8)
+    traced = jax.jit(lambda key, image: augment(key, image, AugmentSpec(16)).image).trace(
+        jax.random.key(0), image
+    )
+    programs = {
+        each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
+    }
+    products = {each: text.count("stablehlo.dot_general") for each, text in programs.items()}
+    assert products == {"cpu": 1, "cuda": 4, "tpu": 4}
 
 
 def _first(tree):
