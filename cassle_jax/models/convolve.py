@@ -1,12 +1,17 @@
 """A convolution that is fast on CPUs too, even where the map is smaller than its kernel."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from cassle_jax.models.winograd import convolve_3x3
+
+_WIDE = 32  # the number of channels from which on Winograd's algorithm is faster
 
 
 def convolve(
@@ -21,8 +26,9 @@ def convolve(
     Where the result is smaller than the kernel, as in a ResNet's last stage of 64-pixel images,
     each of its places is one matrix product: the part of the map under the kernel, times the
     matching part of the kernel. This leaves out the padding, more than half of the work there.
-    XLA's own convolution is up to a hundred times slower on CPUs. Forward-mode differentiation, as
-    in `jax.jvp`, is then not supported.
+    XLA's own convolution is up to a hundred times slower on CPUs. Where wide float32 maps meet a
+    3×3 kernel with stride 1, `convolve_3x3` saves CPUs multiplications. In both cases, forward-mode
+    differentiation, as in `jax.jvp`, is not supported.
 
     Args:
         x: the maps.
@@ -30,16 +36,21 @@ def convolve(
         window_strides: strides of the rows and of the columns.
         padding: numbers of zeros before and after the rows, and the columns; each below the
             kernel's size.
-        options: further options of `lax.conv_general_dilated`.
+        options: further options of `lax.conv_general_dilated`, without dilation or groups.
     """
     sides = tuple(
         _Side(*sizes)
         for sizes in zip(x.shape[1:3], kernel.shape[:2], window_strides, padding, strict=True)
     )
-    if all(side.places >= side.kernel for side in sides):
-        x = _stored(x)
-        return _stored(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
-    return _by_places(x, kernel, sides, options.get("precision"))
+    if any(side.places < side.kernel for side in sides):
+        return _by_places(x, kernel, sides, options.get("precision"))
+    convolution = partial(
+        lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
+    )
+    is_wide = min(kernel.shape[2:]) >= _WIDE and x.dtype == jnp.float32
+    if is_wide and all(side.is_winograds for side in sides):
+        convolution = partial(convolve_3x3, convolution=convolution)
+    return _stored(convolution(_stored(x), kernel))
 
 
 def _stored(x):
@@ -63,6 +74,11 @@ class _Side(NamedTuple):
     def places(self) -> int:
         """The number of the result's rows or columns."""
         return (self.size + sum(self.padding) - self.kernel) // self.stride + 1
+
+    @property
+    def is_winograds(self) -> bool:
+        """Whether `convolve_3x3` convolves this side."""
+        return (self.kernel, self.stride, self.padding) == (3, 1, (1, 1))
 
     def covered(self) -> list[tuple[slice, slice]]:
         """Per place, the part of the map under the kernel, and the matching part of the kernel."""

@@ -1,5 +1,8 @@
 """What stands in for XLA's convolution, pooling and sums gives the same numbers and gradients."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +10,11 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
+from cassle_jax.models import winograd
 from cassle_jax.models.convolve import convolve
 from cassle_jax.models.pooling import max_pool
 from cassle_jax.models.sums import channel_sums, tree_norm
+from cassle_jax.parallel import REPLICATED, SHARDED, device_mesh, parallel
 from tests.everyday import everyday_pairs
 
 HOW = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -63,6 +68,46 @@ def test_strides_and_the_padding_of_each_side_may_differ():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
+WIDE = [(3, 3), (4, 4), (7, 8)]
+
+
+def wide(size, dtype=jnp.float32):
+    random = np.random.default_rng(6)
+    shapes = ((8, *size, 32), (3, 3, 32, 40))
+    return tuple(jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
+
+
+def close_to_a_part_of_the_largest(actual, expected, part):
+    error = np.abs(np.float64(actual) - np.float64(expected)).max()
+    assert error <= part * np.abs(np.float64(expected)).max()
+
+
+@pytest.mark.parametrize("images", [1, 3, 100])  # at a time
+@pytest.mark.parametrize("size", WIDE)
+def test_a_convolution_of_wide_maps_is_a_convolution(monkeypatch, size, images):
+    monkeypatch.setattr(winograd, "_AT_ONCE", images * 4 * 4 * math.prod(size) * 32)
+    ours, theirs = (
+        value_and_gradients(
+            jax.jit(lambda x, k, f=f: f(x, k, (1, 1), ((1, 1), (1, 1)), **HOW)), *wide(size)
+        )
+        for f in (convolve, lax.conv_general_dilated)
+    )
+    jax.tree.map(lambda a, b: close_to_a_part_of_the_largest(a, b, 2e-6), ours, theirs)
+
+
+def test_each_device_convolves_its_wide_maps():
+    x, kernel = wide((4, 4))
+
+    def by(f, x, kernel):
+        return f(x, kernel, (1, 1), ((1, 1), (1, 1)), **HOW)
+
+    sharded = parallel(
+        partial(by, convolve), device_mesh(), inputs=(SHARDED, REPLICATED), outputs=SHARDED
+    )
+    ours, theirs = sharded(x, kernel), by(lax.conv_general_dilated, x, kernel)
+    close_to_a_part_of_the_largest(ours, theirs, 2e-6)
+
+
 def test_the_gradient_of_a_small_bfloat16_map_is_rounded_once():
     random = np.random.default_rng(5)
     shapes = ((2, 2, 2, 64), (3, 3, 64, 64), (2, 2, 2, 64))
@@ -108,9 +153,9 @@ def test_sums_per_channel_and_their_gradient_are_plain_sums(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
 
 
-def programs(function, *shapes):
+def programs(function, *shapes, dtype=jnp.float32):
     """The function's program by platform."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     traced = jax.jit(function).trace(*shapes)
     return {
         each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
@@ -126,6 +171,17 @@ def test_only_cpus_store_the_maps_around_a_convolution():
     step = jax.grad(lambda x, k: convolve(x, k, (1, 1), ((1, 1), (1, 1)), **HOW).sum(), (0, 1))
     program = programs(step, (2, 8, 8, 3), (3, 3, 3, 4))
     assert [each for each, text in program.items() if "optimization_barrier" in text] == ["cpu"]
+
+
+@pytest.mark.parametrize(("dtype", "where"), [(jnp.float32, ["cpu"]), (jnp.bfloat16, [])])
+def test_only_cpus_multiply_tiles_and_only_in_float32(dtype, where):
+    def step(x, k):
+        return convolve(x, k, (1, 1), ((1, 1), (1, 1)), **HOW).astype(jnp.float32).sum()
+
+    program = programs(jax.value_and_grad(step, (0, 1)), (2, 4, 4, 32), (3, 3, 32, 32), dtype=dtype)
+    assert [each for each, text in program.items() if "dot_general" in text] == where
+    del program["cpu"]
+    assert {text.count("stablehlo.convolution(") for text in program.values()} == {3}
 
 
 def test_the_sum_of_many_values_hardly_rounds():
