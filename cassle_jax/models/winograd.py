@@ -1,33 +1,31 @@
 """Convolves with 3×3 kernels; on CPUs by Winograd's algorithm, with fewer multiplications."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Maps = Float[Array, "batch height width channels"]
-Convolved = Float[Array, "batch height width features"]
+Maps = Float[Array, "batch height width _"]
 Kernel = Float[Array, "3 3 channels features"]
 Grid = list[list[Array]]
 
 # Bytes of transformed maps at a time: more would leave the cache before the products read them.
 _AT_ONCE = 2**23
 
+# XLA stores the value; it would compute it anew for each of several readers.
 _stored = lax.optimization_barrier
 
 
-def convolve_3x3(
-    x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], Convolved]
-) -> Convolved:
+def convolve_3x3(x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], Maps]) -> Maps:
     """Convolves with stride 1 and a padding of 1.
 
-    On CPUs, the values and the gradient of `x` come from F(2×2, 3×3) of Lavin and Gray
-    (arXiv 1509.09308): 16 matrix products give 2×2 pixels each, with 4 multiplications per pixel
-    and channel instead of 9. Elsewhere they are those of `convolution`, and so is the kernel's
-    gradient everywhere. Forward-mode differentiation, as in `jax.jvp`, is not supported.
+    On CPUs, F(2×2, 3×3) of Lavin and Gray (arXiv 1509.09308) gives the values and both gradients:
+    16 matrix products make 2×2 pixels each, with 4 multiplications per pixel and channel instead of
+    9. Elsewhere, `convolution` gives them. Forward-mode differentiation, as in `jax.jvp`, is not
+    supported.
 
     Args:
         x: the maps, float32: with fewer bits, the algorithm's differences would lose some.
@@ -49,55 +47,109 @@ def _forward(x, kernel, convolution):
 
 
 def _backward(convolution, kept, gradient):
-    x, kernel = kept
+    def by_xla(x, kernel, gradient):
+        return jax.vjp(convolution, x, kernel)[1](gradient)
 
-    def by_xla(gradient, kernel):
-        return jax.vjp(lambda x: convolution(x, kernel), x)[1](gradient)[0]
+    def by_tiles(x, kernel, gradient):
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        return _by_tiles(gradient, turned), _kernels_gradient_by_tiles(x, gradient)
 
-    def by_tiles(gradient, kernel):
-        return _by_tiles(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
-
-    of_map = lax.platform_dependent(gradient, kernel, cpu=by_tiles, default=by_xla)
-    of_kernel = jax.vjp(lambda kernel: convolution(x, kernel), kernel)[1](gradient)[0]
-    return of_map, of_kernel
+    return lax.platform_dependent(*kept, gradient, cpu=by_tiles, default=by_xla)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _by_tiles(x: Maps, kernel: Kernel) -> Convolved:
-    kernels = _along_both(lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c), kernel)
-    images = max(1, _AT_ONCE // (4 * x[0].size * x.dtype.itemsize))
-    return lax.map(partial(_image_by_tiles, kernels=kernels), x, batch_size=images)
+# One dimension of the paper's transforms: Bᵀ, G, and Aᵀ; A and Gᵀ for the kernel's gradient.
 
 
-def _image_by_tiles(
-    x: Float[Array, "height width channels"], kernels: Grid
-) -> Float[Array, "height width features"]:
-    """The convolution of one image, from the 4×4 transformed elements of the kernel.
+def _of_map(a, b, c, d):
+    return a - c, b + c, c - b, b - d
 
-    Tiles of 4×4 pixels overlap by 2. The barriers store what several of the following sums or
-    products read; XLA would compute it anew for each.
+
+def _of_kernel(a, b, c):
+    return a, (a + b + c) / 2, (a - b + c) / 2, c
+
+
+def _to_result(a, b, c, d):
+    return a + b + c, b - c - d
+
+
+def _of_gradient(a, b):
+    return a, a + b, a - b, -b
+
+
+def _to_kernel(a, b, c, d):
+    return a + (b + c) / 2, (b - c) / 2, (b + c) / 2 + d
+
+
+def _by_tiles(x, kernel):
+    kernels = _along_both(_of_kernel, kernel)
+
+    def convolved(x):
+        products = [
+            [_stored(_stored(m) @ k) for m, k in zip(*row, strict=True)]
+            for row in zip(_tiles(x), kernels, strict=True)
+        ]
+        pixels = [jnp.stack(row, 3) for row in _along_both(_to_result, products)]
+        whole = jnp.stack(pixels, 2)
+        images, down, _, across, _, features = whole.shape
+        return whole.reshape(images, 2 * down, 2 * across, features)[:, : x.shape[1], : x.shape[2]]
+
+    result = lax.map(convolved, _groups(x, max(kernel.shape[2:])))
+    return result.reshape(math.prod(result.shape[:2]), *result.shape[2:])[: len(x)]
+
+
+def _kernels_gradient_by_tiles(x, gradient):
+    def of_group(group):
+        x, gradient = group
+        even = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+        gradient = jnp.pad(gradient, even)
+        pixels = [[gradient[:, i::2, j::2] for j in range(2)] for i in range(2)]
+        products = [
+            [_stored(_stored(_flat(m).T) @ _stored(_flat(g))) for m, g in zip(*row, strict=True)]
+            for row in zip(_tiles(x), _along_both(_of_gradient, pixels), strict=True)
+        ]
+        return jnp.stack([jnp.stack(row) for row in _along_both(_to_kernel, products)])
+
+    channels = max(x.shape[-1], gradient.shape[-1])
+    return lax.map(of_group, (_groups(x, channels), _groups(gradient, channels))).sum(0)
+
+
+def _groups(x: Maps, channels: int) -> Float[Array, "groups images height width _"]:
+    """The images in groups whose transformed maps stay in the cache; zeros fill the last group.
+
+    Args:
+        x: the maps.
+        channels: the number of channels that decides on the size of a group.
     """
-    height, width, _ = x.shape
-    down, across = -(-height // 2), -(-width // 2)  # tiles
-    around = ((1, 1 + height % 2), (1, 1 + width % 2), (0, 0))
-    padded = _stored(jnp.pad(x, around))
+    per_image = 4 * math.prod(x.shape[1:3]) * channels * x.dtype.itemsize
+    groups = max(1, -(-len(x) * per_image // _AT_ONCE))
+    images = -(-len(x) // groups)
+    filled = jnp.pad(x, ((0, groups * images - len(x)), (0, 0), (0, 0), (0, 0)))
+    return filled.reshape(groups, images, *x.shape[1:])
+
+
+def _tiles(x: Maps) -> Grid:
+    """The 4×4 transformed pixels of all tiles, each [batch, tiles down, tiles across, channels].
+
+    Tiles of 4×4 pixels overlap by 2.
+    """
+    _, height, width, _ = x.shape
+    down, across = -(-height // 2), -(-width // 2)
+    padded = _stored(jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0))))
     pixels = [
-        [padded[i : i + 2 * down - 1 : 2, j : j + 2 * across - 1 : 2] for j in range(4)]
+        [padded[:, i : i + 2 * down - 1 : 2, j : j + 2 * across - 1 : 2] for j in range(4)]
         for i in range(4)
     ]
-    maps = _along_both(lambda a, b, c, d: (a - c, b + c, c - b, b - d), pixels)
-    products = [
-        [_stored(_stored(m) @ k) for m, k in zip(*rows, strict=True)]
-        for rows in zip(maps, kernels, strict=True)
-    ]
-    result = _along_both(lambda a, b, c, d: (a + b + c, b - c - d), products)
-    whole = jnp.stack([jnp.stack(row, 2) for row in result], 1)
-    return whole.reshape(2 * down, 2 * across, -1)[:height, :width]
+    return _along_both(_of_map, pixels)
 
 
 def _along_both(transform: Callable[..., tuple[Array, ...]], grid: Grid | Kernel) -> Grid:
     """Transforms the columns of a grid, then its rows."""
     columns = [transform(*column) for column in zip(*grid, strict=True)]
     return [list(transform(*row)) for row in zip(*columns, strict=True)]
+
+
+def _flat(maps: Maps) -> Float[Array, "places channels"]:
+    return maps.reshape(-1, maps.shape[-1])
