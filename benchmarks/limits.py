@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from benchmarks.augmentation import augmented
 from benchmarks.contest import Row
 from benchmarks.isolated import run_isolated
-from benchmarks.scaling import Work, lower_step
+from benchmarks.scaling import Work, trace_step
 from benchmarks.scaling import work as work_of
 from benchmarks.training import steps
 from benchmarks.workload import Workload, synthetic_batch
@@ -51,7 +51,7 @@ def measure(work: Workload) -> list[Row]:
 def work_per_device(config: ConfigDict) -> Work:
     """FLOPs and bytes of a step on one device; runs on the CPU, so it needs a separate process."""
     jax.config.update("jax_platforms", "cpu")
-    return work_of(lower_step(config, device_mesh(jax.devices()[:1])))
+    return work_of(trace_step(config, device_mesh(jax.devices()[:1])))
 
 
 def peak_flops(dtype: str) -> float:

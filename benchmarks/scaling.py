@@ -106,30 +106,30 @@ class Work:
     bytes: float
 
 
-def lower_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    """Lowers the training step of a configuration for a mesh, without XLA's optimisations."""
+def trace_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
+    """Traces the training step of a configuration for a mesh."""
     run = build_run(config, mesh, IMAGES)
     canvas = config.data.canvas
     batch = {
         "image": jax.ShapeDtypeStruct((run.batch_size, canvas, canvas, 3), jnp.uint8),
         "size": jax.ShapeDtypeStruct((run.batch_size, 2), jnp.int32),
     }
-    return make_train_step(run, mesh).lower(jax.eval_shape(run.initial_state), batch)
+    return make_train_step(run, mesh).trace(jax.eval_shape(run.initial_state), batch)
 
 
-def work(lowered: jax.stages.Lowered) -> Work:
-    """Counts the work per device of a lowered step.
+def work(step: jax.stages.Traced) -> Work:
+    """Counts the work per device of a step, as an accelerator computes it.
 
-    Bytes are those of the unoptimised program, which has the accelerator's types; a CPU computes
-    bfloat16 in float32. Only convolutions and matrix products count, as XLA can fuse the rest;
-    products with a vector are sums, which only CPUs compute so.
+    CPUs compute bfloat16 in float32, and some convolutions, augmentations and sums by other
+    operations. Bytes are those of convolutions and matrix products in the unoptimised program, as
+    XLA can fuse the rest.
     """
+    lowered = step.lower(lowering_platforms=("tpu",))
     moved = 0
     for line in lowered.as_text().splitlines():
         if re.search(r"stablehlo\.(convolution|dot_general)\b", line):
             arrays = re.findall(r"tensor<([^>]*)>", line.rpartition(" : ")[2])
-            if all(array.count("x") > 1 for array in arrays[:2]):
-                moved += sum(_lowered_bytes(array) for array in arrays)
+            moved += sum(_lowered_bytes(array) for array in arrays)
     state = lowered.in_avals[0][0]
     moved += 2 * sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
     return Work(lowered.cost_analysis()["flops"], moved)
@@ -140,14 +140,15 @@ def _lowered_bytes(array: str) -> int:
     return math.prod(map(int, shape)) * LOWERED_BYTES[dtype]
 
 
-def optimised(lowered: jax.stages.Lowered) -> str:
-    """The optimised program of a lowered step, with unoptimised machine code that never runs."""
+def optimised(step: jax.stages.Traced) -> str:
+    """The optimised program of a step for CPUs, with unoptimised machine code that never runs."""
     # Otherwise a cached program would have the function names of an earlier version of the source.
     setting = "jax_compilation_cache_include_metadata_in_key"
     before = getattr(jax.config, setting)
     jax.config.update(setting, True)
     try:
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+        options = {"xla_backend_optimization_level": 0}
+        return step.lower().compile(compiler_options=options).as_text()
     finally:
         jax.config.update(setting, before)
 
@@ -370,7 +371,7 @@ def calibration_config() -> ConfigDict:
 
 def achieved_fraction() -> float:
     """The fraction of its roofline that the measured device achieves."""
-    measured = work(lower_step(calibration_config(), device_mesh(jax.devices()[:1])))
+    measured = work(trace_step(calibration_config(), device_mesh(jax.devices()[:1])))
     return H100.roofline_seconds(measured) / MEASURED_SECONDS
 
 
@@ -447,13 +448,13 @@ def compile_for(config: ConfigDict, devices: int, local_batch: int, programs: st
     config.batch_size = local_batch * devices or config.batch_size
     if config.dtype == "auto":
         config.dtype = "bfloat16"  # as on the forecast's accelerators
-    lowered = lower_step(config, device_mesh(jax.devices()[:devices]))
-    hlo = optimised(lowered)
+    step = trace_step(config, device_mesh(jax.devices()[:devices]))
+    hlo = optimised(step)
     if programs:
         path = Path(programs, f"step_{devices}_devices.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(hlo)
-    return Compiled(devices, config.batch_size, work(lowered), collectives_in(hlo))
+    return Compiled(devices, config.batch_size, work(step), collectives_in(hlo))
 
 
 def print_step(step: Compiled) -> None:

@@ -19,12 +19,13 @@ from benchmarks.scaling import (
     Part,
     Work,
     collectives_in,
-    lower_step,
     optimised,
+    trace_step,
     work,
 )
 from cassle_jax.methods.losses import pair_similarities
 from cassle_jax.models import ENCODERS
+from cassle_jax.models.convolve import convolve
 from cassle_jax.parallel import device_mesh
 from cassle_jax.training.run import build_run
 from tests.tiny import TinyEncoder, tiny_config
@@ -49,7 +50,7 @@ def compiled(arguments, devices):
     config.optimizer.warmup_epochs = 0.0
     mesh = device_mesh(jax.devices()[:devices])
     state = jax.eval_shape(build_run(config, mesh, 64).initial_state)
-    return collectives_in(optimised(lower_step(config, mesh))), state
+    return collectives_in(optimised(trace_step(config, mesh))), state
 
 
 def by_purpose(collectives):
@@ -138,11 +139,23 @@ def test_a_batch_of_65536_has_more_pairs_than_an_int32_counts():
 @pytest.mark.exhaustive
 def test_the_work_of_a_step_is_counted_for_one_device():
     config = tiny_config("method=simclr,follow=published")  # contrasts within each device
-    alone = work(lower_step(config, device_mesh(jax.devices()[:1])))
+    alone = work(trace_step(config, device_mesh(jax.devices()[:1])))
     config.batch_size *= 8
-    one_of_eight = work(lower_step(config, device_mesh(jax.devices()[:8])))
+    one_of_eight = work(trace_step(config, device_mesh(jax.devices()[:8])))
     assert one_of_eight.flops == pytest.approx(alone.flops, rel=0.02)
     assert one_of_eight.bytes == pytest.approx(alone.bytes, rel=0.02)
+
+
+def test_the_work_is_an_accelerators():
+    def traced(f):
+        shapes = (2, 4, 4, 32), (3, 3, 32, 32)
+        x, kernel = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+        around = ((1, 1), (1, 1))
+        how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        step = jax.value_and_grad(lambda x, kernel: f(x, kernel, (1, 1), around, **how).sum())
+        return jax.jit(step).trace(x, kernel)
+
+    assert work(traced(convolve)) == work(traced(jax.lax.conv_general_dilated))
 
 
 def test_the_latency_between_hosts_is_nccls_own():

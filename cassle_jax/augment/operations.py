@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from cassle_jax.augment.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
-from cassle_jax.augment.resample import PRECISION
+from cassle_jax.augment.resample import MOST_TERMS, PRECISION
 
 __all__ = ["color_jitter", "gaussian_blur", "grayscale", "rotate", "solarize"]
 
@@ -162,10 +162,10 @@ def gaussian_blur(image: Planes, params: ViewParams, kernel_size: int) -> Planes
       [size, 3, size] in [0, 1]; bit for bit ``image`` where ``params.blur`` is false.
     """
     sigma = jnp.where(params.blur, params.sigma, 1.0)
-    by_sums, by_products = (
-        partial(way, kernel_size=kernel_size) for way in (_blur_by_sums, _blur_by_products)
-    )
-    blurred = lax.platform_dependent(image, sigma, cpu=by_sums, default=by_products)
+    by_products = partial(_blur_by_products, kernel_size=kernel_size)
+    by_sums = partial(_blur_by_sums, kernel_size=kernel_size)
+    on_cpus = by_sums if kernel_size <= MOST_TERMS else by_products
+    blurred = lax.platform_dependent(image, sigma, cpu=on_cpus, default=by_products)
     return jnp.where(params.blur, blurred, image)
 
 
@@ -194,7 +194,10 @@ def _blur_by_products(image: Planes, sigma: Scalar, kernel_size: int) -> Planes:
 
 
 def _blur_by_sums(image: Planes, sigma: Scalar, kernel_size: int) -> Planes:
-    """The barriers store what XLA would otherwise compute anew for each shift."""
+    """Sums shifted images, first over rows, then over columns.
+
+    The barriers make XLA store what it would compute anew for each shift.
+    """
     size, radius = len(image), kernel_size // 2
     weights = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     weights = weights / weights.sum()

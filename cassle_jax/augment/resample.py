@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,13 +20,16 @@ from cassle_jax.augment.draw import Size
 from cassle_jax.augment.inputs import ROUNDING, check_image, check_size, check_spec, in_float32
 from cassle_jax.augment.spec import AugmentSpec
 
-__all__ = ["PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
+__all__ = ["MOST_TERMS", "PRECISION", "Canvas", "center_view", "crop_and_resize", "size_of"]
 
 Canvas = UInt8[Array | np.ndarray, "height width 3"] | Float[Array | np.ndarray, "height width 3"]
 """RGB, uint8 or float in [0, 1]; the picture lies at the top left, the rest is padding."""
 
 # A single bfloat16 pass (the default on TPUs) would cost half a grey level; CPUs ignore this.
-PRECISION = jax.lax.Precision.HIGH
+PRECISION = lax.Precision.HIGH
+
+# Of an unrolled sum on CPUs; more take long to compile.
+MOST_TERMS = 64
 
 
 def size_of(image: Canvas, size: Size | None) -> Size:
@@ -75,10 +77,10 @@ def crop_and_resize(
               image.shape[axis])
         for axis, at in enumerate((position, mirrored))
     )  # fmt: skip
-    by_sums, by_products = (
-        partial(way, rows=rows, columns=columns) for way in (_resize_by_sums, _resize_by_products)
-    )
-    view = lax.platform_dependent(_to_float(image, size), cpu=by_sums, default=by_products)
+    by_products = partial(_resize_by_products, rows=rows, columns=columns)
+    by_sums = partial(_resize_by_sums, rows=rows, columns=columns)
+    on_cpus = by_sums if rows.terms <= MOST_TERMS else by_products
+    view = lax.platform_dependent(_to_float(image, size), cpu=on_cpus, default=by_products)
     return view / _white(image)
 
 
@@ -148,13 +150,18 @@ class _Side(NamedTuple):
         """The weights of all input pixels in each output position."""
         return self._weights(jnp.arange(self.pixels) - self.start, kernel)
 
-    def taps(self) -> tuple[Int32[Array, "output taps"], Float32[Array, "output taps"]]:
-        """The input pixels that enter each output position under a triangle, and their weights."""
-        number = math.ceil(2 * max(self.pixels / len(self.centre), 1)) + 1
+    @property
+    def terms(self) -> int:
+        """The largest number of input pixels with a weight under a triangle."""
+        # Within ± scale lie at most ⌈2 scale⌉ centres of pixels; one more allows for rounding.
+        return math.ceil(2 * max(self.pixels / len(self.centre), 1)) + 1
+
+    def taps(self) -> tuple[Int32[Array, "output terms"], Float32[Array, "output terms"]]:
+        """The input pixels that may have a weight under a triangle, and their weights."""
         first = jnp.floor(self.centre - jnp.maximum(self.scale, 1) + 0.5)
-        places = first[:, None] + jnp.arange(number)
-        inside = jnp.clip(self.start + places, 0, self.pixels - 1)
-        return inside.astype(jnp.int32), self._weights(places, _triangle)
+        places = first[:, None] + jnp.arange(self.terms)
+        read = jnp.clip(self.start + places, 0, self.pixels - 1)
+        return read.astype(jnp.int32), self._weights(places, _triangle)
 
     def _weights(
         self, places: Float32[Array, "*#output inputs"], kernel: Callable[[Array], Array]
@@ -182,7 +189,7 @@ def _resize_by_sums(
     """The same view; a row is the sum of only those rows of the canvas that have a weight."""
     places, weights = rows.taps()
     lines = image.reshape(len(image), -1)
-    resized = sum(weights[:, tap, None] * lines[places[:, tap]] for tap in range(weights.shape[1]))
+    resized = sum(weights[:, tap, None] * lines[places[:, tap]] for tap in range(rows.terms))
     return _apply_columns(columns.matrix(_triangle), resized.reshape(-1, *image.shape[1:]))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from cassle_jax.models.winograd import convolve_3x3
 
-_WIDE = 32  # the number of channels from which on Winograd's algorithm is faster
+_WIDE = 32  # the fewest channels and features with which Winograd's algorithm is faster
 
 
 def convolve(
@@ -48,7 +48,7 @@ def convolve(
         lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
     is_wide = min(kernel.shape[2:]) >= _WIDE and x.dtype == jnp.float32
-    if is_wide and all(side.is_winograds for side in sides):
+    if is_wide and all(side.suits_winograd for side in sides):
         convolution = partial(convolve_3x3, convolution=convolution)
     return _stored(convolution(_stored(x), kernel))
 
@@ -76,7 +76,7 @@ class _Side(NamedTuple):
         return (self.size + sum(self.padding) - self.kernel) // self.stride + 1
 
     @property
-    def is_winograds(self) -> bool:
+    def suits_winograd(self) -> bool:
         """Whether `convolve_3x3` convolves this side."""
         return (self.kernel, self.stride, self.padding) == (3, 1, (1, 1))
 

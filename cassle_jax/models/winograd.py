@@ -28,9 +28,9 @@ def convolve_3x3(x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], 
     supported.
 
     Args:
-        x: the maps, float32: with fewer bits, the algorithm's differences would lose some.
+        x: the maps, float32: the algorithm's differences would lose bits of narrower types.
         kernel: the kernel.
-        convolution: returns the same convolution by XLA.
+        convolution: computes the same by XLA, from maps and kernel.
     """
     return _convolve(x, kernel, convolution)
 
@@ -50,11 +50,7 @@ def _backward(convolution, kept, gradient):
     def by_xla(x, kernel, gradient):
         return jax.vjp(convolution, x, kernel)[1](gradient)
 
-    def by_tiles(x, kernel, gradient):
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
-        return _by_tiles(gradient, turned), _kernels_gradient_by_tiles(x, gradient)
-
-    return lax.platform_dependent(*kept, gradient, cpu=by_tiles, default=by_xla)
+    return lax.platform_dependent(*kept, gradient, cpu=_gradients_by_tiles, default=by_xla)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -100,8 +96,13 @@ def _by_tiles(x, kernel):
     return result.reshape(math.prod(result.shape[:2]), *result.shape[2:])[: len(x)]
 
 
-def _kernels_gradient_by_tiles(x, gradient):
-    def of_group(group):
+def _gradients_by_tiles(x, kernel, gradient):
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _by_tiles(gradient, turned), _kernels_gradient(x, gradient)
+
+
+def _kernels_gradient(x, gradient):
+    def add(total, group):
         x, gradient = group
         even = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
         gradient = jnp.pad(gradient, even)
@@ -110,21 +111,23 @@ def _kernels_gradient_by_tiles(x, gradient):
             [_stored(_stored(_flat(m).T) @ _stored(_flat(g))) for m, g in zip(*row, strict=True)]
             for row in zip(_tiles(x), _along_both(_of_gradient, pixels), strict=True)
         ]
-        return jnp.stack([jnp.stack(row) for row in _along_both(_to_kernel, products)])
+        elements = [jnp.stack(row) for row in _along_both(_to_kernel, products)]
+        return total + jnp.stack(elements), None
 
-    channels = max(x.shape[-1], gradient.shape[-1])
-    return lax.map(of_group, (_groups(x, channels), _groups(gradient, channels))).sum(0)
+    shape = (3, 3, x.shape[-1], gradient.shape[-1])
+    groups = (_groups(x, max(shape)), _groups(gradient, max(shape)))
+    return lax.scan(add, jnp.zeros(shape, x.dtype), groups)[0]
 
 
 def _groups(x: Maps, channels: int) -> Float[Array, "groups images height width _"]:
-    """The images in groups whose transformed maps stay in the cache; zeros fill the last group.
+    """The images in equal groups whose transformed maps stay in the cache.
 
     Args:
-        x: the maps.
+        x: the maps; black ones fill the last group.
         channels: the number of channels that decides on the size of a group.
     """
     per_image = 4 * math.prod(x.shape[1:3]) * channels * x.dtype.itemsize
-    groups = max(1, -(-len(x) * per_image // _AT_ONCE))
+    groups = max(1, -(-len(x) // max(1, _AT_ONCE // per_image)))
     images = -(-len(x) // groups)
     filled = jnp.pad(x, ((0, groups * images - len(x)), (0, 0), (0, 0), (0, 0)))
     return filled.reshape(groups, images, *x.shape[1:])

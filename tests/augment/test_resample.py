@@ -84,7 +84,7 @@ def test_wide_and_tall_canvases(make_params, shape):
     np.testing.assert_allclose(255 * view, _pillow_resize(picture), atol=1e-3)
 
 
-@pytest.mark.parametrize("output", [5, 24, 100])
+@pytest.mark.parametrize("output", [1, 5, 24, 100])
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
 def test_cpus_and_accelerators_crop_alike(monkeypatch, shape, output):
     random = np.random.default_rng(5)

@@ -3,7 +3,7 @@ import runpy
 import jax
 import pytest
 
-from benchmarks.scaling import collectives_in, lower_step, optimised
+from benchmarks.scaling import collectives_in, optimised, trace_step
 from benchmarks.weak_scaling import run_processes
 from cassle_jax.parallel import device_mesh
 from tests.training.processes import ROOT
@@ -16,7 +16,7 @@ LOCAL_BATCH, CONFIG, METHOD = 4, "tests/launch/tiny_run.py", "method=moco_v2"
 def test_two_processes_exchange_what_two_devices_do(monkeypatch):
     config = runpy.run_path(str(ROOT / CONFIG))["get_config"](METHOD)
     config.batch_size, config.optimizer.warmup_epochs = 2 * LOCAL_BATCH, 0.0
-    step = lower_step(config, device_mesh(jax.devices()[:2]))
+    step = trace_step(config, device_mesh(jax.devices()[:2]))
     expected = collectives_in(optimised(step))
 
     monkeypatch.chdir(ROOT)

@@ -86,6 +86,7 @@ def close_to_a_part_of_the_largest(actual, expected, part):
 @pytest.mark.parametrize("size", WIDE)
 def test_a_convolution_of_wide_maps_is_a_convolution(monkeypatch, size, images):
     monkeypatch.setattr(winograd, "_AT_ONCE", images * 4 * 4 * math.prod(size) * 40)
+    jax.clear_caches()  # the cached program has other groups
     ours, theirs = (
         value_and_gradients(
             jax.jit(lambda x, k, f=f: f(x, k, (1, 1), ((1, 1), (1, 1)), **HOW)), *wide(size)
@@ -100,17 +101,35 @@ def test_no_wide_maps_give_no_maps():
     assert convolve(x[:0], kernel, (1, 1), ((1, 1), (1, 1)), **HOW).shape == (0, 4, 4, 40)
 
 
-def test_each_device_convolves_its_wide_maps():
+@pytest.mark.parametrize(
+    "shape", [(64, 56, 56, 128), (64, 96, 96, 64), (7, 14, 14, 256), (1, 8, 8, 32)]
+)
+def test_groups_of_images_are_equal_and_fit_the_cache(shape):
+    groups, images, *_ = jax.eval_shape(
+        lambda x: winograd._groups(x, shape[-1]), jax.ShapeDtypeStruct(shape, jnp.float32)
+    ).shape
+    assert 0 <= groups * images - shape[0] < groups
+    assert images == 1 or images * 4 * 4 * math.prod(shape[1:]) <= winograd._AT_ONCE
+
+
+def test_devices_convolve_their_wide_maps():
     x, kernel = wide((4, 4))
 
     def by(f, x, kernel):
-        return f(x, kernel, (1, 1), ((1, 1), (1, 1)), **HOW)
+        def weighed(x, kernel):
+            images = f(x, kernel, (1, 1), ((1, 1), (1, 1)), **HOW).reshape(len(x), -1)
+            return (images * jnp.cos(jnp.arange(images.shape[1]))).sum()
+
+        of_maps, of_kernel = jax.grad(weighed, (0, 1))(x, kernel)
+        return of_maps, of_kernel[None]
 
     sharded = parallel(
         partial(by, convolve), device_mesh(), inputs=(SHARDED, REPLICATED), outputs=SHARDED
     )
-    ours, theirs = sharded(x, kernel), by(lax.conv_general_dilated, x, kernel)
-    close_to_a_part_of_the_largest(ours, theirs, 2e-6)
+    of_maps, of_kernel = sharded(x, kernel)
+    expected = by(lax.conv_general_dilated, x, kernel)
+    close_to_a_part_of_the_largest(of_maps, expected[0], 2e-6)
+    close_to_a_part_of_the_largest(of_kernel.sum(0), expected[1][0], 2e-6)
 
 
 def test_the_gradient_of_a_small_bfloat16_map_is_rounded_once():
