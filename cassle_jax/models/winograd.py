@@ -79,12 +79,13 @@ def _to_kernel(a, b, c, d):
     return a + (b + c) / 2, (b - c) / 2, (b + c) / 2 + d
 
 
-def _by_tiles(x, kernel):
+def _by_tiles(x, kernel, side=0):
+    """The convolution; `side` is that of the kernel's elements which meets the channels of `x`."""
     kernels = _along_both(_of_kernel, kernel)
 
     def convolved(x):
         products = [
-            [_stored(_stored(m) @ k) for m, k in zip(*row, strict=True)]
+            [_stored(jnp.tensordot(_stored(m), k, (3, side))) for m, k in zip(*row, strict=True)]
             for row in zip(_tiles(x), kernels, strict=True)
         ]
         pixels = [jnp.stack(row, 3) for row in _along_both(_to_result, products)]
@@ -97,8 +98,7 @@ def _by_tiles(x, kernel):
 
 
 def _gradients_by_tiles(x, kernel, gradient):
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    return _by_tiles(gradient, turned), _kernels_gradient(x, gradient)
+    return _by_tiles(gradient, kernel[::-1, ::-1], side=1), _kernels_gradient(x, gradient)
 
 
 def _kernels_gradient(x, gradient):
