@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from cassle_jax.models.winograd import convolve_3x3
 
-_WIDE = 32  # the fewest channels and features with which Winograd's algorithm is faster
+_WIDE = 32  # the fewest channels with which Winograd's algorithm is faster
 
 
 def convolve(
@@ -47,7 +47,8 @@ def convolve(
     convolution = partial(
         lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
-    is_wide = min(kernel.shape[2:]) >= _WIDE and x.dtype == jnp.float32
+    *_, channels, features = kernel.shape
+    is_wide = channels == features >= _WIDE and x.dtype == jnp.float32
     if is_wide and all(side.suits_winograd for side in sides):
         convolution = partial(convolve_3x3, convolution=convolution)
     return _stored(convolution(_stored(x), kernel))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-Maps = Float[Array, "batch height width _"]
-Kernel = Float[Array, "3 3 channels features"]
+Maps = Float[Array, "batch height width channels"]
+Kernel = Float[Array, "3 3 channels channels"]
 Grid = list[list[Array]]
 
 # Bytes of transformed maps at a time: more would leave the cache before the products read them.
@@ -20,7 +20,7 @@ _stored = lax.optimization_barrier
 
 
 def convolve_3x3(x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], Maps]) -> Maps:
-    """Convolves with stride 1 and a padding of 1.
+    """Convolves with stride 1, a padding of 1, and as many features as channels.
 
     On CPUs, F(2×2, 3×3) of Lavin and Gray (arXiv 1509.09308) gives the values and both gradients:
     16 matrix products make 2×2 pixels each, with 4 multiplications per pixel and channel instead of
@@ -90,11 +90,16 @@ def _by_tiles(x, kernel, side=0):
         ]
         pixels = [jnp.stack(row, 3) for row in _along_both(_to_result, products)]
         whole = jnp.stack(pixels, 2)
-        images, down, _, across, _, features = whole.shape
-        return whole.reshape(images, 2 * down, 2 * across, features)[:, : x.shape[1], : x.shape[2]]
+        images, down, _, across, _, channels = whole.shape
+        return whole.reshape(images, 2 * down, 2 * across, channels)[:, : x.shape[1], : x.shape[2]]
 
-    result = lax.map(convolved, _groups(x, max(kernel.shape[2:])))
-    return result.reshape(math.prod(result.shape[:2]), *result.shape[2:])[: len(x)]
+    def replace(group, held):
+        return lax.dynamic_update_index_in_dim(held, convolved(held[group]), group, 0)
+
+    # XLA would allocate the result of lax.map long before it is computed.
+    groups = _groups(x)
+    result = lax.fori_loop(0, len(groups), replace, groups)
+    return result.reshape(math.prod(result.shape[:2]), *x.shape[1:])[: len(x)]
 
 
 def _gradients_by_tiles(x, kernel, gradient):
@@ -114,19 +119,16 @@ def _kernels_gradient(x, gradient):
         elements = [jnp.stack(row) for row in _along_both(_to_kernel, products)]
         return total + jnp.stack(elements), None
 
-    shape = (3, 3, x.shape[-1], gradient.shape[-1])
-    groups = (_groups(x, max(shape)), _groups(gradient, max(shape)))
-    return lax.scan(add, jnp.zeros(shape, x.dtype), groups)[0]
+    none = jnp.zeros((3, 3, x.shape[-1], x.shape[-1]), x.dtype)
+    return lax.scan(add, none, (_groups(x), _groups(gradient)))[0]
 
 
-def _groups(x: Maps, channels: int) -> Float[Array, "groups images height width _"]:
+def _groups(x: Maps) -> Float[Array, "groups images height width channels"]:
     """The images in equal groups whose transformed maps stay in the cache.
 
-    Args:
-        x: the maps; black ones fill the last group.
-        channels: the number of channels that decides on the size of a group.
+    Black images fill the last group.
     """
-    per_image = 4 * math.prod(x.shape[1:3]) * channels * x.dtype.itemsize
+    per_image = 4 * math.prod(x.shape[1:]) * x.dtype.itemsize
     groups = max(1, -(-len(x) // max(1, _AT_ONCE // per_image)))
     images = -(-len(x) // groups)
     filled = jnp.pad(x, ((0, groups * images - len(x)), (0, 0), (0, 0), (0, 0)))
