@@ -41,7 +41,7 @@ class Layer(NamedTuple):
     stride: int
 
     def flops(self, batch: int) -> float:
-        """Floating-point operations of one pass over a batch, with the padding."""
+        """Floating-point operations of a direct pass over a batch, with the padding."""
         places = (self.side // self.stride) ** 2
         return 2.0 * batch * places * self.features * self.channels * self.kernel**2
 

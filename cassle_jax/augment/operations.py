@@ -199,7 +199,7 @@ def _blur_by_sums(image: Planes, sigma: Scalar, kernel_size: int) -> Planes:
     The barriers make XLA store what it would compute anew for each shift.
     """
     size, radius = len(image), kernel_size // 2
-    weights = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+    weights = _gaussian(jnp.arange(-radius, radius + 1), sigma)
     weights = weights / weights.sum()
     around = ((radius, radius), (0, 0), (radius, radius))
     padded = lax.optimization_barrier(jnp.pad(image, around, mode="reflect"))
@@ -208,14 +208,17 @@ def _blur_by_sums(image: Planes, sigma: Scalar, kernel_size: int) -> Planes:
     return sum(weight * down[..., tap : tap + size] for tap, weight in enumerate(weights))
 
 
+def _gaussian(offset: Int32[Array, "*any"], sigma: Scalar) -> Float32[Array, "*any"]:
+    return jnp.exp(-0.5 * (offset / sigma) ** 2)
+
+
 def _blur_matrix(size: int, sigma: Scalar, kernel_size: int) -> Float32[Array, "{size} {size}"]:
     """The weights of the input pixels (columns) in each output pixel (row)."""
     radius = kernel_size // 2
     to, source = jnp.arange(size)[:, None], jnp.arange(size)
 
     def density(offset: Int32[Array, "#size size"]) -> Float32[Array, "#size size"]:
-        gaussian = jnp.exp(-0.5 * (offset / sigma) ** 2)
-        return jnp.where(jnp.abs(offset) <= radius, gaussian, 0)
+        return jnp.where(jnp.abs(offset) <= radius, _gaussian(offset, sigma), 0)
 
     # A tap at -j, beyond the first pixel (0), or as far beyond the last, reads pixel j instead.
     last = size - 1

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ _AT_ONCE = 2**23
 _stored = lax.optimization_barrier
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve_3x3(x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], Maps]) -> Maps:
     """Convolves with stride 1, a padding of 1, and as many features as channels.
 
@@ -32,14 +34,11 @@ def convolve_3x3(x: Maps, kernel: Kernel, convolution: Callable[[Maps, Kernel], 
         kernel: the kernel.
         convolution: computes the same by XLA, from maps and kernel.
     """
-    return _convolve(x, kernel, convolution)
+    return _values(x, kernel, convolution)
 
 
 def _values(x, kernel, convolution):
     return lax.platform_dependent(x, kernel, cpu=_by_tiles, default=convolution)
-
-
-_convolve = jax.custom_vjp(_values, nondiff_argnums=(2,))
 
 
 def _forward(x, kernel, convolution):
@@ -53,7 +52,7 @@ def _backward(convolution, kept, gradient):
     return lax.platform_dependent(*kept, gradient, cpu=_gradients_by_tiles, default=by_xla)
 
 
-_convolve.defvjp(_forward, _backward)
+convolve_3x3.defvjp(_forward, _backward)
 
 
 # One dimension of the paper's transforms: Bᵀ, G, and Aᵀ; A and Gᵀ for the kernel's gradient.
@@ -124,10 +123,7 @@ def _kernels_gradient(x, gradient):
 
 
 def _groups(x: Maps) -> Float[Array, "groups images height width channels"]:
-    """The images in equal groups whose transformed maps stay in the cache.
-
-    Black images fill the last group.
-    """
+    """The images in equal groups whose transformed maps stay in the cache; zeros fill the last."""
     per_image = 4 * math.prod(x.shape[1:]) * x.dtype.itemsize
     groups = max(1, -(-len(x) // max(1, _AT_ONCE // per_image)))
     images = -(-len(x) // groups)

@@ -12,9 +12,9 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import scipy.ndimage
-from jax import lax
 
 from cassle_jax.augment import AugmentSpec, apply, augment, denormalize, draw
+from tests.platforms import compute_as_accelerators
 
 PLAIN = AugmentSpec(
     16, solarize=0.5, rotation=0.5, jitter_order="image", mean=(0, 0, 0), std=(1, 1, 1)
@@ -136,7 +136,7 @@ def test_solarize_comes_last_where_the_papers_have_it_so(image, make_params):
 @pytest.mark.parametrize("kernel_size", [1, 3, 31])
 def test_blur_is_scipys(monkeypatch, make_params, image, kernel_size, platform):
     if platform == "accelerator":
-        monkeypatch.setattr(lax, "platform_dependent", lambda *a, default, **on: default(*a))
+        compute_as_accelerators(monkeypatch)
     sigmas = np.array([0.1, 0.7, 2.0], np.float32)
     spec = dataclasses.replace(PLAIN, kernel_size=kernel_size)
     params = make_params(3, blur=True, sigma=sigmas)

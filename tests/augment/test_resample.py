@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from jax import lax
 
 from cassle_jax.augment import AugmentSpec, apply, augment, center_view
 from cassle_jax.augment.resample import crop_and_resize
+from tests.platforms import compute_as_accelerators, programs
 
 CANVAS = 80
 # Geometry only, values kept in [0, 1].
@@ -98,7 +98,7 @@ def test_cpus_and_accelerators_crop_alike(monkeypatch, shape, output):
         return crop_and_resize(canvas, box, flip, output, size)
 
     on_cpus = jax.jit(jax.vmap(crop))(*arguments)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *a, default, **on: default(*a))
+    compute_as_accelerators(monkeypatch)
     on_accelerators = jax.jit(jax.vmap(lambda *each: crop(*each)))(*arguments)
     np.testing.assert_allclose(on_cpus, on_accelerators, atol=1e-5)
 
@@ -108,10 +108,9 @@ def test_only_cpus_gather_rows_and_sum_shifts():
     traced = jax.jit(lambda key, image: augment(key, image, AugmentSpec(16)).image).trace(
         jax.random.key(0), image
     )
-    programs = {
-        each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
+    products = {
+        each: text.count("stablehlo.dot_general") for each, text in programs(traced).items()
     }
-    products = {each: text.count("stablehlo.dot_general") for each, text in programs.items()}
     assert products == {"cpu": 1, "cuda": 4, "tpu": 4}
 
 

@@ -16,6 +16,7 @@ from cassle_jax.models.pooling import max_pool
 from cassle_jax.models.sums import channel_sums, tree_norm
 from cassle_jax.parallel import REPLICATED, SHARDED, device_mesh, parallel
 from tests.everyday import everyday_pairs
+from tests.platforms import programs
 
 HOW = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -82,11 +83,19 @@ def close_to_a_part_of_the_largest(actual, expected, part):
     assert error <= part * np.abs(np.float64(expected)).max()
 
 
+@pytest.fixture
+def traced_anew():
+    """JAX keeps what it has traced, also with groups of other sizes."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("images", [1, 3, 100])  # in a group
 @pytest.mark.parametrize("size", WIDE)
+@pytest.mark.usefixtures("traced_anew")
 def test_a_convolution_of_wide_maps_is_a_convolution(monkeypatch, size, images):
     monkeypatch.setattr(winograd, "_AT_ONCE", images * 4 * 4 * math.prod(size) * 32)
-    jax.clear_caches()  # the cached program has other groups
     ours, theirs = (
         value_and_gradients(
             jax.jit(lambda x, k, f=f: f(x, k, (1, 1), ((1, 1), (1, 1)), **HOW)), *wide(size)
@@ -177,23 +186,19 @@ def test_sums_per_channel_and_their_gradient_are_plain_sums(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
 
 
-def programs(function, *shapes, dtype=jnp.float32):
-    """The function's program by platform."""
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    traced = jax.jit(function).trace(*shapes)
-    return {
-        each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
-    }
+def traced(function, *shapes, dtype=jnp.float32):
+    """The function, traced for arrays of these shapes."""
+    return jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
 
 def test_only_cpus_sum_by_products():
-    program = programs(channel_sums, (8, 4, 4, 5))
+    program = programs(traced(channel_sums, (8, 4, 4, 5)))
     assert [each for each, text in program.items() if "dot_general" in text] == ["cpu"]
 
 
 def test_only_cpus_store_the_maps_around_a_convolution():
     step = jax.grad(lambda x, k: convolve(x, k, (1, 1), ((1, 1), (1, 1)), **HOW).sum(), (0, 1))
-    program = programs(step, (2, 8, 8, 3), (3, 3, 3, 4))
+    program = programs(traced(step, (2, 8, 8, 3), (3, 3, 3, 4)))
     assert [each for each, text in program.items() if "optimization_barrier" in text] == ["cpu"]
 
 
@@ -202,7 +207,8 @@ def test_only_cpus_multiply_tiles_and_only_in_float32(dtype, where):
     def step(x, k):
         return convolve(x, k, (1, 1), ((1, 1), (1, 1)), **HOW).astype(jnp.float32).sum()
 
-    program = programs(jax.value_and_grad(step, (0, 1)), (2, 4, 4, 32), (3, 3, 32, 32), dtype=dtype)
+    step = jax.value_and_grad(step, (0, 1))
+    program = programs(traced(step, (2, 4, 4, 32), (3, 3, 32, 32), dtype=dtype))
     assert [each for each, text in program.items() if "dot_general" in text] == where
     del program["cpu"]
     assert {text.count("stablehlo.convolution(") for text in program.values()} == {3}
