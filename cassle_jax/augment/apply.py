@@ -60,7 +60,7 @@ def apply(image: Canvas, params: ViewParams, spec: AugmentSpec, size: Size | Non
     color_diff = jnp.zeros(3)
     if spec.jitter:
         jittered = operations.color_jitter(view, params)
-        color_diff = view.mean(axis=(0, 2)) - jittered.mean(axis=(0, 2))
+        color_diff = operations.channel_means(view) - operations.channel_means(jittered)
         color_diff = jnp.where(params.jitter, color_diff, 0)
         view = jittered
     if spec.solarize and spec.solarize_after == "jitter":

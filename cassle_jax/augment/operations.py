@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from cassle_jax.augment.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 from cassle_jax.augment.resample import MOST_TERMS, PRECISION
+from cassle_jax.stored import stored
 
 __all__ = ["color_jitter", "gaussian_blur", "grayscale", "rotate", "solarize"]
 
@@ -62,6 +63,11 @@ def color_jitter(image: Planes, params: ViewParams) -> Planes:
     return jnp.where(params.jitter, jittered, image)
 
 
+def channel_means(image: Planes) -> Float32[Array, "3"]:
+    """The mean of each channel. CPUs sum whole rows; XLA would sum small windows, more slowly."""
+    return stored(image.sum(axis=0)).sum(axis=1) / (image.shape[0] * image.shape[2])
+
+
 def adjust_brightness_or_contrast(
     image: Planes, factor: Scalar, is_contrast: Bool[Array, ""]
 ) -> Planes:
@@ -77,13 +83,15 @@ def adjust_brightness_or_contrast(
     Returns:
       [rows, 3, columns] in [0, 1].
     """
-    mean_grey = jnp.sum(image.mean(axis=(0, 2)) * jnp.array(_CONTRAST_WEIGHTS))
+    mean_grey = jnp.sum(channel_means(image) * jnp.array(_CONTRAST_WEIGHTS))
     target = jnp.where(is_contrast, mean_grey, 0.0)
     return jnp.clip(factor * image + (1 - factor) * target, 0, 1)
 
 
 def adjust_saturation_and_hue(image: Planes, factor: Scalar, turns: Scalar) -> Planes:
     """Multiplies HSV saturation (clipped to [0, 1]) and shifts HSV hue.
+
+    (dm-pix wraps the hue by a remainder, which XLA for CPUs computes number by number.)
 
     Args:
       image: [rows, 3, columns] in [0, 1].
@@ -93,29 +101,29 @@ def adjust_saturation_and_hue(image: Planes, factor: Scalar, turns: Scalar) -> P
     Returns:
       [rows, 3, columns] in [0, 1].
     """
-    hue, saturation, value = _hue_saturation_value(image)
-    hsv = jnp.stack([hue + turns, jnp.clip(factor * saturation, 0, 1), value], axis=1)
-    return pix.hsv_to_rgb(hsv, channel_axis=1)
+    sextant, chroma, value = stored(_hexcone(stored(image), factor, turns))
+    # What each channel lacks of the largest one, in units of chroma.
+    red = jnp.clip(2 - jnp.abs(sextant - 3), 0, 1)
+    green = jnp.clip(jnp.abs(sextant - 2) - 1, 0, 1)
+    blue = jnp.clip(jnp.abs(sextant - 4) - 1, 0, 1)
+    return stored(jnp.stack([value - chroma * lack for lack in (red, green, blue)], axis=1))
 
 
-def _hue_saturation_value(image: Planes) -> tuple[Array, Array, Array]:
-    """HSV of [rows, 3, columns]; hue in turns, from -1/6 on.
+def _hexcone(image: Planes, factor: Scalar, turns: Scalar) -> tuple[Array, Array, Array]:
+    """Adjusted hue in sextants, [0, 6], chroma (saturation times value) and value, [0, 1].
 
-    dm-pix looks for the channel that equals the largest one. A compiler that computes the channels
-    twice, with different rounding, may find none, and use another channel's hue. So the channels
-    are compared by order, where a wrong answer to a tie changes nothing.
+    The largest channel is found by order, not by equality with the largest value: a compiler that
+    computes the channels twice, with different rounding, may find none. A wrong answer to a tie
+    changes nothing.
     """
     red, green, blue = jnp.unstack(image, axis=1)
-    value, least = image.max(axis=1), image.min(axis=1)
-    extent = value - least
-    scale = jnp.where(extent > 0, 1 / (6 * jnp.where(extent > 0, extent, 1)), 0)
-    hue = jnp.where(
-        (red >= green) & (red >= blue),
-        scale * (green - blue),
-        jnp.where(green >= blue, scale * (blue - red) + 1 / 3, scale * (red - green) + 2 / 3),
-    )
-    saturation = jnp.where(value > 0, extent / jnp.where(value > 0, value, 1), 0)
-    return hue, saturation, value
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    is_red, is_green = (red >= green) & (red >= blue), green >= blue
+    ahead = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
+    start = jnp.where(is_red, 0.0, jnp.where(is_green, 2.0, 4.0))
+    sextant = start + ahead / jnp.where(chroma > 0, chroma, 1) + 6 * turns
+    return sextant - 6 * jnp.floor(sextant / 6), jnp.minimum(factor * chroma, value), value
 
 
 def solarize(image: Planes, params: ViewParams) -> Planes:

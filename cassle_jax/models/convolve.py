@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cassle_jax.models.winograd import convolve_3x3
+from cassle_jax.stored import stored
 
 _WIDE = 32  # the fewest channels with which Winograd's algorithm is faster
 
@@ -51,16 +52,8 @@ def convolve(
     is_wide = channels == features >= _WIDE and x.dtype == jnp.float32
     if is_wide and all(side.suits_winograd for side in sides):
         convolution = partial(convolve_3x3, convolution=convolution)
-    return _stored(convolution(_stored(x), kernel))
-
-
-def _stored(x):
-    """The same array; on CPUs, XLA stores it, and stores its gradient.
-
-    Without this, XLA computes the array a second time, element by element, while it transposes it
-    for the kernel's gradient.
-    """
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    # Without this, CPUs compute both anew while they transpose them for the kernel's gradient.
+    return stored(convolution(stored(x), kernel))
 
 
 class _Side(NamedTuple):

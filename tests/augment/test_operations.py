@@ -14,7 +14,7 @@ import pytest
 import scipy.ndimage
 
 from cassle_jax.augment import AugmentSpec, apply, augment, denormalize, draw
-from tests.platforms import compute_as_accelerators
+from tests.platforms import compute_as_accelerators, programs
 
 PLAIN = AugmentSpec(
     16, solarize=0.5, rotation=0.5, jitter_order="image", mean=(0, 0, 0), std=(1, 1, 1)
@@ -88,6 +88,12 @@ def test_not_applied_leaves_every_bit(image, make_params):
 def test_jitter_with_neutral_values_changes_nothing(image, make_params):
     view = _compiled()(image, make_params(1, jitter=True))
     np.testing.assert_allclose(view.image[0], image, rtol=0, atol=1e-6)
+
+
+def test_only_cpus_store_what_the_jitter_reads_often():
+    draw_and_apply = jax.jit(lambda key, image: augment(key, image, AugmentSpec(8, blur=0)).image)
+    program = programs(draw_and_apply.trace(jax.random.key(0), np.zeros((8, 8, 3), np.uint8)))
+    assert [each for each, text in program.items() if "optimization_barrier" in text] == ["cpu"]
 
 
 def test_solarize_is_pillows(make_params):
