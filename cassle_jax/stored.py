@@ -8,9 +8,9 @@ Arrays = TypeVar("Arrays")
 
 
 def stored(x: Arrays) -> Arrays:
-    """The same array, or tree of arrays; CPUs store it, and its gradient.
+    """Returns ``x``, an array or a tree of arrays; on CPUs, XLA stores it, and its gradient.
 
-    XLA fuses an array's computation into each of its readers. On CPUs, a reader that transposes,
-    shifts or sums the array then computes elements several times, and without vectors.
+    Otherwise, XLA fuses the computation of ``x`` into each of its readers. On CPUs, these may then
+    compute elements several times, or number by number. Programs for other devices do not change.
     """
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)

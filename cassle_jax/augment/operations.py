@@ -1,7 +1,7 @@
 """The augmentations after the crop, each a pure function of one view and its drawn values.
 
 Views here are [rows, 3 channels, columns], RGB in [0, 1]: products over rows and over columns then
-need no transposition. dm-pix does the work where its definition is the paper's.
+need no transposition. dm-pix does the work where its definition is the paper's and fast on CPUs.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from cassle_jax.augment.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewP
 from cassle_jax.augment.resample import MOST_TERMS, PRECISION
 from cassle_jax.stored import stored
 
-__all__ = ["color_jitter", "gaussian_blur", "grayscale", "rotate", "solarize"]
+__all__ = ["channel_means", "color_jitter", "gaussian_blur", "grayscale", "rotate", "solarize"]
 
 Planes = Float32[Array, "rows 3 columns"]
 Scalar = Float32[Array, ""]
@@ -64,7 +64,7 @@ def color_jitter(image: Planes, params: ViewParams) -> Planes:
 
 
 def channel_means(image: Planes) -> Float32[Array, "3"]:
-    """The mean of each channel. CPUs sum whole rows; XLA would sum small windows, more slowly."""
+    """The mean of each channel, by two sums: for one sum, XLA on CPUs takes small windows."""
     return stored(image.sum(axis=0)).sum(axis=1) / (image.shape[0] * image.shape[2])
 
 
@@ -110,11 +110,12 @@ def adjust_saturation_and_hue(image: Planes, factor: Scalar, turns: Scalar) -> P
 
 
 def _hexcone(image: Planes, factor: Scalar, turns: Scalar) -> tuple[Array, Array, Array]:
-    """Adjusted hue in sextants, [0, 6], chroma (saturation times value) and value, [0, 1].
+    """The adjusted hue and chroma, and the value, which stays.
 
-    The largest channel is found by order, not by equality with the largest value: a compiler that
-    computes the channels twice, with different rounding, may find none. A wrong answer to a tie
-    changes nothing.
+    Hue is in sixths of a turn, from 0 to 6. Chroma is saturation times value. Comparisons by order
+    find the largest channel. A test for equality with the largest value may find no channel, where
+    a compiler computes the channels twice, with different rounding. A wrong answer to a tie changes
+    nothing.
     """
     red, green, blue = jnp.unstack(image, axis=1)
     value = jnp.maximum(jnp.maximum(red, green), blue)

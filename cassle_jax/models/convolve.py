@@ -52,7 +52,8 @@ def convolve(
     is_wide = channels == features >= _WIDE and x.dtype == jnp.float32
     if is_wide and all(side.suits_winograd for side in sides):
         convolution = partial(convolve_3x3, convolution=convolution)
-    # Without this, CPUs compute both anew while they transpose them for the kernel's gradient.
+    # Otherwise, CPUs compute the maps and the result's gradient again while they transpose them for
+    # the kernel's gradient.
     return stored(convolution(stored(x), kernel))
 
 

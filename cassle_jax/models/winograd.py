@@ -16,7 +16,7 @@ Grid = list[list[Array]]
 # Bytes of transformed maps at a time: more would leave the cache before the products read them.
 _AT_ONCE = 2**23
 
-# XLA stores the value; it would compute it anew for each of several readers.
+# As `stored`, in functions that only CPUs run.
 _stored = lax.optimization_barrier
 
 
