@@ -13,7 +13,7 @@ from cassle_jax.parallel import device_mesh
 from cassle_jax.training import loop
 from cassle_jax.training.loop import Preempted, pretrain
 from cassle_jax.training.metrics import MetricsWriter, read_metrics
-from tests.tiny import TinyEncoder, tiny_config
+from tests.tiny import SmoothEncoder, tiny_config
 
 # Each number is begun on once and continued on once, by more devices and by fewer.
 PAIRS = [(1, 8), (8, 2), (2, 4), (4, 1)]
@@ -37,7 +37,7 @@ def train(workdir, devices, stop=False):
     config = tiny_config("method=moco_v2")
     config.steps, config.log.every_steps = STEPS, 1
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(ENCODERS, "tiny", TinyEncoder)
+        patched.setitem(ENCODERS, "tiny", SmoothEncoder)
         patched.setattr(DeviceFeed, "__next__", noting)
         patched.setattr(MetricsWriter, "write", stopping)
         patched.setattr(loop, "device_mesh", lambda: device_mesh(jax.devices()[:devices]))
